@@ -1,0 +1,17 @@
+"""Low-Rank Adaptation of any JAX function, as a transform of its parameters."""
+
+from lora_jax.adaptation import Adaptation as Adaptation
+from lora_jax.adapter import LoraAxes as LoraAxes
+from lora_jax.adapter import LoraWeight as LoraWeight
+from lora_jax.adapter import pack as pack
+from lora_jax.adapter import unpack as unpack
+from lora_jax.config import LoraConfig as LoraConfig
+from lora_jax.config import LoraRule as LoraRule
+from lora_jax.low_rank import lora as lora
+from lora_jax.methods.full import full_finetuning as full_finetuning
+from lora_jax.sharding import shardings as shardings
+from lora_jax.trees import combine as combine
+from lora_jax.trees import label as label
+from lora_jax.trees import match as match
+from lora_jax.trees import partition as partition
+from lora_jax.trees import trainable_mask as trainable_mask

@@ -1,0 +1,386 @@
+"""The factored weight: a base plus low-rank terms whose axes are named.
+
+A weight `W` adapted by LoRA (Hu et al. 2021, sec. 4.1) stands in the interpreter as
+
+    base[dims] + sum over terms of scaling * sum_rank a[..., rank] * b[rank, ...]
+
+and is never multiplied out. Every axis of a factor is labelled by the dimension of the
+weight that it runs along, or RANK. A factor that lacks a dimension is constant along it;
+a dimension that both factors have is a batch axis (the layers of a stack, the experts of
+a mixture).
+
+While `init` infers the axes, a weight of n dimensions has one probing factor per axis
+instead: each rule of `rules.py` moves it along as it would `a` and `b`, and where the
+weight is used, the labels of the n factors tell what became of each axis.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+RANK = -1
+"""The label of a factor's rank axis; other labels are dimensions of the weight."""
+
+ArrayLike = Any
+Labels = tuple[int, ...]
+
+
+class Unsupported(Exception):
+  """Raised by a rule that cannot push an operation through the factors."""
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels"]
+)
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """One factor of a term: `array`'s axes run along `labels` of the weight, or RANK."""
+
+  array: jax.Array
+  labels: Labels
+
+  @property
+  def dims(self) -> Labels:
+    """The weight's dimensions that this factor varies along."""
+    return tuple(label for label in self.labels if label != RANK)
+
+  def axis(self, label: int) -> int:
+    return self.labels.index(label)
+
+
+class Label:
+  """A weight's path, for messages; all labels are equal, so that one compiled inner
+  function serves every layer."""
+
+  def __init__(self, path: str):
+    self.path = path
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Label)
+
+  def __hash__(self) -> int:
+    return 0
+
+
+@dataclasses.dataclass(eq=False)
+class Probe:
+  """Collects what the uses of one weight do with its axes."""
+
+  path: str
+  uses: list["Use"] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """The axes of the original weight, by their role at one use; `lookup`: an embedding."""
+
+  contracted: tuple[int, ...]
+  batch: tuple[int, ...]
+  free: tuple[int, ...]
+  lookup: bool = False
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["factors", "scaling", "dropout_rate", "key"],
+  meta_fields=["label", "probe"],
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """`scaling` times the sum over rank of the product of `factors`.
+
+  Attributes:
+    factors: A and B; while probing, one factor per axis of the weight.
+    label: the path of the weight it belongs to, for messages.
+    scaling: alpha / rank, times what the weight has been multiplied by since.
+    dropout_rate: of the branch's input.
+    key: None where there is no dropout; otherwise each use folds its own number in.
+    probe: where uses are recorded while axes are inferred, else None.
+  """
+
+  factors: tuple[Factor, ...]
+  label: Label
+  scaling: ArrayLike = 1.0
+  dropout_rate: ArrayLike = 0.0
+  key: jax.Array | None = None
+  probe: Probe | None = None
+
+  def scaled(self, z: jax.Array) -> jax.Array:
+    by = self.scaling
+    return z * (by if isinstance(by, int | float) else jnp.asarray(by).astype(z.dtype))
+
+  def fold(self, number: ArrayLike) -> "Term":
+    if self.key is None:
+      return self
+    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+  def drop(self, x: jax.Array) -> jax.Array:
+    """Applies LoRA dropout to the branch's input `x`."""
+    if self.key is None:
+      return x
+    keep = jax.random.bernoulli(self.key, 1 - self.dropout_rate, x.shape)
+    kept = x / jnp.asarray(1 - self.dropout_rate).astype(x.dtype)
+    return jnp.where(keep, kept, jnp.zeros_like(kept))
+
+  def product(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Returns the term multiplied out to `shape`: what everything else here avoids."""
+    array, labels = None, ()
+    dims = tuple(range(len(shape)))
+    for factor in self.factors:
+      piece = factor.array.astype(dtype)
+      if array is None:
+        array, labels = self.scaled(piece), factor.labels
+      else:
+        array, labels = contract(array, labels, piece, factor.labels, keep=dims)
+    assert array is not None, "a term has at least one factor"
+    present = tuple(d for d in dims if d in labels)
+    array = lax.transpose(array, [labels.index(d) for d in present])
+    return lax.broadcast_in_dim(array, tuple(shape), present)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["base", "terms"],
+  meta_fields=["lookup"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factored:
+  """A weight, or a view of one, with its low-rank terms kept apart.
+
+  Attributes:
+    base: the frozen part, of the view's full shape.
+    terms: the low-rank terms; several after weights were concatenated.
+    lookup: the dimensions that came from an integer array (`w[ids]`). Such a value has the
+      size of an activation, so that forming it is no loss.
+  """
+
+  base: jax.Array
+  terms: tuple[Term, ...]
+  lookup: tuple[int, ...] = ()
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.base.shape
+
+  @property
+  def ndim(self) -> int:
+    return self.base.ndim
+
+  @property
+  def dtype(self) -> Any:
+    return self.base.dtype
+
+  @property
+  def paths(self) -> list[str]:
+    """The weights it was made from, for messages."""
+    return list(dict.fromkeys(term.label.path for term in self.terms))
+
+  @property
+  def probing(self) -> bool:
+    return any(term.probe is not None for term in self.terms)
+
+  def rebase(self, base: jax.Array) -> "Factored":
+    """The same factors on another base: for what changes no element's position."""
+    return dataclasses.replace(self, base=base)
+
+  def map_factors(self, fn: Callable[[Factor], Factor]) -> "Factored":
+    terms = tuple(
+      dataclasses.replace(term, factors=tuple(map(fn, term.factors))) for term in self.terms
+    )
+    return dataclasses.replace(self, terms=terms)
+
+  def scale(self, base: jax.Array, by: ArrayLike) -> "Factored":
+    """Multiplies by a scalar; `base` is the base already multiplied."""
+    terms = tuple(dataclasses.replace(t, scaling=t.scaling * by) for t in self.terms)
+    return dataclasses.replace(self, base=base, terms=terms)
+
+  def fold(self, number: ArrayLike) -> "Factored":
+    """Folds `number` into the dropout keys: one number for each use or iteration."""
+    return dataclasses.replace(self, terms=tuple(term.fold(number) for term in self.terms))
+
+  def move(
+    self,
+    base: jax.Array,
+    where: Mapping[int, Labels],
+    on_factor: Callable[[Factor], jax.Array] = lambda factor: factor.array,
+  ) -> "Factored":
+    """Returns the view in which dimension d has become the dimensions `where[d]`.
+
+    Args:
+      base: the base after the operation.
+      where: the new dimensions of each old one; `()` for one that has vanished.
+      on_factor: the operation on a factor's array, which leaves the axes in the order of
+        the factor's labels. An axis of size 1 whose dimension vanishes is squeezed after.
+    """
+
+    moved = self.map_factors(lambda f: move_factor(on_factor(f), f.labels, where))
+    lookup = tuple(sorted(new for old in self.lookup for new in where[old]))
+    return dataclasses.replace(moved, base=base, lookup=lookup)
+
+  def use(
+    self, contracted: Sequence[int] = (), batch: Sequence[int] = (), lookup: bool = False
+  ) -> tuple[Term, ...]:
+    """Returns the terms to add to the base's output; while probing none, and records the use.
+
+    Args:
+      contracted: the dimensions summed over with the layer's input.
+      batch: the dimensions shared with the layer's input and kept.
+      lookup: True for an embedding's lookup, where `contracted` are the indexed dimensions.
+    Raises:
+      Unsupported: while probing, if an original axis has two roles.
+    """
+    for term in self.terms:
+      if term.probe is not None:
+        term.probe.uses.append(_use(term, set(contracted), set(batch), lookup))
+    return () if self.probing else self.terms
+
+  def materialize(self) -> jax.Array:
+    """Returns base plus terms as one array. Only for lookups and `on_unhandled`."""
+    out = self.base
+    for term in () if self.probing else self.terms:
+      out = out + aligned(term.product(self.shape, self.dtype), self.base)
+    return out
+
+  def look_up(self) -> jax.Array:
+    """Returns the looked-up rows with their low-rank part: an embedding's output."""
+    self.use(contracted=self.lookup, lookup=True)
+    return self.materialize()
+
+  def dot(
+    self,
+    x: jax.Array,
+    contracting: tuple[Sequence[int], Sequence[int]],
+    batch: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    precision: Any = None,
+    weight_first: bool = False,
+  ) -> jax.Array | None:
+    """Returns the low-rank part of `lax.dot_general(x, w)`, None while probing.
+
+    Contracts `x` with the factor that shares its axes first, then through rank; never forms
+    an array of the weight's size.
+
+    Args:
+      x: the layer's input.
+      contracting: the contracted axes of x and of the weight, paired.
+      batch: the batch axes of x and of the weight, paired.
+      precision: as `lax.dot_general` has it.
+      weight_first: True for `lax.dot_general(w, x)`.
+    """
+    pairs = dict(zip((*contracting[0], *batch[0]), (*contracting[1], *batch[1]), strict=True))
+    x_labels = tuple(pairs.get(axis, self.ndim + axis) for axis in range(x.ndim))
+    x_free = [label for label in x_labels if label >= self.ndim]
+    w_free = [d for d in range(self.ndim) if d not in pairs.values()]
+    out_labels = (*batch[1], *(w_free + x_free if weight_first else x_free + w_free))
+    total = None
+    for term in self.use(contracting[1], batch[1]):
+      array, labels = term.drop(x), x_labels
+      order = sorted(term.factors, key=lambda f: -len(set(f.dims) & set(contracting[1])))
+      for i, factor in enumerate(order):
+        later = {label for f in order[i + 1 :] for label in f.labels}
+        keep = {*out_labels, *later}
+        piece = factor.array.astype(x.dtype)
+        array, labels = contract(array, labels, piece, factor.labels, keep, precision)
+        array = term.scaled(array) if i == 0 else array
+      array = _spread(array, labels, out_labels, self.shape)
+      total = array if total is None else total + array
+    return total
+
+
+def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
+  """Relabels a factor's axes; those whose dimension has vanished have size 1 and go."""
+  gone = [i for i, label in enumerate(labels) if label != RANK and not where[label]]
+  new = [n for old in labels for n in ((RANK,) if old == RANK else where[old])]
+  return Factor(lax.squeeze(array, gone) if gone else array, tuple(new))
+
+
+def _use(term: Term, contracted: set[int], batch: set[int], lookup: bool) -> Use:
+  """Returns the role of each original axis at a use, from where its probing factor is now."""
+  roles: dict[str, list[int]] = {"contracted": [], "batch": [], "free": []}
+  for axis, factor in enumerate(term.factors):
+    dims = set(factor.dims)
+    if not dims or dims <= batch:  # taken away by an index or a loop, or shared with the input
+      roles["batch"].append(axis)
+    elif dims <= contracted:
+      roles["contracted"].append(axis)
+    elif dims & (contracted | batch):
+      raise Unsupported(f"axis {axis} is only partly contracted")
+    else:
+      roles["free"].append(axis)
+  if not roles["contracted"] or not roles["free"]:
+    side = "left as an output" if roles["contracted"] else "contracted with an input"
+    raise Unsupported(f"no axis is {side}, so that there are no two sides to factor")
+  return Use(*(tuple(axes) for axes in roles.values()), lookup=lookup)
+
+
+def contract(
+  x: jax.Array,
+  x_labels: Labels,
+  y: jax.Array,
+  y_labels: Labels,
+  keep: Any,
+  precision: Any = None,
+) -> tuple[jax.Array, Labels]:
+  """Returns the product of two labelled arrays, summed over the shared labels not in `keep`.
+
+  Labels that x and y share and that are in `keep` become batch axes. The result's labels
+  come with it: batch, then the rest of x, then the rest of y.
+  """
+  shared = [label for label in x_labels if label in y_labels]
+  summed = [label for label in shared if label not in keep]
+  batch = [label for label in shared if label in keep]
+  rest = [[l for l in labels if l not in shared] for labels in (x_labels, y_labels)]
+  labels = (*batch, *rest[0], *rest[1])
+  dimension_numbers = (
+    ([x_labels.index(l) for l in summed], [y_labels.index(l) for l in summed]),
+    ([x_labels.index(l) for l in batch], [y_labels.index(l) for l in batch]),
+  )
+  out_sharding = _product_sharding(x, x_labels, y, y_labels, labels)
+  out = lax.dot_general(x, y, dimension_numbers, precision=precision, out_sharding=out_sharding)
+  return out, labels
+
+
+def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSharding | None:
+  """Where sharding is part of the types: each axis keeps its spec, a summed one is gathered."""
+  sharding = jax.typeof(x).sharding
+  if not sharding.mesh.are_all_axes_explicit:
+    return None
+  specs = dict(zip(y_labels, jax.typeof(y).sharding.spec, strict=True))
+  specs.update(zip(x_labels, sharding.spec, strict=True))
+  seen: set[Any] = set()
+  spec = []
+  for label in labels:
+    names = specs[label]
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    spec.append(tuple(name for name in names if name not in seen) or None)
+    seen.update(names)
+  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def aligned(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns `x` cast, and where sharding is part of the types also sharded, as `like` is."""
+  sharding = jax.typeof(like).sharding
+  if sharding.mesh.are_all_axes_explicit and jax.typeof(x).sharding != sharding:
+    x = jax.sharding.reshard(x, sharding)
+  return x.astype(like.dtype)
+
+
+def _spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequence[int]):
+  """Puts axes in the order of `out_labels`; a dimension no factor has is broadcast."""
+  present = tuple(label for label in out_labels if label in labels)
+  order = tuple(labels.index(label) for label in present)
+  if order != tuple(range(array.ndim)):
+    array = lax.transpose(array, order)
+  if len(present) == len(out_labels):
+    return array
+  full = [array.shape[present.index(l)] if l in present else shape[l] for l in out_labels]
+  return lax.broadcast_in_dim(array, full, [out_labels.index(label) for label in present])
+
+
+def plus(base_out: jax.Array, low_rank: jax.Array | None) -> jax.Array:
+  """Adds the low-rank part to the base's output, in the base's dtype; None adds nothing."""
+  return base_out if low_rank is None else base_out + aligned(low_rank, base_out)

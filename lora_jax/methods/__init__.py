@@ -1,0 +1,1 @@
+"""The paper's baselines, each the same triple as `lora_jax.lora`."""

@@ -1,0 +1,61 @@
+"""Traces a function to a jaxpr, with whatever is no array held static."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.trees import leaves_with_path
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedCall:
+  """One call `fn(params, *args, **kwargs)` as a jaxpr.
+
+  Attributes:
+    jaxpr: the closed jaxpr of the call in its array leaves.
+    leaves: those leaves, in the jaxpr's order.
+    position: the path of a leaf of `params` to its place in `leaves`.
+    out_tree: the structure of what the call returns.
+  """
+
+  jaxpr: Any
+  leaves: list[Any]
+  position: dict[str, int]
+  out_tree: Any
+
+
+def is_array(leaf: Any) -> bool:
+  """Tells arrays, tracers and `ShapeDtypeStruct`s from what is held static."""
+  return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def trace_call(
+  fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> TracedCall:
+  """Traces `fn(params, *args, **kwargs)`; leaves that are not arrays are static.
+
+  Args:
+    fn: any JAX function of a parameter tree and further arguments.
+    params: the parameter tree, of arrays or `ShapeDtypeStruct`s.
+    args: positional arguments; bools, numbers, strings, functions and None are static.
+    kwargs: keyword arguments, likewise.
+  """
+  leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)))
+  dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+
+  def call(arrays):
+    filled = list(leaves)
+    for i, array in zip(dynamic, arrays, strict=True):
+      filled[i] = array
+    params, args, kwargs = jax.tree.unflatten(tree, filled)
+    return fn(params, *args, **kwargs)
+
+  arrays = [leaves[i] for i in dynamic]
+  jaxpr, out_shape = jax.make_jaxpr(call, return_shape=True)(arrays)
+  place = {leaf: order for order, leaf in enumerate(dynamic)}
+  paths = [path for path, _ in leaves_with_path(params)]
+  position = {path: place[i] for i, path in enumerate(paths) if i in place}
+  return TracedCall(jaxpr, arrays, position, jax.tree.structure(out_shape))

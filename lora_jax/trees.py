@@ -1,0 +1,204 @@
+"""Paths, patterns and partitions of parameter trees.
+
+One path language everywhere: the keys of a leaf joined by `/`, as in
+`h_0/attn/query/kernel`, matched as a whole by a regular expression
+(`re.fullmatch`). A pattern that matches nothing is an error.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def key_parts(key_path: Sequence[Any]) -> tuple[str, ...]:
+  """Returns the keys of a `jax.tree_util` key path as plain strings."""
+  return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+
+
+def leaves_with_path(tree: PyTree, is_leaf=None) -> list[tuple[str, Any]]:
+  """Returns `(path, leaf)` of every leaf of `tree`, in JAX's order."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+  return [("/".join(key_parts(keys)), leaf) for keys, leaf in flat]
+
+
+def nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+  """Builds nested dicts from `(keys, leaf)` pairs."""
+  tree: dict[str, Any] = {}
+  for keys, leaf in items:
+    node = tree
+    for key in keys[:-1]:
+      node = node.setdefault(key, {})
+    node[keys[-1]] = leaf
+  return tree
+
+
+def near(name: str, names: Iterable[str], count: int = 5) -> list[str]:
+  """Returns the entries of `names` that look most like `name`, best first."""
+  names = list(dict.fromkeys(names))
+  close = difflib.get_close_matches(name, names, n=count, cutoff=0.0)
+  return close or names[:count]
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Tells whether the regular expression `pattern` matches the whole of `path`."""
+  return re.fullmatch(pattern, path) is not None
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+  """Returns one pattern or several as a tuple.
+
+  Raises:
+    ValueError: if a pattern is not a valid regular expression.
+  """
+  patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+  for pattern in patterns:
+    if not isinstance(pattern, str):
+      raise ValueError(f"a path pattern must be a string, got {pattern!r}")
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+  return patterns
+
+
+def select(patterns: str | Iterable[str], paths: Iterable[str], what: str) -> list[str]:
+  """Returns the `paths` that any pattern matches; each pattern must match one.
+
+  Args:
+    patterns: regular expressions for whole paths.
+    paths: the candidates.
+    what: the name of the setting the patterns come from, for the message.
+  Raises:
+    ValueError: if a pattern matches no path; the message lists near names.
+  """
+  paths = list(paths)
+  selected: set[str] = set()
+  for pattern in as_patterns(patterns):
+    found = [path for path in paths if matches(pattern, path)]
+    if not found:
+      raise ValueError(
+        f"{what} {pattern!r} matches none of the {len(paths)} leaves "
+        f"(patterns must match whole paths). Near names: {', '.join(near(pattern, paths))}"
+      )
+    selected.update(found)
+  return [path for path in paths if path in selected]
+
+
+def match(tree: PyTree, patterns: str | Iterable[str]) -> PyTree:
+  """Returns a tree of bools: True where a leaf's path matches one of `patterns`.
+
+  The form in which optax takes a weight-decay mask:
+
+  >>> import jax.numpy as jnp
+  >>> tree = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+  >>> match(tree, r"kernel")
+  {'bias': False, 'kernel': True}
+
+  Raises:
+    ValueError: if a pattern matches no leaf.
+  """
+  paths = [path for path, _ in leaves_with_path(tree)]
+  selected = set(select(patterns, paths, "pattern"))
+  return jax.tree.unflatten(jax.tree.structure(tree), [path in selected for path in paths])
+
+
+def label(tree: PyTree, labels: Mapping[str, str]) -> PyTree:
+  """Returns a tree of strings: each leaf's label by the first pattern that matches its path.
+
+  The form in which `optax.partition` takes its groups; with it, LoRA+ (Hayou et al. 2024,
+  arXiv 2402.12354) is a dict of two optimizers:
+
+  >>> import jax.numpy as jnp
+  >>> tree = {"query": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 4))}}
+  >>> label(tree, {r".*/lora_b": "fast", r".*": "slow"})
+  {'query': {'lora_a': 'slow', 'lora_b': 'fast'}}
+
+  Args:
+    tree: any tree of arrays; None marks the absence of a leaf, as JAX has it.
+    labels: pattern to label, in order of precedence.
+  Raises:
+    ValueError: if a pattern matches no leaf or a leaf matches no pattern.
+  """
+  paths = [path for path, _ in leaves_with_path(tree)]
+  select(labels, paths, "label pattern")
+  names = []
+  for path in paths:
+    name = next((name for pattern, name in labels.items() if matches(pattern, path)), None)
+    if name is None:
+      raise ValueError(
+        f"no label pattern matches {path!r}; patterns: {', '.join(map(repr, labels))}. "
+        "Add a last pattern r'.*' for the rest"
+      )
+    names.append(name)
+  return jax.tree.unflatten(jax.tree.structure(tree), names)
+
+
+def trainable_mask(tree: PyTree, extra: str | Iterable[str] = ()) -> PyTree:
+  """Returns the optax mask of a combined tree `{"base": params, "adapter": trainable}`.
+
+  True for every leaf under `adapter` and for the leaves whose whole path (beginning with
+  `base/`) matches `extra`; False for the rest.
+
+  Raises:
+    ValueError: if `tree` is not a combined tree, or a pattern matches nothing.
+  """
+  if not isinstance(tree, Mapping) or set(tree) != {"base", "adapter"}:
+    got = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+    raise ValueError(
+      f"expected a combined tree {{'base': params, 'adapter': trainable}}, got {got}. "
+      "A trainable tree on its own needs no mask; for other trees use lora_jax.match"
+    )
+  paths = [path for path, _ in leaves_with_path(tree)]
+  extra = as_patterns(extra)
+  selected = set(select(extra, paths, "extra")) if extra else set()
+  mask = [path.startswith("adapter/") or path in selected for path in paths]
+  return jax.tree.unflatten(jax.tree.structure(tree), mask)
+
+
+def _is_none(leaf: Any) -> bool:
+  return leaf is None
+
+
+def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+  """Splits `tree` into its trainable and its frozen part; `combine` is the inverse.
+
+  Both parts have the nesting of `tree`, with None in the places of the other part, so that
+  `jax.grad` over the trainable part differentiates nothing else.
+
+  Args:
+    tree: any tree of arrays.
+    mask: a tree of bools with the structure of `tree`, as `trainable_mask` returns it.
+  Raises:
+    ValueError: if `mask` has another structure than `tree`.
+  """
+  if jax.tree.structure(tree) != jax.tree.structure(mask):
+    missing = {p for p, _ in leaves_with_path(tree)} ^ {p for p, _ in leaves_with_path(mask)}
+    raise ValueError(
+      "the mask must have the structure of the tree; paths in one of them only: "
+      f"{', '.join(sorted(missing)[:5]) or '(none: the nodes differ)'}"
+    )
+  trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
+  frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
+  return trainable, frozen
+
+
+def combine(*parts: PyTree) -> PyTree:
+  """Joins the parts of a tree that `partition` made, in any order.
+
+  Raises:
+    ValueError: if a leaf is given by two parts.
+  """
+
+  def join(path, *leaves):
+    given = [leaf for leaf in leaves if leaf is not None]
+    if len(given) > 1:
+      name = "/".join(key_parts(path))
+      raise ValueError(f"{name!r} is given by {len(given)} of the parts; expected one")
+    return given[0] if given else None
+
+  return jax.tree_util.tree_map_with_path(join, *parts, is_leaf=_is_none)
