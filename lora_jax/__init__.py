@@ -7,8 +7,14 @@ from lora_jax.adapter import pack as pack
 from lora_jax.adapter import unpack as unpack
 from lora_jax.config import LoraConfig as LoraConfig
 from lora_jax.config import LoraRule as LoraRule
+from lora_jax.factored import Factored as Factored
+from lora_jax.flax_nnx import functional as functional
+from lora_jax.inspection import merge_error as merge_error
+from lora_jax.inspection import summary as summary
+from lora_jax.interpreter import UnsupportedOperation as UnsupportedOperation
 from lora_jax.low_rank import lora as lora
 from lora_jax.methods.full import full_finetuning as full_finetuning
+from lora_jax.optimizer import freeze as freeze
 from lora_jax.sharding import shardings as shardings
 from lora_jax.trees import combine as combine
 from lora_jax.trees import label as label

@@ -1,0 +1,86 @@
+"""An optimizer whose state exists for the trainable leaves alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.sharding import place
+from lora_jax.trees import partition
+
+PyTree = Any
+
+
+def freeze(
+  optimizer: optax.GradientTransformation, mask: PyTree, shardings: PyTree | None = None
+) -> optax.GradientTransformationExtraArgs:
+  """Restricts `optimizer` to the leaves where `mask` is True.
+
+  - Its state has leaves for these alone.
+  - Gradients of frozen leaves may be None, as `jax.grad` over the trainable part of
+    `partition` gives them; whatever they are, they are not looked at. (`optax.masked` passes
+    them through: a raw gradient would become the update of a frozen weight.)
+  - Clipping by the global norm and weight decay see the trainable leaves only.
+  - The update of a frozen leaf is None where its gradient was None, else zero.
+
+  >>> import jax.numpy as jnp, optax
+  >>> tree = {"base": jnp.ones(3), "adapter": jnp.ones(2)}
+  >>> mask = {"base": False, "adapter": True}
+  >>> optimizer = freeze(optax.adam(1e-3), mask)
+  >>> [leaf.shape for leaf in jax.tree.leaves(optimizer.init(tree))]  # count, mu, nu
+  [(), (2,), (2,)]
+
+  Args:
+    optimizer: any optax transformation.
+    mask: a tree of bools with the structure of the whole tree, as `trainable_mask` returns it.
+    shardings: a tree like the whole or the trainable one, of the `NamedSharding`s that
+      gradients, optimizer state and updates are constrained to (`lora_jax.shardings`); None
+      leaves them to the compiler.
+  """
+  inner = optax.with_extra_args_support(optimizer)
+  keep = jax.tree.leaves(mask)
+  structure = jax.tree.structure(mask)
+  if not any(keep):
+    raise ValueError("the mask has no True leaf, so that nothing would be trained")
+
+  def trainable_part(tree: PyTree) -> PyTree:
+    """Puts None in the frozen places, which may be None already."""
+    return jax.tree.unflatten(
+      structure, [leaf if kept else None for leaf, kept in zip(_full(tree), keep, strict=True)]
+    )
+
+  def _full(tree: PyTree) -> list[Any]:
+    """Returns the leaves in the mask's order, None included."""
+    try:
+      return structure.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+      raise ValueError(f"expected a tree with the structure of the mask: {error}") from error
+
+  def init(params: PyTree) -> optax.OptState:
+    return constrained(inner.init(trainable_part(params)))
+
+  def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any):
+    given = _full(updates)
+    grads = _constrain(trainable_part(updates), places)
+    own = None if params is None else trainable_part(params)
+    new, state = inner.update(grads, state, own, **extra)
+    new = _constrain(new, places)
+    zeros = [None if g is None or kept else jnp.zeros_like(g) for g, kept in zip(given, keep)]
+    filled = [n if kept else z for n, z, kept in zip(_full(new), zeros, keep, strict=True)]
+    return jax.tree.unflatten(structure, filled), constrained(state)
+
+  places = None if shardings is None else trainable_part(shardings)
+
+  def constrained(state: optax.OptState) -> optax.OptState:
+    if places is None:
+      return state
+    return optax.tree.map_params(
+      inner, lambda leaf, where: place(leaf, where), state, places
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _constrain(tree: PyTree, places: PyTree | None) -> PyTree:
+  return tree if places is None else jax.tree.map(place, tree, places)

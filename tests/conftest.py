@@ -1,0 +1,18 @@
+"""Every test runs on 8 emulated CPU devices, with strict shapes and jaxtyping checked."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["KERAS_BACKEND"] = "jax"
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("lora_jax", "beartype.beartype"):
+  import lora_jax  # noqa: F401
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

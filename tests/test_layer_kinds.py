@@ -1,0 +1,87 @@
+"""Every layer kind of the table: equal to the merged model, and never multiplied out."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.adapter import adapter_weights
+from lora_jax.config import array_leaves
+
+from tests.jaxprs import count_of_sizes
+from tests.layer_kinds import KINDS, Case, normal
+
+
+def adapted(case: Case, init: str = "kaiming_uniform"):
+  config = lj.LoraConfig(case.rank, 3.0, case.target, init=init, rules=case.rules)
+  adaptation = lj.lora(case.fn, config, opaque=case.opaque)
+  return adaptation, adaptation.init(jax.random.key(0), case.params, *case.args)
+
+
+def randomized(trainable):
+  leaves, structure = jax.tree.flatten(trainable)
+  new = [0.3 * normal(*leaf.shape, seed=100 + i) for i, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(structure, new)
+
+
+def assert_close(got, expected, tolerance):
+  got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+  scale = max(1.0, float(np.abs(expected).max()))
+  np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_step_zero_is_the_base_bit_for_bit(kind):
+  case = kind.build()
+  adaptation, trainable = adapted(case)
+  assert adapter_weights(trainable)
+  expected = jax.jit(lambda p, *a: case.fn(p, *a))(case.params, *case.args)
+  got = jax.jit(lambda p, t, *a: adaptation.apply(p, t, *a))(case.params, trainable, *case.args)
+  np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+  assert got.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_output_and_gradients_equal_the_merged_models(kind):
+  case = kind.build()
+  adaptation, trainable = adapted(case)
+  trainable = randomized(trainable)
+  out_shape = jax.eval_shape(case.fn, case.params, *case.args)
+  direction = normal(*out_shape.shape, seed=9)
+
+  def factored(trainable):
+    out = adaptation.apply(case.params, trainable, *case.args)
+    return jnp.mean(direction * out), out
+
+  def merged(trainable):
+    out = case.fn(adaptation.merge(case.params, trainable), *case.args)
+    return jnp.mean(direction * out), out
+
+  got, out = jax.jit(jax.grad(factored, has_aux=True))(trainable)
+  expected, expected_out = jax.jit(jax.grad(merged, has_aux=True))(trainable)
+  base = case.fn(case.params, *case.args)
+  assert float(jnp.abs(out - base).max()) > 10 * kind.tolerance  # the adapter does something
+  assert_close(out, expected_out, kind.tolerance)
+  for leaf, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert float(jnp.abs(reference).max()) > 0
+    assert_close(leaf, reference, kind.tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_creates_no_more_values_of_the_weights_size_than_the_base(kind):
+  case = kind.build()
+  adaptation, trainable = adapted(case)
+  leaves = array_leaves(case.params)
+  sizes = {math.prod(leaves[path][1].shape) for path in adapter_weights(trainable)}
+  base = jax.make_jaxpr(lambda p, *a: case.fn(p, *a))(case.params, *case.args)
+  ours = jax.make_jaxpr(lambda p, t, *a: adaptation.apply(p, t, *a))(
+    case.params, trainable, *case.args
+  )
+  merged = jax.make_jaxpr(lambda p, t, *a: case.fn(adaptation.merge(p, t), *a))(
+    case.params, trainable, *case.args
+  )
+  assert count_of_sizes(ours, sizes) <= count_of_sizes(base, sizes)
+  assert count_of_sizes(merged, sizes) > count_of_sizes(base, sizes)  # the count can tell
