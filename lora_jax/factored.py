@@ -41,7 +41,7 @@ class Unsupported(Exception):
 class Factor:
   """One factor of a term: `array`'s axes run along `labels` of the weight, or RANK."""
 
-  array: jax.Array
+  array: Any  # a jax.Array; JAX's tree functions put other things in its place
   labels: Labels
 
   @property
@@ -107,7 +107,7 @@ class Term:
   label: Label
   scaling: ArrayLike = 1.0
   dropout_rate: ArrayLike = 0.0
-  key: jax.Array | None = None
+  key: Any = None
   probe: Probe | None = None
 
   def scaled(self, z: jax.Array) -> jax.Array:
@@ -146,7 +146,7 @@ class Term:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["base", "terms"],
-  meta_fields=["lookup"],
+  meta_fields=["lookup", "origin"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
@@ -157,11 +157,13 @@ class Factored:
     terms: the low-rank terms; several after weights were concatenated.
     lookup: the dimensions that came from an integer array (`w[ids]`). Such a value has the
       size of an activation, so that forming it is no loss.
+    origin: inside control flow, the number of the operand that it still is, unchanged.
   """
 
-  base: jax.Array
+  base: Any
   terms: tuple[Term, ...]
   lookup: tuple[int, ...] = ()
+  origin: int | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:

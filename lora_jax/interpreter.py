@@ -103,11 +103,9 @@ class Interpreter:
       if rule is not None:
         return self._apply_rule(rule, number, equation, values, {})
       if name in self._control_flow:
-        for i, value in enumerate(values):
-          if isinstance(value, Factored) and value.lookup and value.ndim < len(value.lookup) + 2:
-            values[i] = value.look_up()  # an embedding's output: no weight any more
-        inner = [_fold(value, number) for value in values]
-        return list(self._control_flow[name](equation, inner))
+        inner = [_entered(value, number, i) for i, value in enumerate(values)]
+        outputs = self._control_flow[name](equation, inner)
+        return [_left(out, values) for out in outputs]
       if name in rules.CONSUMERS:
         return self._apply_rule(rules.CONSUMERS[name], number, equation, values, equation.params)
       if name in rules.STRUCTURAL:
@@ -119,11 +117,12 @@ class Interpreter:
   def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
     def call(*arrays):
       outputs = _compat.bind(equation, arrays)
-      return outputs if equation.primitive.multiple_results else outputs[0]
+      return outputs[0] if len(outputs) == 1 else outputs
 
     operands = values if number is None else [_fold(value, number) for value in values]
     outputs = rule(call, *operands, **params)
-    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    return [_with_origin(out, None) for out in outputs]
 
   def _opaque_rule(self, equation: Any) -> OpaqueRule | None:
     name = _compat.traced_name(equation)
@@ -188,8 +187,6 @@ class Interpreter:
       jitted = jax.jit(function, inline=params["inline"])
       self._functions[key] = params["jaxpr"], jitted  # the jaxpr is kept: ids are reused
     outputs = self._functions[key][1](*values)
-    weights = [value for value in values if isinstance(value, Factored)]
-    outputs = [_relabel(out, weights) for out in outputs]
     return _constrained(outputs, params["out_shardings"])
 
   def _checkpoint(self, equation: Any, values: Values) -> Any:
@@ -218,8 +215,16 @@ class Interpreter:
         for i, ((_, rebuild), array) in enumerate(zip(stacks, arrays, strict=True))
       }
       outputs = self.run(params["jaxpr"], [_fold(args[i], number) for i in range(len(args))])
-      carried = [_formed(outputs[i - n_consts], "carried by a scan") for i in changing]
-      return carried, [_formed(out, "stacked by a scan") for out in outputs[n_carry:]]
+      carried = [_formed(outputs[i - n_consts], "changed and carried by a scan") for i in changing]
+      return carried, [handed_on(j, out) for j, out in enumerate(outputs[n_carry:])]
+
+    operands: dict[int, Factored] = {}  # weights that the body hands on, slice by slice
+
+    def handed_on(j, out):
+      if _unchanged(out) and out.origin >= n_consts + n_carry:
+        operands[j] = values[out.origin]
+        return None
+      return _formed(out, "stacked by a scan")
 
     carried, ys = lax.scan(
       body,
@@ -230,7 +235,8 @@ class Interpreter:
       unroll=params["unroll"],
     )
     outputs = dict(zip(changing, carried, strict=True)) | fixed
-    return [outputs[i] for i in range(n_consts, n_consts + n_carry)] + list(ys)
+    stacked = [operands.get(j, y) for j, y in enumerate(ys)]
+    return [outputs[i] for i in range(n_consts, n_consts + n_carry)] + stacked
 
   def _while(self, equation: Any, values: Values) -> Any:
     params = equation.params
@@ -265,11 +271,24 @@ class Interpreter:
     if params.get("branches_platforms") is not None:
       raise Unsupported("a choice by platform cannot be emitted again")
 
+    origins: list[dict[int, int]] = []
+
     def branch(jaxpr):
-      return lambda *args: [_formed(out, "returned by a branch") for out in self.run(jaxpr, args)]
+      def function(*args):
+        outputs = self.run(jaxpr, args)
+        origins.append({j: o.origin for j, o in enumerate(outputs) if _unchanged(o)})
+        return [None if _unchanged(out) else _formed(out, "made by a branch") for out in outputs]
+
+      return function
 
     index, *operands = values
-    return lax.switch(index, [branch(jaxpr) for jaxpr in params["branches"]], *operands)
+    try:
+      outputs = lax.switch(index, [branch(jaxpr) for jaxpr in params["branches"]], *operands)
+    except TypeError as error:
+      if any(handed != origins[0] for handed in origins):
+        raise Unsupported("branches that return different weights") from error
+      raise
+    return [values[origins[0][j]] if j in origins[0] else out for j, out in enumerate(outputs)]
 
   def _shard_map(self, equation: Any, values: Values) -> Any:
     params = equation.params
@@ -281,7 +300,7 @@ class Interpreter:
 
     def function(*args):
       outputs = self.run(params["jaxpr"], args)
-      return tuple(_formed(out, "returned by shard_map") for out in outputs)
+      return tuple(_formed(out, "returned by a shard_map") for out in outputs)
 
     return jax.shard_map(
       function,
@@ -309,18 +328,40 @@ def _fold(value: Any, number: Any) -> Any:
   return value.fold(number) if isinstance(value, Factored) and number is not None else value
 
 
+def _unchanged(value: Any) -> bool:
+  return isinstance(value, Factored) and value.origin is not None
+
+
 def _has_key(value: Any) -> bool:
   return isinstance(value, Factored) and any(term.key is not None for term in value.terms)
 
 
-def _relabel(out: Any, weights: Sequence[Factored]) -> Any:
-  """A cached function's output carries the labels of its first caller; gives it the caller's."""
-  if not isinstance(out, Factored) or len(weights) != 1 or len(weights[0].terms) != 1:
+def _with_origin(value: Any, origin: int | None) -> Any:
+  return dataclasses.replace(value, origin=origin) if isinstance(value, Factored) else value
+
+
+def _entered(value: Any, number: int, position: int) -> Any:
+  """Returns an operand as the body of control flow sees it."""
+  return _with_origin(_fold(value, number), position)
+
+
+def _left(out: Any, operands: Sequence[Any]) -> Any:
+  """Returns an output of control flow as the caller sees it.
+
+  A weight handed on unchanged (NNX returns a module's parameters from every call) is the
+  operand itself. A view has the labels of the function's first caller, whom the cached
+  function was traced for; where there is one weight it gets its own.
+  """
+  if not isinstance(out, Factored):
+    return out
+  if out.origin is not None:
+    return operands[out.origin]
+  weights = [value for value in operands if isinstance(value, Factored)]
+  if len(weights) != 1 or len(weights[0].terms) != 1:
     return out
   label = weights[0].terms[0].label
-  return dataclasses.replace(
-    out, terms=tuple(dataclasses.replace(term, label=label) for term in out.terms)
-  )
+  terms = tuple(dataclasses.replace(term, label=label) for term in out.terms)
+  return dataclasses.replace(out, terms=terms)
 
 
 def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> Values:

@@ -18,6 +18,7 @@ size but W itself is ever formed. `lora` returns three pure functions:
     h_0/attn/query/bias    (64,)      ->    (nothing: frozen)
 """
 
+import enum
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +46,14 @@ from lora_jax.sharding import factor_shardings, leaf_sharding, place
 from lora_jax.tracing import trace_call
 from lora_jax.trees import leaves_with_path, near, nest
 
-NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda self: "NOT_GIVEN"})()
+
+class NotGiven(enum.Enum):
+  """Tells an argument that was left out from one that is None."""
+
+  NOT_GIVEN = enum.auto()
+
+
+NOT_GIVEN = NotGiven.NOT_GIVEN
 
 
 def lora(
@@ -117,7 +125,7 @@ def lora(
     params: PyTree,
     trainable: PyTree,
     *args: Any,
-    lora_key: PRNGKeyArray | None = NOT_GIVEN,
+    lora_key: PRNGKeyArray | NotGiven | None = NOT_GIVEN,
     scaling: Any = None,
     dropout_rate: Any = None,
     **kwargs: Any,
@@ -237,16 +245,18 @@ def _by_path(given: Any, defaults: Mapping[str, float], what: str) -> Mapping[st
 
 
 def _dropout_key(
-  lora_key: PRNGKeyArray | None, targets: Mapping[str, Target], dropout_rate: Any
+  lora_key: PRNGKeyArray | NotGiven | None, targets: Mapping[str, Target], dropout_rate: Any
 ) -> PRNGKeyArray | None:
   """Returns the key, None to evaluate. Raises ValueError if there is dropout and no answer."""
   rates = _by_path(dropout_rate, {p: t.dropout for p, t in targets.items()}, "dropout_rate")
   drops = not all(_is_zero(rate) for rate in rates.values())
-  if lora_key is NOT_GIVEN and drops:
+  if not drops:
+    return None
+  if isinstance(lora_key, NotGiven):
     raise ValueError(
       "there is LoRA dropout, so apply needs lora_key: a key to train, None to evaluate"
     )
-  return lora_key if drops else None
+  return lora_key
 
 
 def _is_zero(rate: Any) -> bool:

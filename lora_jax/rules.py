@@ -11,7 +11,7 @@ A rule that cannot do it raises `Unsupported` with the reason. Nothing here know
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +128,7 @@ def sharding_constraint(call, w, *, sharding, **_):
   return w.rebase(call(w.base)).map_factors(constrained)
 
 
-def factor_spec(labels: Labels, spec: Sequence[Any]) -> jax.sharding.PartitionSpec:
+def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
   """Returns a factor's PartitionSpec from its weight's: the rank axis is replicated."""
   axes = (*spec, *(None for _ in labels))  # a spec may be shorter than the shape
   return jax.sharding.PartitionSpec(*(None if d == RANK else axes[d] for d in labels))
@@ -187,32 +187,78 @@ def rev(call, w, *, dimensions, **_):
 
 
 def pad(call, w, value, *, padding_config, **_):
-  def extend(array, axis, dim):
-    config = [(0, 0, 0)] * array.ndim
-    config[axis] = padding_config[dim]
-    return lax.pad(array, jnp.zeros((), array.dtype), config)
-
   padded = {d for d, config in enumerate(padding_config) if tuple(config) != (0, 0, 0)}
-  carried = [set(f.dims) for term in w.terms for f in term.factors]
-  if not w.probing and padded and not any(padded & dims for dims in carried):
-    raise Unsupported("padding along an axis that neither factor has")
-  return along_dims(w, call(w.base, value), extend)
+  for term in w.terms:
+    if not w.probing and padded and not any(padded & set(f.dims) for f in term.factors):
+      raise Unsupported("padding along an axis that neither factor has")
+  padding = dict(enumerate(padding_config))
+  return replace(w.map_factors(lambda f: _pad(f, padding)), base=call(w.base, value))
+
+
+def _pad(factor: Factor, padding: Mapping[int, tuple[int, int, int]]) -> Factor:
+  """Pads a factor with zeros, which pads the product with zeros whatever the other one has."""
+  config = [padding.get(label, (0, 0, 0)) for label in factor.labels]
+  zero = jnp.zeros((), factor.array.dtype)
+  return Factor(lax.pad(factor.array, zero, config), factor.labels)
 
 
 def concatenate(call, *operands, dimension):
   """Every piece keeps its own terms, padded with zeros along `dimension`."""
   base = call(*(w.base if isinstance(w, Factored) else w for w in operands))
-  terms, start = [], 0
-  for w in operands:
-    size = w.shape[dimension]
+  sizes = [w.shape[dimension] for w in operands]
+  return _side_by_side(base, operands, dimension, sizes)
+
+
+def stack(call, *operands, axis):
+  """Every piece keeps its own terms, which are zero in the other pieces' places."""
+  base = call(*(w.base if isinstance(w, Factored) else w for w in operands))
+  where = {d: (d + (d >= axis),) for d in range(base.ndim - 1)}
+
+  def widened(w):
+    if not isinstance(w, Factored):
+      return w
+    lookup = tuple(where[d][0] for d in w.lookup)
+    moved = w.map_factors(lambda f: move_factor(f.array, f.labels, where))
+    return replace(moved, lookup=lookup)
+
+  return _side_by_side(base, [widened(w) for w in operands], axis, [1] * len(operands))
+
+
+def _side_by_side(base, operands, dim: int, sizes: Sequence[int]) -> Factored:
+  terms: list[Term] = []
+  start = 0
+  for w, size in zip(operands, sizes, strict=True):
     if isinstance(w, Factored):
-      config = [(0, 0, 0)] * w.ndim
-      config[dimension] = (start, base.shape[dimension] - start - size, 0)
-      varying = replace(w, terms=tuple(_vary_along(t, dimension, size) for t in w.terms))
-      terms += pad(lambda *_: base, varying, None, padding_config=config).terms
+      padding = {dim: (start, base.shape[dim] - start - size, 0)}
+      for term in w.terms:
+        term = _vary_along(term, dim, size)
+        terms.append(replace(term, factors=tuple(_pad(f, padding) for f in term.factors)))
     start += size
   lookup = {d for w in operands if isinstance(w, Factored) for d in w.lookup}
   return Factored(base, tuple(terms), tuple(sorted(lookup)))
+
+
+def _vary_along(term: Term, dim: int, size: int) -> Term:
+  """Gives a term whose factors are constant along `dim` an axis for it in its first one."""
+  first, *rest = term.factors
+  if term.probe is not None or any(dim in f.dims for f in term.factors):
+    return term
+  array = jnp.broadcast_to(first.array, (size, *first.array.shape))
+  return replace(term, factors=(Factor(array, (dim, *first.labels)), *rest))
+
+
+def unstack(call, w, *, axis):
+  where = {d: () if d == axis else (d - (d > axis),) for d in range(w.ndim)}
+
+  def piece(base, i):
+    def cut(factor):
+      if axis not in factor.labels:
+        return factor.array
+      return lax.slice_in_dim(factor.array, i, i + 1, axis=factor.axis(axis))
+
+    return w.move(base, where, cut)
+
+  return [piece(base, i) for i, base in enumerate(call(w.base))]
 
 
 def _vary_along(term: Term, dim: int, size: int) -> Term:
@@ -279,7 +325,11 @@ def _scale_along(w: Factored, base: jax.Array, by: Any) -> Factored:
 
 
 def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
-  """`w[ids]` in all its modes: each factor is indexed by the dimensions it has."""
+  """`w[ids]` in all its modes: each factor is indexed by the dimensions it has.
+
+  Rows that are looked up are an embedding's output, formed here: they have the size of an
+  activation. Matrices that are looked up, one per index, stay factored.
+  """
   if not isinstance(w, Factored):
     raise Unsupported("indexing by an adapted weight")
   dnums = dimension_numbers
@@ -301,7 +351,9 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
     return _gather_factor(array, factor.labels, indices, dnums, slice_sizes, mode, where, batch)
 
   lookup = {*batch, *(new for old in w.lookup for new in where[old])}
-  return replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
+  view = replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
+  per_index = view.ndim >= len(lookup) + 2  # each index picks a matrix, not a row
+  return view if per_index or not lookup else view.look_up()
 
 
 def _gather_factor(array, labels, indices, dnums, slice_sizes, mode, where, batch) -> Factor:
@@ -439,6 +491,8 @@ STRUCTURAL: Mapping[str, Rule] = {
   "rev": rev,
   "pad": pad,
   "concatenate": concatenate,
+  "stack": stack,
+  "unstack": unstack,
   "gather": gather,
   "mul": mul,
   "div": div,

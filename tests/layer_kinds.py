@@ -182,7 +182,7 @@ def _():
 
 @kind("Flax Linen", "Conv, depthwise")
 def _():
-  return linen(nn.Conv(14, (3, 3), feature_group_count=7), normal(2, 5, 5, 7))
+  return linen(nn.Conv(21, (3, 3), feature_group_count=7), normal(2, 5, 5, 7))
 
 
 @kind("Flax Linen", "MultiHeadDotProductAttention")
@@ -538,7 +538,7 @@ def _():
     shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
     return pl.pallas_call(body, shape, interpret=True, name="pallas_matmul")(x, w)
 
-  matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, None))
+  matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
   opaque = {"matmul": dot_rule}
   return plain(lambda w, x: jnp.tanh(matmul(x, w)), weight(D_IN, D_OUT), normal(*X), opaque=opaque)
 
@@ -576,7 +576,7 @@ def _():
   import equinox as eqx
 
   model = eqx.nn.MLP(D_IN, 11, D_OUT, depth=2, key=KEY)
-  args = (normal(*X),)
+  args = (normal(*X),)  # the model's activation functions are leaves too, and static
   return Case(lambda model, x: jax.vmap(model)(x), model, args, target=r"layers/\d/weight")
 
 
@@ -599,7 +599,8 @@ def _():
 
   def fn(params, x):
     variables = [params[v.path] for v in model.trainable_variables]
-    return model.stateless_call(variables, [], x)[0]
+    with jax.numpy_rank_promotion("allow"):  # Keras adds biases so
+      return model.stateless_call(variables, [], x)[0]
 
   return Case(fn, params, (normal(*X),))
 

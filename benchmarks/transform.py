@@ -1,0 +1,516 @@
+"""Compares `lora_jax.lora` with LoRA written into the model by hand.
+
+    PYTHONPATH=. python -m benchmarks.transform
+    PYTHONPATH=. python -m benchmarks.transform --target query,value     # the paper's
+    PYTHONPATH=. python -m benchmarks.transform --batch 8 --length 1024 --dtype bfloat16  # a GPU
+
+The model has GPT-2's shape (learned positions, LayerNorm before each part, a tied head), once
+with a Python loop over its layers ("unrolled") and once with `jax.lax.scan` over stacked ones.
+The whole train step is measured, loss, gradients and AdamW, in four ways:
+
+    hand      x W + scaling * (x A) B, written into the model
+    lora_jax  `lora_jax.lora` of the plain model
+    merged    the plain model on `merge(params, trainable)`, merged in every step
+    full      full fine-tuning
+
+It prints one table: seconds to trace the step to a jaxpr and to lower it, GFLOP in matrix
+products of the compiled step, temporary MB, and milliseconds per step, each with its ratio to
+the hand-written way ("x"). Then the checks of the count, and which of the goals are met.
+
+The ways take turns, and the ratio of step times is the median over turns, so that other work
+on the machine falls on all alike; the two numbers after it are the quartiles. Before anything
+is timed, the first losses and gradients of `hand` and `lora_jax` are compared.
+"""
+
+import argparse
+import dataclasses
+import gc
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax
+
+PyTree = Any
+ALPHA = 32.0
+HEAD_WIDTH = 64
+LAYERS = {
+  "query": "attn/query",
+  "key": "attn/key",
+  "value": "attn/value",
+  "attn_out": "attn/out",
+  "mlp_in": "mlp/in",
+  "mlp_out": "mlp/out",
+}
+WAYS = ("hand", "lora_jax", "merged", "full")
+GOALS = {"trace_s": 2.5, "gflop": 1.01, "temp_mb": 1.05, "step_ms": 1.05}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+# ---- the model, with LoRA by hand where adapters are given ------------------------------
+
+
+def linear(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> jax.Array:
+  """Returns `x W + b`, and with an adapter the low-rank part of the paper's sec. 4.1."""
+  out = x @ layer["kernel"]
+  if adapter:
+    a, b = (adapter["kernel"][name].astype(x.dtype) for name in ("lora_a", "lora_b"))
+    out = out + scaling * ((x @ a) @ b)
+  return out + layer["bias"]
+
+
+def layer_norm(layer: PyTree, x: jax.Array) -> jax.Array:
+  wide = x.astype(jnp.float32)
+  centred = wide - wide.mean(-1, keepdims=True)
+  normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+  return normal.astype(x.dtype) * layer["scale"] + layer["bias"]
+
+
+def attention(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> jax.Array:
+  batch, length, width = x.shape
+  heads = (batch, length, width // HEAD_WIDTH, HEAD_WIDTH)
+  query, key, value = (
+    linear(layer[name], x, adapter.get(name), scaling).reshape(heads)
+    for name in ("query", "key", "value")
+  )
+  scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(HEAD_WIDTH)
+  seen = jnp.tril(jnp.ones((length, length), bool))
+  scores = jnp.where(seen, scores.astype(jnp.float32), -1e9)
+  weights = jax.nn.softmax(scores).astype(x.dtype)
+  mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+  return linear(layer["out"], mixed, adapter.get("out"), scaling)
+
+
+def block(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> jax.Array:
+  attn, mlp = adapter.get("attn", {}), adapter.get("mlp", {})
+  x = x + attention(layer["attn"], layer_norm(layer["ln_1"], x), attn, scaling)
+  hidden = linear(layer["mlp"]["in"], layer_norm(layer["ln_2"], x), mlp.get("in"), scaling)
+  return x + linear(layer["mlp"]["out"], jax.nn.gelu(hidden), mlp.get("out"), scaling)
+
+
+def gpt(
+  params: PyTree, ids: jax.Array, adapters: PyTree | None = None, scaling: float = 0.0
+) -> jax.Array:
+  """Returns the logits; the layers are either `h_0`, `h_1`, ... or stacked under `h`."""
+  adapters = adapters or {}
+  x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][: ids.shape[1]]
+
+  def body(x, layer_and_adapter):
+    return block(layer_and_adapter[0], x, layer_and_adapter[1], scaling), None
+
+  if "h" in params:
+    x, _ = jax.lax.scan(body, x, (params["h"], adapters.get("h", {})))
+  for i in range(sum(name.startswith("h_") for name in params)):
+    x, _ = body(x, (params[f"h_{i}"], adapters.get(f"h_{i}", {})))
+  return layer_norm(params["ln_f"], x) @ params["wte"]["embedding"].T
+
+
+def init_layer(key: jax.Array, width: int, dtype: Any) -> PyTree:
+  """Returns one layer's parameters."""
+
+  def kernel(number, rows, columns):
+    drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, number), (rows, columns))
+    return {"kernel": drawn.astype(dtype), "bias": jnp.zeros(columns, dtype)}
+
+  attn = {name: kernel(i, width, width) for i, name in enumerate(("query", "key", "value", "out"))}
+  mlp = {"in": kernel(4, width, 4 * width), "out": kernel(5, 4 * width, width)}
+  return {"attn": attn, "mlp": mlp, "ln_1": _norm(width, dtype), "ln_2": _norm(width, dtype)}
+
+
+def init_params(options: argparse.Namespace, form: str) -> PyTree:
+  """Returns the model's parameters in one of the two forms, the same numbers in both."""
+  width, dtype = options.width, jnp.dtype(options.dtype)
+
+  def init(key):
+    keys = jax.random.split(key, options.layers + 2)
+    sizes = {"wte": options.vocabulary, "wpe": options.length}
+    tables = {
+      name: {"embedding": (0.02 * jax.random.normal(k, (size, width))).astype(dtype)}
+      for k, (name, size) in zip(keys, sizes.items())
+    }
+    layers = jax.vmap(lambda k: init_layer(k, width, dtype))(keys[2:])
+    if form == "scanned":
+      stacks = {"h": layers}
+    else:
+      stacks = {f"h_{i}": jax.tree.map(lambda x: x[i], layers) for i in range(options.layers)}
+    return {**tables, **stacks, "ln_f": _norm(width, dtype)}
+
+  return jax.jit(init)(jax.random.key(0))
+
+
+def _norm(width: int, dtype: Any) -> PyTree:
+  return {"scale": jnp.ones(width, dtype), "bias": jnp.zeros(width, dtype)}
+
+
+# ---- the four ways ---------------------------------------------------------------------
+
+
+def adapt(options: argparse.Namespace) -> lora_jax.Adaptation:
+  """Returns LoRA of a fresh copy of the plain model, of which nothing has been traced."""
+  paths = "|".join(LAYERS[name] for name in options.target)
+  config = lora_jax.LoraConfig(rank=options.rank, alpha=ALPHA, target=rf".*/({paths})/kernel")
+  return lora_jax.lora(lambda params, ids: gpt(params, ids), config)
+
+
+def make_apply(way: str, options: argparse.Namespace) -> Callable[..., jax.Array]:
+  """Returns `apply(trainable, params, ids)` for one way, likewise fresh."""
+  scaling = ALPHA / options.rank
+  adapted = adapt(options)
+  full = lora_jax.full_finetuning(lambda params, ids: gpt(params, ids))
+  return {
+    "hand": lambda trainable, params, ids: gpt(params, ids, trainable, scaling),
+    "lora_jax": lambda trainable, params, ids: adapted.apply(params, trainable, ids),
+    "merged": lambda trainable, params, ids: gpt(adapted.merge(params, trainable), ids),
+    "full": lambda trainable, params, ids: full.apply(params, trainable, ids),
+  }[way]
+
+
+def make_step(way: str, options: argparse.Namespace) -> Any:
+  """Returns the jitted train step of one way; each call returns a new function."""
+  apply, optimizer = make_apply(way, options), optax.adamw(1e-4)
+
+  def loss_fn(trainable, params, ids, labels):
+    logits = apply(trainable, params, ids).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  def step(trainable, state, params, ids, labels):
+    loss, grads = jax.value_and_grad(loss_fn)(trainable, params, ids, labels)
+    updates, state = optimizer.update(grads, state, trainable)
+    return optax.apply_updates(trainable, updates), state, loss
+
+  return jax.jit(step, donate_argnums=(0, 1))
+
+
+def make_trainable(way: str, options: argparse.Namespace, params: PyTree) -> PyTree:
+  """Returns a trainable tree of its own arrays; B is drawn too, so that A has gradients."""
+  if way == "full":
+    return jax.tree.map(jnp.copy, params)
+  ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
+  trainable = adapt(options).init(jax.random.key(1), params, ids)
+  leaves, structure = jax.tree.flatten(trainable)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  leaves = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  trainable = jax.tree.unflatten(structure, leaves)
+  return by_hand(trainable) if way == "hand" else trainable
+
+
+def by_hand(trainable: PyTree) -> PyTree:
+  """Returns the trainable tree with plain dicts for its nodes."""
+  return jax.tree.map(
+    lambda weight: {"lora_a": weight.lora_a, "lora_b": weight.lora_b},
+    trainable,
+    is_leaf=lambda node: isinstance(node, lora_jax.LoraWeight),
+  )
+
+
+# ---- operations, counted with loops ----------------------------------------------------
+
+
+def jaxpr_flops(jaxpr: Any) -> float:
+  """Returns the operations in the matrix products of a jaxpr; a scan's body counts each time."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * equation.outvars[0].aval.size * math.prod(shape[d] for d in contracted)
+    times = equation.params["length"] if equation.primitive.name == "scan" else 1
+    for value in equation.params.values():
+      inner = value if isinstance(value, tuple | list) else [value]
+      total += times * sum(jaxpr_flops(item) for item in inner if hasattr(item, "eqns"))
+  return total
+
+
+NAME = r"%?([\w.$-]+)"
+COMPUTATION = re.compile(rf"^(ENTRY )?{NAME} \(.*\{{$")
+INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = \(?\w+\[([\d,]*)\]")
+PRODUCT = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$-]+)")
+CONTRACTED = re.compile(r"lhs_contracting_dim\w*\"?[=:][{\[]([\d,\"]*)[}\]]")
+CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={NAME}|branch_computations=\{{([^}}]*)\}}")
+TRIPS = re.compile(r"known_trip_count\":\{\"n\":\"(\d+)\"")
+
+
+def compiled_flops(text: str) -> float:
+  """Returns the operations in the matrix products of an optimized module, given as text.
+
+  XLA's own `cost_analysis` takes a loop's body once, however often it runs, so that the scanned
+  form would seem almost free. The optimized module is what runs: dead and merged products are
+  gone from it, and each of its loops carries `known_trip_count`, by which the products in its
+  body are multiplied here. Matrix products are `dot`, also inside fusions, and on GPUs calls
+  of a library, which name their contracted dimensions too.
+  """
+  own: dict[str, float] = {}
+  calls: dict[str, list[tuple[str, int]]] = {}
+  entry, name = "", ""
+  shapes: dict[str, list[int]] = {}
+  for line in text.splitlines():
+    if header := COMPUTATION.match(line):
+      name, shapes = header[2], {}
+      own[name], calls[name] = 0.0, []
+      entry = name if header[1] else entry
+    if instruction := INSTRUCTION.match(line):
+      shapes[instruction[1]] = _numbers(instruction[2])
+      own[name] += _product_flops(line, shapes, shapes[instruction[1]])
+    calls.setdefault(name, []).extend(_called(line))
+
+  def total(name: str) -> float:
+    return own[name] + sum(times * total(inner) for inner, times in calls[name])
+
+  return total(entry)
+
+
+def _product_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int]) -> float:
+  product, contracted = PRODUCT.search(line), CONTRACTED.search(line)
+  if not product or not contracted:
+    return 0.0
+  operand = shapes[product[1]]
+  return 2.0 * math.prod(shape) * math.prod(operand[d] for d in _numbers(contracted[1]))
+
+
+def _called(line: str) -> list[tuple[str, int]]:
+  """Returns the computations that an instruction calls, and how often each runs."""
+  found = []
+  for called in CALLED.finditer(line):
+    names = [called[1]] if called[1] else re.findall(NAME, called[2])
+    trips = TRIPS.search(line)
+    if " while(" in line and not trips:
+      raise ValueError(f"a loop without a known trip count cannot be counted: {line[:200]}")
+    found += [(name, int(trips[1]) if trips else 1) for name in names]
+  return found
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in re.findall(r"\d+", text)]
+
+
+# ---- measurements ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Measured:
+  """One way in one form.
+
+  Attributes:
+    trace_s: seconds from the function to its jaxpr.
+    lower_s: seconds from the jaxpr to XLA's input.
+    gflop: in matrix products of the compiled step, loops counted through.
+    temp_mb: what the compiled step allocates besides arguments and results.
+    jaxpr_gflop: in matrix products of the jaxpr.
+    xla_gflop: by XLA's analysis: elementwise operations too, but loops once.
+    compiled: the step.
+    step_s: the seconds of every turn.
+  """
+
+  trace_s: float
+  lower_s: float
+  gflop: float
+  temp_mb: float
+  jaxpr_gflop: float
+  xla_gflop: float
+  compiled: Any
+  step_s: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def step_ms(self) -> float:
+    return 1e3 * statistics.median(self.step_s)
+
+
+def timed_trace(step: Any, shapes: Sequence[PyTree]) -> tuple[float, float, Any, Any]:
+  """Returns the seconds of tracing and of lowering with cold caches, and their results."""
+  jax.clear_caches()
+  gc.collect()
+  start = time.perf_counter()
+  traced = step.trace(*shapes)
+  middle = time.perf_counter()
+  lowered = traced.lower()
+  return middle - start, time.perf_counter() - middle, traced, lowered
+
+
+def compile_ways(options: argparse.Namespace, shapes: Mapping[str, Any]) -> dict[str, Measured]:
+  """Traces each way several times, in turns, and compiles it once."""
+  timed_trace(make_step("hand", options), shapes["hand"])  # imports of JAX's, at first use
+  times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+  last = {}
+  for _ in range(options.traces):
+    for way in WAYS:
+      trace_s, lower_s, *last[way] = timed_trace(make_step(way, options), shapes[way])
+      times[way].append((trace_s, lower_s))
+  measured = {}
+  for way in WAYS:
+    traced, lowered = last[way]
+    compiled = lowered.compile()
+    measured[way] = Measured(
+      *(statistics.median(column) for column in zip(*times[way], strict=True)),
+      gflop=compiled_flops(compiled.as_text()) / 1e9,
+      temp_mb=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+      jaxpr_gflop=jaxpr_flops(traced.jaxpr) / 1e9,
+      xla_gflop=compiled.cost_analysis()["flops"] / 1e9,
+      compiled=compiled,
+    )
+  return measured
+
+
+def first_steps(
+  options: argparse.Namespace, measured: Mapping[str, Measured], args: Sequence[Any]
+) -> dict[str, Any]:
+  """Runs each compiled step once, and checks `lora_jax` against `hand` by what it returns.
+
+  Returns:
+    Each way's trainable tree and optimizer state.
+  Raises:
+    ValueError: if a loss or a gradient differs.
+  """
+  states, results = {}, {}
+  for way in WAYS:
+    trainable = make_trainable(way, options, args[0])
+    state = optax.adamw(1e-4).init(trainable)
+    trainable, state, loss = measured[way].compiled(trainable, state, *args)
+    states[way] = trainable, state
+    if way in ("hand", "lora_jax"):  # Adam's first moment is now a tenth of the gradient
+      moments = state[0].mu if way == "hand" else by_hand(state[0].mu)
+      results[way] = jax.device_get({"loss": loss, "gradients": moments})
+  worst = max(jax.tree.leaves(jax.tree.map(_difference, results["hand"], results["lora_jax"])))
+  loss = float(results["hand"]["loss"])
+  print(f"  loss {loss:.4f}; loss and gradients agree to {worst:.1e}", flush=True)
+  if not worst <= TOLERANCE[options.dtype]:
+    raise ValueError(f"lora_jax differs from the hand-written LoRA by {worst:.1e}, relative")
+  return states
+
+
+def _difference(expected: Any, got: Any) -> float:
+  largest = abs(expected).max()
+  if not largest > 0:
+    raise ValueError("a loss or gradient is zero or no number, so that the check says nothing")
+  return float(abs(expected - got).max() / largest)
+
+
+def time_steps(
+  options: argparse.Namespace,
+  measured: Mapping[str, Measured],
+  states: dict[str, Any],
+  args: Sequence[Any],
+) -> None:
+  """Times the steps in turns, every second round backwards."""
+  for turn in range(options.repeats):
+    for way in WAYS if turn % 2 == 0 else WAYS[::-1]:
+      trainable, state = states.pop(way)
+      jax.block_until_ready((trainable, state))
+      start = time.perf_counter()
+      trainable, state, loss = measured[way].compiled(trainable, state, *args)
+      jax.block_until_ready((trainable, state, loss))
+      measured[way].step_s.append(time.perf_counter() - start)
+      states[way] = trainable, state
+
+
+def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
+  """Returns the four ways' measurements for one form of the model."""
+  print(f"{form}: tracing and compiling", flush=True)
+  params = init_params(options, form)
+  ids, labels = jax.random.randint(
+    jax.random.key(3), (2, options.batch, options.length), 0, options.vocabulary
+  )
+  args = params, ids, labels
+  shapes = {}
+  for way in WAYS:
+    trainable = jax.eval_shape(lambda p, way=way: make_trainable(way, options, p), params)
+    state = jax.eval_shape(optax.adamw(1e-4).init, trainable)
+    shapes[way] = (trainable, state, *jax.eval_shape(lambda *a: a, *args))
+  measured = compile_ways(options, shapes)
+  states = first_steps(options, measured, args)
+  time_steps(options, measured, states, args)
+  return measured
+
+
+# ---- the report ------------------------------------------------------------------------
+
+
+def paired(way: Measured, hand: Measured) -> list[float]:
+  """Returns the quartiles of the ratio of step times, turn by turn."""
+  ratios = [ours / theirs for ours, theirs in zip(way.step_s, hand.step_s, strict=True)]
+  return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+
+def ratio(way: Measured, hand: Measured, column: str) -> float:
+  if column == "step_ms":
+    return paired(way, hand)[1]
+  return getattr(way, column) / getattr(hand, column)
+
+
+def print_table(results: Mapping[str, Mapping[str, Measured]]) -> None:
+  columns = {"trace_s": 3, "lower_s": 3, "gflop": 3, "temp_mb": 1, "step_ms": 1}
+  print("\nform      way     " + "".join(f"{name:>10}     x" for name in columns) + "  (quartiles)")
+  for form, measured in results.items():
+    for name, way in measured.items():
+      cells = "".join(
+        f"{getattr(way, column):10.{digits}f}{ratio(way, measured['hand'], column):6.2f}"
+        for column, digits in columns.items()
+      )
+      low, _, high = paired(way, measured["hand"])
+      print(f"{form:9} {name:8}{cells}  ({low:.2f}-{high:.2f})")
+
+
+def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
+  """Prints the counts of operations side by side, and the goals."""
+  print("\nGFLOP in matrix products: of the compiled step, of its jaxpr; by XLA's cost analysis")
+  print("(which adds elementwise operations, and takes a loop's body once)")
+  for form, measured in results.items():
+    for name, way in measured.items():
+      counts = f"{way.gflop:10.3f}{way.jaxpr_gflop:10.3f}{way.xla_gflop:10.3f}"
+      print(f"{form:9} {name:8}{counts}")
+  print("\ngoals, lora_jax to hand:")
+  for form, measured in results.items():
+    for column, goal in GOALS.items():
+      got = ratio(measured["lora_jax"], measured["hand"], column)
+      met = "met" if got <= goal else "MISSED"
+      print(f"{form:9} {column:8}{got:8.3f} (at most {goal})  {met}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description="lora_jax against LoRA written by hand.")
+  parser.add_argument("--layers", type=int, default=12)
+  parser.add_argument("--width", type=int, default=768, help=f"a multiple of {HEAD_WIDTH}")
+  parser.add_argument("--vocabulary", type=int, default=50257)
+  parser.add_argument("--batch", type=int, default=1)
+  parser.add_argument("--length", type=int, default=128)
+  parser.add_argument("--rank", type=int, default=4)
+  parser.add_argument("--repeats", type=int, default=8, help="turns of timed steps")
+  parser.add_argument("--traces", type=int, default=3, help="turns of timed traces")
+  parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
+  parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
+  parser.add_argument("--forms", default="unrolled,scanned")
+  parser.add_argument("--precision", default="highest", help="of float32 products, on GPUs")
+  options = parser.parse_args(arguments)
+  options.target, options.forms = options.target.split(","), options.forms.split(",")
+  for name, given, known in (
+    ("--target", options.target, LAYERS),
+    ("--forms", options.forms, ("unrolled", "scanned")),
+  ):
+    if not set(given) <= set(known):
+      parser.error(f"{name} must be among {','.join(known)}, got {','.join(given)}")
+  if options.width % HEAD_WIDTH:
+    parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
+  return options
+
+
+def main() -> None:
+  options = parse()
+  jax.config.update("jax_default_matmul_precision", options.precision)
+  device = jax.devices()[0]
+  print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
+  start = time.perf_counter()
+  results = {form: measure(options, form) for form in options.forms}
+  print_table(results)
+  print_checks(results)
+  print(f"\n{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+  main()
