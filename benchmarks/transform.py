@@ -13,13 +13,21 @@ The whole train step is measured, loss, gradients and AdamW, in four ways:
     merged    the plain model on `merge(params, trainable)`, merged in every step
     full      full fine-tuning
 
-It prints one table: seconds to trace the step to a jaxpr and to lower it, GFLOP in matrix
-products of the compiled step, temporary MB, and milliseconds per step, each with its ratio to
-the hand-written way ("x"). Then the checks of the count, and which of the goals are met.
+It prints one table, each column with its ratio to the hand-written way ("x"):
+
+    trace_s    seconds to trace the step to a jaxpr, all of JAX's caches empty
+    retrace_s  the same for a new copy of the step, JAX's own functions being cached
+    lower_s    seconds from the jaxpr to XLA's input
+    gflop      in the matrix products of the compiled step, loops counted through
+    temp_mb    what the compiled step allocates besides its arguments and results
+    step_ms    of one step
+
+Then the operations counted in three ways, for comparison, and which of the goals are met.
 
 The ways take turns, and the ratio of step times is the median over turns, so that other work
-on the machine falls on all alike; the two numbers after it are the quartiles. Before anything
-is timed, the first losses and gradients of `hand` and `lora_jax` are compared.
+on the machine falls on all alike; the two numbers after it are its quartiles. Tracing is one
+thread's work and is given in that thread's CPU seconds. Before any step is timed, the losses
+and gradients of `hand` and `lora_jax` are compared, as the compiled steps return them.
 """
 
 import argparse
@@ -50,8 +58,8 @@ LAYERS = {
   "mlp_out": "mlp/out",
 }
 WAYS = ("hand", "lora_jax", "merged", "full")
-GOALS = {"trace_s": 2.5, "gflop": 1.01, "temp_mb": 1.05, "step_ms": 1.05}
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+COLUMNS = {"trace_s": 3, "retrace_s": 3, "lower_s": 3, "gflop": 3, "temp_mb": 1, "step_ms": 1}
+GOALS = {"trace_s": 2.5, "retrace_s": 2.5, "gflop": 1.01, "temp_mb": 1.05, "step_ms": 1.05}
 
 
 # ---- the model, with LoRA by hand where adapters are given ------------------------------
@@ -142,7 +150,11 @@ def init_params(options: argparse.Namespace, form: str) -> PyTree:
       stacks = {f"h_{i}": jax.tree.map(lambda x: x[i], layers) for i in range(options.layers)}
     return {**tables, **stacks, "ln_f": _norm(width, dtype)}
 
-  return jax.jit(init)(jax.random.key(0))
+  return jax.jit(init)(_key(0))
+
+
+def _key(seed: int) -> jax.Array:
+  return jax.random.key(seed, impl="rbg")  # many times faster than the default on CPUs
 
 
 def _norm(width: int, dtype: Any) -> PyTree:
@@ -193,9 +205,9 @@ def make_trainable(way: str, options: argparse.Namespace, params: PyTree) -> PyT
   if way == "full":
     return jax.tree.map(jnp.copy, params)
   ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
-  trainable = adapt(options).init(jax.random.key(1), params, ids)
+  trainable = adapt(options).init(_key(1), params, ids)
   leaves, structure = jax.tree.flatten(trainable)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
+  keys = jax.random.split(_key(2), len(leaves))
   leaves = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
   trainable = jax.tree.unflatten(structure, leaves)
   return by_hand(trainable) if way == "hand" else trainable
@@ -248,7 +260,7 @@ def compiled_flops(text: str) -> float:
   of a library, which name their contracted dimensions too.
   """
   own: dict[str, float] = {}
-  calls: dict[str, list[tuple[str, int]]] = {}
+  calls: dict[str, list[tuple[str, float]]] = {}
   entry, name = "", ""
   shapes: dict[str, list[int]] = {}
   for line in text.splitlines():
@@ -262,9 +274,13 @@ def compiled_flops(text: str) -> float:
     calls.setdefault(name, []).extend(_called(line))
 
   def total(name: str) -> float:
-    return own[name] + sum(times * total(inner) for inner, times in calls[name])
+    inner = [(total(inner), times) for inner, times in calls[name]]
+    return own[name] + sum(flops * times for flops, times in inner if flops)
 
-  return total(entry)
+  flops = total(entry)
+  if math.isnan(flops):
+    raise ValueError("a loop with matrix products has no known trip count")
+  return flops
 
 
 def _product_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int]) -> float:
@@ -275,16 +291,14 @@ def _product_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int])
   return 2.0 * math.prod(shape) * math.prod(operand[d] for d in _numbers(contracted[1]))
 
 
-def _called(line: str) -> list[tuple[str, int]]:
-  """Returns the computations that an instruction calls, and how often each runs."""
-  found = []
+def _called(line: str) -> list[tuple[str, float]]:
+  """Returns the computations that an instruction calls, and how often, NaN if unknown."""
+  trips = TRIPS.search(line)
+  times = float(trips[1]) if trips else math.nan if " while(" in line else 1.0
+  names = []
   for called in CALLED.finditer(line):
-    names = [called[1]] if called[1] else re.findall(NAME, called[2])
-    trips = TRIPS.search(line)
-    if " while(" in line and not trips:
-      raise ValueError(f"a loop without a known trip count cannot be counted: {line[:200]}")
-    found += [(name, int(trips[1]) if trips else 1) for name in names]
-  return found
+    names += [called[1]] if called[1] else re.findall(NAME, called[2])
+  return [(name, times) for name in names]
 
 
 def _numbers(text: str) -> list[int]:
@@ -296,20 +310,17 @@ def _numbers(text: str) -> list[int]:
 
 @dataclasses.dataclass
 class Measured:
-  """One way in one form.
+  """One way in one form: the table's columns, and what they are checked with.
 
   Attributes:
-    trace_s: seconds from the function to its jaxpr.
-    lower_s: seconds from the jaxpr to XLA's input.
-    gflop: in matrix products of the compiled step, loops counted through.
-    temp_mb: what the compiled step allocates besides arguments and results.
-    jaxpr_gflop: in matrix products of the jaxpr.
-    xla_gflop: by XLA's analysis: elementwise operations too, but loops once.
+    jaxpr_gflop: in the matrix products of the jaxpr.
+    xla_gflop: by XLA's analysis: elementwise operations too, but a loop's body once.
     compiled: the step.
     step_s: the seconds of every turn.
   """
 
   trace_s: float
+  retrace_s: float
   lower_s: float
   gflop: float
   temp_mb: float
@@ -323,26 +334,33 @@ class Measured:
     return 1e3 * statistics.median(self.step_s)
 
 
-def timed_trace(step: Any, shapes: Sequence[PyTree]) -> tuple[float, float, Any, Any]:
-  """Returns the seconds of tracing and of lowering with cold caches, and their results."""
+def timed_traces(way: str, options: argparse.Namespace, shapes: Sequence[PyTree]) -> Any:
+  """Returns `(trace_s, retrace_s, lower_s)`, the traced step and the lowered one."""
   jax.clear_caches()
-  gc.collect()
-  start = time.perf_counter()
-  traced = step.trace(*shapes)
-  middle = time.perf_counter()
-  lowered = traced.lower()
-  return middle - start, time.perf_counter() - middle, traced, lowered
+  seconds = []
+
+  def timed(fn, *args):
+    gc.collect()
+    start = time.thread_time()
+    result = fn(*args)
+    seconds.append(time.thread_time() - start)
+    return result
+
+  timed(make_step(way, options).trace, *shapes)
+  traced = timed(make_step(way, options).trace, *shapes)
+  lowered = timed(traced.lower)
+  return tuple(seconds), traced, lowered
 
 
 def compile_ways(options: argparse.Namespace, shapes: Mapping[str, Any]) -> dict[str, Measured]:
   """Traces each way several times, in turns, and compiles it once."""
-  timed_trace(make_step("hand", options), shapes["hand"])  # imports of JAX's, at first use
-  times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+  timed_traces("hand", options, shapes["hand"])  # what JAX imports at first use
+  times: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
   last = {}
   for _ in range(options.traces):
     for way in WAYS:
-      trace_s, lower_s, *last[way] = timed_trace(make_step(way, options), shapes[way])
-      times[way].append((trace_s, lower_s))
+      seconds, *last[way] = timed_traces(way, options, shapes[way])
+      times[way].append(seconds)
   measured = {}
   for way in WAYS:
     traced, lowered = last[way]
@@ -370,8 +388,8 @@ def first_steps(
   """
   states, results = {}, {}
   for way in WAYS:
-    trainable = make_trainable(way, options, args[0])
-    state = optax.adamw(1e-4).init(trainable)
+    trainable = jax.jit(lambda p, way=way: make_trainable(way, options, p))(args[0])
+    state = jax.jit(optax.adamw(1e-4).init)(trainable)
     trainable, state, loss = measured[way].compiled(trainable, state, *args)
     states[way] = trainable, state
     if way in ("hand", "lora_jax"):  # Adam's first moment is now a tenth of the gradient
@@ -380,7 +398,8 @@ def first_steps(
   worst = max(jax.tree.leaves(jax.tree.map(_difference, results["hand"], results["lora_jax"])))
   loss = float(results["hand"]["loss"])
   print(f"  loss {loss:.4f}; loss and gradients agree to {worst:.1e}", flush=True)
-  if not worst <= TOLERANCE[options.dtype]:
+  exact = options.dtype == "float32" and options.precision == "highest"
+  if not worst <= (1e-4 if exact else 5e-2):
     raise ValueError(f"lora_jax differs from the hand-written LoRA by {worst:.1e}, relative")
   return states
 
@@ -415,7 +434,7 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
   print(f"{form}: tracing and compiling", flush=True)
   params = init_params(options, form)
   ids, labels = jax.random.randint(
-    jax.random.key(3), (2, options.batch, options.length), 0, options.vocabulary
+    _key(3), (2, options.batch, options.length), 0, options.vocabulary
   )
   args = params, ids, labels
   shapes = {}
@@ -445,13 +464,12 @@ def ratio(way: Measured, hand: Measured, column: str) -> float:
 
 
 def print_table(results: Mapping[str, Mapping[str, Measured]]) -> None:
-  columns = {"trace_s": 3, "lower_s": 3, "gflop": 3, "temp_mb": 1, "step_ms": 1}
-  print("\nform      way     " + "".join(f"{name:>10}     x" for name in columns) + "  (quartiles)")
+  print("\nform      way     " + "".join(f"{name:>10}     x" for name in COLUMNS) + "  (quartiles)")
   for form, measured in results.items():
     for name, way in measured.items():
       cells = "".join(
         f"{getattr(way, column):10.{digits}f}{ratio(way, measured['hand'], column):6.2f}"
-        for column, digits in columns.items()
+        for column, digits in COLUMNS.items()
       )
       low, _, high = paired(way, measured["hand"])
       print(f"{form:9} {name:8}{cells}  ({low:.2f}-{high:.2f})")
@@ -459,18 +477,19 @@ def print_table(results: Mapping[str, Mapping[str, Measured]]) -> None:
 
 def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
   """Prints the counts of operations side by side, and the goals."""
-  print("\nGFLOP in matrix products: of the compiled step, of its jaxpr; by XLA's cost analysis")
-  print("(which adds elementwise operations, and takes a loop's body once)")
+  print("\nGFLOP, counted in the compiled step, in its jaxpr, and by XLA's cost analysis (which adds")
+  print("elementwise operations and takes a loop's body once; to be compared where unrolled)")
   for form, measured in results.items():
     for name, way in measured.items():
-      counts = f"{way.gflop:10.3f}{way.jaxpr_gflop:10.3f}{way.xla_gflop:10.3f}"
-      print(f"{form:9} {name:8}{counts}")
+      counts = f"{way.gflop:10.3f} compiled {way.jaxpr_gflop:10.3f} jaxpr {way.xla_gflop:10.3f} XLA"
+      share = f"  compiled / XLA {way.gflop / way.xla_gflop:.3f}" if form == "unrolled" else ""
+      print(f"{form:9} {name:8} {counts}{share}")
   print("\ngoals, lora_jax to hand:")
   for form, measured in results.items():
     for column, goal in GOALS.items():
       got = ratio(measured["lora_jax"], measured["hand"], column)
       met = "met" if got <= goal else "MISSED"
-      print(f"{form:9} {column:8}{got:8.3f} (at most {goal})  {met}")
+      print(f"{form:9} {column:9}{got:8.3f} (at most {goal})  {met}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -479,12 +498,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--width", type=int, default=768, help=f"a multiple of {HEAD_WIDTH}")
   parser.add_argument("--vocabulary", type=int, default=50257)
   parser.add_argument("--batch", type=int, default=1)
-  parser.add_argument("--length", type=int, default=128)
+  parser.add_argument("--length", type=int, default=64)
   parser.add_argument("--rank", type=int, default=4)
-  parser.add_argument("--repeats", type=int, default=8, help="turns of timed steps")
+  parser.add_argument("--repeats", type=int, default=12, help="turns of timed steps")
   parser.add_argument("--traces", type=int, default=3, help="turns of timed traces")
   parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
-  parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--forms", default="unrolled,scanned")
   parser.add_argument("--precision", default="highest", help="of float32 products, on GPUs")
   options = parser.parse_args(arguments)

@@ -191,7 +191,7 @@ def pad(call, w, value, *, padding_config, **_):
   for term in w.terms:
     if not w.probing and padded and not any(padded & set(f.dims) for f in term.factors):
       raise Unsupported("padding along an axis that neither factor has")
-  padding = dict(enumerate(padding_config))
+  padding = {d: (int(lo), int(hi), int(inner)) for d, (lo, hi, inner) in enumerate(padding_config)}
   return replace(w.map_factors(lambda f: _pad(f, padding)), base=call(w.base, value))
 
 

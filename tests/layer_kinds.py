@@ -25,12 +25,13 @@ KEY = jax.random.key(7)
 D_IN, D_OUT = 26, 34  # 26 * 34 = 884 elements: no activation below has so many
 
 
-def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
-  return jax.random.normal(jax.random.fold_in(KEY, seed), shape, dtype)
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32, scale: float = 1) -> jax.Array:
+  """Draws with numpy: a JAX draw would be compiled anew for every shape."""
+  return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def weight(*shape: int, fan_in: int | None = None, seed: int = 1) -> jax.Array:
-  return normal(*shape, seed=seed) / np.sqrt(fan_in or shape[0])
+  return normal(*shape, seed=seed, scale=(fan_in or shape[0]) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,16 @@ def kind(family: str, name: str, tolerance: float = 2e-4):
 
 
 def linen(module: nn.Module, *args: Any, method: str | None = None, **options: Any) -> Case:
-  variables = module.init(KEY, *args, method=method)
+  shapes = jax.eval_shape(lambda: module.init(KEY, *args, method=method)["params"])
+  leaves, structure = jax.tree.flatten(shapes)
+  scales = [leaf.size ** -0.5 * leaf.shape[-1] ** 0.5 for leaf in leaves]  # fan_in ** -0.5
+  draws = zip(leaves, scales, range(len(leaves)), strict=True)
+  params = [normal(*x.shape, seed=i, dtype=x.dtype, scale=scale) for x, scale, i in draws]
 
   def fn(params, *args):
     return module.apply({"params": params}, *args, method=method)
 
-  return Case(fn, variables["params"], args, **options)
+  return Case(fn, jax.tree.unflatten(structure, params), args, **options)
 
 
 X = (5, D_IN)

@@ -1,5 +1,6 @@
 """Every layer kind of the table: equal to the merged model, and never multiplied out."""
 
+import functools
 import math
 
 import jax
@@ -12,18 +13,23 @@ from lora_jax.adapter import adapter_weights
 from lora_jax.config import array_leaves
 
 from tests.jaxprs import count_of_sizes
-from tests.layer_kinds import KINDS, Case, normal
+from tests.layer_kinds import KINDS, LayerKind, normal
 
 
-def adapted(case: Case, init: str = "kaiming_uniform"):
-  config = lj.LoraConfig(case.rank, 3.0, case.target, init=init, rules=case.rules)
+ALL = [pytest.param(kind, marks=pytest.mark.xdist_group(str(kind)), id=str(kind)) for kind in KINDS]
+
+
+@functools.cache
+def prepared(kind: LayerKind):
+  case = kind.build()
+  config = lj.LoraConfig(case.rank, 3.0, case.target, rules=case.rules)
   adaptation = lj.lora(case.fn, config, opaque=case.opaque)
-  return adaptation, adaptation.init(jax.random.key(0), case.params, *case.args)
+  return case, adaptation, adaptation.init(jax.random.key(0), case.params, *case.args)
 
 
 def randomized(trainable):
   leaves, structure = jax.tree.flatten(trainable)
-  new = [0.3 * normal(*leaf.shape, seed=100 + i) for i, leaf in enumerate(leaves)]
+  new = [normal(*leaf.shape, seed=100 + i, scale=0.3) for i, leaf in enumerate(leaves)]
   return jax.tree.unflatten(structure, new)
 
 
@@ -46,10 +52,9 @@ def assert_close(got, expected, tolerance):
   np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ALL)
 def test_step_zero_is_the_base_bit_for_bit(kind):
-  case = kind.build()
-  adaptation, trainable = adapted(case)
+  case, adaptation, trainable = prepared(kind)
   assert adapter_weights(trainable)
   arrays, rest = split_arrays(case.params)
   expected = jax.jit(lambda p, *a: case.fn(join(p, rest), *a))(arrays, *case.args)
@@ -60,24 +65,26 @@ def test_step_zero_is_the_base_bit_for_bit(kind):
   assert got.dtype == expected.dtype
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ALL)
 def test_output_and_gradients_equal_the_merged_models(kind):
-  case = kind.build()
-  adaptation, trainable = adapted(case)
+  case, adaptation, trainable = prepared(kind)
   trainable = randomized(trainable)
   base = jax.jit(lambda: case.fn(case.params, *case.args))()
   direction = normal(*base.shape, seed=9)
 
-  def factored(trainable):
-    out = adaptation.apply(case.params, trainable, *case.args)
-    return jnp.mean(direction * out), out
+  @jax.jit
+  def both(trainable):
+    def factored(trainable):
+      out = adaptation.apply(case.params, trainable, *case.args)
+      return jnp.mean(direction * out), out
 
-  def merged(trainable):
-    out = case.fn(adaptation.merge(case.params, trainable), *case.args)
-    return jnp.mean(direction * out), out
+    def merged(trainable):
+      out = case.fn(adaptation.merge(case.params, trainable), *case.args)
+      return jnp.mean(direction * out), out
 
-  got, out = jax.jit(jax.grad(factored, has_aux=True))(trainable)
-  expected, expected_out = jax.jit(jax.grad(merged, has_aux=True))(trainable)
+    return jax.grad(factored, has_aux=True)(trainable), jax.grad(merged, has_aux=True)(trainable)
+
+  (got, out), (expected, expected_out) = both(trainable)
   assert float(jnp.abs(out - base).max()) > 10 * kind.tolerance  # the adapter does something
   assert_close(out, expected_out, kind.tolerance)
   for leaf, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -85,10 +92,9 @@ def test_output_and_gradients_equal_the_merged_models(kind):
     assert_close(leaf, reference, kind.tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ALL)
 def test_creates_no_more_values_of_the_weights_size_than_the_base(kind):
-  case = kind.build()
-  adaptation, trainable = adapted(case)
+  case, adaptation, trainable = prepared(kind)
   leaves = array_leaves(case.params)
   sizes = {math.prod(leaves[path][1].shape) for path in adapter_weights(trainable)}
   arrays, rest = split_arrays(case.params)
