@@ -24,16 +24,19 @@ It prints one table, each column with its ratio to the hand-written way ("x"):
 
 Then the operations counted in three ways, for comparison, and which of the goals are met.
 
-The ways take turns, and the ratio of step times is the median over turns, so that other work
-on the machine falls on all alike; the two numbers after it are its quartiles. Tracing is one
-thread's work and is given in that thread's CPU seconds. Before any step is timed, the losses
-and gradients of `hand` and `lora_jax` are compared, as the compiled steps return them.
+The ways take turns, and a ratio of times is the median over the turns' own ratios, so that
+other work on the machine falls on all alike; the quartiles are those of the steps' ratios.
+`merged` and `full`, whose ratios are far from 1, take part in every fifth turn of the steps.
+Tracing is one thread's work, given in that thread's CPU seconds, without garbage collection.
+Before any step is timed, the losses and gradients of `hand` and `lora_jax` are compared, as the
+compiled steps return them.
 """
 
 import argparse
 import dataclasses
 import gc
 import math
+import random
 import re
 import statistics
 import time
@@ -141,13 +144,13 @@ def init_params(options: argparse.Namespace, form: str) -> PyTree:
     sizes = {"wte": options.vocabulary, "wpe": options.length}
     tables = {
       name: {"embedding": (0.02 * jax.random.normal(k, (size, width))).astype(dtype)}
-      for k, (name, size) in zip(keys, sizes.items())
+      for k, (name, size) in zip(keys, sizes.items(), strict=False)
     }
     layers = jax.vmap(lambda k: init_layer(k, width, dtype))(keys[2:])
     if form == "scanned":
       stacks = {"h": layers}
     else:
-      stacks = {f"h_{i}": jax.tree.map(lambda x: x[i], layers) for i in range(options.layers)}
+      stacks = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(options.layers)}
     return {**tables, **stacks, "ln_f": _norm(width, dtype)}
 
   return jax.jit(init)(_key(0))
@@ -310,68 +313,75 @@ def _numbers(text: str) -> list[int]:
 
 @dataclasses.dataclass
 class Measured:
-  """One way in one form: the table's columns, and what they are checked with.
+  """One way in one form.
 
   Attributes:
+    compiled: the step.
+    counts: the table's columns that are no times.
     jaxpr_gflop: in the matrix products of the jaxpr.
     xla_gflop: by XLA's analysis: elementwise operations too, but a loop's body once.
-    compiled: the step.
-    step_s: the seconds of every turn.
+    turns: the table's other columns, each with a number for every turn it took part in.
   """
 
-  trace_s: float
-  retrace_s: float
-  lower_s: float
-  gflop: float
-  temp_mb: float
+  compiled: Any
+  counts: dict[str, float]
   jaxpr_gflop: float
   xla_gflop: float
-  compiled: Any
-  step_s: list[float] = dataclasses.field(default_factory=list)
+  turns: dict[str, dict[int, float]]
 
-  @property
-  def step_ms(self) -> float:
-    return 1e3 * statistics.median(self.step_s)
+  def value(self, column: str) -> float:
+    if column in self.counts:
+      return self.counts[column]
+    return statistics.median(self.turns[column].values())
+
+  def ratios(self, hand: "Measured", column: str) -> list[float]:
+    """Returns the quartiles of the ratio to another way, turn by turn."""
+    if column in self.counts:
+      return [self.counts[column] / hand.counts[column]] * 3
+    ratios = [ours / hand.turns[column][turn] for turn, ours in self.turns[column].items()]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
 def timed_traces(way: str, options: argparse.Namespace, shapes: Sequence[PyTree]) -> Any:
-  """Returns `(trace_s, retrace_s, lower_s)`, the traced step and the lowered one."""
+  """Returns the seconds by column, the traced step and the lowered one."""
   jax.clear_caches()
-  seconds = []
+  seconds = {}
 
-  def timed(fn, *args):
+  def timed(column, fn, *args):
     gc.collect()
+    gc.disable()
     start = time.thread_time()
     result = fn(*args)
-    seconds.append(time.thread_time() - start)
+    seconds[column] = time.thread_time() - start
+    gc.enable()
     return result
 
-  timed(make_step(way, options).trace, *shapes)
-  traced = timed(make_step(way, options).trace, *shapes)
-  lowered = timed(traced.lower)
-  return tuple(seconds), traced, lowered
+  timed("trace_s", make_step(way, options).trace, *shapes)
+  traced = timed("retrace_s", make_step(way, options).trace, *shapes)
+  lowered = timed("lower_s", traced.lower)
+  return seconds, traced, lowered
 
 
 def compile_ways(options: argparse.Namespace, shapes: Mapping[str, Any]) -> dict[str, Measured]:
   """Traces each way several times, in turns, and compiles it once."""
   timed_traces("hand", options, shapes["hand"])  # what JAX imports at first use
-  times: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
-  last = {}
+  turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+  last, measured = {}, {}
   for _ in range(options.traces):
     for way in WAYS:
       seconds, *last[way] = timed_traces(way, options, shapes[way])
-      times[way].append(seconds)
-  measured = {}
+      turns[way].append(seconds)
   for way in WAYS:
-    traced, lowered = last[way]
+    traced, lowered = last.pop(way)
     compiled = lowered.compile()
+    gflop = compiled_flops(compiled.as_text()) / 1e9
+    temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
     measured[way] = Measured(
-      *(statistics.median(column) for column in zip(*times[way], strict=True)),
-      gflop=compiled_flops(compiled.as_text()) / 1e9,
-      temp_mb=compiled.memory_analysis().temp_size_in_bytes / 1e6,
+      compiled,
+      counts={"gflop": gflop, "temp_mb": temp_mb},
       jaxpr_gflop=jaxpr_flops(traced.jaxpr) / 1e9,
       xla_gflop=compiled.cost_analysis()["flops"] / 1e9,
-      compiled=compiled,
+      turns={c: {i: turn[c] for i, turn in enumerate(turns[way])} for c in turns[way][0]},
     )
   return measured
 
@@ -417,15 +427,17 @@ def time_steps(
   states: dict[str, Any],
   args: Sequence[Any],
 ) -> None:
-  """Times the steps in turns, every second round backwards."""
+  """Times the steps in turns, in an order drawn for each turn, so that none always follows one."""
   for turn in range(options.repeats):
-    for way in WAYS if turn % 2 == 0 else WAYS[::-1]:
+    ways = WAYS if turn % 5 == 0 else ("hand", "lora_jax")
+    for way in random.Random(turn).sample(ways, len(ways)):
       trainable, state = states.pop(way)
       jax.block_until_ready((trainable, state))
       start = time.perf_counter()
       trainable, state, loss = measured[way].compiled(trainable, state, *args)
       jax.block_until_ready((trainable, state, loss))
-      measured[way].step_s.append(time.perf_counter() - start)
+      step_ms = 1e3 * (time.perf_counter() - start)
+      measured[way].turns.setdefault("step_ms", {})[turn] = step_ms
       states[way] = trainable, state
 
 
@@ -451,43 +463,32 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
 # ---- the report ------------------------------------------------------------------------
 
 
-def paired(way: Measured, hand: Measured) -> list[float]:
-  """Returns the quartiles of the ratio of step times, turn by turn."""
-  ratios = [ours / theirs for ours, theirs in zip(way.step_s, hand.step_s, strict=True)]
-  return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-
-
-def ratio(way: Measured, hand: Measured, column: str) -> float:
-  if column == "step_ms":
-    return paired(way, hand)[1]
-  return getattr(way, column) / getattr(hand, column)
-
-
 def print_table(results: Mapping[str, Mapping[str, Measured]]) -> None:
   print("\nform      way     " + "".join(f"{name:>10}     x" for name in COLUMNS) + "  (quartiles)")
   for form, measured in results.items():
     for name, way in measured.items():
       cells = "".join(
-        f"{getattr(way, column):10.{digits}f}{ratio(way, measured['hand'], column):6.2f}"
+        f"{way.value(column):10.{digits}f}{way.ratios(measured['hand'], column)[1]:6.2f}"
         for column, digits in COLUMNS.items()
       )
-      low, _, high = paired(way, measured["hand"])
+      low, _, high = way.ratios(measured["hand"], "step_ms")
       print(f"{form:9} {name:8}{cells}  ({low:.2f}-{high:.2f})")
 
 
 def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
   """Prints the counts of operations side by side, and the goals."""
-  print("\nGFLOP, counted in the compiled step, in its jaxpr, and by XLA's cost analysis (which adds")
-  print("elementwise operations and takes a loop's body once; to be compared where unrolled)")
+  print("\nGFLOP, counted in the compiled step, in its jaxpr, and by XLA's cost analysis (which")
+  print("adds elementwise operations and takes a loop's body once: comparable where unrolled)")
   for form, measured in results.items():
     for name, way in measured.items():
-      counts = f"{way.gflop:10.3f} compiled {way.jaxpr_gflop:10.3f} jaxpr {way.xla_gflop:10.3f} XLA"
-      share = f"  compiled / XLA {way.gflop / way.xla_gflop:.3f}" if form == "unrolled" else ""
+      gflop = way.counts["gflop"]
+      counts = f"{gflop:10.3f} compiled {way.jaxpr_gflop:10.3f} jaxpr {way.xla_gflop:10.3f} XLA"
+      share = f"  compiled / XLA {gflop / way.xla_gflop:.3f}" if form == "unrolled" else ""
       print(f"{form:9} {name:8} {counts}{share}")
   print("\ngoals, lora_jax to hand:")
   for form, measured in results.items():
     for column, goal in GOALS.items():
-      got = ratio(measured["lora_jax"], measured["hand"], column)
+      got = measured["lora_jax"].ratios(measured["hand"], column)[1]
       met = "met" if got <= goal else "MISSED"
       print(f"{form:9} {column:9}{got:8.3f} (at most {goal})  {met}")
 
@@ -500,8 +501,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--length", type=int, default=64)
   parser.add_argument("--rank", type=int, default=4)
-  parser.add_argument("--repeats", type=int, default=12, help="turns of timed steps")
-  parser.add_argument("--traces", type=int, default=3, help="turns of timed traces")
+  parser.add_argument("--repeats", type=int, default=40, help="turns of timed steps")
+  parser.add_argument("--traces", type=int, default=5, help="turns of timed traces")
   parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--forms", default="unrolled,scanned")

@@ -1,0 +1,74 @@
+"""A small transformer in plain JAX, unrolled or scanned, for the tests that need a model."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WIDTH, HEADS, LAYERS, VOCABULARY = 24, 4, 3, 50
+
+
+def block(p: Any, x: jax.Array) -> jax.Array:
+  """Pre-LN causal attention and MLP; x is (batch, time, width)."""
+  h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+  q, k, v = (
+    (h @ p["attn"][n]["kernel"]).reshape(*h.shape[:2], HEADS, -1)
+    for n in ("query", "key", "value")
+  )
+  h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape)
+  x = x + h @ p["attn"]["out"]["kernel"]
+  h = jax.nn.gelu(x @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"][None, None])
+  return x + h @ p["mlp"]["down"]["kernel"]
+
+
+def unrolled(params: Any, tokens: jax.Array) -> jax.Array:
+  """Returns logits (batch, time, vocabulary); the head is tied."""
+  x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+  for i in range(LAYERS):
+    x = block(params[f"h_{i}"], x)
+  return x @ params["embed"]["embedding"].T
+
+
+def scanned(params: Any, tokens: jax.Array) -> jax.Array:
+  """The same with stacked layers under scan and remat."""
+  x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+  body = jax.checkpoint(lambda x, p: (block(p, x), None), prevent_cse=False)
+  x, _ = jax.lax.scan(body, x, params["blocks"])
+  return x @ params["embed"]["embedding"].T
+
+
+def make_params(stacked: bool = False) -> Any:
+  draw = np.random.default_rng(0)
+
+  def kernel(d_in: int, d_out: int) -> dict[str, jax.Array]:
+    return {"kernel": jnp.asarray(draw.standard_normal((d_in, d_out)) / d_in**0.5, jnp.float32)}
+
+  layers = []
+  for _ in range(LAYERS):
+    attn = {name: kernel(WIDTH, WIDTH) for name in ("query", "key", "value", "out")}
+    up = kernel(WIDTH, 4 * WIDTH) | {"bias": jnp.zeros(4 * WIDTH)}
+    layers.append({"attn": attn, "mlp": {"up": up, "down": kernel(4 * WIDTH, WIDTH)}})
+  embed = {"embedding": jnp.asarray(draw.standard_normal((VOCABULARY, WIDTH)) / 5, jnp.float32)}
+  if stacked:
+    return {"embed": embed, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+  return {"embed": embed} | {f"h_{i}": layer for i, layer in enumerate(layers)}
+
+
+def tokens(batch: int = 2, time: int = 7) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (batch, time)), jnp.int32)
+
+
+def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:
+  """Returns a tree like `trainable` with every leaf drawn anew, so that B is not zero."""
+  draw = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(scale * draw.standard_normal(x.shape), x.dtype), trainable
+  )
+
+
+def relative_difference(got: Any, expected: Any) -> float:
+  """Returns max|difference| / max|expected| over all leaves: this project's relative error."""
+  pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
+  difference = max(float(jnp.abs(a - b).max()) for a, b in pairs)
+  return difference / max(float(jnp.abs(b).max()) for _, b in pairs)
