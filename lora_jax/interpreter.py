@@ -41,6 +41,8 @@ class Interpreter:
     self.opaque = opaque
     self.materialize = materialize
     self._opaque_sources: dict[str, Any] = {}
+    self._enclosing: list[Any] = []  # the equations whose bodies are being interpreted
+    self._warned: set[str] = set()
     self._functions: dict[int, tuple[Any, Callable[..., Any]]] = {}
     self._control_flow: dict[str, Callable[[Any, Values], Any]] = {
       "jit": self._jit,
@@ -86,8 +88,8 @@ class Interpreter:
         if any(isinstance(value, Factored) for value in values):
           outputs = self._adapted(number, equation, values)
           for atom, value in zip(equation.invars, values, strict=True):
-            if not isinstance(atom, Literal):
-              env[atom] = value  # a lookup, once formed, is not formed again
+            if not isinstance(atom, Literal) and _is_lookup(env[atom]):
+              env[atom] = value  # once formed, it is not formed again
         else:
           outputs = _compat.bind(equation, values)
       env.update(zip(equation.outvars, outputs, strict=True))
@@ -104,7 +106,11 @@ class Interpreter:
         return self._apply_rule(rule, number, equation, values, {})
       if name in self._control_flow:
         inner = [_entered(value, number, i) for i, value in enumerate(values)]
-        outputs = self._control_flow[name](equation, inner)
+        self._enclosing.append(equation)
+        try:
+          outputs = self._control_flow[name](equation, inner)
+        finally:
+          self._enclosing.pop()
         return [_left(out, values) for out in outputs]
       if name in rules.CONSUMERS:
         return self._apply_rule(rules.CONSUMERS[name], number, equation, values, equation.params)
@@ -151,12 +157,17 @@ class Interpreter:
         hint = f", or opaque={{{traced!r}: rule}} if you know its rule" if traced else ""
         raise UnsupportedOperation(
           f"cannot adapt {' and '.join(value.paths)} by LoRA: {name!r} is applied to it at "
-          f"{_compat.source_line(equation)}, and {reason}. Leave it out of `target`, or give "
+          f"{self._source_line(equation)}, and {reason}. Leave it out of `target`, or give "
           f"LoraRule(pattern, on_unhandled='materialize') for it{hint}"
         )
     if any(isinstance(value, Factored) for value in values):
       raise AssertionError("every factored value was formed above")
     return _compat.bind(equation, values)
+
+  def _source_line(self, equation: Any) -> str:
+    """Returns the user's line behind an equation; for a library's inner function, the call's."""
+    lines = map(_compat.source_line, (equation, *reversed(self._enclosing)))
+    return next(filter(None, lines), "an unknown line")
 
   def _materialize(self, value: Factored, name: str) -> jax.Array:
     if any(term.key is not None for term in value.terms):
@@ -164,9 +175,11 @@ class Interpreter:
         f"{' and '.join(value.paths)}: LoRA dropout acts on the input of a product, and "
         f"{name!r} has none. Set dropout=0.0 for it in a LoraRule"
       )
-    if value.probing:
+    paths = " and ".join(value.paths)
+    if value.probing and paths not in self._warned:
+      self._warned.add(paths)
       warnings.warn(
-        f"{' and '.join(value.paths)}: W + scaling * AB is formed for {name!r} "
+        f"{paths}: W + scaling * AB is formed for {name!r} "
         "(on_unhandled='materialize')",
         stacklevel=2,
       )
@@ -326,6 +339,10 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
 
 def _fold(value: Any, number: Any) -> Any:
   return value.fold(number) if isinstance(value, Factored) and number is not None else value
+
+
+def _is_lookup(value: Any) -> bool:
+  return isinstance(value, Factored) and bool(value.lookup)
 
 
 def _unchanged(value: Any) -> bool:
