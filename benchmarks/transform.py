@@ -501,7 +501,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--length", type=int, default=64)
   parser.add_argument("--rank", type=int, default=4)
-  parser.add_argument("--repeats", type=int, default=40, help="turns of timed steps")
+  parser.add_argument("--repeats", type=int, default=30, help="turns of timed steps")
   parser.add_argument("--traces", type=int, default=5, help="turns of timed traces")
   parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -185,13 +185,15 @@ def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
     keys = key_parts(key_path)
     path = "/".join(keys)
     if is_lora_weight(node):
-      arrays |= {f"{path}/lora_a": node.lora_a, f"{path}/lora_b": node.lora_b}
+      own = {f"{path}/lora_a": node.lora_a, f"{path}/lora_b": node.lora_b}
       layers = None if node.layers is None else list(node.layers)
       axes = {name: list(dims) for name, dims in node.axes._asdict().items()}
       entries[path] = {"keys": keys, "axes": axes, "layers": layers}
     else:
-      arrays[path] = node
+      own = {path: node}
       entries[path] = {"keys": keys}
+    entries[path]["shapes"] = {name: list(array.shape) for name, array in own.items()}
+    arrays |= own
   return arrays, json.dumps({"format": "lora_jax", "version": 1, "leaves": entries})
 
 
@@ -208,17 +210,18 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
       result differs from `like`; every difference is listed.
   """
   entries = _entries(axes)
-  names = {
-    path: [f"{path}/lora_a", f"{path}/lora_b"] if "axes" in entry else [path]
-    for path, entry in entries.items()
-  }
-  expected = {name for group in names.values() for name in group}
-  problems = [f"missing: {name}" for name in sorted(expected - set(arrays))]
-  problems += [f"unexpected: {name}" for name in sorted(set(arrays) - expected)]
+  expected = {name: shape for e in entries.values() for name, shape in e["shapes"].items()}
+  problems = [f"missing: {name}" for name in sorted(set(expected) - set(arrays))]
+  problems += [f"unexpected: {name}" for name in sorted(set(arrays) - set(expected))]
+  problems += [
+    f"mis-shaped: {name} is {tuple(arrays[name].shape)}, expected {tuple(shape)}"
+    for name, shape in expected.items()
+    if name in arrays and list(arrays[name].shape) != shape
+  ]
   _raise_if(problems, "the arrays do not fit their axes")
   items = []
-  for path, entry in entries.items():
-    leaves = [arrays[name] for name in names[path]]
+  for entry in entries.values():
+    leaves = [arrays[name] for name in entry["shapes"]]
     if "axes" in entry:
       node_axes = LoraAxes(**{name: tuple(dims) for name, dims in entry["axes"].items()})
       layers = None if entry["layers"] is None else tuple(entry["layers"])
@@ -229,6 +232,12 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
   if like is not None:
     _raise_if(list(_differences(trainable, like)), "the stored adapter is not the expected one")
   return trainable
+
+
+def packed_shapes(axes: str) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the arrays by path, from the JSON that `pack` returned with them."""
+  entries = _entries(axes).values()
+  return {name: tuple(shape) for e in entries for name, shape in e["shapes"].items()}
 
 
 def _entries(axes: str) -> dict[str, Any]:

@@ -295,12 +295,14 @@ class Interpreter:
       return function
 
     index, *operands = values
+    branches = [branch(jaxpr) for jaxpr in params["branches"]]
     try:
-      outputs = lax.switch(index, [branch(jaxpr) for jaxpr in params["branches"]], *operands)
-    except TypeError as error:
-      if any(handed != origins[0] for handed in origins):
-        raise Unsupported("branches that return different weights") from error
-      raise
+      outputs = lax.switch(index, branches, *operands)
+    except TypeError:
+      if all(handed == origins[0] for handed in origins):
+        raise
+    if any(handed != origins[0] for handed in origins):
+      raise Unsupported("its branches return different weights")
     return [values[origins[0][j]] if j in origins[0] else out for j, out in enumerate(outputs)]
 
   def _shard_map(self, equation: Any, values: Values) -> Any:

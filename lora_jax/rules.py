@@ -117,15 +117,23 @@ def optimization_barrier(call, *operands, **_):
 
 def sharding_constraint(call, w, *, sharding, **_):
   """Constrains the factors like the base: each axis as its dimension, rank replicated."""
-  spec = getattr(sharding, "spec", None)
-  if spec is None:
-    return w.rebase(call(w.base))
+  return _sharded(w, call(w.base), sharding, lax.with_sharding_constraint)
 
-  def constrained(factor: Factor) -> Factor:
-    named = sharding.update(spec=factor_spec(factor.labels, spec))
-    return Factor(lax.with_sharding_constraint(factor.array, named), factor.labels)
 
-  return w.rebase(call(w.base)).map_factors(constrained)
+def reshard(call, w, *, dst_sharding, **_):
+  """The same where sharding is part of the types."""
+  return _sharded(w, call(w.base), dst_sharding, jax.sharding.reshard)
+
+
+def _sharded(w: Factored, base, sharding, put: Callable[[Any, Any], Any]) -> Factored:
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return w.rebase(base)
+
+  def moved(factor: Factor) -> Factor:
+    spec = factor_spec(factor.labels, sharding.spec)
+    return Factor(put(factor.array, sharding.update(spec=spec)), factor.labels)
+
+  return w.rebase(base).map_factors(moved)
 
 
 def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
@@ -504,6 +512,7 @@ STRUCTURAL: Mapping[str, Rule] = {
   "name": unchanged,
   "optimization_barrier": optimization_barrier,
   "sharding_constraint": sharding_constraint,
+  "reshard": reshard,
 }
 
 CONSUMERS: Mapping[str, Rule] = {

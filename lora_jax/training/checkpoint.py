@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lora_jax.adapter import pack, unpack
-from lora_jax.trees import leaves_with_path
+from lora_jax.adapter import pack, packed_shapes, unpack
 
 PyTree = Any
 
@@ -48,7 +47,9 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
     axes = stored["axes"]["axes"]
     wanted, _ = pack(like)
     abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
-    unpack(_stored_shapes(checkpointer, folder), axes, like)  # refuse before reading arrays
+    stored_shapes = packed_shapes(axes).items()
+    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in stored_shapes}
+    unpack(shapes, axes, like)  # refuses before an array is read
     restored = checkpointer.restore(
       folder, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
     )
@@ -57,11 +58,3 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-
-
-def _stored_shapes(checkpointer: Any, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of the stored arrays by path, from their metadata."""
-  tree = checkpointer.item_metadata(folder)["arrays"]
-  return {
-    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves_with_path(tree)
-  }
