@@ -260,8 +260,8 @@ class Factored:
     batch: tuple[Sequence[int], Sequence[int]] = ((), ()),
     precision: Any = None,
     weight_first: bool = False,
-  ) -> jax.Array | None:
-    """Returns the low-rank part of `lax.dot_general(x, w)`, None while probing.
+  ) -> jax.Array:
+    """Returns the low-rank part of `lax.dot_general(x, w)`; zeros while probing.
 
     Contracts `x` with the factor that shares its axes first, then through rank; never forms
     an array of the weight's size.
@@ -290,6 +290,9 @@ class Factored:
         array = term.scaled(array) if i == 0 else array
       array = _spread(array, labels, out_labels, self.shape)
       total = array if total is None else total + array
+    if total is None:
+      sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
+      return jnp.zeros([sizes[label] for label in out_labels], x.dtype)
     return total
 
 
@@ -383,6 +386,6 @@ def _spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequenc
   return lax.broadcast_in_dim(array, full, [out_labels.index(label) for label in present])
 
 
-def plus(base_out: jax.Array, low_rank: jax.Array | None) -> jax.Array:
-  """Adds the low-rank part to the base's output, in the base's dtype; None adds nothing."""
-  return base_out if low_rank is None else base_out + aligned(low_rank, base_out)
+def plus(base_out: jax.Array, low_rank: jax.Array) -> jax.Array:
+  """Adds the low-rank part to the base's output, in the base's dtype."""
+  return base_out + aligned(low_rank, base_out)

@@ -56,11 +56,9 @@ def assert_close(got, expected, tolerance):
 def test_step_zero_is_the_base_bit_for_bit(kind):
   case, adaptation, trainable = prepared(kind)
   assert adapter_weights(trainable)
-  arrays, rest = split_arrays(case.params)
-  expected = jax.jit(lambda p, *a: case.fn(join(p, rest), *a))(arrays, *case.args)
-  got = jax.jit(lambda p, t, *a: adaptation.apply(join(p, rest), t, *a))(
-    arrays, trainable, *case.args
-  )
+  # Operation by operation: in one program XLA may fuse, and so round, the same sums otherwise.
+  expected = case.fn(case.params, *case.args)
+  got = adaptation.apply(case.params, trainable, *case.args)
   np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
   assert got.dtype == expected.dtype
 
