@@ -110,16 +110,16 @@ def gpt(
   params: PyTree, ids: jax.Array, adapters: PyTree | None = None, scaling: float = 0.0
 ) -> jax.Array:
   """Returns the logits; the layers are either `h_0`, `h_1`, ... or stacked under `h`."""
-  adapters = adapters or {}
+  given = adapters or {}
   x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][: ids.shape[1]]
 
   def body(x, layer_and_adapter):
     return block(layer_and_adapter[0], x, layer_and_adapter[1], scaling), None
 
   if "h" in params:
-    x, _ = jax.lax.scan(body, x, (params["h"], adapters.get("h", {})))
+    x, _ = jax.lax.scan(body, x, (params["h"], given.get("h", {})))
   for i in range(sum(name.startswith("h_") for name in params)):
-    x, _ = body(x, (params[f"h_{i}"], adapters.get(f"h_{i}", {})))
+    x, _ = body(x, (params[f"h_{i}"], given.get(f"h_{i}", {})))
   return layer_norm(params["ln_f"], x) @ params["wte"]["embedding"].T
 
 

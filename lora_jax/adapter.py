@@ -119,9 +119,7 @@ def weight_factors(weight: LoraWeight, shape: Sequence[int]) -> tuple[Factor, Fa
   )
 
 
-def check_adapter(
-  trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[str, Any]
-) -> None:
+def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
   """Checks a trainable tree against the weights it is for.
 
   Args:
@@ -225,7 +223,7 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
     if "axes" in entry:
       node_axes = LoraAxes(**{name: tuple(dims) for name, dims in entry["axes"].items()})
       layers = None if entry["layers"] is None else tuple(entry["layers"])
-      items.append((tuple(entry["keys"]), LoraWeight(*leaves, node_axes, layers)))
+      items.append((tuple(entry["keys"]), LoraWeight(leaves[0], leaves[1], node_axes, layers)))
     else:
       items.append((tuple(entry["keys"]), leaves[0]))
   trainable = nest(items)

@@ -69,5 +69,3 @@ def _describe(use: Use) -> str:
   verb = "looks up" if use.lookup else "contracts"
   shared = f" per axes {use.batch}" if use.batch else ""
   return f"one {verb} axes {use.contracted} into {use.free}{shared}"
-
-

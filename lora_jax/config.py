@@ -48,9 +48,7 @@ class LoraRule:
     as_patterns(self.pattern)
     _check(self.rank, self.alpha, self.init, self.dropout, self.layers)
     if self.on_unhandled not in ("raise", "materialize"):
-      raise ValueError(
-        f"on_unhandled must be 'raise' or 'materialize', got {self.on_unhandled!r}"
-      )
+      raise ValueError(f"on_unhandled must be 'raise' or 'materialize', got {self.on_unhandled!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +194,8 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
   if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise ValueError(
       f"{path} cannot be adapted by LoRA: expected a floating-point array of at least two axes, "
-      f"got {leaf.dtype.name} of shape {leaf.shape}. Train it whole with `extra`, or narrow `target`"
+      f"got {leaf.dtype.name} of shape {leaf.shape}. Train it whole with `extra`, "
+      "or narrow `target`"
     )
   layers = config.layers if rule.layers is None else rule.layers
   number = layer_number(path)

@@ -34,9 +34,7 @@ class Unsupported(Exception):
   """Raised by a rule that cannot push an operation through the factors."""
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels"])
 @dataclasses.dataclass(frozen=True)
 class Factor:
   """One factor of a term: `array`'s axes run along `labels` of the weight, or RANK."""

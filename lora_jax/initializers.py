@@ -46,7 +46,9 @@ def original_code(key: PRNGKeyArray, a_shape: Shape, b_shape: Shape, fan_in: int
   """Returns A and B ~ N(0, 0.02²): step 0 differs from the base."""
   del fan_in
   keys = jax.random.split(key)
-  a, b = (jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, (a_shape, b_shape), strict=True))
+  a, b = (
+    jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, (a_shape, b_shape), strict=True)
+  )
   return CODE_STDDEV * a, CODE_STDDEV * b
 
 

@@ -40,7 +40,9 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
   targets = find_targets(config, params) if config is not None else {}
-  rows = [("path", "weight", "lora_a", "lora_b", "rank", "scaling", "parameters", "share")]
+  rows: list[tuple[str, ...]] = [
+    ("path", "weight", "lora_a", "lora_b", "rank", "scaling", "parameters", "share")
+  ]
   adapted = 0
   for path, weight in adapter_weights(trainable).items():
     if path not in base:
@@ -63,9 +65,7 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   return _aligned(rows)
 
 
-def merge_error(
-  adaptation: Adaptation, params: PyTree, trainable: PyTree
-) -> dict[str, jax.Array]:
+def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
   """Returns what rounding to the base's dtype cost each merged weight.
 
   The error is max|merged - exact| / max|exact| over a weight, where `exact` is merged in

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 from jax.sharding import PartitionSpec
 
 from lora_jax import _compat, rules
-from lora_jax.factored import Factored, Unsupported
+from lora_jax.factored import RANK, Factor, Factored, Unsupported
 
 OpaqueRule = Callable[..., Any]
 Values = list[Any]
@@ -179,8 +179,7 @@ class Interpreter:
     if value.probing and paths not in self._warned:
       self._warned.add(paths)
       warnings.warn(
-        f"{paths}: W + scaling * AB is formed for {name!r} "
-        "(on_unhandled='materialize')",
+        f"{paths}: W + scaling * AB is formed for {name!r} (on_unhandled='materialize')",
         stacklevel=2,
       )
     return value.materialize()
@@ -298,9 +297,10 @@ class Interpreter:
     branches = [branch(jaxpr) for jaxpr in params["branches"]]
     try:
       outputs = lax.switch(index, branches, *operands)
-    except TypeError:
-      if all(handed == origins[0] for handed in origins):
-        raise
+    except TypeError as error:
+      if any(handed != origins[0] for handed in origins):
+        raise Unsupported("its branches return different weights") from error
+      raise
     if any(handed != origins[0] for handed in origins):
       raise Unsupported("its branches return different weights")
     return [values[origins[0][j]] if j in origins[0] else out for j, out in enumerate(outputs)]
@@ -430,11 +430,8 @@ def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
   """Returns the arrays that `scan` is to slice for `x`, and what makes a value of a slice."""
   if not isinstance(x, Factored):
     return x, lambda slice_: slice_
-  where = {d: (d - 1,) if d else () for d in range(x.ndim)}
   factors = [factor for term in x.terms for factor in term.factors]
-  stacked = {
-    i: jnp.moveaxis(f.array, f.axis(0), 0) for i, f in enumerate(factors) if 0 in f.dims
-  }
+  stacked = {i: jnp.moveaxis(f.array, f.axis(0), 0) for i, f in enumerate(factors) if 0 in f.dims}
 
   def rebuild(slice_):
     base, slices = slice_
@@ -443,10 +440,10 @@ def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     def sliced(factor):
       i = next(position)
       array = slices.get(i, factor.array)
-      labels = tuple(d if d == -1 else where[d][0] for d in factor.labels if d != 0)
-      return dataclasses.replace(factor, array=array, labels=labels)
+      labels = tuple(RANK if d == RANK else d - 1 for d in factor.labels if d != 0)
+      return Factor(array, labels)
 
-    lookup = tuple(new for old in x.lookup for new in where[old])
+    lookup = tuple(d - 1 for d in x.lookup if d != 0)
     return dataclasses.replace(x.map_factors(sliced), base=base, lookup=lookup)
 
   return (x.base, stacked), rebuild

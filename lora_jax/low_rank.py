@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lora_jax.adaptation import Adaptation, PyTree
 from lora_jax.adapter import (
   LoraAxes,
   LoraWeight,
@@ -36,7 +37,6 @@ from lora_jax.adapter import (
   stored_shape,
   weight_factors,
 )
-from lora_jax.adaptation import Adaptation, PyTree
 from lora_jax.axes import infer_axes
 from lora_jax.config import LoraConfig, Target, find_extra, find_targets
 from lora_jax.factored import Factored, Label, Term
@@ -108,9 +108,10 @@ def lora(
       )
     items: list[tuple[tuple[str, ...], Any]] = []
     for path, target in targets.items():
-      axes, lookup = found.get(path, (target.axes, False))
-      leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-      items.append((target.keys, _new_weight(leaf_key, target, target.axes or axes, lookup)))
+      inferred, lookup = found.get(path, (None, False))
+      axes = target.axes or inferred
+      assert axes is not None, "a weight that is not found has axes of its own"
+      items.append((target.keys, _new_weight(_fold_path(key, path), target, axes, lookup)))
     items += [(keys, _copy(path, leaf)) for path, (keys, leaf) in extra.items()]
     trainable = nest(items)
 
@@ -134,16 +135,16 @@ def lora(
     check_adapter(trainable, targets, extra)
     key = _dropout_key(lora_key, targets, dropout_rate)
     call = trace_call(fn, _with_extra(params, trainable), args, kwargs)
-    values = _factored(
-      targets, trainable, call.position, call.leaves, key, scaling, dropout_rate
-    )
+    values = _factored(targets, trainable, call.position, call.leaves, key, scaling, dropout_rate)
     outputs = _interpreter(opaque, targets).evaluate(call.jaxpr, values)
     return jax.tree.unflatten(call.out_tree, outputs)
 
   def merge(params: PyTree, trainable: PyTree, *, scaling: Any = None) -> PyTree:
     targets, extra = find_targets(config, params), find_extra(config, params)
     check_adapter(trainable, targets, extra)
-    by_path = _by_path(scaling, {path: target.scaling for path, target in targets.items()}, "scaling")
+    by_path = _by_path(
+      scaling, {path: target.scaling for path, target in targets.items()}, "scaling"
+    )
     merged = {
       path: merge_weight(targets[path].leaf, weight, by_path[path])
       for path, weight in adapter_weights(trainable).items()
@@ -223,8 +224,7 @@ def _factored(
   values = list(leaves)
   for path, weight in adapter_weights(trainable).items():
     base = jnp.asarray(values[position[path]])
-    drops = key is not None and not _is_zero(rates[path])
-    path_key = jax.random.fold_in(key, zlib.crc32(path.encode())) if drops else None
+    path_key = None if key is None or _is_zero(rates[path]) else _fold_path(key, path)
     factors = weight_factors(weight, base.shape)
     term = Term(factors, Label(path), scalings[path], rates[path], path_key)
     values[position[path]] = Factored(base, (term,))
@@ -257,6 +257,11 @@ def _dropout_key(
       "there is LoRA dropout, so apply needs lora_key: a key to train, None to evaluate"
     )
   return lora_key
+
+
+def _fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+  """Returns a key that depends on the path alone, not on what else is adapted."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def _is_zero(rate: Any) -> bool:

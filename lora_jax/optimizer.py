@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.sharding import place
-from lora_jax.trees import partition
 
 PyTree = Any
 
@@ -66,7 +65,9 @@ def freeze(
     own = None if params is None else trainable_part(params)
     new, state = inner.update(grads, state, own, **extra)
     new = _constrain(new, places)
-    zeros = [None if g is None or kept else jnp.zeros_like(g) for g, kept in zip(given, keep)]
+    zeros = [
+      None if g is None or kept else jnp.zeros_like(g) for g, kept in zip(given, keep, strict=True)
+    ]
     filled = [n if kept else z for n, z, kept in zip(_full(new), zeros, keep, strict=True)]
     return jax.tree.unflatten(structure, filled), constrained(state)
 
@@ -75,9 +76,7 @@ def freeze(
   def constrained(state: optax.OptState) -> optax.OptState:
     if places is None:
       return state
-    return optax.tree.map_params(
-      inner, lambda leaf, where: place(leaf, where), state, places
-    )
+    return optax.tree.map_params(inner, lambda leaf, where: place(leaf, where), state, places)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -69,9 +69,7 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
     return Factor(lax.reshape(array, (*sizes, array.shape[-1])), labels)
 
   lookup = sorted(n for old, new in groups if set(old) & set(w.lookup) for n in new)
-  return replace(
-    w.map_factors(reshaped), base=call(w.base, *dynamic_shape), lookup=tuple(lookup)
-  )
+  return replace(w.map_factors(reshaped), base=call(w.base, *dynamic_shape), lookup=tuple(lookup))
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels, Labels]]:
@@ -269,15 +267,6 @@ def unstack(call, w, *, axis):
   return [piece(base, i) for i, base in enumerate(call(w.base))]
 
 
-def _vary_along(term: Term, dim: int, size: int) -> Term:
-  """Gives a term whose factors are constant along `dim` an axis for it in its first one."""
-  first, *rest = term.factors
-  if term.probe is not None or any(dim in f.dims for f in term.factors):
-    return term
-  array = jnp.broadcast_to(first.array, (size, *first.array.shape))
-  return replace(term, factors=(Factor(array, (dim, *first.labels)), *rest))
-
-
 # ---- structural: the weight is scaled --------------------------------------------------
 
 
@@ -422,9 +411,8 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
   """Experts: rows of `x` in groups, one matrix of `w` for each group."""
   dnums = ragged_dot_dimension_numbers
   (contracting, batch), groups = dnums.dot_dimension_numbers, tuple(dnums.rhs_group_dimensions)
-  rows = isinstance(w, Factored) and not isinstance(x, Factored) and x.ndim == 2
-  counts = (len(rest), len(groups), len(contracting[1]), len(batch[1]))
-  if not rows or counts != (1, 1, 1, 0):
+  counts = (x.ndim, len(rest), len(groups), len(contracting[1]), len(batch[1]))
+  if not isinstance(w, Factored) or isinstance(x, Factored) or counts != (2, 1, 1, 1, 0):
     raise Unsupported("a ragged product other than rows in groups times one matrix per group")
   out = call(x, w.base, *rest)
   for term in w.use(contracting[1], groups):
@@ -443,7 +431,9 @@ def _ragged(x, factor: Factor, axis: int, group: int, group_sizes, precision) ->
   array = factor.array.astype(x.dtype)
   if group not in factor.labels:
     return jnp.tensordot(x, array, ((1,), (factor.axis(axis),)), precision=precision)
-  order = sorted(factor.labels, key=lambda label: (group, axis).index(label) if label in (group, axis) else 2)
+  order = sorted(
+    factor.labels, key=lambda label: (group, axis).index(label) if label in (group, axis) else 2
+  )
   array = lax.transpose(array, [factor.axis(label) for label in order])
   return lax.ragged_dot(x, array, group_sizes, precision=precision)
 
@@ -454,7 +444,7 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
     raise Unsupported("an adapted weight as the input of a convolution")
   if params["batch_group_count"] != 1:
     raise Unsupported("a convolution with batch_group_count other than 1")
-  lhs_spec, rhs_spec, out_spec = dimension_numbers
+  _, rhs_spec, out_spec = dimension_numbers
   out_dim, in_dim, *window = rhs_spec
   out = call(x, w.base)
   groups = feature_group_count

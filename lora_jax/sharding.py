@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapter import LoraAxes, LoraWeight, is_lora_weight
@@ -45,7 +46,7 @@ def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
   """Returns the sharding of a leaf, or the leaf itself if it is one; None if it has none."""
   if isinstance(leaf, NamedSharding | PartitionSpec) or leaf is None:
     return leaf
-  if isinstance(leaf, jax.core.Tracer):
+  if isinstance(leaf, Tracer):
     sharding = jax.typeof(leaf).sharding  # of use where sharding is part of the types
     return None if sharding.mesh.empty or sharding.mesh.are_all_axes_auto else sharding
   sharding = getattr(leaf, "sharding", None)
@@ -65,7 +66,7 @@ def factor_shardings(
   batch, inputs, outputs = ([names[d] for d in dims] for dims in axes)
   specs = PartitionSpec(*batch, *inputs, None), PartitionSpec(*batch, None, *outputs)
   if isinstance(sharding, NamedSharding):
-    return tuple(sharding.update(spec=spec) for spec in specs)
+    return sharding.update(spec=specs[0]), sharding.update(spec=specs[1])
   return specs
 
 
@@ -73,8 +74,10 @@ def place(array: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> j
   """Puts an array where `sharding` says, in and out of `jit`; None leaves it."""
   if sharding is None:
     return array
-  if isinstance(array, jax.core.Tracer):
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+  if isinstance(array, Tracer):
+    mesh = (
+      sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    )
     if mesh.are_all_axes_explicit:
       return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)

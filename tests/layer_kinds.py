@@ -76,7 +76,7 @@ def kind(family: str, name: str, tolerance: float = 2e-4):
 def linen(module: nn.Module, *args: Any, method: str | None = None, **options: Any) -> Case:
   shapes = jax.eval_shape(lambda: module.init(KEY, *args, method=method)["params"])
   leaves, structure = jax.tree.flatten(shapes)
-  scales = [leaf.size ** -0.5 * leaf.shape[-1] ** 0.5 for leaf in leaves]  # fan_in ** -0.5
+  scales = [leaf.size**-0.5 * leaf.shape[-1] ** 0.5 for leaf in leaves]  # fan_in ** -0.5
   draws = zip(leaves, scales, range(len(leaves)), strict=True)
   params = [normal(*x.shape, seed=i, dtype=x.dtype, scale=scale) for x, scale, i in draws]
 
@@ -401,6 +401,7 @@ def _():
 @kind("plain", "ragged_dot over experts")
 def _():
   sizes = jnp.array([2, 0, 3], jnp.int32)
+
   def fn(w, x, sizes):
     return lax.ragged_dot(x, w, sizes)
 
@@ -464,7 +465,9 @@ def _():
 @kind("plain", "reshaped within its sides")
 def _():
   def fn(w, x):
-    return x @ w.reshape(D_IN, 2, 17)[:, 0, :] + x @ w.reshape(2, 13, D_OUT)[:, :, 17:].reshape(D_IN, 17)
+    return x @ w.reshape(D_IN, 2, 17)[:, 0, :] + x @ w.reshape(2, 13, D_OUT)[:, :, 17:].reshape(
+      D_IN, 17
+    )
 
   return plain(fn, weight(D_IN, D_OUT), normal(*X))
 
@@ -513,9 +516,7 @@ def kernel_dot(x, w):
   return x @ w
 
 
-kernel_dot.defvjp(
-  lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
-)
+kernel_dot.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
 
 
 def dot_rule(call, x, w):

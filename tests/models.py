@@ -13,8 +13,7 @@ def block(p: Any, x: jax.Array) -> jax.Array:
   """Pre-LN causal attention and MLP; x is (batch, time, width)."""
   h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
   q, k, v = (
-    (h @ p["attn"][n]["kernel"]).reshape(*h.shape[:2], HEADS, -1)
-    for n in ("query", "key", "value")
+    (h @ p["attn"][n]["kernel"]).reshape(*h.shape[:2], HEADS, -1) for n in ("query", "key", "value")
   )
   h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape)
   x = x + h @ p["attn"]["out"]["kernel"]

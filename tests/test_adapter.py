@@ -43,14 +43,16 @@ def test_swapped_axes_are_refused():
   other = lj.lora(lambda p, x: x @ p["w"].T, lj.LoraConfig(2, 2.0, "w"))
   params, x = {"w": jnp.ones((6, 6))}, jnp.ones((1, 6))
   arrays, axes = lj.pack(lora.init(KEY, params, x))  # square: every shape agrees
-  with pytest.raises(ValueError, match=r"other axes: w has .*inputs=\(0,\).*expected .*inputs=\(1,\)"):
+  with pytest.raises(
+    ValueError, match=r"other axes: w has .*inputs=\(0,\).*expected .*inputs=\(1,\)"
+  ):
     lj.unpack(arrays, axes, like=other.init(KEY, params, x))
 
 
 def test_unpack_lists_every_difference():
   _, _, trainable = example()
   arrays, axes = lj.pack(trainable)
-  with pytest.raises(ValueError, match="expected the axes of a lora_jax adapter.*got 'no json'"):
+  with pytest.raises(ValueError, match=r"expected the axes of a lora_jax adapter.*got 'no json'"):
     lj.unpack(arrays, "no json")
   with pytest.raises(ValueError, match="version 2"):
     lj.unpack(arrays, axes.replace('"version": 1', '"version": 2'))
@@ -60,7 +62,10 @@ def test_unpack_lists_every_difference():
     lj.unpack(fewer | {"more": jnp.ones(1)}, axes)
   smaller = lj.lora(unrolled, lj.LoraConfig(2, 8.0, r"h_[01]/attn/(query|value)/kernel"))
   like = smaller.init(KEY, make_params(), tokens())
-  message = r"(?s)unexpected: h_0/mlp/up/bias.*unexpected: h_2/attn/query/kernel.*mis-shaped: h_0/attn/query/kernel is \[\(24, 4\)"
+  message = (
+    r"(?s)unexpected: h_0/mlp/up/bias.*unexpected: h_2/attn/query/kernel"
+    r".*mis-shaped: h_0/attn/query/kernel is \[\(24, 4\)"
+  )
   with pytest.raises(ValueError, match=message):
     lj.unpack(arrays, axes, like)
 

@@ -80,7 +80,7 @@ def test_no_match_lists_near_names():
 @pytest.mark.parametrize("setting", ["rules", "extra"])
 def test_a_rule_or_an_extra_that_matches_nothing(setting):
   value = (lj.LoraRule("kernle", rank=1),) if setting == "rules" else "kernle"
-  with pytest.raises(ValueError, match="'kernle' matches none.*Near names: kernel"):
+  with pytest.raises(ValueError, match=r"'kernle' matches none.*Near names: kernel"):
     init(square, SQUARE, X, **{setting: value})
 
 
@@ -110,9 +110,10 @@ def test_unused_weight():
 
 def test_conflicting_uses():
   def fn(params, x):
-    return jnp.einsum("bi,ijk->bjk", x, params["w"]).sum() + jnp.einsum(
-      "bj,ijk->bik", x[:, :6], params["w"]
-    ).sum()
+    return (
+      jnp.einsum("bi,ijk->bjk", x, params["w"]).sum()
+      + jnp.einsum("bj,ijk->bik", x[:, :6], params["w"]).sum()
+    )
 
   message = (
     r"conflicting uses of w: first one contracts axes \(0,\) into \(1, 2\), later one contracts "
@@ -169,7 +170,10 @@ def test_a_trainable_tree_from_another_model_lists_everything():
     r"mis-shaped: h_1/attn/value/kernel/lora_b is \(3, 24\), expected \(2, 24\)",
     r"mis-shaped: h_1/mlp/up/bias is \(5,\), expected \(96,\)",
   ]
-  for function in (lambda: lora.apply(params, trainable, ids), lambda: lora.merge(params, trainable)):
+  for function in (
+    lambda: lora.apply(params, trainable, ids),
+    lambda: lora.merge(params, trainable),
+  ):
     with pytest.raises(ValueError, match="\n  ".join(expected)):
       function()
 
@@ -187,7 +191,9 @@ def test_dropout_without_a_key():
 
 
 def test_an_extra_needs_a_real_array():
-  shapes = {"kernel": jax.ShapeDtypeStruct((8, 6), "float32")} | {"b": jax.ShapeDtypeStruct((6,), "float32")}
+  shapes = {"kernel": jax.ShapeDtypeStruct((8, 6), "float32")} | {
+    "b": jax.ShapeDtypeStruct((6,), "float32")
+  }
   with pytest.raises(ValueError, match="extra b is copied by init and needs a real array"):
     init(lambda p, x: square(p, x) + p["b"][None], shapes, X, target="kernel", extra="b")
 
@@ -201,7 +207,9 @@ def test_functional_refuses_calls_that_change_other_state():
   from flax import nnx
 
   fn, params = lj.functional(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-  with pytest.raises(ValueError, match=r"the call changes the model's mean.*, var.*model\.eval\(\)"):
+  with pytest.raises(
+    ValueError, match=r"the call changes the model's mean.*, var.*model\.eval\(\)"
+  ):
     fn(params, jnp.ones((2, 4)))
   model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
   model.eval()
@@ -252,7 +260,7 @@ def test_an_opaque_function_is_named():
 
 
 def test_a_weight_that_the_function_returns():
-  with pytest.raises(lj.UnsupportedOperation, match="cannot adapt w.*returned by the function"):
+  with pytest.raises(lj.UnsupportedOperation, match=r"cannot adapt w.*returned by the function"):
     init(lambda p, x: (x @ p["w"], p["w"]), {"w": jnp.ones((8, 8))}, X)
 
 

@@ -25,9 +25,8 @@ def adapt(fn, params, *args, **options):
 
 def test_name_stacks_and_source_lines_are_the_bases():
   def fn(params, x):
-    with jax.named_scope("layer"):
-      with jax.named_scope("dense"):
-        return jnp.tanh(x @ params["w"])
+    with jax.named_scope("layer"), jax.named_scope("dense"):
+      return jnp.tanh(x @ params["w"])
 
   params = {"w": jnp.ones((8, 8))}
   lora, trainable = adapt(fn, params, X)
@@ -70,7 +69,10 @@ def test_inner_functions_keep_their_names_and_are_processed_once(monkeypatch):
   blocks = [e for e in equations(jaxpr) if e.params.get("name") == "block"]
   assert len(blocks) == 12
   assert len({id(e.params["jaxpr"]) for e in blocks}) == 1
-  assert relative_difference(lora.apply(params, trainable, X), fn(lora.merge(params, trainable), X)) < 1e-5
+  assert (
+    relative_difference(lora.apply(params, trainable, X), fn(lora.merge(params, trainable), X))
+    < 1e-5
+  )
 
 
 def test_custom_derivatives_of_the_model_survive():
@@ -187,7 +189,9 @@ def test_branches_that_return_different_weights_are_refused():
     return x @ w
 
   params = {"a_w": jnp.eye(8), "b_w": jnp.eye(8)}
-  with pytest.raises(lj.UnsupportedOperation, match="'cond'.*its branches return different weights"):
+  with pytest.raises(
+    lj.UnsupportedOperation, match=r"'cond'.*its branches return different weights"
+  ):
     adapt(fn, params, X)
 
 

@@ -30,7 +30,9 @@ def dense(params, x):
 
 
 def dense_case(d_in=12, d_out=10, **options):
-  params = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((d_in, d_out)), jnp.float32)}
+  params = {
+    "kernel": jnp.asarray(np.random.default_rng(0).standard_normal((d_in, d_out)), jnp.float32)
+  }
   options = {"rank": 2, "alpha": 6.0, "target": "kernel"} | options
   lora = lj.lora(dense, lj.LoraConfig(**options))
   x = jnp.asarray(np.random.default_rng(1).standard_normal((5, d_in)), jnp.float32)
@@ -112,7 +114,7 @@ def test_scaling_and_dropout_rate_by_path():
   node = trainable["h_1"]["attn"]["query"]["kernel"]
   trainable["h_1"]["attn"]["query"]["kernel"] = jax.tree.map(jnp.zeros_like, node)
   assert relative_difference(off, lora.apply(params, trainable, ids)) < 1e-6
-  with pytest.raises(ValueError, match="not adapted.*Near names: h_1/attn/query/kernel"):
+  with pytest.raises(ValueError, match=r"not adapted.*Near names: h_1/attn/query/kernel"):
     lora.apply(params, trainable, ids, scaling={"h_1/attn/query/kernl": 0.0})
 
 
@@ -130,7 +132,7 @@ def test_merged_and_unmerged_outputs_agree_to_1e5(target):
 
 
 def test_merge_computes_in_float32_keeps_the_dtype_and_reports_its_error():
-  lora, params, trainable, x = dense_case()
+  lora, params, trainable, _ = dense_case()
   low = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
   merged = lora.merge(low, trainable)["kernel"]
   assert merged.dtype == jnp.bfloat16
@@ -216,7 +218,10 @@ def test_axes_given_by_a_rule_replace_the_inferred_ones():
   axes = LoraAxes(batch=(), inputs=(1,), outputs=(0,))
   lora, params, trainable, x = dense_case(rules=(lj.LoraRule("kernel", axes=axes),))
   assert trainable["kernel"].lora_a.shape == (10, 2)
-  assert relative_difference(lora.apply(params, trainable, x), dense(lora.merge(params, trainable), x)) < 1e-5
+  assert (
+    relative_difference(lora.apply(params, trainable, x), dense(lora.merge(params, trainable), x))
+    < 1e-5
+  )
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
@@ -246,21 +251,13 @@ def test_extra_leaves_are_copied_and_trained_whole():
   np.testing.assert_array_equal(lora.apply(params, trainable, ids), unrolled(params, ids))
   trainable = randomized(trainable)
   merged = lora.merge(params, trainable)
-  np.testing.assert_array_equal(merged["h_2"]["mlp"]["up"]["bias"], trainable["h_2"]["mlp"]["up"]["bias"])
+  np.testing.assert_array_equal(
+    merged["h_2"]["mlp"]["up"]["bias"], trainable["h_2"]["mlp"]["up"]["bias"]
+  )
   assert relative_difference(lora.apply(params, trainable, ids), unrolled(merged, ids)) < 1e-5
 
 
 # ---- dropout ---------------------------------------------------------------------------
-
-
-def kept(lora, params, trainable, x, key):
-  """The branch's input after dropout, read off a branch that is the identity."""
-  return np.asarray(lora.apply(params, trainable, x, lora_key=key)) != 0
-
-
-def identity_adapter(size, rank_axes=()):
-  eye = jnp.broadcast_to(jnp.eye(size), (*rank_axes, size, size))
-  return eye
 
 
 def test_dropout_scales_what_it_keeps_and_keeps_the_expectation():
@@ -338,7 +335,7 @@ def test_the_gradient_uses_the_forward_passs_mask_under_remat():
   def fn(params, x):
     return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(params["kernel"], x)
 
-  plain, params, trainable, x = dense_case(dropout=0.5)
+  _, params, trainable, x = dense_case(dropout=0.5)
   remat = lj.lora(fn, lj.LoraConfig(rank=2, alpha=6.0, target="kernel", dropout=0.5))
 
   def loss(t):
@@ -425,7 +422,7 @@ def test_jvp_checkpoint_and_grad_of_grad_agree_with_the_merged_model():
 
 
 def test_the_trainable_tree_survives_donation():
-  lora, params, trainable, x = dense_case()
+  _, _, trainable, _ = dense_case()
   expected = jax.tree.map(lambda a: 2 * a, trainable)
   step = jax.jit(lambda t: jax.tree.map(lambda a: 2 * a, t), donate_argnums=0)
   doubled = step(trainable)

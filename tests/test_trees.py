@@ -57,9 +57,11 @@ def test_mistakes():
   tree = combined_tree()
   with pytest.raises(ValueError, match=r"expected a combined tree .*got \['embed', 'h_0'"):
     lj.trainable_mask(tree["base"])
-  with pytest.raises(ValueError, match="extra 'base/embd' matches none.*base/embed/embedding"):
+  with pytest.raises(ValueError, match=r"extra 'base/embd' matches none.*base/embed/embedding"):
     lj.trainable_mask(tree, extra="base/embd")
-  with pytest.raises(ValueError, match="'adapter/h_0/attn/query/kernel/lora_a' is given by 2 of the parts"):
+  with pytest.raises(
+    ValueError, match="'adapter/h_0/attn/query/kernel/lora_a' is given by 2 of the parts"
+  ):
     lj.combine(tree, tree)
   with pytest.raises(ValueError, match="paths in one of them only: base/embed/embedding"):
     lj.partition(tree, {"base": {}, "adapter": jax.tree.map(lambda _: True, tree["adapter"])})

@@ -18,9 +18,7 @@ def full_finetuning(fn: Callable[..., Any]) -> Adaptation:
     del key, args, kwargs
     return params
 
-  def apply(
-    params, trainable, *args, lora_key=None, scaling=None, dropout_rate=None, **kwargs
-  ):
+  def apply(params, trainable, *args, lora_key=None, scaling=None, dropout_rate=None, **kwargs):
     del params, lora_key, scaling, dropout_rate
     return fn(trainable, *args, **kwargs)
 

@@ -41,9 +41,7 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
   if not (folder / "axes").is_dir():
     raise FileNotFoundError(f"{folder} holds no adapter: expected one written by save_adapter")
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    stored = checkpointer.restore(
-      folder, args=ocp.args.Composite(axes=ocp.args.JsonRestore())
-    )
+    stored = checkpointer.restore(folder, args=ocp.args.Composite(axes=ocp.args.JsonRestore()))
     axes = stored["axes"]["axes"]
     wanted, _ = pack(like)
     abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
