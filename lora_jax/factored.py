@@ -257,6 +257,7 @@ class Factored:
     contracting: tuple[Sequence[int], Sequence[int]],
     batch: tuple[Sequence[int], Sequence[int]] = ((), ()),
     precision: Any = None,
+    preferred_element_type: Any = None,
     weight_first: bool = False,
   ) -> jax.Array:
     """Returns the low-rank part of `lax.dot_general(x, w)`; zeros while probing.
@@ -269,6 +270,7 @@ class Factored:
       contracting: the contracted axes of x and of the weight, paired.
       batch: the batch axes of x and of the weight, paired.
       precision: as `lax.dot_general` has it.
+      preferred_element_type: likewise; of the result, not of what stands between A and B.
       weight_first: True for `lax.dot_general(w, x)`.
     """
     pairs = dict(zip((*contracting[0], *batch[0]), (*contracting[1], *batch[1]), strict=True))
@@ -284,13 +286,14 @@ class Factored:
         later = {label for f in order[i + 1 :] for label in f.labels}
         keep = {*out_labels, *later}
         piece = factor.array.astype(x.dtype)
-        array, labels = contract(array, labels, piece, factor.labels, keep, precision)
+        dtype = preferred_element_type if factor is order[-1] else None
+        array, labels = contract(array, labels, piece, factor.labels, keep, precision, dtype)
         array = term.scaled(array) if i == 0 else array
       array = _spread(array, labels, out_labels, self.shape)
       total = array if total is None else total + array
     if total is None:
       sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
-      return jnp.zeros([sizes[label] for label in out_labels], x.dtype)
+      return jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
     return total
 
 
@@ -327,6 +330,7 @@ def contract(
   y_labels: Labels,
   keep: Any,
   precision: Any = None,
+  preferred_element_type: Any = None,
 ) -> tuple[jax.Array, Labels]:
   """Returns the product of two labelled arrays, summed over the shared labels not in `keep`.
 
@@ -343,7 +347,14 @@ def contract(
     ([x_labels.index(l) for l in batch], [y_labels.index(l) for l in batch]),
   )
   out_sharding = _product_sharding(x, x_labels, y, y_labels, labels)
-  out = lax.dot_general(x, y, dimension_numbers, precision=precision, out_sharding=out_sharding)
+  out = lax.dot_general(
+    x,
+    y,
+    dimension_numbers,
+    precision=precision,
+    preferred_element_type=preferred_element_type,
+    out_sharding=out_sharding,
+  )
   return out, labels
 
 

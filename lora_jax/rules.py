@@ -383,7 +383,7 @@ def _gather_factor(array, labels, indices, dnums, slice_sizes, mode, where, batc
 # ---- consumers -------------------------------------------------------------------------
 
 
-def dot_general(call, lhs, rhs, *, dimension_numbers, precision=None, **_):
+def dot_general(call, lhs, rhs, *, dimension_numbers, precision, preferred_element_type, **_):
   """The weight on either side, any number of contracted and batch axes."""
   contracting, batch = dimension_numbers
   lhs = _settled(lhs, contracting[0], batch[0])
@@ -392,9 +392,11 @@ def dot_general(call, lhs, rhs, *, dimension_numbers, precision=None, **_):
     raise Unsupported("the product of two adapted weights")
   if isinstance(lhs, Factored):
     flipped = (contracting[1], contracting[0]), (batch[1], batch[0])
-    return plus(call(lhs.base, rhs), lhs.dot(rhs, *flipped, precision, weight_first=True))
+    low_rank = lhs.dot(rhs, *flipped, precision, preferred_element_type, weight_first=True)
+    return plus(call(lhs.base, rhs), low_rank)
   if isinstance(rhs, Factored):
-    return plus(call(lhs, rhs.base), rhs.dot(lhs, contracting, batch, precision))
+    low_rank = rhs.dot(lhs, contracting, batch, precision, preferred_element_type)
+    return plus(call(lhs, rhs.base), low_rank)
   return call(lhs, rhs)
 
 
