@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.products import Labels, aligned, contract, spread
+
 RANK = -1
 """The label of a factor's rank axis; other labels are dimensions of the weight."""
 
 ArrayLike = Any
-Labels = tuple[int, ...]
 
 
 class Unsupported(Exception):
@@ -289,7 +290,7 @@ class Factored:
         dtype = preferred_element_type if factor is order[-1] else None
         array, labels = contract(array, labels, piece, factor.labels, keep, precision, dtype)
         array = term.scaled(array) if i == 0 else array
-      array = _spread(array, labels, out_labels, self.shape)
+      array = spread(array, labels, out_labels, self.shape)
       total = array if total is None else total + array
     if total is None:
       sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
@@ -321,80 +322,3 @@ def _use(term: Term, contracted: set[int], batch: set[int], lookup: bool) -> Use
     side = "left as an output" if roles["contracted"] else "contracted with an input"
     raise Unsupported(f"no axis is {side}, so that there are no two sides to factor")
   return Use(*(tuple(axes) for axes in roles.values()), lookup=lookup)
-
-
-def contract(
-  x: jax.Array,
-  x_labels: Labels,
-  y: jax.Array,
-  y_labels: Labels,
-  keep: Any,
-  precision: Any = None,
-  preferred_element_type: Any = None,
-) -> tuple[jax.Array, Labels]:
-  """Returns the product of two labelled arrays, summed over the shared labels not in `keep`.
-
-  Labels that x and y share and that are in `keep` become batch axes. The result's labels
-  come with it: batch, then the rest of x, then the rest of y.
-  """
-  shared = [label for label in x_labels if label in y_labels]
-  summed = [label for label in shared if label not in keep]
-  batch = [label for label in shared if label in keep]
-  rest = [[l for l in labels if l not in shared] for labels in (x_labels, y_labels)]
-  labels = (*batch, *rest[0], *rest[1])
-  dimension_numbers = (
-    ([x_labels.index(l) for l in summed], [y_labels.index(l) for l in summed]),
-    ([x_labels.index(l) for l in batch], [y_labels.index(l) for l in batch]),
-  )
-  out_sharding = _product_sharding(x, x_labels, y, y_labels, labels)
-  out = lax.dot_general(
-    x,
-    y,
-    dimension_numbers,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-    out_sharding=out_sharding,
-  )
-  return out, labels
-
-
-def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSharding | None:
-  """Where sharding is part of the types: each axis keeps its spec, a summed one is gathered."""
-  sharding = jax.typeof(x).sharding
-  if not sharding.mesh.are_all_axes_explicit:
-    return None
-  specs = dict(zip(y_labels, jax.typeof(y).sharding.spec, strict=True))
-  specs.update(zip(x_labels, sharding.spec, strict=True))
-  seen: set[Any] = set()
-  spec = []
-  for label in labels:
-    names = specs[label]
-    names = () if names is None else names if isinstance(names, tuple) else (names,)
-    spec.append(tuple(name for name in names if name not in seen) or None)
-    seen.update(names)
-  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def aligned(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x` cast, and where sharding is part of the types also sharded, as `like` is."""
-  sharding = jax.typeof(like).sharding
-  if sharding.mesh.are_all_axes_explicit and jax.typeof(x).sharding != sharding:
-    x = jax.sharding.reshard(x, sharding)
-  return x.astype(like.dtype)
-
-
-def _spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequence[int]):
-  """Puts axes in the order of `out_labels`; a dimension no factor has is broadcast."""
-  present = tuple(label for label in out_labels if label in labels)
-  order = tuple(labels.index(label) for label in present)
-  if order != tuple(range(array.ndim)):
-    array = lax.transpose(array, order)
-  if len(present) == len(out_labels):
-    return array
-  full = [array.shape[present.index(l)] if l in present else shape[l] for l in out_labels]
-  return lax.broadcast_in_dim(array, full, [out_labels.index(label) for label in present])
-
-
-def plus(base_out: jax.Array, low_rank: jax.Array) -> jax.Array:
-  """Adds the low-rank part to the base's output, in the base's dtype."""
-  return base_out + aligned(low_rank, base_out)

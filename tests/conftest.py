@@ -10,7 +10,10 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("factored", "initializers", "interpreter", "low_rank", "rules", "sharding", "tracing")
+CHECKED = (
+  *("control_flow", "factored", "initializers", "interpreter", "low_rank", "products"),
+  *("rules", "sharding", "tracing"),
+)
 """The modules of array functions; the others check what users give them themselves."""
 
 with install_import_hook([f"lora_jax.{name}" for name in CHECKED], "beartype.beartype"):

@@ -11,9 +11,10 @@ import lora_jax
 
 PACKAGE = Path(lora_jax.__file__).parent
 LAYERS = [  # each may import from those before it
-  {"trees", "_compat", "initializers", "tracing", "factored"},
-  {"adapter"},
+  {"trees", "products", "_compat", "initializers", "tracing"},
+  {"factored", "adapter"},
   {"rules", "config", "sharding", "adaptation", "optimizer", "flax_nnx"},
+  {"control_flow"},
   {"interpreter"},
   {"axes"},
   {"low_rank", "methods", "inspection"},
