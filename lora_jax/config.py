@@ -30,7 +30,7 @@ class LoraRule:
     init: of these weights.
     dropout: of these weights' inputs.
     axes: instead of the inferred ones.
-    layers: as in `LoraConfig`.
+    stacked_layers: as in `LoraConfig`.
     on_unhandled: "materialize" forms W + scaling * AB where an operation has no rule, and
       warns once; "raise" raises.
   """
@@ -41,12 +41,13 @@ class LoraRule:
   init: Init | None = None
   dropout: float | None = None
   axes: LoraAxes | None = None
-  layers: Sequence[int] | None = None
+  stacked_layers: Sequence[int] | None = None
   on_unhandled: OnUnhandled = "raise"
 
   def __post_init__(self):
     as_patterns(self.pattern)
-    _check(self.rank, self.alpha, self.init, self.dropout, self.layers)
+    _check(self.rank, self.alpha, self.init, self.dropout)
+    _check_layers("stacked_layers", self.stacked_layers)
     if self.on_unhandled not in ("raise", "materialize"):
       raise ValueError(f"on_unhandled must be 'raise' or 'materialize', got {self.on_unhandled!r}")
 
@@ -64,8 +65,10 @@ class LoraConfig:
       function `(key, a_shape, b_shape, fan_in) -> (lora_a, lora_b)`.
     rules: what differs for some of the weights.
     extra: leaves that are trained whole besides: a head, biases, LayerNorm.
-    layers: adapts these layers only. A layer's number is the first integer in its path
-      (`h_11/...`, `layers/11/...`); for stacked layers, the index on the stacked axis.
+    layers: adapts these layers only, by the first integer in a path (`h_11/...`,
+      `layers/11/...`).
+    stacked_layers: of weights that are stacked (by `scan`), adapts these layers only, by the
+      index on the stacked axis.
 
   Raises:
     ValueError: naming what was expected and what came.
@@ -79,12 +82,15 @@ class LoraConfig:
   rules: Sequence[LoraRule] = ()
   extra: str | Sequence[str] = ()
   layers: Sequence[int] | None = None
+  stacked_layers: Sequence[int] | None = None
 
   def __post_init__(self):
     for name in ("rank", "alpha", "dropout", "init"):
       if getattr(self, name) is None:
         raise ValueError(f"{name} must be given, got None")
-    _check(self.rank, self.alpha, self.init, self.dropout, self.layers)
+    _check(self.rank, self.alpha, self.init, self.dropout)
+    _check_layers("layers", self.layers)
+    _check_layers("stacked_layers", self.stacked_layers)
     if not as_patterns(self.target):
       raise ValueError("target must name a pattern, got none")
     as_patterns(self.extra)
@@ -93,7 +99,7 @@ class LoraConfig:
         raise ValueError(f"rules must be LoraRules, got {rule!r}")
 
 
-def _check(rank, alpha, init, dropout, layers) -> None:
+def _check(rank, alpha, init, dropout) -> None:
   if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
     raise ValueError(f"rank must be a positive integer, got {rank!r}")
   if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
@@ -105,8 +111,11 @@ def _check(rank, alpha, init, dropout, layers) -> None:
     raise ValueError(f"init must be one of {known}, or a function, got {init!r}")
   if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
     raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
-  if layers is not None and not (len(layers) and all(_is_index(i) for i in layers)):
-    raise ValueError(f"layers must be a sequence of layer numbers from 0, got {layers!r}")
+
+
+def _check_layers(name: str, layers: Sequence[int] | None) -> None:
+  if layers is not None and not (len(layers) and all(map(_is_index, layers))):
+    raise ValueError(f"{name} must be a sequence of layer numbers from 0, got {layers!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -129,6 +138,7 @@ class Target:
   init: Init
   dropout: float
   axes: LoraAxes | None
+  by_number: bool  # chosen by `layers`, the number in its path
   stacked_layers: tuple[int, ...] | None
   on_unhandled: OnUnhandled
 
@@ -137,11 +147,16 @@ class Target:
     return self.alpha / self.rank
 
 
-def find_targets(config: LoraConfig, params: PyTree) -> dict[str, Target]:
-  """Returns the weights that `config` adapts, by path, in the order of `params`.
+Extra = dict[str, tuple[tuple[str, ...], Any]]
 
+
+def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], Extra]:
+  """Returns the weights that `config` adapts, by path, in the order of `params`, and the extras.
+
+  Returns:
+    `{path: Target}`, and `{path: (keys, leaf)}` of the leaves that are trained whole.
   Raises:
-    ValueError: if a pattern of `target` or of a rule matches nothing, or what it matches
+    ValueError: if a pattern of `target`, `extra` or a rule matches nothing, or what it matches
       cannot be adapted.
   """
   leaves = array_leaves(params)
@@ -156,19 +171,11 @@ def find_targets(config: LoraConfig, params: PyTree) -> dict[str, Target]:
       targets[path] = target
   if not targets:
     raise ValueError(f"layers={list(config.layers or ())} leaves none of the targeted weights")
-  return targets
-
-
-def find_extra(config: LoraConfig, params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
-  """Returns `{path: (keys, leaf)}` of the leaves that `config.extra` trains whole."""
-  if not as_patterns(config.extra):
-    return {}
-  leaves = array_leaves(params)
-  chosen = select(config.extra, leaves, "extra")
-  both = [path for path in chosen if path in find_targets(config, params)]
+  extra = select(config.extra, leaves, "extra") if as_patterns(config.extra) else []
+  both = [path for path in extra if path in targets]
   if both:
     raise ValueError(f"both target and extra match {', '.join(both)}; expected one of them")
-  return {path: leaves[path] for path in chosen}
+  return targets, {path: leaves[path] for path in extra}
 
 
 def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -182,6 +189,8 @@ def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
   for key_path, leaf in flat:
     keys = key_parts(key_path)
     path = "/".join(keys)
+    if not keys:
+      raise ValueError("params are a single array; expected a tree, as {'kernel': array}")
     if path in leaves:
       raise ValueError(f"two leaves of params have the path {path!r}; rename one")
     if is_array(leaf):
@@ -197,12 +206,16 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
       f"got {leaf.dtype.name} of shape {leaf.shape}. Train it whole with `extra`, "
       "or narrow `target`"
     )
-  layers = config.layers if rule.layers is None else rule.layers
   number = layer_number(path)
-  if layers is not None and number is not None:
-    if number not in layers:
+  if config.layers is not None:
+    if number is None:
+      raise ValueError(
+        f"{path}: layers={list(config.layers)} needs a layer's number in the path. Narrow "
+        "`target` to the layers' weights, or give stacked_layers for a stack of layers"
+      )
+    if number not in config.layers:
       return None
-    layers = None
+  stacked = config.stacked_layers if rule.stacked_layers is None else rule.stacked_layers
   if rule.axes is not None:
     rule.axes.check(leaf.ndim, path)
   return Target(
@@ -214,7 +227,8 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
     init=config.init if rule.init is None else rule.init,
     dropout=config.dropout if rule.dropout is None else rule.dropout,
     axes=rule.axes,
-    stacked_layers=None if layers is None else tuple(layers),
+    by_number=config.layers is not None,
+    stacked_layers=None if stacked is None else tuple(stacked),
     on_unhandled=rule.on_unhandled,
   )
 

@@ -227,7 +227,7 @@ def form(value: Any, what: str) -> Any:
   """Returns a lookup as an array; a weight cannot leave by this way."""
   if not isinstance(value, Factored):
     return value
-  if value.lookup:
+  if value.lookup or value.is_rows:
     return value.look_up()
   raise Unsupported(f"a view of the weight is {what}")
 

@@ -248,9 +248,17 @@ class Factored:
     return out
 
   def look_up(self) -> jax.Array:
-    """Returns the looked-up rows with their low-rank part: an embedding's output."""
+    """Returns the looked-up rows with their low-rank part: an embedding's output.
+
+    Its inputs are the indexed axes; of a single row, which has none left, those that are gone.
+    """
     self.use(contracted=self.lookup, lookup=True)
     return self.materialize()
+
+  @property
+  def is_rows(self) -> bool:
+    """Whether it was indexed down to vectors: an activation, which may be formed."""
+    return self.ndim <= 1 or (bool(self.lookup) and self.ndim < len(self.lookup) + 2)
 
   def dot(
     self,
@@ -279,23 +287,45 @@ class Factored:
     x_free = [label for label in x_labels if label >= self.ndim]
     w_free = [d for d in range(self.ndim) if d not in pairs.values()]
     out_labels = (*batch[1], *(w_free + x_free if weight_first else x_free + w_free))
-    total = None
-    for term in self.use(contracting[1], batch[1]):
-      array, labels = term.drop(x), x_labels
-      order = sorted(term.factors, key=lambda f: -len(set(f.dims) & set(contracting[1])))
-      for i, factor in enumerate(order):
-        later = {label for f in order[i + 1 :] for label in f.labels}
-        keep = {*out_labels, *later}
-        piece = factor.array.astype(x.dtype)
-        dtype = preferred_element_type if factor is order[-1] else None
-        array, labels = contract(array, labels, piece, factor.labels, keep, precision, dtype)
-        array = term.scaled(array) if i == 0 else array
-      array = spread(array, labels, out_labels, self.shape)
-      total = array if total is None else total + array
-    if total is None:
-      sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
-      return jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
+    x = self.input(x)
+    sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
+    total = jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
+    for number, term in enumerate(self.use(contracting[1], batch[1])):
+      part = _dot_term(term, x, x_labels, out_labels, precision, preferred_element_type)
+      part = spread(*part, out_labels, self.shape)
+      total = part if number == 0 else total + part
     return total
+
+  def input(self, x: jax.Array) -> jax.Array:
+    """Returns a layer's input in the dtype of its low-rank branch.
+
+    That is its own, unless the weight's is wider or the input is of integers.
+    """
+    wide_enough = x.dtype.itemsize >= self.dtype.itemsize
+    if jnp.issubdtype(x.dtype, jnp.inexact) and wide_enough:
+      return x
+    return x.astype(jnp.promote_types(x.dtype, self.dtype))
+
+
+def _dot_term(
+  term: Term, x: jax.Array, labels: Labels, out_labels: Labels, precision: Any, out_dtype: Any
+) -> tuple[jax.Array, Labels]:
+  """Returns x times one term, contracted with the factor that shares x's axes first."""
+  x = term.drop(x)
+  carried = {label for factor in term.factors for label in factor.labels}
+  constant = [i for i, label in enumerate(labels) if label not in {*carried, *out_labels}]
+  if constant:  # contracted axes that the term does not vary along
+    x = x.sum(constant)
+    labels = tuple(label for i, label in enumerate(labels) if i not in constant)
+  summed = set(labels) - set(out_labels)
+  order = sorted(term.factors, key=lambda f: -len(set(f.dims) & summed))
+  for i, factor in enumerate(order):
+    keep = {*out_labels, *(label for f in order[i + 1 :] for label in f.labels)}
+    dtype = out_dtype if factor is order[-1] else None
+    piece = factor.array.astype(x.dtype)
+    x, labels = contract(x, labels, piece, factor.labels, keep, precision, dtype)
+    x = term.scaled(x) if i == 0 else x
+  return x, labels
 
 
 def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
@@ -310,7 +340,9 @@ def _use(term: Term, contracted: set[int], batch: set[int], lookup: bool) -> Use
   roles: dict[str, list[int]] = {"contracted": [], "batch": [], "free": []}
   for axis, factor in enumerate(term.factors):
     dims = set(factor.dims)
-    if not dims or dims <= batch:  # taken away by an index or a loop, or shared with the input
+    if not dims and lookup and not contracted:
+      roles["contracted"].append(axis)  # a single row
+    elif not dims or dims <= batch:  # taken away by an index or a loop, or shared with the input
       roles["batch"].append(axis)
     elif dims <= contracted:
       roles["contracted"].append(axis)

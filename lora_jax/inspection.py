@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapter import adapter_extra, adapter_weights
-from lora_jax.config import LoraConfig, find_targets
+from lora_jax.config import LoraConfig, find_leaves
 from lora_jax.trees import leaves_with_path
 
 PyTree = Any
@@ -39,7 +39,7 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   """
   base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
-  targets = find_targets(config, params) if config is not None else {}
+  targets, _ = find_leaves(config, params) if config is not None else ({}, {})
   rows: list[tuple[str, ...]] = [
     ("path", "weight", "lora_a", "lora_b", "rank", "scaling", "parameters", "share")
   ]

@@ -53,8 +53,8 @@ class Interpreter:
         outputs.append(form(out, "returned by the function"))
       except Unsupported as error:
         raise UnsupportedOperation(
-          f"cannot adapt {' and '.join(out.paths)} by LoRA: {error}. Return it from outside "
-          "the adapted function, or leave it out of `target`"
+          f"cannot adapt {' and '.join(out.paths)} by LoRA: {error}. Use it otherwise in the "
+          "adapted function, or leave it out of `target`"
         ) from error
     return outputs
 
@@ -73,9 +73,6 @@ class Interpreter:
       with _compat.equation_context(equation):
         if any(isinstance(value, Factored) for value in values):
           outputs = self._adapted(number, equation, values)
-          for atom, value in zip(equation.invars, values, strict=True):
-            if not isinstance(atom, Literal) and _is_lookup(env[atom]):
-              env[atom] = value  # once formed, it is not formed again
         else:
           outputs = _compat.bind(equation, values)
       env.update(zip(equation.outvars, outputs, strict=True))
@@ -84,7 +81,7 @@ class Interpreter:
     return [read(atom) for atom in jaxpr.outvars]
 
   def _adapted(self, number: int, equation: Any, values: Values) -> Values:
-    """Evaluates an equation with a factored operand. `values` is updated in place."""
+    """Evaluates an equation with a factored operand."""
     name = equation.primitive.name
     try:
       rule = self._opaque_rule(equation)
@@ -104,7 +101,10 @@ class Interpreter:
         return self._apply_rule(rules.STRUCTURAL[name], None, equation, values, equation.params)
       raise Unsupported("no rule for it")
     except Unsupported as error:
-      return self._without_rule(equation, values, str(error))
+      try:
+        return self._without_rule(equation, values, str(error))
+      except Unsupported as other:  # a row that cannot be formed either
+        raise self._refusal(equation, values, str(other)) from other
 
   def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
     def call(*arrays):
@@ -114,7 +114,7 @@ class Interpreter:
     operands = values if number is None else [fold(value, number) for value in values]
     outputs = rule(call, *operands, **params)
     outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-    return [with_origin(out, None) for out in outputs]
+    return [_settled(out) for out in outputs]
 
   def _opaque_rule(self, equation: Any) -> OpaqueRule | None:
     name = _compat.traced_name(equation)
@@ -129,26 +129,29 @@ class Interpreter:
     return self.opaque[name]
 
   def _without_rule(self, equation: Any, values: Values, reason: str) -> Values:
-    """Forms lookups, and weights where the user allows it; raises for any other."""
+    """Forms activations, and weights where the user allows it; raises for any other."""
     name = equation.primitive.name
+    values = list(values)
     for i, value in enumerate(values):
       if not isinstance(value, Factored):
         continue
-      if value.lookup:
+      if value.lookup or value.is_rows:
         values[i] = value.look_up()
       elif set(value.paths) <= set(self.materialize):
         values[i] = self._materialize(value, name)
       else:
-        traced = _compat.traced_name(equation)
-        hint = f", or opaque={{{traced!r}: rule}} if you know its rule" if traced else ""
-        raise UnsupportedOperation(
-          f"cannot adapt {' and '.join(value.paths)} by LoRA: {name!r} is applied to it at "
-          f"{self._source_line(equation)}, and {reason}. Leave it out of `target`, or give "
-          f"LoraRule(pattern, on_unhandled='materialize') for it{hint}"
-        )
-    if any(isinstance(value, Factored) for value in values):
-      raise AssertionError("every factored value was formed above")
+        raise self._refusal(equation, [value], reason)
     return _compat.bind(equation, values)
+
+  def _refusal(self, equation: Any, values: Values, reason: str) -> UnsupportedOperation:
+    paths = [path for value in values if isinstance(value, Factored) for path in value.paths]
+    traced = _compat.traced_name(equation)
+    hint = f", or opaque={{{traced!r}: rule}} if you know its rule" if traced else ""
+    return UnsupportedOperation(
+      f"cannot adapt {' and '.join(dict.fromkeys(paths))} by LoRA: {equation.primitive.name!r} is "
+      f"applied to it at {self._source_line(equation)}, and {reason}. Leave it out of `target`, "
+      f"or give LoraRule(pattern, on_unhandled='materialize') for it{hint}"
+    )
 
   def _source_line(self, equation: Any) -> str:
     """Returns the user's line behind an equation; for a library's inner function, the call's."""
@@ -183,5 +186,8 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
   return last[::-1]
 
 
-def _is_lookup(value: Any) -> bool:
-  return isinstance(value, Factored) and bool(value.lookup)
+def _settled(out: Any) -> Any:
+  """Returns what a rule made as the next equations see it: rows looked up are an array."""
+  if isinstance(out, Factored) and out.lookup and out.is_rows:
+    return out.look_up()
+  return with_origin(out, None)

@@ -38,7 +38,7 @@ from lora_jax.adapter import (
   weight_factors,
 )
 from lora_jax.axes import infer_axes
-from lora_jax.config import LoraConfig, Target, find_extra, find_targets
+from lora_jax.config import LoraConfig, Target, find_leaves
 from lora_jax.factored import Factored, Label, Term
 from lora_jax.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
 from lora_jax.interpreter import Interpreter, OpaqueRule
@@ -97,7 +97,7 @@ def lora(
   opaque = dict(opaque or {})
 
   def init(key: PRNGKeyArray, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-    targets, extra = find_targets(config, params), find_extra(config, params)
+    targets, extra = find_leaves(config, params)
     call = trace_call(fn, params, args, kwargs)
     found = infer_axes(call, targets, _interpreter(opaque, targets))
     unused = [path for path, target in targets.items() if not (path in found or target.axes)]
@@ -131,7 +131,7 @@ def lora(
     dropout_rate: Any = None,
     **kwargs: Any,
   ) -> Any:
-    targets, extra = find_targets(config, params), find_extra(config, params)
+    targets, extra = find_leaves(config, params)
     check_adapter(trainable, targets, extra)
     key = _dropout_key(lora_key, targets, dropout_rate)
     call = trace_call(fn, _with_extra(params, trainable), args, kwargs)
@@ -140,7 +140,7 @@ def lora(
     return jax.tree.unflatten(call.out_tree, outputs)
 
   def merge(params: PyTree, trainable: PyTree, *, scaling: Any = None) -> PyTree:
-    targets, extra = find_targets(config, params), find_extra(config, params)
+    targets, extra = find_leaves(config, params)
     check_adapter(trainable, targets, extra)
     by_path = _by_path(
       scaling, {path: target.scaling for path, target in targets.items()}, "scaling"
@@ -165,8 +165,7 @@ def merge_weight(
 
 def _new_weight(key: PRNGKeyArray, target: Target, axes: LoraAxes, lookup: bool) -> LoraWeight:
   layers = target.stacked_layers
-  if layers is not None:
-    _check_layers(target, axes, layers)
+  _check_layers(target, axes)
   shape = stored_shape(target.leaf.shape, axes, layers)
   sides = axes.sides(shape)
   if target.rank > min(sides):
@@ -188,15 +187,24 @@ def _new_weight(key: PRNGKeyArray, target: Target, axes: LoraAxes, lookup: bool)
   return LoraWeight(a, b, axes, layers)
 
 
-def _check_layers(target: Target, axes: LoraAxes, layers: tuple[int, ...]) -> None:
+def _check_layers(target: Target, axes: LoraAxes) -> None:
+  layers, shape = target.stacked_layers, target.leaf.shape
+  if target.by_number and axes.batch:
+    raise ValueError(
+      f"{target.path}: layers= goes by the number in the path, but the weight is itself a stack "
+      f"(axis {axes.batch[0]} of shape {shape}). Give stacked_layers= for the index on that "
+      "axis, or choose paths by `target` alone"
+    )
+  if layers is None:
+    return
   if not axes.batch:
     raise ValueError(
-      f"{target.path}: layers={list(layers)} needs a layer number in the path or a stacked "
-      f"axis, and shape {target.leaf.shape} has none. Narrow `target` to the layers' weights"
+      f"{target.path}: stacked_layers={list(layers)} needs a stacked axis, and shape {shape} has "
+      "none. Give layers= for numbers in paths, or narrow `target` to the stacked weights"
     )
-  count = target.leaf.shape[axes.batch[0]]
+  count = shape[axes.batch[0]]
   if max(layers) >= count:
-    raise ValueError(f"{target.path}: layers={list(layers)}, but it stacks {count} layers")
+    raise ValueError(f"{target.path}: stacked_layers={list(layers)}, but it stacks {count} layers")
 
 
 def _copy(path: str, leaf: Any) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.sharding import place
+from lora_jax.trees import key_parts
 
 PyTree = Any
 
@@ -57,7 +58,8 @@ def freeze(
       raise ValueError(f"expected a tree with the structure of the mask: {error}") from error
 
   def init(params: PyTree) -> optax.OptState:
-    return constrained(inner.init(trainable_part(params)))
+    own = trainable_part(params)
+    return _constrain_state(inner.init(own), own, places)
 
   def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any):
     given = _full(updates)
@@ -69,17 +71,36 @@ def freeze(
       None if g is None or kept else jnp.zeros_like(g) for g, kept in zip(given, keep, strict=True)
     ]
     filled = [n if kept else z for n, z, kept in zip(_full(new), zeros, keep, strict=True)]
-    return jax.tree.unflatten(structure, filled), constrained(state)
+    return jax.tree.unflatten(structure, filled), _constrain_state(state, grads, places)
 
   places = None if shardings is None else trainable_part(shardings)
-
-  def constrained(state: optax.OptState) -> optax.OptState:
-    if places is None:
-      return state
-    return optax.tree.map_params(inner, lambda leaf, where: place(leaf, where), state, places)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _constrain(tree: PyTree, places: PyTree | None) -> PyTree:
   return tree if places is None else jax.tree.map(place, tree, places)
+
+
+def _constrain_state(state: PyTree, trainable: PyTree, places: PyTree | None) -> PyTree:
+  """Constrains the leaves of an optimizer's state that stand for a trainable leaf.
+
+  Those have its path, after names of the optimizer's own, and its shape.
+  """
+  if places is None:
+    return state
+  leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
+  known = {
+    key_parts(keys): (leaf.shape, where)
+    for (keys, leaf), where in zip(leaves, jax.tree.leaves(places), strict=True)
+  }
+
+  def constrained(keys: Any, leaf: Any) -> Any:
+    parts = key_parts(keys)
+    for start in range(len(parts)):
+      shape, where = known.get(parts[start:], (None, None))
+      if shape is not None and shape == jnp.shape(leaf):
+        return place(leaf, where)
+    return leaf
+
+  return jax.tree_util.tree_map_with_path(constrained, state)

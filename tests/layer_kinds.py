@@ -507,6 +507,54 @@ def _():
   return plain(lambda w, x: jnp.tanh(inner(w, x)), weight(D_IN, D_OUT), normal(*X))
 
 
+@kind("plain", "integer and boolean inputs")
+def _():
+  def fn(w, ids, x):
+    return ids @ w + (x > 0) @ w + jnp.dot(ids, w)
+
+  ids = jnp.asarray(np.random.default_rng(2).integers(-3, 4, X), jnp.int8)
+  return plain(fn, weight(D_IN, D_OUT), ids, normal(*X))
+
+
+@kind("plain", "bfloat16 input, float32 weight, by lax.dot_general")
+def _():
+  def fn(w, x):
+    dims = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+  return plain(fn, weight(D_IN, D_OUT), normal(*X, dtype=jnp.bfloat16))
+
+
+@kind("plain", "broadcast to a stack, padded on two axes")
+def _():
+  def fn(w, x):
+    stack = jnp.pad(jnp.broadcast_to(w, (3, 13, 17)), ((1, 1), (0, 2), (0, 0)))
+    return jnp.einsum("bi,eio->beo", x, stack)
+
+  return plain(fn, weight(13, 17), normal(2, 15))
+
+
+@kind("plain", "contracted over an axis that it is broadcast along")
+def _():
+  def fn(w, x):
+    return jnp.einsum("bei,eio->bo", x, jnp.broadcast_to(w, (2, 13, 17)))
+
+  return plain(fn, weight(13, 17), normal(3, 2, 13))
+
+
+@kind("plain", "vmap over scalar ids")
+def _():
+  return plain(lambda w, ids: jax.vmap(lambda i: w[i])(ids), weight(37, 13), jnp.array([1, 5, 36]))
+
+
+@kind("plain", "rows taken one by one in a scan")
+def _():
+  def fn(w, ids, x):
+    return lax.scan(lambda c, i: (jnp.tanh(c + w[i]), None), x, ids)[0]
+
+  return plain(fn, weight(37, 13), jnp.array([1, 5, 36]), normal(13))
+
+
 # ---- where a rule is given, or a mesh --------------------------------------------------
 
 
@@ -562,6 +610,19 @@ def _():
   return plain(fn, weight(D_IN, D_OUT), normal(*X))
 
 
+@kind("mesh", "shard_map over the batch, weight replicated")
+def _():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def fn(w, x):
+    def local(x, w):
+      return jnp.tanh(x @ w)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))(x, w)
+
+  return plain(fn, weight(D_IN, D_OUT), normal(4, D_IN))
+
+
 @kind("mesh", "with_sharding_constraint on a weight")
 def _():
   mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -583,6 +644,15 @@ def _():
   model = eqx.nn.MLP(D_IN, 11, D_OUT, depth=2, key=KEY)
   args = (normal(*X),)  # the model's activation functions are leaves too, and static
   return Case(lambda model, x: jax.vmap(model)(x), model, args, target=r"layers/\d/weight")
+
+
+@kind("Equinox", "Embedding, under vmap")
+def _():
+  import equinox as eqx
+
+  model = eqx.nn.Embedding(37, 13, key=KEY)
+  ids = jnp.array([1, 5, 36])
+  return Case(lambda model, ids: jax.vmap(model)(ids), model, (ids,), target="weight")
 
 
 @kind("Haiku", "MLP")

@@ -49,7 +49,8 @@ SQUARE = {"kernel": jnp.ones((8, 6))}
     ({"init": "kaiming"}, "init must be one of kaiming_uniform.*got 'kaiming'"),
     ({"target": "("}, r"'\(' is not a regular expression"),
     ({"target": ()}, "target must name a pattern"),
-    ({"layers": ()}, "layers must be a sequence of layer numbers"),
+    ({"stacked_layers": ()}, "stacked_layers must be a sequence"),
+    ({"layers": (-1,)}, "layers must be a sequence of layer numbers"),
     ({"rules": ({"rank": 2},)}, "rules must be LoraRules"),
   ],
 )
@@ -128,17 +129,27 @@ def test_two_leaves_of_one_path():
     init(square, {"a": {"b": jnp.ones((2, 2))}, "a/b": jnp.ones((2, 2))}, X)
 
 
+def stacked(params, x):
+  return lax.scan(lambda x, w: (x @ w, None), x, params["stack_0"])[0]
+
+
 def test_layers_that_are_not_there():
-  with pytest.raises(ValueError, match="needs a layer number in the path or a stacked axis"):
+  with pytest.raises(ValueError, match=r"layers=\[0\] needs a layer's number in the path"):
     init(square, SQUARE, X, layers=[0])
   with pytest.raises(ValueError, match=r"layers=\[7\] leaves none of the targeted weights"):
     init(unrolled, make_params(), tokens(), target="h_.*kernel", layers=[7])
+  with pytest.raises(ValueError, match=r"stacked_layers=\[0\] needs a stacked axis"):
+    init(square, SQUARE, X, stacked_layers=[0])
+  stack = {"stack_0": jnp.ones((3, 8, 8))}
+  with pytest.raises(ValueError, match=r"stacked_layers=\[2, 3\], but it stacks 3 layers"):
+    init(stacked, stack, X, stacked_layers=[2, 3])
+  with pytest.raises(ValueError, match=r"the weight is itself a stack.*Give stacked_layers="):
+    init(stacked, stack, X, layers=[0])  # a name that Flax numbered, not a layer's number
 
-  def stacked(params, x):
-    return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
 
-  with pytest.raises(ValueError, match=r"layers=\[2, 3\], but it stacks 3 layers"):
-    init(stacked, {"w": jnp.ones((3, 8, 8))}, X, layers=[2, 3])
+def test_params_that_are_no_tree():
+  with pytest.raises(ValueError, match="params are a single array; expected a tree"):
+    init(lambda w, x: x @ w, jnp.ones((8, 8)), X)
 
 
 def test_axes_that_do_not_fit():

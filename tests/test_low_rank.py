@@ -226,10 +226,10 @@ def test_axes_given_by_a_rule_replace_the_inferred_ones():
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_layers_of_a_stack_equal_those_layers_unrolled(layers):
-  config = functools.partial(lj.LoraConfig, rank=4, alpha=8.0, layers=layers)
+  config = functools.partial(lj.LoraConfig, rank=4, alpha=8.0)
   params, stacked, ids = make_params(), make_params(stacked=True), tokens()
-  one = lj.lora(unrolled, config(target=r"h_\d/.*kernel"))
-  other = lj.lora(scanned, config(target=r"blocks/.*kernel"))
+  one = lj.lora(unrolled, config(target=r"h_\d/.*kernel", layers=layers))
+  other = lj.lora(scanned, config(target=r"blocks/.*kernel", stacked_layers=layers))
   trainable = randomized(one.init(KEY, params, ids))
   assert sorted(trainable) == [f"h_{i}" for i in layers]
   nodes = [trainable[f"h_{i}"] for i in layers]

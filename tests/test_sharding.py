@@ -140,6 +140,6 @@ def test_some_layers_of_a_stack_are_not_split_over_layers():
 
   mesh, _ = on_mesh(AxisType.Auto)
   w = jax.device_put(jnp.ones((4, 8, 8)), NamedSharding(mesh, P("fsdp", None, "tensor")))
-  config = lj.LoraConfig(rank=2, alpha=4.0, target="w", layers=[1, 2, 3])
+  config = lj.LoraConfig(rank=2, alpha=4.0, target="w", stacked_layers=[1, 2, 3])
   trainable = lj.lora(fn, config).init(KEY, {"w": w}, jnp.ones((2, 8)))
   assert specs_of(trainable) == {"w": (P(None, None, None), P(None, None, "tensor"))}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 
@@ -158,6 +159,47 @@ def test_lora_plus_learning_rates_and_decay_by_pattern():
   np.testing.assert_allclose(weight.lora_a, -0.1 * (1 + old.lora_a), rtol=1e-5)
   bias = updates["adapter"]["h_2"]["mlp"]["up"]["bias"]
   np.testing.assert_allclose(bias, -0.1 * jnp.ones_like(bias), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: optax.contrib.muon(1e-2),
+    lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=optax.constant_schedule(1e-2)),
+    lambda: optax.partition(
+      {"a": optax.adam(1e-2), "b": optax.sgd(1e-1, momentum=0.9)},
+      lambda tree: lj.label(tree, {r".*/lora_b": "b", r".*": "a"}),
+    ),
+  ],
+  ids=["muon", "MultiSteps", "inject_hyperparams", "partition"],
+)
+def test_optimizers_of_other_structure_are_frozen_and_placed_too(make):
+  tree = combined_tree()
+  mask = lj.trainable_mask(tree)
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+  specs = {"base": jax.tree.map(lambda _: P(), tree["base"])}
+  specs["base"]["h_0"]["attn"]["query"]["kernel"] = P("fsdp", None)
+  places = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
+  places["adapter"] = lj.shardings(tree["adapter"], places["base"])
+  optimizer = lj.freeze(make(), mask, places)
+  part, frozen = lj.partition(tree, mask)
+  state = jax.jit(optimizer.init)(part)
+
+  @jax.jit
+  def step(part, state):
+    grads = jax.grad(loss_by_parts)(part, frozen, IDS)
+    updates, state = optimizer.update(grads, state, part)
+    return optax.apply_updates(part, updates), state
+
+  new, state = step(part, state)
+  new, state = step(new, state)
+  node = new["adapter"]["h_0"]["attn"]["query"]["kernel"]
+  assert node.lora_a.sharding.spec[0] == "fsdp"
+  shape = node.lora_a.shape
+  placed = [x for x in jax.tree.leaves(state) if x.shape == shape and "fsdp" in x.sharding.spec]
+  assert placed
+  assert relative_difference(new["adapter"], tree["adapter"]) > 0
 
 
 def test_trees_of_lists_and_numbers_in_paths():

@@ -49,7 +49,7 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
     if not any(groups[0] in f.dims for f in term.factors):
       raise Unsupported("factors without an axis for the groups of a ragged product")
     sides = sorted(term.factors, key=lambda f: contracting[1][0] not in f.dims)
-    z = jnp.moveaxis(term.drop(x), contracting[0][0], -1)
+    z = jnp.moveaxis(term.drop(w.input(x)), contracting[0][0], -1)
     for factor, axis in zip(sides, (contracting[1][0], RANK), strict=True):
       z = _ragged(z, factor, axis, groups[0], rest[0], precision)
     out = plus(out, term.scaled(z))
@@ -77,6 +77,7 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
   _, rhs_spec, out_spec = dimension_numbers
   out_dim, in_dim, *window = rhs_spec
   out = call(x, w.base)
+  x = w.input(x)
   groups = feature_group_count
   options = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
   for term in w.use((in_dim, *window)):

@@ -12,14 +12,20 @@ from lora_jax.products import Labels
 def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
   """`w[ids]` in all its modes: each factor is indexed by the dimensions it has.
 
-  Rows that are looked up are an embedding's output, formed here: they have the size of an
-  activation. Matrices that are looked up, one per index, stay factored.
+  Matrices that are looked up, one per index, stay factored; the interpreter forms rows, which
+  are an embedding's output.
   """
   if not isinstance(w, Factored):
     raise Unsupported("indexing by an adapted weight")
   dnums = dimension_numbers
   base = call(w.base, indices)
-  indexed = {*dnums.start_index_map, *dnums.operand_batching_dims}
+  uncut = {  # named among the indices, as a batched dynamic_slice does, but taken whole
+    d
+    for d in dnums.start_index_map
+    if slice_sizes[d] == w.shape[d] and d not in dnums.collapsed_slice_dims
+    if mode != lax.GatherScatterMode.FILL_OR_DROP
+  }
+  indexed = {*dnums.start_index_map, *dnums.operand_batching_dims} - uncut
   gone = {*dnums.collapsed_slice_dims, *dnums.operand_batching_dims}
   kept = [d for d in range(w.ndim) if d not in gone]
   offset = {d: (dnums.offset_dims[i],) if d in kept else () for i, d in enumerate(kept)}
@@ -31,19 +37,21 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
     for axis, d in enumerate(factor.labels):  # a dimension cut without an index
       if d != RANK and d not in indexed and slice_sizes[d] != w.shape[d]:
         array = lax.slice_in_dim(array, 0, slice_sizes[d], axis=axis)
+    factor = replace(factor, array=array)
     if not set(factor.dims) & indexed:
       return move_factor(array, factor.labels, where)
-    return _gather_factor(array, factor.labels, indices, dnums, slice_sizes, mode, where, batch)
+    return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch)
 
   lookup = {*batch, *(new for old in w.lookup for new in where[old])}
-  view = replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
-  per_index = view.ndim >= len(lookup) + 2  # each index picks a matrix, not a row
-  return view if per_index or not lookup else view.look_up()
+  return replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
 
 
-def _gather_factor(array, labels, indices, dnums, slice_sizes, mode, where, batch) -> Factor:
-  """Gathers one factor by the index columns of the dimensions that it has."""
-  columns = [i for i, d in enumerate(dnums.start_index_map) if d in labels]
+def _gather_factor(
+  factor: Factor, indices, dnums, indexed, slice_sizes, mode, where, batch
+) -> Factor:
+  """Gathers one factor by the index columns of the indexed dimensions that it has."""
+  array, labels = factor.array, factor.labels
+  columns = [i for i, d in enumerate(dnums.start_index_map) if d in labels and d in indexed]
   batching = [
     (labels.index(d), i)
     for d, i in zip(dnums.operand_batching_dims, dnums.start_indices_batching_dims, strict=True)

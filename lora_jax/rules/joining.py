@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.factored import Factor, Factored, Term, Unsupported, move_factor
+from lora_jax.factored import Factor, Factored, Term, move_factor
 from lora_jax.rules.moving import along_dims
 
 
@@ -24,19 +25,29 @@ def split(call, w, *, sizes, axis, **_):
 
 
 def pad(call, w, value, *, padding_config, **_):
-  padded = {d for d, config in enumerate(padding_config) if tuple(config) != (0, 0, 0)}
-  for term in w.terms:
-    if not w.probing and padded and not any(padded & set(f.dims) for f in term.factors):
-      raise Unsupported("padding along an axis that neither factor has")
-  padding = {d: (int(lo), int(hi), int(inner)) for d, (lo, hi, inner) in enumerate(padding_config)}
-  return replace(w.map_factors(lambda f: _pad(f, padding)), base=call(w.base, value))
+  padding = {
+    d: (int(low), int(high), int(interior))
+    for d, (low, high, interior) in enumerate(padding_config)
+    if (low, high, interior) != (0, 0, 0)
+  }
+  terms = tuple(_padded(term, padding, w.shape) for term in w.terms)
+  return replace(w, base=call(w.base, value), terms=terms)
 
 
-def _pad(factor: Factor, padding: Mapping[int, tuple[int, int, int]]) -> Factor:
-  """Pads a factor with zeros, which pads the product with zeros whatever the other one has."""
-  config = [padding.get(label, (0, 0, 0)) for label in factor.labels]
-  zero = jnp.zeros((), factor.array.dtype)
-  return Factor(lax.pad(factor.array, zero, config), factor.labels)
+def _padded(term: Term, padding: Mapping[int, tuple[int, int, int]], sizes: Any) -> Term:
+  """Pads a term of these `sizes` by dimension with zeros.
+
+  Where one is zero the product is, whatever the other has.
+  """
+  for dim in padding:
+    term = _vary_along(term, dim, sizes[dim])
+
+  def padded(factor: Factor) -> Factor:
+    config = [padding.get(label, (0, 0, 0)) for label in factor.labels]
+    zero = jnp.zeros((), factor.array.dtype)
+    return Factor(lax.pad(factor.array, zero, config), factor.labels)
+
+  return replace(term, factors=tuple(map(padded, term.factors)))
 
 
 def concatenate(call, *operands, dimension):
@@ -67,9 +78,7 @@ def _side_by_side(base, operands, dim: int, sizes: Sequence[int]) -> Factored:
   for w, size in zip(operands, sizes, strict=True):
     if isinstance(w, Factored):
       padding = {dim: (start, base.shape[dim] - start - size, 0)}
-      for term in w.terms:
-        term = _vary_along(term, dim, size)
-        terms.append(replace(term, factors=tuple(_pad(f, padding) for f in term.factors)))
+      terms += [_padded(term, padding, {dim: size}) for term in w.terms]
     start += size
   lookup = {d for w in operands if isinstance(w, Factored) for d in w.lookup}
   return Factored(base, tuple(terms), tuple(sorted(lookup)))

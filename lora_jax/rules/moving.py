@@ -34,6 +34,8 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
   """Splits and merges dimensions, as long as each group of them lies on one side."""
   if dimensions is not None:
     raise Unsupported("reshape with a permutation of dimensions")
+  if 0 in w.shape:
+    raise Unsupported("reshape of an empty array")
   groups = reshape_groups(w.shape, new_sizes)
 
   def reshaped(factor: Factor) -> Factor:
@@ -89,7 +91,8 @@ def convert_element_type(call, w, *, new_dtype, **_):
   return w.rebase(call(w.base))
 
 
-def stop_gradient(call, w, **_):
+def each_array(call, w, **_):
+  """What does the same to every array, whatever its shape."""
   return w.rebase(call(w.base)).map_factors(lambda f: Factor(call(f.array), f.labels))
 
 
