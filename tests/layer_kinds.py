@@ -623,6 +623,20 @@ def _():
   return plain(fn, weight(D_IN, D_OUT), normal(4, D_IN))
 
 
+@kind("mesh", "shard_map, weight gathered from its shards")
+def _():
+  mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def fn(w, x):
+    def local(x, w):
+      return jnp.tanh(x @ lax.all_gather(w, "fsdp", axis=0, tiled=True))
+
+    specs = {"in_specs": (P("fsdp"), P("fsdp")), "out_specs": P("fsdp")}
+    return jax.shard_map(local, mesh=mesh, **specs)(x, w)
+
+  return plain(fn, weight(D_IN, D_OUT), normal(4, D_IN))
+
+
 @kind("mesh", "with_sharding_constraint on a weight")
 def _():
   mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -44,6 +44,7 @@ STRUCTURAL: Mapping[str, Rule] = {
   "optimization_barrier": moving.optimization_barrier,
   "sharding_constraint": moving.sharding_constraint,
   "reshard": moving.reshard,
+  "all_gather": moving.all_gather,
 }
 
 CONSUMERS: Mapping[str, Rule] = {

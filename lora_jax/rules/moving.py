@@ -123,6 +123,19 @@ def _sharded(w: Factored, base, sharding, put: Callable[[Any, Any], Any]) -> Fac
   return w.rebase(base).map_factors(moved)
 
 
+def all_gather(call, w, *, all_gather_dimension, axis_name, axis_index_groups, tiled, **_):
+  """A shard's weight made whole, as fully sharded layers do inside `shard_map`."""
+  if not tiled or axis_index_groups is not None:
+    raise Unsupported("all_gather into a new axis, or in groups")
+
+  def gathered(array, axis, dim):
+    if dim != all_gather_dimension:
+      return array
+    return lax.all_gather(array, axis_name, axis=axis, tiled=True)
+
+  return along_dims(w, call(w.base), gathered)
+
+
 def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
   """Returns a factor's PartitionSpec from its weight's: the rank axis is replicated."""
   axes = (*spec, *(None for _ in labels))  # a spec may be shorter than the shape
