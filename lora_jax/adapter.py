@@ -111,12 +111,19 @@ def weight_factors(weight: LoraWeight, shape: Sequence[int]) -> tuple[Factor, Fa
   a, b = weight.lora_a, weight.lora_b
   axes = weight.axes
   if weight.layers is not None:
-    layers, count = jnp.asarray(weight.layers), shape[axes.batch[0]]
-    a, b = (jnp.zeros((count, *x.shape[1:]), x.dtype).at[layers].set(x) for x in (a, b))
+    a, b = (_among_zeros(x, weight.layers, shape[axes.batch[0]]) for x in (a, b))
   return (
     Factor(a, (*axes.batch, *axes.inputs, RANK)),
     Factor(b, (*axes.batch, RANK, *axes.outputs)),
   )
+
+
+def _among_zeros(x: Any, layers: Sequence[int], count: int) -> jax.Array:
+  """Returns `count` layers: those of x in the places `layers`, zeros elsewhere."""
+  zero = jnp.zeros_like(x[:1])  # of x's sharding
+  place = {layer: i for i, layer in enumerate(layers)}
+  pieces = [x[place[i] : place[i] + 1] if i in place else zero for i in range(count)]
+  return jnp.concatenate(pieces)
 
 
 def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ a dimension that both factors have is a batch axis (the layers of a stack, the e
 a mixture).
 
 While `init` infers the axes, a weight of n dimensions has one probing factor per axis
-instead: each rule of `rules.py` moves it along as it would `a` and `b`, and where the
+instead: each rule of `rules/` moves it along as it would `a` and `b`, and where the
 weight is used, the labels of the n factors tell what became of each axis.
 """
 

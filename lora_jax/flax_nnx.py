@@ -47,8 +47,8 @@ def functional(model: Any) -> tuple[Callable[..., Any], PyTree]:
     if changed:
       raise ValueError(
         f"the call changes the model's {', '.join(changed)}, which a function of params alone "
-        "cannot keep. Call model.eval() before lora_jax.functional(model), or pass "
-        "rngs=nnx.Rngs(...) in the call"
+        "cannot keep. Call model.eval() before lora_jax.functional(model), or pass what it "
+        "would draw in the call: rngs=nnx.Rngs(...), or initial_carry= of an RNN"
       )
     return out
 

@@ -187,7 +187,7 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
 
 
 def _settled(out: Any) -> Any:
-  """Returns what a rule made as the next equations see it: rows looked up are an array."""
-  if isinstance(out, Factored) and out.lookup and out.is_rows:
+  """Returns what a rule made as the next equations see it: rows are an array."""
+  if isinstance(out, Factored) and out.is_rows:
     return out.look_up()
   return with_origin(out, None)

@@ -547,6 +547,24 @@ def _():
   return plain(lambda w, ids: jax.vmap(lambda i: w[i])(ids), weight(37, 13), jnp.array([1, 5, 36]))
 
 
+@kind("plain", "broadcast to a stack, looked up with out-of-bounds ids filled")
+def _():
+  def fn(w, x, ids):
+    stack = jnp.broadcast_to(w, (3, 13, 17)).at[ids].get(mode="fill", fill_value=0)
+    return jnp.einsum("bi,bio->bo", x, stack)
+
+  return plain(fn, weight(13, 17), normal(4, 13), jnp.array([0, 2, 9, 1]))
+
+
+@kind("plain", "single rows, added, broadcast and stacked")
+def _():
+  def fn(w, x):
+    rows = jnp.stack([w[2], w[4], w[2] * 0.5])
+    return jnp.tanh(x + w[1][None]) + jnp.concatenate([w[3][None], rows[:2]]) @ rows.T @ rows
+
+  return plain(fn, weight(37, 13), normal(3, 13))
+
+
 @kind("plain", "rows taken one by one in a scan")
 def _():
   def fn(w, ids, x):

@@ -143,3 +143,26 @@ def test_some_layers_of_a_stack_are_not_split_over_layers():
   config = lj.LoraConfig(rank=2, alpha=4.0, target="w", stacked_layers=[1, 2, 3])
   trainable = lj.lora(fn, config).init(KEY, {"w": w}, jnp.ones((2, 8)))
   assert specs_of(trainable) == {"w": (P(None, None, None), P(None, None, "tensor"))}
+
+
+def test_some_layers_of_a_sharded_stack_on_an_explicit_mesh():
+  mesh, _ = on_mesh(AxisType.Explicit)
+  params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8)), jnp.float32)}
+  x = jnp.ones((4, 8))
+  config = lj.LoraConfig(rank=2, alpha=4.0, target="w", stacked_layers=[3, 1])
+
+  def fn(params, x, spec=None):
+    def body(x, w):
+      return jnp.tanh(jnp.dot(x, w, out_sharding=spec)), None
+
+    return lax.scan(body, x, params["w"])[0]
+
+  lora = lj.lora(fn, config)
+  trainable = randomized(lora.init(KEY, params, x))
+  expected = fn(lora.merge(params, trainable), x)
+  with jax.set_mesh(mesh):
+    params = {"w": jax.device_put(params["w"], NamedSharding(mesh, P(None, None, "tensor")))}
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+    places = lj.shardings(trainable, params)
+    got = lora.apply(params, jax.device_put(trainable, places), x, P("data", None))
+  assert relative_difference(got, expected) < 1e-5

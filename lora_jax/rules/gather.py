@@ -1,12 +1,14 @@
 """The rule of integer indexing: `w[ids]` in all its modes, embeddings among them."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.factored import RANK, Factor, Factored, Unsupported, move_factor
+from lora_jax.factored import RANK, Factor, Factored, Term, Unsupported, move_factor
 from lora_jax.products import Labels
+from lora_jax.rules.joining import vary_along
 
 
 def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
@@ -42,8 +44,16 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
       return move_factor(array, factor.labels, where)
     return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch)
 
+  if mode == lax.GatherScatterMode.FILL_OR_DROP:  # a filled place must be zero in every term
+    w = replace(w, terms=tuple(_vary_along_all(term, indexed, w.shape) for term in w.terms))
   lookup = {*batch, *(new for old in w.lookup for new in where[old])}
   return replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
+
+
+def _vary_along_all(term: Term, dims: Iterable[int], shape: Sequence[int]) -> Term:
+  for dim in sorted(dims):
+    term = vary_along(term, dim, shape[dim])
+  return term
 
 
 def _gather_factor(

@@ -40,7 +40,7 @@ def _padded(term: Term, padding: Mapping[int, tuple[int, int, int]], sizes: Any)
   Where one is zero the product is, whatever the other has.
   """
   for dim in padding:
-    term = _vary_along(term, dim, sizes[dim])
+    term = vary_along(term, dim, sizes[dim])
 
   def padded(factor: Factor) -> Factor:
     config = [padding.get(label, (0, 0, 0)) for label in factor.labels]
@@ -84,7 +84,7 @@ def _side_by_side(base, operands, dim: int, sizes: Sequence[int]) -> Factored:
   return Factored(base, tuple(terms), tuple(sorted(lookup)))
 
 
-def _vary_along(term: Term, dim: int, size: int) -> Term:
+def vary_along(term: Term, dim: int, size: int) -> Term:
   """Gives a term whose factors are constant along `dim` an axis for it in its first one."""
   first, *rest = term.factors
   if term.probe is not None or any(dim in f.dims for f in term.factors):
