@@ -1,14 +1,20 @@
 """Adapters on disk: Orbax for the arrays, JSON for the axes; never the base, never a pickle."""
 
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from lora_jax.adapter import pack, packed_shapes, unpack
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.trees import leaves_with_path
 
 PyTree = Any
+logger = logging.getLogger(__name__)
 
 
 def save_adapter(folder: str | Path, trainable: PyTree) -> None:
@@ -56,3 +62,190 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+class Restored(NamedTuple):
+  """What a checkpoint holds, and the validation loss it was saved with, if any."""
+
+  state: PyTree
+  data_state: Any
+  step: int
+  loss: float | None
+
+
+class Checkpoints:
+  """The checkpoints of a run: the last two and the best by validation loss, never the base.
+
+  Each holds the train state, the state of the data iterator and the fingerprint of the base, and
+  the state's own fingerprint, by which damage is found. They are written whole or not at all.
+  """
+
+  def __init__(self, folder: str | Path):
+    self.folder = Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(
+      enable_async_checkpointing=False,
+      cleanup_tmp_directories=True,
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(2),
+          policies.BestN(
+            get_metric_fn=lambda metrics: metrics["loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+    )
+    self._manager = ocp.CheckpointManager(
+      self.folder, options=options, item_names=("state", "about")
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Returns the steps that there are checkpoints of, in order."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self, step: int, state: PyTree, data_state: Any, base: str, loss: float | None = None
+  ) -> None:
+    """Writes a checkpoint.
+
+    Args:
+      step: of the run.
+      state: any tree of arrays, PRNG keys included.
+      data_state: of the data iterator, as JSON has it.
+      base: the fingerprint of the base.
+      loss: of the validation set, nats per token; the smallest is the best.
+    Raises:
+      OSError: if it cannot be written, as on a full disk. The earlier ones are untouched.
+    """
+    arrays = _arrays(state)
+    about = {
+      "base": base,
+      "state": fingerprint(arrays),
+      "shapes": _shapes(arrays),
+      "data_state": data_state,
+      "loss": loss,
+    }
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+        ),
+        metrics=None if loss is None else {"loss": loss},
+        force=True,
+      )
+    except Exception as error:  # storage libraries raise errors of many kinds
+      raise OSError(
+        f"the checkpoint of step {step} could not be written to {self.folder} "
+        f"({type(error).__name__}: {error}). Those of steps {self.steps()} are untouched. Make "
+        "room, then start the same command again: it goes on from the last one"
+      ) from error
+
+  def restore_last(self, like: PyTree, base: str) -> Restored | None:
+    """Reads the last checkpoint that is whole; None if there is none at all.
+
+    A damaged one is reported and removed, and the one before is taken.
+
+    Args:
+      like: the state to restore, with the shardings that it is to have.
+      base: the fingerprint of the base.
+    Raises:
+      ValueError: if they are of another base or another state, or all are damaged.
+    """
+    steps = self.steps()
+    for step in reversed(steps):
+      try:
+        return self.restore(step, like, base)
+      except DamagedCheckpoint as error:
+        logger.warning("%s. It is removed; going on from the one before", error)
+        self._manager.delete(step)
+    if steps:
+      raise ValueError(
+        f"all checkpoints in {self.folder} were damaged and have been removed; the same command "
+        "starts anew"
+      )
+    return None
+
+  def best_step(self) -> int | None:
+    """Returns the step with the smallest validation loss; None if there is none."""
+    losses = {step: self._about(step)["loss"] for step in self.steps()}
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(known, key=known.__getitem__) if known else None
+
+  def restore(self, step: int, like: PyTree, base: str) -> Restored:
+    """Reads the checkpoint of a step.
+
+    Raises:
+      DamagedCheckpoint: if it is not what was written.
+      ValueError: if it is of another base or another state.
+    """
+    about = self._about(step)
+    where = f"the checkpoint of step {step} in {self.folder}"
+    if about["base"] != base:
+      raise ValueError(
+        f"{where} belongs to a base with fingerprint {about['base']}, and this one has {base}. "
+        "Load the base that it was trained on, or give another workdir"
+      )
+    arrays = _arrays(like)
+    wanted, stored = _shapes(arrays), about["shapes"]
+    if wanted != stored:
+      names = sorted(name for name in {*wanted, *stored} if wanted.get(name) != stored.get(name))
+      faults = (f"{n}: {stored.get(n, 'missing')}, expected {wanted.get(n, 'none')}" for n in names)
+      raise ValueError(f"{where} is of another state: {'; '.join(list(faults)[:5])}")
+    abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
+    try:
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      )["state"]
+    except Exception as error:  # storage libraries raise errors of many kinds
+      raise DamagedCheckpoint(f"{where} cannot be read ({type(error).__name__})") from error
+    if fingerprint(restored) != about["state"]:
+      raise DamagedCheckpoint(f"{where} is damaged: its arrays are not those that were saved")
+    return Restored(_like(restored, like), about["data_state"], step, about["loss"])
+
+  def _about(self, step: int) -> dict[str, Any]:
+    try:
+      args = ocp.args.Composite(about=ocp.args.JsonRestore())
+      return self._manager.restore(step, args=args)["about"]
+    except Exception as error:
+      raise DamagedCheckpoint(
+        f"the checkpoint of step {step} in {self.folder} cannot be read ({type(error).__name__})"
+      ) from error
+
+
+class DamagedCheckpoint(ValueError):
+  """A checkpoint is not what was written."""
+
+
+def _arrays(state: PyTree) -> dict[str, jax.Array]:
+  """Returns the leaves of a state by path, keys as plain integers."""
+  return {path: _plain(leaf) for path, leaf in leaves_with_path(state)}
+
+
+def _plain(leaf: jax.Array) -> jax.Array:
+  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _like(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
+  """Returns arrays by path as a tree like `like`."""
+
+  def leaf(path: str, old: jax.Array) -> jax.Array:
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(arrays[path], impl=jax.random.key_impl(old))
+    return arrays[path]
+
+  leaves = [leaf(*item) for item in leaves_with_path(like)]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _shapes(arrays: dict[str, jax.Array]) -> dict[str, str]:
+  return {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in arrays.items()}

@@ -1,0 +1,119 @@
+"""GPT-2 on the E2E NLG Challenge (Hu et al. 2021, Tables 3, 11 and 18).
+
+    python -m experiments.gpt2_e2e                                             # mini, on a CPU
+    python -m experiments.gpt2_e2e --config=experiments/configs/gpt2_e2e.py:medium
+    python -m experiments.gpt2_e2e --config.lora.rank=8 --config.seed=1
+    python -m experiments.gpt2_e2e --sweep                                     # the ranks below
+
+Variants: `mini` is the embedded base on part of the data, minutes on 2 CPU cores. `small`, `medium`
+and `large` are the paper's recipe on GPT-2 from the hub or a folder (`--config.model.folder=`).
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
+QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
+FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280}
+
+
+def get_config(variant: str = "mini") -> ConfigDict:
+  """Returns the config of a variant: mini, small, medium or large."""
+  if variant not in FULL_RANK:
+    raise ValueError(f"variant must be one of {', '.join(FULL_RANK)}, got {variant!r}")
+  config = ConfigDict()
+  config.experiment = "gpt2_e2e"
+  config.variant = variant
+  config.workdir = ""  # "" is runs/gpt2_e2e/<variant and what differs from this file>
+  config.seed = 110  # of the adapter, the order of the data and dropout; the paper's code has 110
+  config.method = "lora"  # lora, full_finetuning, or frozen_base (which trains nothing)
+
+  config.model = ConfigDict()
+  config.model.folder = ""  # a folder, or a hub repository; "" is the embedded base
+  config.model.start = "pretrained"  # or random: the same shape, new weights
+  config.model.dtype = "float32"  # of the computation; bfloat16 on GPUs and TPUs
+  config.model.param_dtype = "float32"  # of the frozen weights
+  config.model.scan_layers = False  # compiles deep models faster
+  config.model.remat = ""  # or a policy, as nothing_saveable: less memory, more time
+  config.model.attention = "xla"  # or cudnn, on a GPU with bfloat16
+
+  config.lora = ConfigDict()
+  config.lora.rank = 16
+  config.lora.alpha = 32.0
+  config.lora.dropout = 0.0
+  config.lora.target = ALL_LINEAR
+  # kaiming_uniform: A random, B zero (paper, today's code); gaussian: A ~ N(0, 0.02^2), B zero;
+  # original_code: A and B ~ N(0, 0.02^2), as the branch that the paper was made with had it.
+  config.lora.init = "kaiming_uniform"
+
+  config.data = ConfigDict()
+  config.data.form = "reference"  # the lines of the paper's code; or official, the CSV files
+  config.data.folder = ""  # holds the original files; "" is the embedded copy
+  config.data.num_train_records = 4000  # a fixed random part, the same for every seed; 0 is all
+  config.data.num_valid_records = 500  # likewise
+  config.data.num_epochs = 1
+  config.data.packing = True  # several examples a row; False is one a row, as the paper has it
+  config.data.batch_size = 8  # rows
+  config.data.row_length = 192  # tokens
+  config.data.loss_length = 112  # tokens with a loss in a row, at most
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-6
+  config.optimizer.schedule = "linear"  # after the warmup down to 0; or cosine, or constant
+  config.optimizer.warmup_steps = 20
+  config.optimizer.clip_norm = 0.0  # of the gradient; 0 is no clipping
+  config.optimizer.label_smoothing = 0.0
+
+  config.fit = ConfigDict()
+  config.fit.num_train_steps = 0  # 0 follows from num_epochs
+  config.fit.eval_every_steps = 100
+  config.fit.checkpoint_every_steps = 100
+  config.fit.log_every_steps = 10
+  config.fit.accumulation_steps = 1
+  config.fit.loss_chunk = 0  # target tokens of a row whose logits are in memory at once; 0 is all
+  config.fit.keep = "best"  # the checkpoint that is decoded: best by validation loss, or last
+
+  config.mesh = ConfigDict()
+  config.mesh.data = 1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.decoding = ConfigDict()
+  config.decoding.split = "test"
+  config.decoding.num_inputs = 630  # the first of the distinct inputs; 0 decodes nothing
+  config.decoding.num_beams = 10
+  config.decoding.length_penalty = 0.9  # the paper's; its README has 0.8
+  config.decoding.no_repeat_ngram_size = 4
+  config.decoding.max_new_tokens = 64
+  config.decoding.scoring = "transformers"  # or reference: the rules of the paper's code
+  config.decoding.batch_size = 64  # inputs
+
+  if variant != "mini":
+    _paper(config, variant)
+  return config
+
+
+def _paper(config: ConfigDict, variant: str) -> None:
+  """The recipe of the paper's Table 11, with its code where that alone says it."""
+  config.model.folder = {
+    "small": "openai-community/gpt2",
+    "medium": "openai-community/gpt2-medium",
+    "large": "openai-community/gpt2-large",
+  }[variant]
+  config.lora.update({"rank": 4, "alpha": 32.0, "dropout": 0.1, "target": QUERY_AND_VALUE})
+  config.data.update({"num_train_records": 0, "num_valid_records": 0, "num_epochs": 5})
+  config.data.update({"packing": False, "batch_size": 8, "row_length": 512, "loss_length": 128})
+  config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 500, "label_smoothing": 0.1})
+  config.fit.update({"eval_every_steps": 2000, "checkpoint_every_steps": 1000})
+  config.fit.log_every_steps = 100
+
+
+def sweep(config: ConfigDict) -> Iterator[dict[str, object]]:
+  """Yields what each run of `--sweep` changes: the ranks of the paper's Table 18."""
+  for rank in (1, 2, 4, 8, 64, FULL_RANK[config.variant]):
+    yield {"lora.rank": rank}

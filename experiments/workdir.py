@@ -1,0 +1,106 @@
+"""A run's folder: one process at a time, one config for ever.
+
+config.json      what was asked for           checkpoints/    by Orbax, never the base
+metrics.jsonl    losses by step               adapter/        the trained tree alone
+tensorboard/     the same                     predictions.txt one text for each input
+result.json      written last: the run is finished
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+@contextlib.contextmanager
+def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
+  """Makes or reopens the folder of a run, for this process alone.
+
+  Raises:
+    RuntimeError: if another process works there.
+    ValueError: if it belongs to a run with another config, naming the fields.
+  """
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("a") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise RuntimeError(
+        f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
+      ) from None
+    path, wanted = folder / "config.json", _plain(config)
+    if path.is_file():
+      stored = json.loads(path.read_text("utf-8"))
+      if stored != wanted:
+        raise ValueError(
+          f"{folder} belongs to a run with another config: {_differences(stored, wanted)}. "
+          "Give another --config.workdir, or remove the folder"
+        )
+    else:
+      write_json(path, wanted)
+    yield folder
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a file whole or not at all."""
+  new = path.with_name(f".{path.name}.new")
+  new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+  os.replace(new, path)
+
+
+def read_result(folder: str | Path) -> dict[str, Any] | None:
+  """Returns the result of a run; None if it is not finished."""
+  path = Path(folder) / "result.json"
+  return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def read_config(folder: str | Path) -> ConfigDict:
+  """Returns the config of a run; raises FileNotFoundError if the folder is no run's."""
+  path = Path(folder) / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
+  return ConfigDict(json.loads(path.read_text("utf-8")) | {"workdir": str(folder)})
+
+
+def commit() -> str:
+  """Returns the commit that the code is at, with `+` if files differ from it; "" if unknown."""
+  here = Path(__file__).parent
+
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+  try:
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+  except (OSError, subprocess.CalledProcessError):
+    return ""
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the fields of a nested config by dotted name."""
+  fields: dict[str, Any] = {}
+  for name, value in config.items():
+    nested = isinstance(value, Mapping | ConfigDict)
+    fields |= flat(dict(value), f"{prefix}{name}.") if nested else {prefix + name: value}
+  return fields
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as JSON has it, without its workdir, which is where it lies."""
+  plain = json.loads(json.dumps(config.to_dict()))
+  plain.pop("workdir", None)
+  return plain
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+  a, b = flat(stored), flat(wanted)
+  names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+  return ", ".join(f"{n}={a.get(n, 'none')!r} there, {b.get(n, 'none')!r} now" for n in names[:8])

@@ -1,0 +1,1 @@
+"""The model zoo: Flax Linen modules that know nothing of adaptation."""

@@ -1,0 +1,311 @@
+"""GPT-2 (Radford et al. 2019) in Flax Linen.
+
+    x = wte[token] + wpe[position]
+    for each layer:  x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))
+    logits = ln_f(x) wte^T
+
+Query, key and value have kernels of their own, so that LoRA of `attn/(query|value)/kernel` is
+the paper's. `hub.py` reads and writes Hugging Face folders. There is no dropout in the model:
+the paper fine-tunes with LoRA's own alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+Cache = tuple[Any, ...] | tuple[Array, Array]
+Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu"]
+Implementation = Literal["xla", "cudnn"]
+Remat = Literal[
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+  "everything_saveable",
+]
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+  "gelu_new": nn.gelu,
+  "gelu_pytorch_tanh": nn.gelu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+  "silu": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """The shape of a GPT-2 and how it is computed; the defaults are GPT-2 small's.
+
+  Attributes:
+    vocab_size: V, tokens.
+    num_positions: the longest sequence, tokens.
+    embed_dim: D.
+    num_layers: blocks.
+    num_heads: of attention; divides `embed_dim`.
+    mlp_dim: inner width of the MLP; None is 4 D.
+    activation: of the MLP, by Hugging Face's name. `gelu_new` is the tanh form.
+    layer_norm_epsilon: added to the variance.
+    tie_head: whether the head is the token embedding.
+    dtype: of the computation; softmax, normalization and logits are float32.
+    param_dtype: of new parameters.
+    scan_layers: stacks the layers' parameters (`h/...` with a leading axis) and scans over
+      them, which compiles faster; otherwise they are `h_0/...`, `h_1/...`.
+    remat: what the backward pass keeps of each layer: None is everything; else the name of a
+      policy of `jax.checkpoint_policies`.
+    attention: `xla`, or `cudnn` for flash attention on a GPU (float16 or bfloat16 only).
+  """
+
+  vocab_size: int = 50257
+  num_positions: int = 1024
+  embed_dim: int = 768
+  num_layers: int = 12
+  num_heads: int = 12
+  mlp_dim: int | None = None
+  activation: Activation = "gelu_new"
+  layer_norm_epsilon: float = 1e-5
+  tie_head: bool = True
+  dtype: Any = "float32"
+  param_dtype: Any = "float32"
+  scan_layers: bool = False
+  remat: Remat | None = None
+  attention: Implementation = "xla"
+
+  def __post_init__(self):
+    if self.embed_dim % self.num_heads:
+      raise ValueError(
+        f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
+      )
+    _check_choice("activation", self.activation, get_args(Activation))
+    _check_choice("attention", self.attention, get_args(Implementation))
+    _check_choice("remat", self.remat, (None, *get_args(Remat)))
+    for name in ("dtype", "param_dtype"):
+      _check_choice(name, jnp.dtype(getattr(self, name)).name, ("float32", "bfloat16", "float16"))
+
+
+class Attention(nn.Module):
+  """Causal multi-head attention, over the sequence itself or over a cache."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T D"], mask: Bool[Array, "#B 1 T S"] | None, cache: Any, index: Any
+  ) -> tuple[Float[Array, "B T D"], Any]:
+    config = self.config
+    heads = (*x.shape[:2], config.num_heads, config.embed_dim // config.num_heads)
+    query, key, value = (
+      _dense(config, config.embed_dim, name)(x).reshape(heads) for name in ("query", "key", "value")
+    )
+    if cache is not None:
+      cache = tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+        for old, new in zip(cache, (key, value), strict=True)
+      )
+      key, value = cache
+    out = jax.nn.dot_product_attention(
+      query, key, value, mask=mask, is_causal=cache is None, implementation=config.attention
+    )
+    out = _dense(config, config.embed_dim, "out", _residual_std(config))(out.reshape(x.shape))
+    return out, cache
+
+
+class MLP(nn.Module):
+  """Two dense layers with an activation between them."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    config = self.config
+    x = _dense(config, config.mlp_dim or 4 * config.embed_dim, "up")(x)
+    x = ACTIVATIONS[config.activation](x)
+    return _dense(config, config.embed_dim, "down", _residual_std(config))(x)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each after a LayerNorm and added to its input."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B T D"], cache: Any, mask: Any, index: Any
+  ) -> tuple[Float[Array, "B T D"], Any]:
+    config = self.config
+    attended, cache = Attention(config, name="attn")(
+      _layer_norm(config, "ln_1")(x), mask, cache, index
+    )
+    x = x + attended
+    return x + MLP(config, name="mlp")(_layer_norm(config, "ln_2")(x)), cache
+
+
+class GPT2(nn.Module):
+  """A GPT-2 language model."""
+
+  config: GPT2Config
+
+  def setup(self):
+    config = self.config
+    embed = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    init = nn.initializers.normal(0.02)
+    self.wte = nn.Embed(config.vocab_size, config.embed_dim, embedding_init=init, **embed)
+    self.wpe = nn.Embed(config.num_positions, config.embed_dim, embedding_init=init, **embed)
+    block = Block
+    if config.remat is not None:
+      policy = getattr(jax.checkpoint_policies, config.remat)
+      block = nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+      in_axes: Any = (0, nn.broadcast, nn.broadcast)  # of the cache, the mask and the index
+      self.h: Any = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=config.num_layers,
+      )(config)
+    else:
+      self.h = [block(config) for _ in range(config.num_layers)]
+    self.ln_f = _layer_norm(config, None)
+    if not config.tie_head:
+      self.lm_head = nn.Dense(
+        config.vocab_size, use_bias=False, kernel_init=init, dot_general=_float32_dot, **embed
+      )
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T V"]:
+    """Returns the logits of each next token, float32.
+
+    Args:
+      tokens: ids.
+      positions: of each token in its sequence, from 0; None counts along each row.
+      segment_ids: tokens attend within their own segment only: packed examples are 1, 2, ...,
+        and padding is 0. None is one segment a row.
+    """
+    return self.logits(self.hidden(tokens, positions, segment_ids))
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns the normalized output of the last layer; arguments as of a call."""
+    mask = None
+    if segment_ids is not None:
+      mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return self._layers(tokens, positions, None, mask, None)[0]
+
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Returns the head's output, float32, for any of the hidden states."""
+    if not self.config.tie_head:
+      return self.lm_head(hidden)
+    embedding = self.wte.embedding.astype(self.config.dtype)
+    return _float32_dot(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+
+  def extend(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    index: Int[Array, ""] | int,
+    mask: Bool[Array, "#B T S"],
+  ) -> tuple[Float[Array, "B T D"], Cache]:
+    """Processes further tokens, whose keys and values it writes into the cache.
+
+    The mask alone decides what a token sees: it holds the causal order, padding, and which
+    slots a beam descends from.
+
+    Args:
+      tokens: ids.
+      positions: of each token in its sequence.
+      cache: as `init_cache` makes it, with S slots.
+      index: the first of the T slots that are written.
+      mask: True where a token attends to a slot; a token's own slot included.
+
+    Returns:
+      The normalized output of the last layer, for `logits`, and the cache.
+    """
+    slots = jax.tree.leaves(cache)[0].shape[-3]
+    if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
+      raise ValueError(
+        f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
+      )
+    return self._layers(tokens, positions, cache, mask[:, None], index)
+
+  def _layers(self, tokens, positions, cache, mask, index) -> tuple[Array, Any]:
+    limit = self.config.num_positions
+    if positions is None:
+      if tokens.shape[1] > limit:
+        raise ValueError(
+          f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; "
+          "cut the rows, or give positions of packed examples"
+        )
+      positions = jnp.arange(tokens.shape[1])[None]
+    x = self.wte(tokens) + self.wpe(jnp.broadcast_to(positions, tokens.shape))
+    if self.config.scan_layers:
+      x, cache = self.h(x, cache, mask, index)
+    else:
+      layers = []
+      for i, block in enumerate(self.h):
+        x, layer = block(x, None if cache is None else cache[i], mask, index)
+        layers.append(layer)
+      cache = None if cache is None else tuple(layers)
+    return self.ln_f(x), cache
+
+
+def init_cache(config: GPT2Config, batch_size: int, num_slots: int) -> Cache:
+  """Returns an empty cache of keys and values for `GPT2.extend`.
+
+  Each layer has two arrays (batch_size, num_slots, heads, head size) of the model's dtype; the
+  axis of scanned layers comes first.
+  """
+  shape = (batch_size, num_slots, config.num_heads, config.embed_dim // config.num_heads)
+  if config.scan_layers:
+    shape = (config.num_layers, *shape)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+  zeros = jnp.zeros(shape, config.dtype)
+  return tuple((zeros, zeros) for _ in range(config.num_layers))
+
+
+_float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
+
+
+def _dense(config: GPT2Config, features: int, name: str, std: float = 0.02) -> nn.Dense:
+  return nn.Dense(
+    features,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nn.initializers.normal(std),
+    name=name,
+  )
+
+
+def _residual_std(config: GPT2Config) -> float:
+  """Radford et al. 2019, sec. 2.3: new kernels before each of the 2 L sums are smaller."""
+  return 0.02 / (2 * config.num_layers) ** 0.5
+
+
+def _layer_norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
+  return nn.LayerNorm(
+    config.layer_norm_epsilon,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")

@@ -1,0 +1,335 @@
+"""Hugging Face folders: where they are, and their tensors and tokenizers, read strictly.
+
+Weights are read from safetensors alone, never from a pickle, and no folder can name a file
+outside itself. Tensors are read slice by slice, so that a sharded model is never whole in memory.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+END_OF_TEXT = "<|endoftext|>"
+
+Index = tuple[slice, ...]
+
+
+def find_folder(name: str | Path) -> Path:
+  """Returns a local folder: `name` itself if it is one, else a hub repository's files.
+
+  Raises:
+    FileNotFoundError: if there is neither, saying what to do.
+  """
+  if Path(name).is_dir():
+    return Path(name)
+  repository = str(name)
+  if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
+    raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
+  import huggingface_hub
+
+  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+  try:
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+  except Exception as error:  # the hub's client raises errors of several libraries
+    raise FileNotFoundError(
+      f"{repository!r} is neither a local folder nor could it be had from the hub "
+      f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
+      "*.safetensors, or see to the network and HF_TOKEN"
+    ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it does not hold a JSON object.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist")
+  try:
+    value = json.loads(path.read_text("utf-8"))
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+  return value
+
+
+class Tensors:
+  """The tensors of a folder by name; open only inside `open_tensors`."""
+
+  def __init__(self, files: Mapping[str, Any]):
+    self._files = files  # tensor name -> an open safetensors file
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._files[name].get_slice(name).get_shape())
+
+  def dtype(self, name: str) -> str:
+    """Returns the dtype by the file's name for it, as `F32` or `BF16`."""
+    return self._files[name].get_slice(name).get_dtype()
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    tensor = self._files[name].get_slice(name)
+    return tensor[index] if index else tensor[:]
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Tensors]:
+  """Opens the safetensors of a folder, one file or several with an index.
+
+  Raises:
+    FileNotFoundError: if weights are missing.
+    ValueError: if a file is truncated or the index is wrong or points out of the folder.
+  """
+  from safetensors import SafetensorError, safe_open
+
+  names, where = _weight_files(folder)
+  with ExitStack() as stack:
+    files: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    for name in names:
+      try:
+        file = stack.enter_context(safe_open(folder / name, "numpy"))
+      except SafetensorError as error:
+        message = f"{folder / name} is truncated or no safetensors file: {error}"
+        raise ValueError(message) from error
+      for tensor in file.keys():  # noqa: SIM118 - no mapping
+        if tensor in found:
+          raise ValueError(f"{folder}: {tensor} is in {found[tensor]} and in {name}")
+        files[tensor], found[tensor] = file, name
+    if where is not None and where != found:
+      wrong = sorted({key for key, _ in where.items() ^ found.items()})
+      raise ValueError(f"{folder / INDEX} and the files disagree about {', '.join(wrong[:5])}")
+    yield Tensors(files)
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+  """Returns the weights' files, and of several what the index says is in which.
+
+  A folder with both forms is read as `transformers` reads it: the single file counts.
+  """
+  single, index = folder / "model.safetensors", folder / INDEX
+  if single.is_file():
+    return [single.name], None
+  if not index.is_file():
+    others = sorted(path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind))
+    hint = f"; {', '.join(others)} may be pickles and are not read" if others else ""
+    raise FileNotFoundError(
+      f"{single} does not exist: the weights are missing{hint}. Expected model.safetensors, or "
+      f"several files with {INDEX}"
+    )
+  where = read_json(index).get("weight_map")
+  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    raise ValueError(f"{index}: expected an object 'weight_map' of file names")
+  names = sorted(set(where.values()))
+  for name in names:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+      raise ValueError(f"{index}: {name!r} is not the name of a safetensors file of the folder")
+    if not (folder / name).is_file():
+      raise FileNotFoundError(f"{folder / name} does not exist, but {INDEX} names it")
+  return names, where
+
+
+def check_tensors(
+  folder: Path,
+  tensors: Tensors,
+  expected: Mapping[str, tuple[int, ...]],
+  ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
+  """Raises ValueError naming each tensor that is missing, unexpected, mis-shaped or no float."""
+  found = {name: tensors.shape(name) for name in tensors if not ignored(name)}
+  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+  faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+  faults += [
+    f"{name} has shape {found[name]}, expected {shape}"
+    for name, shape in expected.items()
+    if name in found and found[name] != shape
+  ]
+  faults += [
+    f"{name} is of {tensors.dtype(name)}, expected one of {', '.join(FLOATS)}"
+    for name in expected
+    if name in found and tensors.dtype(name) not in FLOATS
+  ]
+  if faults:
+    more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
+    raise ValueError(
+      f"{folder}: the tensors are not those of its config.json: {'; '.join(faults[:12])}{more}"
+    )
+
+
+def make_leaf(
+  shape: tuple[int, ...],
+  dtype: Any,
+  read: Callable[[Index], np.ndarray],
+  sharding: Sharding | None = None,
+) -> jax.Array:
+  """Returns an array of which each device reads its own part.
+
+  Args:
+    shape: of the whole array.
+    dtype: of the result.
+    read: returns the part of the array at an index.
+    sharding: where it lies; None is the default device.
+  """
+  if sharding is None:
+    return jnp.asarray(read((slice(None),) * len(shape)), dtype)
+
+  def part(index: Index | None) -> np.ndarray:
+    assert index is not None, "a part of this process's own devices has an index"
+    return read(index).astype(dtype, copy=False)
+
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Any:
+  """Returns the `tokenizers.Tokenizer` of a folder: tokenizer.json, or vocabulary and merges.
+
+  Args:
+    folder: a local folder.
+    vocab_size: of the model, whose table may be padded above the tokenizer's vocabulary.
+  Raises:
+    FileNotFoundError: if there is no tokenizer.
+    ValueError: if the tokenizer does not fit the model.
+  """
+  from tokenizers import Tokenizer
+
+  folder = Path(folder)
+  whole, vocab, merges = (folder / name for name in TOKENIZER_FILES[:3])
+  try:
+    if whole.is_file():
+      tokenizer = Tokenizer.from_file(str(whole))
+    elif vocab.is_file() and merges.is_file():
+      tokenizer = _byte_level_bpe(vocab, merges)
+    else:
+      tokenizer = None
+  except Exception as error:  # the library raises bare Exceptions
+    raise ValueError(f"{folder}: the tokenizer's files are broken: {error}") from error
+  if tokenizer is None:
+    raise FileNotFoundError(
+      f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
+    )
+  size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+  if vocab_size is not None and not 0 <= vocab_size - size < 1024:
+    raise ValueError(
+      f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
+      "belong together. Take both from the same model"
+    )
+  return tokenizer
+
+
+def end_of_text_id(tokenizer: Any) -> int:
+  """Returns the id of `<|endoftext|>`; raises ValueError if the tokenizer has none."""
+  found = tokenizer.token_to_id(END_OF_TEXT)
+  if found is None:
+    raise ValueError(f"the tokenizer has no token {END_OF_TEXT!r}, which ends every text")
+  return found
+
+
+def _byte_level_bpe(vocab: Path, merges: Path) -> Any:
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+  tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  if tokenizer.token_to_id(END_OF_TEXT) is not None:
+    tokenizer.add_special_tokens([END_OF_TEXT])
+  return tokenizer
+
+
+def save_folder(
+  folder: str | Path,
+  config: Mapping[str, Any],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  tokenizer_from: str | Path | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a new Hugging Face folder, whole or not at all.
+
+  Args:
+    folder: to make.
+    config: for config.json.
+    tensors: names and arrays, taken one after another; a shard at a time is in memory.
+    tokenizer_from: a folder whose tokenizer files are copied.
+    max_shard_bytes: of one file; more weights go to several, with an index.
+  Raises:
+    FileExistsError: if there is such a folder.
+    FileNotFoundError: if `tokenizer_from` holds no tokenizer.
+    OSError: if it cannot be written, as on a full disk; then nothing is left behind.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    raise FileExistsError(f"{folder} exists; nothing is overwritten")
+  copied = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    new = Path(name) / "folder"
+    new.mkdir()
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    _save_shards(new, tensors, max_shard_bytes)
+    for file in copied:
+      shutil.copyfile(file, new / file.name)
+    os.rename(new, folder)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+  """Returns the files of a folder's tokenizer, which must load."""
+  load_tokenizer(folder)
+  return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+
+
+def _save_shards(
+  folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
+) -> None:
+  shards: list[list[str]] = []
+  shard: dict[str, np.ndarray] = {}
+  total = 0
+
+  def write() -> None:
+    shards.append(list(shard))
+    _save_file(folder / f"{len(shards)}.safetensors", shard)
+    shard.clear()
+
+  for name, array in tensors:
+    if shard and sum(x.nbytes for x in shard.values()) + array.nbytes > max_shard_bytes:
+      write()
+    shard[name] = np.ascontiguousarray(array)
+    total += array.nbytes
+  write()
+  if len(shards) == 1:
+    os.rename(folder / "1.safetensors", folder / "model.safetensors")
+    return
+  weight_map = {}
+  for i, names in enumerate(shards, 1):
+    file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+    os.rename(folder / f"{i}.safetensors", folder / file)
+    weight_map |= dict.fromkeys(names, file)
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+  from safetensors import SafetensorError
+  from safetensors.numpy import save_file
+
+  try:
+    save_file(tensors, path, metadata={"format": "pt"})
+  except SafetensorError as error:
+    raise OSError(f"{path.parent.parent.parent} took no {path.name}: {error}") from error
+  # safetensors makes files that the owner alone can read; ours are as the umask has it.
+  shutil.copymode(path.parent / "config.json", path)

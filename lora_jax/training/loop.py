@@ -1,0 +1,261 @@
+"""The training loop. It knows nothing of LoRA or of a model: it sees an `Adaptation` of a loss."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.mesh import place_batch
+from lora_jax.training.metrics_log import MetricsLog
+from lora_jax.training.step import EvalStep, StepMetrics, make_eval_step, make_train_step, start
+
+PyTree = Any
+Batch = Mapping[str, np.ndarray]
+
+
+class Batches(Protocol):
+  """An iterator of batches whose place can be saved, as grain's are."""
+
+  def __next__(self) -> Batch: ...
+
+  def get_state(self) -> Any: ...
+
+  def set_state(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+  """How long to train and how often to do the rest, in steps.
+
+  Attributes:
+    num_train_steps: updates.
+    eval_every_steps: between evaluations; each is followed by a checkpoint. The last step is
+      always evaluated.
+    checkpoint_every_steps: between further checkpoints.
+    log_every_steps: between lines of `metrics.jsonl`.
+    accumulation_steps: parts that each batch is processed in.
+  """
+
+  num_train_steps: int
+  eval_every_steps: int
+  checkpoint_every_steps: int
+  log_every_steps: int = 10
+  accumulation_steps: int = 1
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field.name} must be a positive number of steps, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """The result of `fit`.
+
+  Attributes:
+    last: the trainable tree after the last step.
+    best: that of the checkpoint with the smallest validation loss.
+    best_step: of that checkpoint.
+    best_loss: its validation loss, nats per token.
+    last_loss: that of the last step.
+    seconds: of this sitting's training, compilation and evaluation included.
+    tokens: processed in this sitting.
+  """
+
+  last: PyTree
+  best: PyTree
+  best_step: int
+  best_loss: float
+  last_loss: float
+  seconds: float
+  tokens: int
+
+
+def fit(
+  loss: Adaptation,
+  params: PyTree,
+  trainable: PyTree,
+  optimizer: optax.GradientTransformation,
+  batches: Batches,
+  *,
+  config: FitConfig,
+  eval_loss: Adaptation,
+  eval_batches: Callable[[], Iterable[Batch]],
+  workdir: str | Path,
+  key: jax.Array,
+  mesh: Mesh,
+  schedule: Callable[[int], Any] | None = None,
+  progress: bool = True,
+) -> Fitted:
+  """Trains the trainable tree, from the last checkpoint in `workdir` if there is one.
+
+  A run that was broken off and started again ends with the same bits as one that was not.
+
+  Args:
+    loss: a method applied to a function `fn(params, batch) -> LossSum`.
+    params: of the base, placed on `mesh`.
+    trainable: as `loss.init` returns it. It is donated.
+    optimizer: any optax transformation.
+    batches: of training. Dicts of arrays; `segment_ids` counts the tokens (0 is padding).
+    config: steps.
+    eval_loss: the same method applied to the loss of the validation set.
+    eval_batches: returns the batches of the validation set, from the first.
+    workdir: of the run; `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written there.
+    key: of the run's dropout.
+    mesh: as `make_mesh` returns it.
+    schedule: of the learning rate, for the log alone.
+    progress: whether to show a progress line.
+  Raises:
+    FloatingPointError: if a loss is not finite, saying what to do.
+    ValueError: if the batches end early or the checkpoints are of something else.
+    OSError: if a checkpoint cannot be written.
+  """
+  workdir = Path(workdir)
+  base = fingerprint(params)
+  state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
+  del trainable
+  train_step = make_train_step(loss, optimizer, state, config.accumulation_steps)
+  eval_step = make_eval_step(eval_loss)
+  begun, tokens = time.perf_counter(), 0
+
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    restored = checkpoints.restore_last(state, base)
+    first = 0 if restored is None else restored.step
+    last_loss = None if restored is None else restored.loss
+    if restored is not None:
+      state = restored.state
+      batches.set_state(restored.data_state)
+    with MetricsLog(workdir, first) as log, _bar(config, first, progress) as bar:
+      window = _Window(log, bar, schedule, checkpoints)
+      for step in range(first + 1, config.num_train_steps + 1):
+        batch = _next(batches, step, config)
+        count = int(np.count_nonzero(batch["segment_ids"]))
+        placed = place_batch(mesh, batch, config.accumulation_steps)
+        state, metrics = train_step(state, frozen, placed)
+        tokens += count
+        window.add(step, metrics, count)
+        is_last = step == config.num_train_steps
+        evaluates = step % config.eval_every_steps == 0 or is_last
+        if step % config.log_every_steps == 0 or is_last:
+          window.flush()
+        if evaluates or step % config.checkpoint_every_steps == 0:
+          window.flush()
+          last_loss = None
+          if evaluates:
+            adapter = state.trainable["adapter"]
+            last_loss = evaluate_loss(eval_step, frozen["base"], adapter, eval_batches(), mesh)
+            _check_finite(last_loss, step, "validation loss", checkpoints)
+            log.write(step, {"valid/loss": last_loss})
+          checkpoints.save(step, state, batches.get_state(), base, last_loss)
+          window.restart()
+    best_step = checkpoints.best_step()
+    assert best_step is not None
+    assert last_loss is not None, "the last step is always evaluated"
+    best = checkpoints.restore(best_step, state, base)
+    assert best.loss is not None
+  return Fitted(
+    last=state.trainable["adapter"],
+    best=best.state.trainable["adapter"],
+    best_step=best_step,
+    best_loss=best.loss,
+    last_loss=last_loss,
+    seconds=time.perf_counter() - begun,
+    tokens=tokens,
+  )
+
+
+def evaluate_loss(
+  eval_step: EvalStep, params: PyTree, trainable: PyTree, batches: Iterable[Batch], mesh: Mesh
+) -> float:
+  """Returns the mean loss of a token over batches, nats; `eval_step` is `make_eval_step`'s."""
+  parts = [eval_step(params, trainable, place_batch(mesh, batch)) for batch in batches]
+  total, weight = (sum(map(float, values)) for values in zip(*parts, strict=True))
+  if not weight:
+    raise ValueError("the validation batches hold no token with a loss; expected one or more")
+  return total / weight
+
+
+class _Window:
+  """The steps since the last line of the log, whose metrics are still on the device."""
+
+  def __init__(self, log: MetricsLog, bar: tqdm, schedule: Any, checkpoints: Checkpoints):
+    self._log, self._bar, self._schedule = log, bar, schedule
+    self._checkpoints = checkpoints
+    self._steps: list[tuple[int, StepMetrics]] = []
+    self._tokens = 0
+    self.restart()
+
+  def restart(self) -> None:
+    """Starts the clock again, after what is not training."""
+    self._since = time.perf_counter()
+
+  def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
+    self._steps.append((step, metrics))
+    self._tokens += tokens
+    self._bar.update()
+
+  def flush(self) -> None:
+    """Fetches, checks and writes the window's metrics."""
+    if not self._steps:
+      return
+    steps = [(step, jax.device_get(metrics)) for step, metrics in self._steps]
+    for step, metrics in steps:
+      _check_finite(float(metrics.loss), step, "loss", self._checkpoints)
+    speed = self._tokens / (time.perf_counter() - self._since)
+    weight = sum(float(metrics.weight) for _, metrics in steps)
+    loss = sum(float(m.loss) * float(m.weight) for _, m in steps) / max(weight, 1)
+    step, last = steps[-1]
+    line = {
+      "train/loss": loss,
+      "train/grad_norm": float(last.grad_norm),
+      "train/tokens_per_second": speed,
+    }
+    if self._schedule is not None:
+      line["train/learning_rate"] = float(self._schedule(step - 1))
+    self._log.write(step, line)
+    self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+    self._steps, self._tokens = [], 0
+    self.restart()
+
+
+def _bar(config: FitConfig, first: int, progress: bool) -> tqdm:
+  return tqdm(
+    total=config.num_train_steps,
+    initial=first,
+    unit="step",
+    disable=not progress,
+    mininterval=1.0,
+    dynamic_ncols=True,
+  )
+
+
+def _next(batches: Iterator[Batch] | Batches, step: int, config: FitConfig) -> Batch:
+  try:
+    return next(batches)  # pyright: ignore[reportArgumentType]
+  except StopIteration:
+    raise ValueError(
+      f"the training batches ended before step {step} of {config.num_train_steps}. Lower "
+      "num_train_steps, or give more epochs"
+    ) from None
+
+
+def _check_finite(loss: float, step: int, what: str, checkpoints: Checkpoints) -> None:
+  if np.isfinite(loss):
+    return
+  steps = checkpoints.steps()
+  kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
+  raise FloatingPointError(
+    f"the {what} of step {step} is {loss}; training has stopped and {kept}. Try a lower "
+    "learning rate, a longer warmup or clipping of the gradient's norm; with float16, bfloat16"
+  )

@@ -1,0 +1,100 @@
+"""The loss of language models, on the tokens that have one.
+
+With logits z over V tokens, a target t and label smoothing eps, in nats, a token's loss is
+
+    (1 - eps) * -log p_t + eps * mean_v(-log p_v)  =  logsumexp(z) - sum_v q_v z_v
+
+with q = (1 - eps) * onehot(t) + eps / V, as the paper's code has it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+PyTree = Any
+Batch = Mapping[str, Any]
+
+
+class LossSum(NamedTuple):
+  """A sum of token losses in nats, and the number of tokens in it."""
+
+  total: Float[Array, ""]
+  weight: Float[Array, ""]
+
+
+def mean(loss: LossSum) -> Float[Array, ""]:
+  """Returns the mean loss of a token, nats; 1e-4 is added to the count, as in the paper's code."""
+  return loss.total / (loss.weight + 1e-4)
+
+
+def cross_entropy(
+  logits: Float[Array, "*B V"],
+  targets: Int[Array, "*B"],
+  weights: Float[Array, "*B"],
+  label_smoothing: float = 0.0,
+) -> LossSum:
+  """Returns the weighted sum of the tokens' losses.
+
+  Args:
+    logits: of the next token; the sums are made in float32.
+    targets: ids of the next token.
+    weights: of each token; 0 leaves it out.
+    label_smoothing: eps, the share of the target that goes to all tokens alike.
+  """
+  logits = logits.astype(jnp.float32)
+  is_target = (
+    jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+  )
+  uniform = label_smoothing / logits.shape[-1]
+  wanted = jnp.where(is_target, 1 - label_smoothing + uniform, uniform)
+  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(wanted * logits, axis=-1)
+  return LossSum(jnp.sum(losses * weights), jnp.sum(weights))
+
+
+def language_model_loss(
+  model: nn.Module, label_smoothing: float = 0.0, chunk_size: int | None = None
+) -> Callable[[PyTree, Batch], LossSum]:
+  """Returns the loss of a model as a function `fn(params, batch)`, for a method to adapt.
+
+  The head sees only the positions whose output has a target.
+
+  Args:
+    model: with the methods `hidden` and `logits`, as `GPT2`.
+    label_smoothing: as of `cross_entropy`.
+    chunk_size: target tokens of a row whose logits are in memory at once, forward and
+      backward; None is all.
+  """
+
+  def loss(params: PyTree, batch: Batch) -> LossSum:
+    variables = {"params": params}
+    hidden = model.apply(
+      variables, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
+    )
+    hidden = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)
+
+    def of_chunk(hidden: Array, targets: Array, weights: Array) -> LossSum:
+      logits = model.apply(variables, hidden, method="logits")
+      return cross_entropy(logits, targets, weights, label_smoothing)
+
+    count = hidden.shape[1]
+    if chunk_size is None or chunk_size >= count:
+      return of_chunk(hidden, batch["targets"], batch["target_weights"])
+    if count % chunk_size:
+      raise ValueError(f"chunk_size {chunk_size} must divide the {count} target tokens of a row")
+
+    def add(total: LossSum, chunk: tuple[Array, ...]) -> tuple[LossSum, None]:
+      part = jax.checkpoint(of_chunk)(*chunk)
+      return LossSum(*(a + b for a, b in zip(total, part, strict=True))), None
+
+    def split(x: Array) -> Array:
+      return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]), 1, 0)
+
+    chunks = tuple(split(x) for x in (hidden, batch["targets"], batch["target_weights"]))
+    zero = LossSum(jnp.zeros(()), jnp.zeros(()))
+    return jax.lax.scan(add, zero, chunks)[0]
+
+  return loss

@@ -1,0 +1,100 @@
+"""One mesh with the axes `data`, `fsdp` and `tensor`, and what lies where on it.
+
+Batches are split over `data` and `fsdp`, the base's parameters by rules over `fsdp` and
+`tensor`; adapters, gradients and optimizer state follow from the base's (`lora_jax.shardings`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.trees import leaves_with_path, matches, near, select
+
+PyTree = Any
+Rules = Sequence[tuple[str, P]]
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """Returns a mesh over the first data * fsdp * tensor devices, of all processes.
+
+  Args:
+    data: copies of the model, which share the batch.
+    fsdp: parts of the parameters; these devices share the batch as well.
+    tensor: parts of each layer's computation.
+  Raises:
+    ValueError: if there are too few devices.
+  """
+  wanted, devices = data * fsdp * tensor, jax.devices()
+  if min(data, fsdp, tensor) < 1:
+    raise ValueError(f"mesh axes must be at least 1, got data={data} fsdp={fsdp} tensor={tensor}")
+  if wanted > len(devices) or (len(devices) % wanted and jax.process_count() > 1):
+    raise ValueError(
+      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {wanted} devices; there are "
+      f"{len(devices)}. (On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={wanted} "
+      "emulates them)"
+    )
+  grid = np.asarray(devices[:wanted]).reshape(data, fsdp, tensor)
+  return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
+  """Returns the sharding of every leaf, by the first rule whose pattern matches its path.
+
+  A rule's spec is for the last axes of a leaf: stacked layers have one more before them.
+
+  Args:
+    mesh: as `make_mesh` returns it.
+    shapes: of the parameters, arrays or `ShapeDtypeStruct`s.
+    rules: `(pattern, PartitionSpec)`, in order of precedence.
+  Raises:
+    ValueError: if a pattern matches nothing, a leaf has no rule, or an axis cannot be split.
+  """
+  leaves = leaves_with_path(shapes)
+  select([pattern for pattern, _ in rules], [path for path, _ in leaves], "sharding rule")
+
+  def of(path: str, leaf: Any) -> NamedSharding:
+    spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
+    if spec is None:
+      patterns = ", ".join(near(path, [pattern for pattern, _ in rules]))
+      raise ValueError(f"no sharding rule for {path}; near rules: {patterns}")
+    full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
+    for size, axis in zip(leaf.shape, full, strict=True):
+      names = (axis,) if isinstance(axis, str) else axis or ()
+      parts = int(np.prod([mesh.shape[name] for name in names]))
+      if size % parts:
+        raise ValueError(
+          f"{path} {leaf.shape}: an axis of {size} cannot be split over {parts} devices "
+          f"({', '.join(names)}). Choose another mesh"
+        )
+    return NamedSharding(mesh, P(*full))
+
+  return jax.tree.unflatten(jax.tree.structure(shapes), [of(*item) for item in leaves])
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], accumulation_steps: int = 1) -> PyTree:
+  """Splits a batch of this process over `data` and `fsdp`.
+
+  With more than one accumulation step the arrays get a leading axis of these.
+
+  Raises:
+    ValueError: if the rows cannot be split evenly.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def of(array: np.ndarray) -> jax.Array:
+    rows = len(array) * jax.process_count()
+    if rows % (parts * accumulation_steps):
+      raise ValueError(
+        f"a batch of {rows} rows cannot be split over {accumulation_steps} accumulation steps "
+        f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of both"
+      )
+    spec = P(("data", "fsdp"))
+    if accumulation_steps > 1:
+      array, spec = array.reshape(accumulation_steps, -1, *array.shape[1:]), P(None, *spec)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+
+  return {name: of(array) for name, array in batch.items()}

@@ -1,0 +1,153 @@
+"""The train step: gradients, state and updates for the trainable leaves alone.
+
+The combined tree `{"base": params, "adapter": trainable}` is partitioned into a trainable and a
+frozen part. The state holds the first and is donated; the second is an argument of every step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.optimizer import freeze
+from lora_jax.sharding import shardings
+from lora_jax.training.loss import LossSum, mean
+from lora_jax.trees import combine, partition, trainable_mask
+
+PyTree = Any
+Batch = Mapping[str, Any]
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    step: updates made so far.
+    trainable: the trainable part of the combined tree; `state.trainable["adapter"]` is what a
+      method's `apply` takes.
+    opt_state: of the optimizer, for the trainable leaves alone.
+    key: of the run; a step's dropout key is folded from it and the step.
+  """
+
+  step: Int[Array, ""]
+  trainable: PyTree
+  opt_state: PyTree
+  key: PRNGKeyArray
+
+
+class StepMetrics(NamedTuple):
+  """What a step reports: nats per token, tokens with a loss, and the gradient's global norm."""
+
+  loss: Float[Array, ""]
+  weight: Float[Array, ""]
+  grad_norm: Float[Array, ""]
+
+
+TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]
+EvalStep = Callable[[PyTree, PyTree, Batch], LossSum]
+
+
+def start(
+  params: PyTree,
+  trainable: PyTree,
+  optimizer: optax.GradientTransformation,
+  key: PRNGKeyArray,
+  mesh: Mesh,
+) -> tuple[TrainState, PyTree, optax.GradientTransformation]:
+  """Partitions a base and its adapter into a train state and a frozen part.
+
+  Args:
+    params: of the base. Where `trainable` is these arrays themselves (full fine-tuning), they
+      are not passed twice.
+    trainable: as a method's `init` returns it. The step donates it.
+    optimizer: any optax transformation; it gets to see the trainable leaves alone.
+    key: of the run.
+    mesh: over which what has no sharding of its own is replicated.
+
+  Returns:
+    The state, the frozen part, and the optimizer as the step needs it.
+  """
+  own = {id(leaf) for leaf in jax.tree.leaves(trainable)}
+  base = jax.tree.map(lambda leaf: None if id(leaf) in own else leaf, params)
+  tree = {"base": base, "adapter": trainable}
+  places = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
+  mask = trainable_mask(tree)
+  optimizer = freeze(optimizer, mask, places)
+  part, frozen = partition(tree, mask)
+  state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), key)
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def placed(leaf: jax.Array) -> jax.Array:
+    keep = isinstance(leaf.sharding, NamedSharding)
+    return leaf if keep else jax.device_put(leaf, replicated)
+
+  return jax.tree.map(placed, state), jax.tree.map(placed, frozen), optimizer
+
+
+def make_train_step(
+  loss: Adaptation,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  accumulation_steps: int = 1,
+) -> TrainStep:
+  """Returns the jitted step `(state, frozen, batch) -> (state, metrics)`; it donates the state.
+
+  Args:
+    loss: a method applied to a function `fn(params, batch) -> LossSum`.
+    optimizer: as `start` returns it.
+    state: likewise; the new state lies where it does.
+    accumulation_steps: parts of the batch, along a leading axis of its arrays, whose gradients
+      are added; the result is that of the whole batch at once.
+  """
+
+  fold = jax.random.fold_in
+
+  def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
+    def total(trainable: PyTree) -> tuple[Array, LossSum]:
+      tree = combine(trainable, frozen)
+      of_batch = loss.apply(tree["base"], tree["adapter"], batch, lora_key=key)
+      return of_batch.total, of_batch
+
+    return jax.value_and_grad(total, has_aux=True)(state.trainable)
+
+  def accumulated(state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
+    def add(carry: PyTree, part: tuple[Array, Batch]) -> tuple[PyTree, None]:
+      i, micro = part
+      new = gradients(state, frozen, micro, fold(key, i))
+      return jax.tree.map(jnp.add, carry, new), None
+
+    zero = jnp.zeros(())
+    first = ((zero, LossSum(zero, zero)), jax.tree.map(jnp.zeros_like, state.trainable))
+    return jax.lax.scan(add, first, (jnp.arange(accumulation_steps), batch))[0]
+
+  def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    key = fold(state.key, state.step)
+    of = gradients if accumulation_steps == 1 else accumulated
+    (_, of_batch), grads = of(state, frozen, batch, key)
+    grads = jax.tree.map(lambda g: g / (of_batch.weight + 1e-4), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    new = state.replace(
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt_state=opt_state,
+    )
+    return new, StepMetrics(mean(of_batch), of_batch.weight, optax.global_norm(grads))
+
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+
+def make_eval_step(loss: Adaptation) -> EvalStep:
+  """Returns the jitted loss `(params, trainable, batch) -> LossSum`, without dropout."""
+
+  def step(params: PyTree, trainable: PyTree, batch: Batch) -> LossSum:
+    return loss.apply(params, trainable, batch, lora_key=None)
+
+  return jax.jit(step)
