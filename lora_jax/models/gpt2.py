@@ -281,8 +281,21 @@ _float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp
 """Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
 
 
-def _dense(config: GPT2Config, features: int, name: str, std: float = 0.02) -> nn.Dense:
-  return nn.Dense(
+class _Dense(nn.Dense):
+  """A dense layer that sees one axis of tokens instead of rows and positions.
+
+  With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
+  first copies the transposed gradient of the output, at the cost of several such products.
+  """
+
+  @nn.compact
+  def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+    return out.reshape(*inputs.shape[:-1], self.features)
+
+
+def _dense(config: GPT2Config, features: int, name: str, std: float = 0.02) -> _Dense:
+  return _Dense(
     features,
     dtype=config.dtype,
     param_dtype=config.param_dtype,

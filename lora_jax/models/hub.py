@@ -330,6 +330,6 @@ def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
   try:
     save_file(tensors, path, metadata={"format": "pt"})
   except SafetensorError as error:
-    raise OSError(f"{path.parent.parent.parent} took no {path.name}: {error}") from error
+    raise OSError(f"could not write {path}: {error}. Nothing is left behind") from error
   # safetensors makes files that the owner alone can read; ours are as the umask has it.
   shutil.copymode(path.parent / "config.json", path)
