@@ -32,13 +32,13 @@ def launch(run: Run, config_file: str) -> None:
   def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unexpected arguments {' '.join(arguments[1:])}; see --help")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
     if sweep.value:
       _sweep(run, _load(file), config.value, shard.value)
     else:
       run(_with_workdir(config.value, _load(file)))
 
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.ERROR)
   app.run(main)
 
 

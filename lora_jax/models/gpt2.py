@@ -12,7 +12,7 @@ the paper fine-tunes with LoRA's own alone.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,14 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
-Activation = Literal["gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu"]
-Implementation = Literal["xla", "cudnn"]
-Remat = Literal[
+REMAT_POLICIES = (
   "nothing_saveable",
   "dots_saveable",
   "dots_with_no_batch_dims_saveable",
   "everything_saveable",
-]
+)
 
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu_new": nn.gelu,
   "gelu_pytorch_tanh": nn.gelu,
   "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -57,7 +55,7 @@ class GPT2Config:
     scan_layers: stacks the layers' parameters (`h/...` with a leading axis) and scans over
       them, which compiles faster; otherwise they are `h_0/...`, `h_1/...`.
     remat: what the backward pass keeps of each layer: None is everything; else the name of a
-      policy of `jax.checkpoint_policies`.
+      policy of `jax.checkpoint_policies`, one of `REMAT_POLICIES`.
     attention: `xla`, or `cudnn` for flash attention on a GPU (float16 or bfloat16 only).
   """
 
@@ -67,23 +65,23 @@ class GPT2Config:
   num_layers: int = 12
   num_heads: int = 12
   mlp_dim: int | None = None
-  activation: Activation = "gelu_new"
+  activation: str = "gelu_new"
   layer_norm_epsilon: float = 1e-5
   tie_head: bool = True
   dtype: Any = "float32"
   param_dtype: Any = "float32"
   scan_layers: bool = False
-  remat: Remat | None = None
-  attention: Implementation = "xla"
+  remat: str | None = None
+  attention: str = "xla"
 
   def __post_init__(self):
     if self.embed_dim % self.num_heads:
       raise ValueError(
         f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
       )
-    _check_choice("activation", self.activation, get_args(Activation))
-    _check_choice("attention", self.attention, get_args(Implementation))
-    _check_choice("remat", self.remat, (None, *get_args(Remat)))
+    _check_choice("activation", self.activation, tuple(ACTIVATIONS))
+    _check_choice("attention", self.attention, ("xla", "cudnn"))
+    _check_choice("remat", self.remat, (None, *REMAT_POLICIES))
     for name in ("dtype", "param_dtype"):
       _check_choice(name, jnp.dtype(getattr(self, name)).name, ("float32", "bfloat16", "float16"))
 
@@ -100,7 +98,7 @@ class Attention(nn.Module):
     config = self.config
     heads = (*x.shape[:2], config.num_heads, config.embed_dim // config.num_heads)
     query, key, value = (
-      _dense(config, config.embed_dim, name)(x).reshape(heads) for name in ("query", "key", "value")
+      _dense(config, config.embed_dim, name, x).reshape(heads) for name in ("query", "key", "value")
     )
     if cache is not None:
       cache = tuple(
@@ -108,10 +106,11 @@ class Attention(nn.Module):
         for old, new in zip(cache, (key, value), strict=True)
       )
       key, value = cache
+    implementation: Any = config.attention
     out = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, is_causal=cache is None, implementation=config.attention
+      query, key, value, mask=mask, is_causal=cache is None, implementation=implementation
     )
-    out = _dense(config, config.embed_dim, "out", _residual_std(config))(out.reshape(x.shape))
+    out = _dense(config, config.embed_dim, "out", out.reshape(x.shape), _residual_std(config))
     return out, cache
 
 
@@ -123,9 +122,9 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     config = self.config
-    x = _dense(config, config.mlp_dim or 4 * config.embed_dim, "up")(x)
+    x = _dense(config, config.mlp_dim or 4 * config.embed_dim, "up", x)
     x = ACTIVATIONS[config.activation](x)
-    return _dense(config, config.embed_dim, "down", _residual_std(config))(x)
+    return _dense(config, config.embed_dim, "down", x, _residual_std(config))
 
 
 class Block(nn.Module):
@@ -281,27 +280,22 @@ _float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp
 """Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
 
 
-class _Dense(nn.Dense):
-  """A dense layer that sees one axis of tokens instead of rows and positions.
+def _dense(
+  config: GPT2Config, features: int, name: str, x: Float[Array, "B T D"], std: float = 0.02
+) -> Float[Array, "B T F"]:
+  """Applies a dense layer that sees one axis of tokens instead of rows and positions.
 
   With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
   first copies the transposed gradient of the output, at the cost of several such products.
   """
-
-  @nn.compact
-  def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-    out = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
-    return out.reshape(*inputs.shape[:-1], self.features)
-
-
-def _dense(config: GPT2Config, features: int, name: str, std: float = 0.02) -> _Dense:
-  return _Dense(
+  layer = nn.Dense(
     features,
     dtype=config.dtype,
     param_dtype=config.param_dtype,
     kernel_init=nn.initializers.normal(std),
     name=name,
   )
+  return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 def _residual_std(config: GPT2Config) -> float:

@@ -1,0 +1,97 @@
+"""Token sequences for completion models, in the form of Hu et al.'s code.
+
+    context   completion            tokens      c1 c2 EOS w1 w2
+    "c1 c2"   "w1 w2"         ->    targets            w1 w2 EOS
+                                    target_index       2  3  4
+
+The end token is also the separator after the context. Loss is taken on the completion and its
+end token alone: `targets[i]` is what the output at position `target_index[i]` has to predict.
+The last end token predicts nothing, so it is no input. `batches.py` puts examples into arrays.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from lora_jax.data.e2e import Record
+
+if TYPE_CHECKING:
+  from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Example(NamedTuple):
+  """An encoded record of N tokens, M of which carry loss."""
+
+  tokens: Int32[np.ndarray, " N"]
+  targets: Int32[np.ndarray, " M"]
+  target_index: Int32[np.ndarray, " M"]
+
+
+def encode_context(tokenizer: "Tokenizer", contexts: Sequence[str], eos_id: int) -> list[list[int]]:
+  """Returns each context's tokens with the separator: what a completion is generated from."""
+  _check(tokenizer, eos_id)
+  distinct = list(dict.fromkeys(contexts))  # E2E has nine texts for each context
+  encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
+  ids = {c: [*encoding.ids, eos_id] for c, encoding in zip(distinct, encodings, strict=True)}
+  return [list(ids[context]) for context in contexts]
+
+
+def encode(
+  tokenizer: "Tokenizer",
+  records: Sequence[Record],
+  eos_id: int,
+  max_length: int,
+  truncate: bool = False,
+) -> list[Example]:
+  """Returns `context + [eos] + (" " + completion) + [eos]` of each record, as tokens.
+
+  Args:
+    tokenizer: without padding and truncation of its own.
+    eos_id: the token that ends the context and the completion.
+    max_length: tokens of the whole, both end tokens counted (512 in Hu et al.'s code).
+    truncate: cuts what is longer at its end, as that code does, and logs how many were cut;
+      otherwise it is an error.
+  Raises:
+    ValueError: if a record is too long, or has no room left for its completion.
+  """
+  contexts = encode_context(tokenizer, [record.context for record in records], eos_id)
+  completions = tokenizer.encode_batch(
+    [" " + record.completion for record in records], add_special_tokens=False
+  )
+  examples, too_long = [], []
+  for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
+    whole = [*context, *completion.ids, eos_id]
+    if len(whole) > max_length:
+      too_long.append(i)
+      if len(context) >= max_length:
+        raise ValueError(
+          f"record {i}: the context alone has {len(context)} tokens, max_length is {max_length}; "
+          "expected room for a completion"
+        )
+    whole = np.asarray(whole[:max_length], np.int32)
+    index = np.arange(len(context) - 1, len(whole) - 1, dtype=np.int32)
+    examples.append(Example(whole[:-1], whole[len(context) :], index))
+  if too_long and not truncate:
+    raise ValueError(
+      f"{len(too_long)} of {len(records)} records have more than max_length = {max_length} tokens, "
+      f"record {too_long[0]} the first. Raise max_length, or cut them with truncate=True"
+    )
+  if too_long:
+    logger.warning("%d of %d records cut to %d tokens", len(too_long), len(records), max_length)
+  return examples
+
+
+def _check(tokenizer: "Tokenizer", eos_id: int) -> None:
+  if tokenizer.padding is not None or tokenizer.truncation is not None:
+    raise ValueError(
+      "expected a tokenizer without padding and truncation of its own; call its no_padding() "
+      "and no_truncation() first"
+    )
+  size = tokenizer.get_vocab_size()
+  if not 0 <= eos_id < size:
+    raise ValueError(f"expected an eos_id below the tokenizer's {size} tokens, got {eos_id}")

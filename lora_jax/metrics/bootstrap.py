@@ -1,0 +1,143 @@
+"""Confidence intervals by resampling the segments (Koehn 2004; Efron and Tibshirani 1993).
+
+A resample draws as many segments as there are, with replacement, and is scored from the
+segments' statistics; no text is scored twice. What a metric learns from the whole reference set
+stays as it is: NIST's information of n-grams and CIDEr's document frequencies. The intervals are
+over the inputs alone. They say nothing about another seed or another training run.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from lora_jax.metrics.nlg import METRICS, Measured, measure
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A score with its percentile interval, in the metric's units."""
+
+  score: float
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """The score of a first system minus that of a second one, with its percentile interval.
+
+  Attributes:
+    difference: in the metric's units; positive if the first system scores higher.
+    low: the interval's lower end.
+    high: its upper end.
+    share_against: the share of resamples in which the difference is zero or has the other sign:
+      Koehn's estimate of a one-sided p-value.
+  """
+
+  difference: float
+  low: float
+  high: float
+  share_against: float
+
+
+def bootstrap(
+  hypotheses: Sequence[str],
+  references: Sequence[Sequence[str]],
+  *,
+  resamples: int = 1000,
+  confidence: float = 0.95,
+  seed: int = 0,
+) -> dict[str, Interval | None]:
+  """Returns the scores of one system with their intervals; None where `score` has None.
+
+  Args:
+    hypotheses: one text for each input.
+    references: for each input its references.
+    resamples: how many corpora are drawn.
+    confidence: the share of the resamples within the interval, in (0, 1).
+    seed: of the draws; the same seed gives the same intervals.
+  Raises:
+    ValueError: as `score`, or if `resamples` or `confidence` is out of range.
+  """
+  draws = {"resamples": resamples, "confidence": confidence, "seed": seed}
+  return intervals(measure([hypotheses], references)[0], **draws)
+
+
+def paired_bootstrap(
+  hypotheses_a: Sequence[str],
+  hypotheses_b: Sequence[str],
+  references: Sequence[Sequence[str]],
+  *,
+  resamples: int = 1000,
+  confidence: float = 0.95,
+  seed: int = 0,
+) -> dict[str, Difference | None]:
+  """Compares two systems on the same inputs, each resample holding the same inputs for both.
+
+  Args:
+    hypotheses_a: the first system's texts, one for each input.
+    hypotheses_b: the second system's, which are subtracted.
+    references: for each input its references.
+    resamples: how many corpora are drawn.
+    confidence: the share of the resamples within the interval, in (0, 1).
+    seed: of the draws.
+  Raises:
+    ValueError: as `bootstrap`.
+  """
+  draws = {"resamples": resamples, "confidence": confidence, "seed": seed}
+  return differences(*measure([hypotheses_a, hypotheses_b], references), **draws)
+
+
+def intervals(
+  measured: Measured, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Interval | None]:
+  """Does what `bootstrap` does, for a system that `measure` has measured."""
+  tail = _tail(confidence)
+  found: dict[str, Interval | None] = dict.fromkeys(METRICS)
+  counts = _draw(measured, resamples, seed)
+  for name, statistics in measured.statistics.items():
+    low, high = np.quantile(statistics.resampled(counts), [tail, 1 - tail])
+    found[name] = Interval(statistics.score(), float(low), float(high))
+  return found
+
+
+def differences(
+  a: Measured, b: Measured, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Difference | None]:
+  """Does what `paired_bootstrap` does, for two systems that `measure` has measured together."""
+  tail = _tail(confidence)
+  if _size(a) != _size(b):
+    raise ValueError(f"the systems have {_size(a)} and {_size(b)} segments; expected the same")
+  found: dict[str, Difference | None] = dict.fromkeys(METRICS)
+  counts = _draw(a, resamples, seed)
+  for name in a.statistics.keys() & b.statistics.keys():
+    first, second = a.statistics[name], b.statistics[name]
+    difference = first.score() - second.score()
+    drawn = first.resampled(counts) - second.resampled(counts)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    against = np.mean(drawn * np.sign(difference) <= 0)
+    found[name] = Difference(difference, float(low), float(high), float(against))
+  return found
+
+
+def _size(measured: Measured) -> int:
+  return len(measured.statistics["nist"].rows)
+
+
+def _draw(
+  measured: Measured, resamples: int, seed: int
+) -> Float[np.ndarray, "{resamples} segments"]:
+  """Returns how often each resample holds each segment."""
+  if resamples < 1:
+    raise ValueError(f"resamples must be at least 1, got {resamples}")
+  size = _size(measured)
+  generator = np.random.default_rng(seed)
+  return generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
+
+
+def _tail(confidence: float) -> float:
+  if not 0 < confidence < 1:
+    raise ValueError(f"confidence must lie between 0 and 1, as in 0.95; got {confidence}")
+  return (1 - confidence) / 2
