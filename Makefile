@@ -84,8 +84,8 @@ venv:  ## set up .venv, or bring it up to date
 	echo "$(EXTRAS)" > $@
 
 .PHONY: e2e
-e2e: venv  ## the main job: the demonstration from end to end
-	.venv/bin/python -m experiments.demo
+e2e: venv  ## the main job: GPT-2 adapted to E2E with LoRA, from the data to the scores
+	.venv/bin/python -m experiments.gpt2_e2e
 
 .PHONY: test
 test: lint types  ## lint, types, tests and doctests

@@ -8,7 +8,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from experiments import table
 from experiments.launch import launch
 from experiments.workdir import commit, open_workdir, read_config, read_result, write_json
 from lora_jax.data import batches as data_batches
-from lora_jax.data import e2e, text
+from lora_jax.data import e2e, e2e_tfds, text
 from lora_jax.decoding import BeamConfig, CachedModel, beam_search
 from lora_jax.metrics import intervals, measure
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
@@ -150,12 +150,14 @@ def load_data(config: ConfigDict, base: Base) -> Data:
   data, limit = config.data, min(512, base.config.num_positions)
 
   def examples(split: e2e.Split, count: int) -> list[text.Example]:
-    records = e2e.read(split, data.form, data.folder or None)
-    if count > len(records):
-      raise ValueError(f"the {split} split has {len(records)} records, expected {count} or more")
-    if count:  # the same part for every seed
-      chosen = np.random.default_rng(0).permutation(len(records))[:count]
-      records = [records[i] for i in chosen]
+    def choose(size: int) -> Sequence[int]:
+      if count > size:
+        raise ValueError(f"the {split} split has {size} records, expected {count} or more")
+      if not count:
+        return range(size)
+      return np.random.default_rng(0).permutation(size)[:count].tolist()  # whatever the seed
+
+    records = e2e_tfds.load(split, data.form, data.source, choose=choose)
     return text.encode(base.tokenizer, records, base.end_of_text, limit, truncate=True)
 
   train = examples("train", data.num_train_records)
@@ -297,7 +299,7 @@ def evaluate(
 
 def test_inputs(config: ConfigDict) -> list[e2e.Group]:
   """Returns the distinct inputs that are decoded, with their references."""
-  records = e2e.read(config.decoding.split, config.data.form, config.data.folder or None)
+  records = e2e_tfds.load(config.decoding.split, config.data.form, config.data.source)
   return e2e.grouped(records)[: config.decoding.num_inputs]
 
 

@@ -135,10 +135,9 @@ def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
   branches = [branch(jaxpr) for jaxpr in params["branches"]]
   try:
     outputs = lax.switch(index, branches, *operands)
-  except TypeError as error:
-    if any(handed != origins[0] for handed in origins):
-      raise Unsupported("its branches return different weights") from error
-    raise
+  except TypeError:  # branches that hand on different weights differ in their trees
+    if all(handed == origins[0] for handed in origins):
+      raise
   if any(handed != origins[0] for handed in origins):
     raise Unsupported("its branches return different weights")
   return [values[origins[0][j]] if j in origins[0] else out for j, out in enumerate(outputs)]

@@ -288,13 +288,14 @@ class Factored:
     w_free = [d for d in range(self.ndim) if d not in pairs.values()]
     out_labels = (*batch[1], *(w_free + x_free if weight_first else x_free + w_free))
     x = self.input(x)
-    sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
-    total = jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
-    for number, term in enumerate(self.use(contracting[1], batch[1])):
-      part = _dot_term(term, x, x_labels, out_labels, precision, preferred_element_type)
-      part = spread(*part, out_labels, self.shape)
-      total = part if number == 0 else total + part
-    return total
+    parts = [
+      _dot_term(term, x, x_labels, out_labels, precision, preferred_element_type)
+      for term in self.use(contracting[1], batch[1])
+    ]
+    if not parts:
+      sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
+      return jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
+    return functools.reduce(jnp.add, (spread(*part, out_labels, self.shape) for part in parts))
 
   def input(self, x: jax.Array) -> jax.Array:
     """Returns a layer's input in the dtype of its low-rank branch.

@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 
 FOLDER = Path(__file__).parent / "golden" / "beam"
 VOCAB_SIZE = 160
@@ -21,13 +19,16 @@ NUM_PROMPTS = 200
 SETTINGS = [
   {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4, "max_new_tokens": 24},
   {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "max_new_tokens": 24},
-  {"num_beams": 4, "length_penalty": 1.3, "no_repeat_ngram_size": 2, "max_new_tokens": 24},
+  {"num_beams": 4, "length_penalty": 1.3, "no_repeat_ngram_size": 2, "max_new_tokens": 31},
   {"num_beams": 3, "length_penalty": -0.5, "no_repeat_ngram_size": 0, "max_new_tokens": 5},
-  {"num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 3, "max_new_tokens": 24},
+  {"num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "max_new_tokens": 24},
 ]
 
 
-def make_model() -> transformers.GPT2LMHeadModel:
+def make_model():
+  import torch
+  import transformers
+
   torch.manual_seed(0)
   config = transformers.GPT2Config(
     vocab_size=VOCAB_SIZE,
@@ -46,7 +47,7 @@ def make_model() -> transformers.GPT2LMHeadModel:
     for name, tensor in model.named_parameters():
       if tensor.ndim == 2:
         tensor.mul_(18 if "wte" in name else 8)
-    model.transformer.wte.weight[list(EOS_IDS)] *= 1.2
+    model.transformer.wte.weight[list(EOS_IDS)] *= 1.8
   return model
 
 
@@ -57,6 +58,8 @@ def make_prompts() -> list[list[int]]:
 
 def search(model, prompts, **settings) -> list[tuple[list[int], float]]:
   """Returns the generated tokens, the end token included, and the score of each prompt."""
+  import torch
+
   found = []
   for prompt in prompts:
     out = model.generate(
@@ -79,6 +82,9 @@ def search(model, prompts, **settings) -> list[tuple[list[int], float]]:
 
 
 def main() -> None:
+  import torch
+  import transformers
+
   torch.set_num_threads(1)
   model, prompts = make_model(), make_prompts()
   model.save_pretrained(FOLDER)

@@ -49,7 +49,7 @@ def get_config(variant: str = "mini") -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.form = "reference"  # the lines of the paper's code; or official, the CSV files
-  config.data.folder = ""  # holds the original files; "" is the embedded copy
+  config.data.source = "embedded"  # or download (the official form), or a folder with the files
   config.data.num_train_records = 4000  # a fixed random part, the same for every seed; 0 is all
   config.data.num_valid_records = 500  # likewise
   config.data.num_epochs = 1

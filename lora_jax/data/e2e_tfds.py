@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +178,15 @@ def load(
   form: e2e.Form = "reference",
   source: str | os.PathLike[str] = "embedded",
   data_dir: str | os.PathLike[str] | None = None,
+  choose: Callable[[int], Sequence[int]] = range,
 ) -> list[e2e.Record]:
-  """Returns the records of a split by way of TFDS, in the file's order.
+  """Returns records of a split by way of TFDS.
 
-  The arguments are those of `E2E`.
+  Args:
+    choose: from the number of records to the indices of those that are read, in this order;
+      the rest are not touched. All, in the file's order, if not given.
+
+  The other arguments are those of `E2E`.
 
   Raises:
     FileNotFoundError: if a file of the folder is missing, or the source has no such split.
@@ -191,4 +196,5 @@ def load(
   name = e2e.file_name(split, form)
   if split not in sources:
     e2e.embedded_bytes(name)  # raises, saying what to do
-  return [e2e.Record(row["context"].decode(), row["completion"].decode()) for row in sources[split]]
+  rows = sources[split].__getitems__(list(choose(len(sources[split]))))
+  return [e2e.Record(row["context"].decode(), row["completion"].decode()) for row in rows]

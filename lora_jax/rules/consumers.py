@@ -95,11 +95,11 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
       feature_group_count=groups,
       **{name: params[name] for name in options},
     )
-    out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups, out.shape))
+    out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups))
   return out
 
 
-def _mix_channels(z, mixer: Factor, out_dim: int, channel: int, groups: int, shape) -> jax.Array:
+def _mix_channels(z, mixer: Factor, out_dim: int, channel: int, groups: int) -> jax.Array:
   """Multiplies the channels of z, (groups * rank), by B, (rank, groups * out)."""
   b = lax.transpose(mixer.array.astype(z.dtype), [mixer.axis(d) for d in (RANK, out_dim)])
   z = jnp.moveaxis(z, channel, -1)

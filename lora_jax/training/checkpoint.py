@@ -1,13 +1,17 @@
 """Adapters on disk: Orbax for the arrays, JSON for the axes; never the base, never a pickle."""
 
+import glob
+import hashlib
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from jax.experimental import multihost_utils
 
 from lora_jax.adapter import pack, packed_shapes, unpack
 from lora_jax.training.fingerprint import fingerprint
@@ -15,6 +19,8 @@ from lora_jax.trees import leaves_with_path
 
 PyTree = Any
 logger = logging.getLogger(__name__)
+
+DAMAGED, REMOVED = ".damaged", ".removed"
 
 
 def save_adapter(folder: str | Path, trainable: PyTree) -> None:
@@ -24,9 +30,12 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
     ValueError: if the folder exists: nothing is overwritten.
   """
   arrays, axes = pack(trainable)
+  folder = Path(folder).absolute()
+  if jax.process_index() == 0:
+    _remove_leftovers(folder.parent, glob.escape(folder.name))
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     checkpointer.save(
-      Path(folder).absolute(),
+      folder,
       args=ocp.args.Composite(
         arrays=ocp.args.StandardSave(arrays), axes=ocp.args.JsonSave({"axes": axes})
       ),
@@ -60,6 +69,13 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
   return unpack(restored["arrays"], axes, like)
 
 
+def _remove_leftovers(folder: Path, name: str) -> None:
+  """Removes what a killed process left of a checkpoint or adapter of this name."""
+  for pattern in (f"{name}.orbax-checkpoint-tmp*", f"{name}{REMOVED}"):
+    for path in folder.glob(pattern):
+      shutil.rmtree(path)
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
@@ -76,45 +92,32 @@ class Restored(NamedTuple):
 class Checkpoints:
   """The checkpoints of a run: the last two and the best by validation loss, never the base.
 
-  Each holds the train state, the state of the data iterator and the fingerprint of the base, and
-  the state's own fingerprint, by which damage is found. They are written whole or not at all.
+  Each is a folder named by its step, with the train state, the state of the data iterator and the
+  fingerprint of the base, and the state's own fingerprint, by which damage is found. Folders
+  come and go whole: Orbax writes under another name, and what is removed first gets another.
   """
 
   def __init__(self, folder: str | Path):
     self.folder = Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(
-      enable_async_checkpointing=False,
-      cleanup_tmp_directories=True,
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(2),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
-    )
-    self._manager = ocp.CheckpointManager(
-      self.folder, options=options, item_names=("state", "about")
-    )
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    if jax.process_index() == 0:
+      _remove_leftovers(self.folder, "*")
 
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._manager.close()
+    self._checkpointer.close()
 
   def steps(self) -> list[int]:
     """Returns the steps that there are checkpoints of, in order."""
-    return sorted(self._manager.all_steps())
+    return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
   def save(
     self, step: int, state: PyTree, data_state: Any, base: str, loss: float | None = None
   ) -> None:
-    """Writes a checkpoint.
+    """Writes a checkpoint, then removes those that are neither the last two nor the best.
 
     Args:
       step: of the run.
@@ -133,26 +136,30 @@ class Checkpoints:
       "data_state": data_state,
       "loss": loss,
     }
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(arrays),
+      about=ocp.args.JsonSave({"content": about, "digest": _digest(about)}),
+    )
     try:
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-        ),
-        metrics=None if loss is None else {"loss": loss},
-        force=True,
-      )
+      self._checkpointer.save(self.folder / str(step), args=args)
     except Exception as error:  # storage libraries raise errors of many kinds
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder} "
-        f"({type(error).__name__}: {error}). Those of steps {self.steps()} are untouched. Make "
-        "room, then start the same command again: it goes on from the last one"
+        f"({type(error).__name__}: {_first_line(error)}). Those of steps {self.steps()} are "
+        "untouched. Make room, then start the same command again: it goes on from the last one"
       ) from error
+    losses, steps = self._losses(), self.steps()
+    best = min(losses, key=losses.__getitem__, default=None)
+    for old in steps[:-2]:
+      if old != best:
+        self._rename(old, f"{old}{REMOVED}")
+        if jax.process_index() == 0:
+          _remove_leftovers(self.folder, str(old))
 
   def restore_last(self, like: PyTree, base: str) -> Restored | None:
     """Reads the last checkpoint that is whole; None if there is none at all.
 
-    A damaged one is reported and removed, and the one before is taken.
+    A damaged one is reported and set aside, and the one before is taken.
 
     Args:
       like: the state to restore, with the shardings that it is to have.
@@ -162,23 +169,30 @@ class Checkpoints:
     """
     steps = self.steps()
     for step in reversed(steps):
-      try:
-        return self.restore(step, like, base)
-      except DamagedCheckpoint as error:
-        logger.warning("%s. It is removed; going on from the one before", error)
-        self._manager.delete(step)
+      restored = self._restore_whole(step, like, base)
+      if restored is not None:
+        return restored
     if steps:
       raise ValueError(
-        f"all checkpoints in {self.folder} were damaged and have been removed; the same command "
-        "starts anew"
+        f"all checkpoints in {self.folder} are damaged and have been set aside as *{DAMAGED}; "
+        "the same command starts anew"
       )
     return None
 
-  def best_step(self) -> int | None:
-    """Returns the step with the smallest validation loss; None if there is none."""
-    losses = {step: self._about(step)["loss"] for step in self.steps()}
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(known, key=known.__getitem__) if known else None
+  def restore_best(self, like: PyTree, base: str) -> Restored:
+    """Reads the checkpoint with the smallest validation loss of those that are whole.
+
+    A damaged one is reported and set aside. Arguments as of `restore_last`.
+
+    Raises:
+      ValueError: if none has a validation loss, or they are of another base or state.
+    """
+    losses = self._losses()
+    for step in sorted(losses, key=losses.__getitem__):
+      restored = self._restore_whole(step, like, base)
+      if restored is not None:
+        return restored
+    raise ValueError(f"no whole checkpoint in {self.folder} has a validation loss")
 
   def restore(self, step: int, like: PyTree, base: str) -> Restored:
     """Reads the checkpoint of a step.
@@ -201,24 +215,59 @@ class Checkpoints:
       faults = (f"{n}: {stored.get(n, 'missing')}, expected {wanted.get(n, 'none')}" for n in names)
       raise ValueError(f"{where} is of another state: {'; '.join(list(faults)[:5])}")
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
-      restored = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-      )["state"]
+      restored = self._checkpointer.restore(self.folder / str(step), args=args)["state"]
     except Exception as error:  # storage libraries raise errors of many kinds
       raise DamagedCheckpoint(f"{where} cannot be read ({type(error).__name__})") from error
     if fingerprint(restored) != about["state"]:
       raise DamagedCheckpoint(f"{where} is damaged: its arrays are not those that were saved")
     return Restored(_like(restored, like), about["data_state"], step, about["loss"])
 
-  def _about(self, step: int) -> dict[str, Any]:
+  def _restore_whole(self, step: int, like: PyTree, base: str) -> Restored | None:
+    """Reads a checkpoint, or reports that it is damaged and sets it aside."""
     try:
-      args = ocp.args.Composite(about=ocp.args.JsonRestore())
-      return self._manager.restore(step, args=args)["about"]
-    except Exception as error:
+      return self.restore(step, like, base)
+    except DamagedCheckpoint as error:
+      name = f"{step}{DAMAGED}"
+      logger.warning("%s. It is set aside as %s, and the next one is taken", error, name)
+      self._rename(step, name)
+      return None
+
+  def _losses(self) -> dict[int, float]:
+    """Returns the validation loss of each step that has one."""
+    losses = {}
+    for step in self.steps():
+      try:
+        loss = self._about(step)["loss"]
+      except DamagedCheckpoint as error:
+        logger.warning("%s, so that it cannot be the best", error)
+        continue
+      if loss is not None:
+        losses[step] = loss
+    return losses
+
+  def _about(self, step: int) -> dict[str, Any]:
+    args = ocp.args.Composite(about=ocp.args.JsonRestore())
+    try:
+      stored = self._checkpointer.restore(self.folder / str(step), args=args)["about"]
+      about, digest = stored["content"], stored["digest"]
+    except Exception as error:  # storage libraries raise errors of many kinds
       raise DamagedCheckpoint(
         f"the checkpoint of step {step} in {self.folder} cannot be read ({type(error).__name__})"
       ) from error
+    if _digest(about) != digest:
+      raise DamagedCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged")
+    return about
+
+  def _rename(self, step: int, name: str) -> None:
+    """Renames a checkpoint once all processes are done with it."""
+    multihost_utils.sync_global_devices(f"rename {step}")
+    if jax.process_index() == 0:
+      if (self.folder / name).exists():
+        shutil.rmtree(self.folder / name)
+      (self.folder / str(step)).rename(self.folder / name)
+    multihost_utils.sync_global_devices(f"renamed {step}")
 
 
 class DamagedCheckpoint(ValueError):
@@ -249,3 +298,11 @@ def _like(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
 
 def _shapes(arrays: dict[str, jax.Array]) -> dict[str, str]:
   return {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in arrays.items()}
+
+
+def _digest(about: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).partition("\n")[0][:200]

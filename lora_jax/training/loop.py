@@ -1,6 +1,8 @@
 """The training loop. It knows nothing of LoRA or of a model: it sees an `Adaptation` of a loss."""
 
 import dataclasses
+import datetime
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +19,15 @@ from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.metrics_log import MetricsLog
-from lora_jax.training.step import EvalStep, StepMetrics, make_eval_step, make_train_step, start
+from lora_jax.training.step import (
+  EvalStep,
+  StepMetrics,
+  TrainState,
+  all_finite,
+  make_eval_step,
+  make_train_step,
+  start,
+)
 
 PyTree = Any
 Batch = Mapping[str, np.ndarray]
@@ -115,9 +125,9 @@ def fit(
     key: of the run's dropout.
     mesh: as `make_mesh` returns it.
     schedule: of the learning rate, for the log alone.
-    progress: whether to show a progress line.
+    progress: whether to show a progress line; where stderr is no terminal, a line now and then.
   Raises:
-    FloatingPointError: if a loss is not finite, saying what to do.
+    FloatingPointError: if a loss, gradient or weight is not finite, saying what to do.
     ValueError: if the batches end early or the checkpoints are of something else.
     OSError: if a checkpoint cannot be written.
   """
@@ -130,14 +140,9 @@ def fit(
   begun, tokens = time.perf_counter(), 0
 
   with Checkpoints(workdir / "checkpoints") as checkpoints:
-    restored = checkpoints.restore_last(state, base)
-    first = 0 if restored is None else restored.step
-    last_loss = None if restored is None else restored.loss
-    if restored is not None:
-      state = restored.state
-      batches.set_state(restored.data_state)
+    state, first, last_loss = _resume(checkpoints, state, base, batches, config)
     with MetricsLog(workdir, first) as log, _bar(config, first, progress) as bar:
-      window = _Window(log, bar, schedule, checkpoints)
+      window = _Window(config, log, bar, progress, schedule, checkpoints)
       for step in range(first + 1, config.num_train_steps + 1):
         batch = _next(batches, step, config)
         count = int(np.count_nonzero(batch["segment_ids"]))
@@ -147,27 +152,28 @@ def fit(
         window.add(step, metrics, count)
         is_last = step == config.num_train_steps
         evaluates = step % config.eval_every_steps == 0 or is_last
-        if step % config.log_every_steps == 0 or is_last:
+        saves = evaluates or step % config.checkpoint_every_steps == 0
+        if saves or step % config.log_every_steps == 0:
           window.flush()
-        if evaluates or step % config.checkpoint_every_steps == 0:
-          window.flush()
-          last_loss = None
-          if evaluates:
-            adapter = state.trainable["adapter"]
-            last_loss = evaluate_loss(eval_step, frozen["base"], adapter, eval_batches(), mesh)
-            _check_finite(last_loss, step, "validation loss", checkpoints)
-            log.write(step, {"valid/loss": last_loss})
-          checkpoints.save(step, state, batches.get_state(), base, last_loss)
-          window.restart()
-    best_step = checkpoints.best_step()
-    assert best_step is not None
-    assert last_loss is not None, "the last step is always evaluated"
-    best = checkpoints.restore(best_step, state, base)
-    assert best.loss is not None
+        if not saves:
+          continue
+        finite = bool(all_finite(state.trainable))
+        _check_finite(0.0 if finite else np.nan, "weights", step, checkpoints)
+        last_loss = None
+        if evaluates:
+          adapter = state.trainable["adapter"]
+          last_loss = evaluate_loss(eval_step, frozen["base"], adapter, eval_batches(), mesh)
+          _check_finite(last_loss, "validation loss", step, checkpoints)
+          log.write(step, {"valid/loss": last_loss})
+        checkpoints.save(step, state, batches.get_state(), base, last_loss)
+        window.restart()
+    best = checkpoints.restore_best(state, base)
+  assert last_loss is not None, "the last step is always evaluated"
+  assert best.loss is not None
   return Fitted(
     last=state.trainable["adapter"],
     best=best.state.trainable["adapter"],
-    best_step=best_step,
+    best_step=best.step,
     best_loss=best.loss,
     last_loss=last_loss,
     seconds=time.perf_counter() - begun,
@@ -175,11 +181,29 @@ def fit(
   )
 
 
+def _resume(
+  checkpoints: Checkpoints, state: TrainState, base: str, batches: Batches, config: FitConfig
+) -> tuple[TrainState, int, float | None]:
+  """Returns the state to go on from, its step, and its validation loss if it has one."""
+  restored = checkpoints.restore_last(state, base)
+  if restored is None:
+    return state, 0, None
+  if restored.step > config.num_train_steps - (restored.loss is None):
+    raise ValueError(
+      f"{checkpoints.folder} is of a longer run: its last checkpoint is of step {restored.step}, "
+      f"and num_train_steps is {config.num_train_steps}. Give another workdir"
+    )
+  batches.set_state(restored.data_state)
+  return restored.state, restored.step, restored.loss
+
+
 def evaluate_loss(
   eval_step: EvalStep, params: PyTree, trainable: PyTree, batches: Iterable[Batch], mesh: Mesh
 ) -> float:
   """Returns the mean loss of a token over batches, nats; `eval_step` is `make_eval_step`'s."""
   parts = [eval_step(params, trainable, place_batch(mesh, batch)) for batch in batches]
+  if not parts:
+    raise ValueError("there are no validation batches; expected one or more")
   total, weight = (sum(map(float, values)) for values in zip(*parts, strict=True))
   if not weight:
     raise ValueError("the validation batches hold no token with a loss; expected one or more")
@@ -189,8 +213,17 @@ def evaluate_loss(
 class _Window:
   """The steps since the last line of the log, whose metrics are still on the device."""
 
-  def __init__(self, log: MetricsLog, bar: tqdm, schedule: Any, checkpoints: Checkpoints):
-    self._log, self._bar, self._schedule = log, bar, schedule
+  def __init__(
+    self,
+    config: FitConfig,
+    log: MetricsLog,
+    bar: tqdm,
+    progress: bool,
+    schedule: Callable[[int], Any] | None,
+    checkpoints: Checkpoints,
+  ):
+    self._config, self._log, self._bar, self._schedule = config, log, bar, schedule
+    self._prints_lines = progress and bar.disable
     self._checkpoints = checkpoints
     self._steps: list[tuple[int, StepMetrics]] = []
     self._tokens = 0
@@ -211,30 +244,40 @@ class _Window:
       return
     steps = [(step, jax.device_get(metrics)) for step, metrics in self._steps]
     for step, metrics in steps:
-      _check_finite(float(metrics.loss), step, "loss", self._checkpoints)
-    speed = self._tokens / (time.perf_counter() - self._since)
+      _check_finite(float(metrics.loss), "loss", step, self._checkpoints)
+      _check_finite(float(metrics.grad_norm), "gradient's norm", step, self._checkpoints)
+    seconds = time.perf_counter() - self._since
     weight = sum(float(metrics.weight) for _, metrics in steps)
     loss = sum(float(m.loss) * float(m.weight) for _, m in steps) / max(weight, 1)
     step, last = steps[-1]
     line = {
       "train/loss": loss,
       "train/grad_norm": float(last.grad_norm),
-      "train/tokens_per_second": speed,
+      "train/tokens_per_second": self._tokens / seconds,
     }
     if self._schedule is not None:
       line["train/learning_rate"] = float(self._schedule(step - 1))
     self._log.write(step, line)
-    self._bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+    self._show(step, f"loss {loss:.3f}, {self._tokens / seconds:,.0f} tokens/s", seconds)
     self._steps, self._tokens = [], 0
     self.restart()
 
+  def _show(self, step: int, text: str, seconds: float) -> None:
+    self._bar.set_postfix_str(text)
+    if self._prints_lines:
+      total = self._config.num_train_steps
+      left = round(seconds / len(self._steps) * (total - step))
+      left = datetime.timedelta(seconds=left)
+      print(f"step {step:,} of {total:,}: {text}, {left} left", file=sys.stderr, flush=True)
+
 
 def _bar(config: FitConfig, first: int, progress: bool) -> tqdm:
+  """Returns the progress line, which a log file would be filled with."""
   return tqdm(
     total=config.num_train_steps,
     initial=first,
     unit="step",
-    disable=not progress,
+    disable=not (progress and sys.stderr.isatty()),
     mininterval=1.0,
     dynamic_ncols=True,
   )
@@ -250,12 +293,12 @@ def _next(batches: Iterator[Batch] | Batches, step: int, config: FitConfig) -> B
     ) from None
 
 
-def _check_finite(loss: float, step: int, what: str, checkpoints: Checkpoints) -> None:
-  if np.isfinite(loss):
+def _check_finite(value: float, what: str, step: int, checkpoints: Checkpoints) -> None:
+  if np.isfinite(value):
     return
   steps = checkpoints.steps()
   kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
   raise FloatingPointError(
-    f"the {what} of step {step} is {loss}; training has stopped and {kept}. Try a lower "
+    f"the {what} of step {step}: {value}; training has stopped and {kept}. Try a lower "
     "learning rate, a longer warmup or clipping of the gradient's norm; with float16, bfloat16"
   )

@@ -90,7 +90,8 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], accumulation_steps:
     if rows % (parts * accumulation_steps):
       raise ValueError(
         f"a batch of {rows} rows cannot be split over {accumulation_steps} accumulation steps "
-        f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of both"
+        f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of "
+        f"{parts * accumulation_steps}"
       )
     spec = P(("data", "fsdp"))
     if accumulation_steps > 1:

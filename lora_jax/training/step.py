@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.optimizer import freeze
@@ -151,3 +151,9 @@ def make_eval_step(loss: Adaptation) -> EvalStep:
     return loss.apply(params, trainable, batch, lora_key=None)
 
   return jax.jit(step)
+
+
+@jax.jit
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+  """Returns whether no element of a tree of floats is infinite or NaN."""
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -1,0 +1,415 @@
+"""Times one epoch over the same E2E lines: lora_jax against PEFT with PyTorch.
+
+    python -m benchmarks.e2e_epoch                          # the embedded model, 4.3 M parameters
+    python -m benchmarks.e2e_epoch --model small --lines 320 --steps 1 --repeats 5
+    python -m benchmarks.e2e_epoch --model small --lines 0 --rows 32 --dtype bfloat16    # a GPU
+
+Four ways to train the same weights by the same method, LoRA of all linear layers with AdamW, with
+the same number of lines a step on average:
+
+    lora_jax packed   several lines a row, and logits only where there is a loss
+    lora_jax padded   one line a row, all rows of 512 tokens (or the model's positions, if fewer),
+                      as Hu et al.'s code; logits as above
+    PEFT dynamic      one line a row, each batch padded to its longest
+    PEFT packed       the rows of `lora_jax packed`, with a block-diagonal causal mask
+
+PEFT's model computes its own loss, from all logits. It gets the very same tokens and targets.
+PEFT adapts GPT-2's fused query, key and value as one matrix; they are three in lora_jax, whose
+adapter has therefore more parameters. `small` is GPT-2 small's shape with random weights; its
+lines are encoded by the embedded model's tokenizer too.
+
+The first step of each way is made on the same lines, and their losses must agree: it is the same
+work. Then the ways take turns, some steps each on the next batches of its epoch, making batches
+included. An epoch's time is the median of a turn's time per step times the steps of an epoch; no
+whole epoch is run. `x` is the median over the turns of the ratio of `lora_jax packed` to a way,
+so that other work on the machine falls on both alike. `lora_jax padded`, far slower, takes
+part in every fifth turn. Columns:
+
+    adapter_k   thousands of trained parameters
+    compile_s   seconds of the first step, above that of a later one
+    steps       of an epoch
+    step_ms     of one step
+    epoch_s     of an epoch, without compilation
+    cpu_s       the CPU time of an epoch, all threads; on a GPU, of the host
+    tokens/s    the lines' own tokens, without padding
+
+Where torch, transformers or peft is missing, it says so and times lora_jax alone.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import lora_jax as lj
+from lora_jax.data import batches, e2e, text
+from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.models.gpt2_folder import load_gpt2, save_gpt2
+from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh, place_batch
+from lora_jax.training.step import make_train_step, start
+
+PyTree = Any
+RANK, ALPHA = 16, 32.0
+TARGET = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
+PEFT_TARGET = ["c_attn", "c_proj", "c_fc"]  # c_proj is the name in attention and in the MLP
+ADAMW = {"weight_decay": 0.01, "eps": 1e-6}
+LEARNING_RATE, BETAS = 1e-3, (0.9, 0.999)
+PEERS = ("torch", "transformers", "peft")
+GOALS = {  # of the time of lora_jax packed, on CPUs
+  "embedded": {"PEFT dynamic": 0.35, "PEFT packed": 0.9},
+  "small": {"PEFT dynamic": 0.65, "PEFT packed": 0.9},
+}
+AGREEMENT = {"float32": 1e-4, "bfloat16": 1e-2}
+
+
+class Base(NamedTuple):
+  """The model that all ways adapt."""
+
+  config: GPT2Config
+  params: PyTree
+
+
+class Trainer(NamedTuple):
+  """One way to train.
+
+  Attributes:
+    step: makes one train step and returns its loss, nats per token; may return before it is done.
+    wait: returns when all steps are done.
+    num_trainable: parameters of the adapter.
+  """
+
+  step: Callable[[batches.Batch], Any]
+  wait: Callable[[], None]
+  num_trainable: int
+
+
+class Turn(NamedTuple):
+  """Seconds per step of one turn, by the clock and of the CPU."""
+
+  wall: float
+  cpu: float
+
+
+@dataclasses.dataclass
+class Way:
+  """One way with its batches and what was measured of it."""
+
+  trainer: Trainer
+  data: batches.Batches
+  first: batches.Batch
+  every: int = 1
+  first_loss: float = 0.0
+  first_seconds: float = 0.0
+  turns: dict[int, Turn] = dataclasses.field(default_factory=dict)
+
+  def epoch(self, column: str) -> float:
+    """Returns the seconds of an epoch, of the clock or the CPU."""
+    step = statistics.median(getattr(turn, column) for turn in self.turns.values())
+    return len(self.data) * step
+
+
+# ---- lora_jax --------------------------------------------------------------------------
+
+
+def load_base(options: argparse.Namespace) -> Base:
+  """Returns the embedded model, or GPT-2 small with random weights."""
+  dtypes = {"dtype": options.dtype, "param_dtype": options.dtype}
+  if options.model == "embedded":
+    return Base(*load_gpt2(embedded_folder(), **dtypes))
+  config = GPT2Config(**dtypes)
+  init = jax.jit(lambda key: GPT2(config).init(key, np.zeros((1, 1), np.int32))["params"])
+  return Base(config, init(jax.random.key(0, impl="rbg")))
+
+
+def embedded_folder() -> Path:
+  return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
+
+
+def make_jax(base: Base, example: batches.Batch) -> Trainer:
+  """Returns the train step that the experiments have."""
+  config = lj.LoraConfig(rank=RANK, alpha=ALPHA, target=TARGET)
+  loss = lj.lora(language_model_loss(GPT2(base.config)), config)
+  mesh, key = make_mesh(), jax.random.key(0)
+  trainable = jax.jit(loss.init)(key, base.params, example)
+  optimizer = optax.adamw(LEARNING_RATE, *BETAS, **ADAMW)
+  num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+  state, frozen, optimizer = start(base.params, trainable, optimizer, key, mesh)
+  train_step = make_train_step(loss, optimizer, state)
+
+  def step(batch: batches.Batch) -> jax.Array:
+    nonlocal state
+    state, metrics = train_step(state, frozen, place_batch(mesh, batch))
+    return metrics.loss
+
+  return Trainer(step, lambda: jax.block_until_ready(state) and None, num_trainable)
+
+
+# ---- PEFT ------------------------------------------------------------------------------
+
+
+def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
+  """Returns PEFT's LoRA of the model in a Hugging Face folder, as its users train it."""
+  import peft
+  import torch
+  import transformers
+
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  model = transformers.GPT2LMHeadModel.from_pretrained(
+    folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+  )
+  model.config.use_cache = False
+  config = peft.LoraConfig(
+    r=RANK,
+    lora_alpha=ALPHA,
+    target_modules=PEFT_TARGET,
+    fan_in_fan_out=True,
+    task_type="CAUSAL_LM",
+  )
+  model = peft.get_peft_model(model, config).to(device).train()
+  for module in model.modules():
+    if isinstance(module, torch.nn.Dropout):
+      module.p = 0.0  # GPT-2's own; there is none in lora_jax
+  trained = [weight for weight in model.parameters() if weight.requires_grad]
+  optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, **ADAMW, fused=True)
+  mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+
+  def step(batch: batches.Batch) -> Any:
+    given = peft_inputs(batch, packed)
+    given = {name: torch.from_numpy(array).to(device) for name, array in given.items()}
+    optimizer.zero_grad()
+    with mixed:
+      loss = model(**given).loss
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+  wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+  return Trainer(step, wait, sum(weight.numel() for weight in trained))
+
+
+def peft_inputs(batch: batches.Batch, packed: bool) -> dict[str, np.ndarray]:
+  """Returns a batch as `GPT2LMHeadModel` takes it: label -100 where there is no loss."""
+  tokens = batch["tokens"].astype(np.int64)
+  labels = np.full(tokens.shape, -100)
+  row, place = np.nonzero(batch["target_weights"])
+  labels[row, batch["target_index"][row, place]] = batch["targets"][row, place]
+  given = {"input_ids": tokens, "labels": labels, "shift_labels": labels}
+  segment_ids = batch["segment_ids"]
+  if not packed:
+    return {**given, "attention_mask": (segment_ids > 0).astype(np.int64)}
+  mask = np.tril(segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+  return {**given, "attention_mask": mask, "position_ids": batch["positions"].astype(np.int64)}
+
+
+def missing_peers() -> list[str]:
+  return [name for name in PEERS if importlib.util.find_spec(name) is None]
+
+
+# ---- the same lines for all ------------------------------------------------------------
+
+
+def load_examples(options: argparse.Namespace, base: Base) -> list[text.Example]:
+  tokenizer = load_tokenizer(embedded_folder(), 4096)
+  records = e2e.read("train")
+  if options.lines:
+    chosen = np.random.default_rng(0).permutation(len(records))[: options.lines]
+    records = [records[i] for i in chosen]
+  limit = min(512, base.config.num_positions)
+  return text.encode(tokenizer, records, end_of_text_id(tokenizer), limit, truncate=True)
+
+
+def make_data(
+  options: argparse.Namespace, examples: Sequence[text.Example], num_positions: int
+) -> dict[str, Callable[[Sequence[text.Example]], batches.Batches]]:
+  """Returns, for each form of rows, a function from examples to their batches."""
+  packed_length = options.row_length
+  packed_targets = batches.suggest_loss_length(examples, packed_length)
+  num_rows = len(batches.pack(examples, packed_length, packed_targets))
+  batch_size = round(options.rows * len(examples) / num_rows)
+  longest = max(len(example.tokens) for example in examples)
+  most_targets = -(-max(len(example.targets) for example in examples) // 8) * 8
+
+  def packed(examples: Sequence[text.Example]) -> batches.Batches:
+    return batches.packed_batches(
+      examples,
+      batch_size=options.rows,
+      row_length=packed_length,
+      loss_length=packed_targets,
+      seed=0,
+    )
+
+  def padded_to(row_lengths: Sequence[int]):
+    return lambda examples: batches.padded_batches(
+      examples,
+      batch_size=batch_size,
+      row_lengths=row_lengths,
+      loss_length=most_targets,
+      seed=0,
+    )
+
+  return {
+    "packed": packed,
+    "padded": padded_to([min(512, num_positions)]),
+    "dynamic": padded_to(range(1, longest + 1)),
+  }
+
+
+def make_ways(options: argparse.Namespace, base: Base, folder: Path) -> dict[str, Way]:
+  """Returns all ways for which the packages are there."""
+  examples = load_examples(options, base)
+  data = make_data(options, examples, base.config.num_positions)
+
+  def way(trainer: Trainer, form: str, every: int = 1) -> Way:
+    return Way(trainer, data[form](examples), data[form](examples[: options.rows])[0], every)
+
+  ways = {}
+  for form, every in (("packed", 1), ("padded", 5)):
+    example = data[form](examples[:1])[0]
+    ways[f"lora_jax {form}"] = way(make_jax(base, example), form, every)
+  if not missing_peers():
+    save_gpt2(folder, base.config, base.params, end_of_text_id=0)
+    for form in ("dynamic", "packed"):
+      ways[f"PEFT {form}"] = way(make_peft(folder, options.dtype, form == "packed"), form)
+  print(
+    f"{len(examples):,} lines of {num_tokens(examples) / len(examples):.1f} tokens, "
+    f"{np.mean([len(example.targets) for example in examples]):.1f} with a loss; a step has "
+    f"{options.rows} packed rows of {options.row_length} tokens, or "
+    f"{ways['lora_jax padded'].data.batch_size} lines",
+    flush=True,
+  )
+  return ways
+
+
+def num_tokens(examples: Sequence[text.Example]) -> int:
+  return sum(len(example.tokens) for example in examples)
+
+
+# ---- measurements ----------------------------------------------------------------------
+
+
+def first_steps(ways: Mapping[str, Way], dtype: str) -> None:
+  """Compiles, and checks that all ways have the same loss on the same lines.
+
+  Raises:
+    ValueError: if a loss differs.
+  """
+  for name, way in ways.items():
+    begun = time.perf_counter()
+    way.first_loss = float(way.trainer.step(way.first))
+    way.trainer.wait()
+    way.first_seconds = time.perf_counter() - begun
+    print(f"{name:16} first step {way.first_seconds:6.1f} s, loss {way.first_loss:.6f}", flush=True)
+  losses = [way.first_loss for way in ways.values()]
+  spread = (max(losses) - min(losses)) / min(losses)
+  print(f"the first losses, of the same lines, agree to {spread:.1e}", flush=True)
+  if not spread <= AGREEMENT[dtype]:
+    raise ValueError(f"the ways' losses on the same lines differ by {spread:.1e}, relative")
+
+
+def take_turns(options: argparse.Namespace, ways: Mapping[str, Way]) -> None:
+  """Times the ways in turns; the order is turned round each time."""
+  for number in range(options.repeats):
+    names = [name for name, way in ways.items() if number % way.every == 0]
+    for name in names[:: -1 if number % 2 else 1]:
+      way = ways[name]
+      way.turns[number] = timed_turn(way, number * options.steps, options.steps)
+
+
+def timed_turn(way: Way, first: int, steps: int) -> Turn:
+  way.trainer.wait()
+  wall, cpu = time.perf_counter(), time.process_time()
+  for number in range(first, first + steps):
+    way.trainer.step(way.data[number % len(way.data)])
+  way.trainer.wait()
+  return Turn((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
+
+
+def ratios(ours: Way, way: Way, column: str) -> list[float]:
+  """Returns the quartiles over the turns of the ratio of two ways' epochs."""
+  per_step = [
+    getattr(ours.turns[number], column) / getattr(turn, column)
+    for number, turn in way.turns.items()
+  ]
+  scale = len(ours.data) / len(way.data)
+  quartiles = statistics.quantiles(per_step, n=4, method="inclusive") if len(per_step) > 1 else None
+  return [scale * ratio for ratio in quartiles or per_step * 3]
+
+
+# ---- the report ------------------------------------------------------------------------
+
+
+def print_table(options: argparse.Namespace, ways: Mapping[str, Way]) -> None:
+  ours = ways["lora_jax packed"]
+  tokens = num_tokens_of(ours.data)
+  heads = "adapter_k compile_s   steps   step_ms   epoch_s     cpu_s  tokens/s"
+  print(f"\n{'':16} {heads}     x (quartiles)    x of cpu_s")
+  for name, way in ways.items():
+    epoch, step = way.epoch("wall"), way.epoch("wall") / len(way.data)
+    low, middle, high = ratios(ours, way, "wall")
+    print(
+      f"{name:16} {way.trainer.num_trainable / 1e3:9.1f} {max(way.first_seconds - step, 0):9.1f}"
+      f" {len(way.data):7d} {1e3 * step:9.1f} {epoch:9.1f} {way.epoch('cpu'):9.1f}"
+      f" {tokens / epoch:9.0f} {middle:5.2f} ({low:.2f}-{high:.2f})"
+      f" {ratios(ours, way, 'cpu')[1]:8.2f}"
+    )
+  if jax.default_backend() != "cpu" or missing_peers():
+    return
+  print("\ngoals on CPUs, lora_jax packed to:")
+  for name, goal in GOALS[options.model].items():
+    got = ratios(ours, ways[name], "wall")[1]
+    print(f"{name:16}{got:6.2f} (at most {goal})  {'met' if got <= goal else 'MISSED'}")
+
+
+def num_tokens_of(data: batches.Batches) -> int:
+  """Returns the tokens of an epoch without padding."""
+  return sum(int(np.count_nonzero(data[i]["segment_ids"])) for i in range(len(data)))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description="An epoch of E2E: lora_jax against PEFT.")
+  parser.add_argument("--model", choices=("embedded", "small"), default="embedded")
+  parser.add_argument("--lines", type=int, default=4000, help="of the training set; 0 is all")
+  parser.add_argument("--rows", type=int, default=5, help="packed rows of a step")
+  parser.add_argument("--row_length", type=int, default=256, help="tokens of a packed row")
+  parser.add_argument("--steps", type=int, default=5, help="of a turn")
+  parser.add_argument("--repeats", type=int, default=20, help="turns")
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Way]:
+  options = parse(arguments)
+  jax.config.update("jax_default_matmul_precision", "highest")  # as torch's default
+  device = jax.devices()[0]
+  print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
+  if missing_peers():
+    print(f"PEFT is left out; missing: {', '.join(missing_peers())}")
+  else:
+    import peft
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    print(f"PEFT {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+  with tempfile.TemporaryDirectory() as folder:
+    ways = make_ways(options, load_base(options), Path(folder) / "gpt2")
+  first_steps(ways, options.dtype)
+  take_turns(options, ways)
+  print_table(options, ways)
+  return ways
+
+
+if __name__ == "__main__":
+  main()

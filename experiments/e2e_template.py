@@ -1,0 +1,129 @@
+"""A baseline that learns nothing: E2E texts by a fixed rule, scored as a run's are.
+
+    python -m experiments.e2e_template [--workdir=runs/e2e_template]
+
+The rule was written from the meaning of the slots and the wording of the training lines. Nothing
+in it was chosen by a score on the test set.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import table
+from experiments.evaluate import score_texts
+from experiments.gpt2_e2e import test_inputs
+from experiments.workdir import commit, open_workdir, read_result, write_json
+
+SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
+RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
+PRICES = {"less than £ 20", "£ 20 - 25", "more than £ 30"}
+
+
+def parse(context: str) -> dict[str, str]:
+  """Returns the slots of an input of the reference form.
+
+  >>> parse("name : The Vaults | Type : pub")
+  {'name': 'The Vaults', 'Type': 'pub'}
+
+  Raises:
+    ValueError: if a slot is unknown or stands twice, or there is no name.
+  """
+  slots: dict[str, str] = {}
+  for part in context.split("|"):
+    name, colon, value = (piece.strip() for piece in part.partition(":"))
+    if name not in SLOTS or name in slots or not colon or not value:
+      raise ValueError(
+        f"expected 'slot : value | ...' with each of {', '.join(SLOTS)} once at most, got "
+        f"{part.strip()!r} in {context!r}"
+      )
+    slots[name] = value
+  if "name" not in slots:
+    raise ValueError(f"expected a name, got {context!r}")
+  return slots
+
+
+def describe(slots: Mapping[str, str]) -> str:
+  """Returns a text for the slots of an input, its punctuation set off as in the data.
+
+  >>> describe({"name": "The Vaults", "Type": "pub", "price": "more than £ 30"})
+  'The Vaults is a pub with a price range of more than £ 30 .'
+  """
+  name, family = slots["name"], slots.get("family friendly")
+  kind = slots.get("Type", "restaurant")
+  noun = f"family friendly {kind}" if family == "yes" else kind
+  text = f"{name} is {_article(noun)} {noun}"
+  if "food" in slots:
+    text += f" that serves {slots['food']}" + ("" if slots["food"] == "Fast food" else " food")
+  if "price" in slots:
+    price = slots["price"]
+    of = f"a price range of {price}" if price in PRICES else f"{_article(price)} {price} price range"
+    text += f" with {of}"
+  sentences = [text]
+  if "customer rating" in slots:
+    rating = slots["customer rating"]
+    of = f"a customer rating of {rating}" if rating in RATINGS else None
+    sentences.append(f"It has {of or f'{_article(rating)} {rating} customer rating'}")
+  place = {"city centre": "in the city centre", "riverside": "in the riverside area"}
+  where = [place[slots["area"]]] if "area" in slots else []
+  where += [f"near {slots['near']}"] if "near" in slots else []
+  closing = [f"is located {' '.join(where)}"] if where else []
+  closing += ["is not family friendly"] if family == "no" else []
+  if closing:
+    sentences.append(f"It {' and '.join(closing)}")
+  return " . ".join(sentences) + " ."
+
+
+def _article(noun: str) -> str:
+  return "an" if noun[0] in "aeiou" else "a"
+
+
+def get_config(workdir: str) -> ConfigDict:
+  """Returns the config of the baseline: all of the test set's inputs."""
+  return ConfigDict(
+    {
+      "experiment": "e2e_template",
+      "variant": "template",
+      "workdir": workdir,
+      "seed": 0,
+      "method": "template",
+      "data": {"form": "reference", "folder": ""},
+      "decoding": {"split": "test", "num_inputs": 630},
+    }
+  )
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Writes and scores one text for each input; a finished run is not done again."""
+  with open_workdir(config.workdir, config) as workdir:
+    result = read_result(workdir)
+    if result is None:
+      groups = test_inputs(config)
+      texts = [describe(parse(group.context)) for group in groups]
+      result = {
+        "experiment": config.experiment,
+        "variant": config.variant,
+        "method": config.method,
+        "seed": config.seed,
+        "num_train_records": 0,
+        "trainable_parameters": 0,
+        "valid_loss": None,
+        **score_texts(texts, groups, workdir),
+        "commit": commit(),
+      }
+      write_json(workdir / "result.json", result)
+  print(table.markdown([result]))
+  return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(prog="python -m experiments.e2e_template", description=__doc__)
+  parser.add_argument("--workdir", default="runs/e2e_template", help="the folder to write")
+  run(get_config(parser.parse_args(arguments).workdir))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,14 @@
+"""Decoding with a cache of keys and values; it knows no model, only three functions of one."""
+
+from lora_jax.decoding.beam import BeamConfig, Hypotheses, beam_search
+from lora_jax.decoding.cached_model import CachedModel
+from lora_jax.decoding.sampling import SamplingConfig, generate
+
+__all__ = [
+  "BeamConfig",
+  "CachedModel",
+  "Hypotheses",
+  "SamplingConfig",
+  "beam_search",
+  "generate",
+]

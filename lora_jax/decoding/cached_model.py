@@ -1,0 +1,134 @@
+"""What decoding needs of a model, and how prompts become batches of few shapes."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedModel:
+  """A language model as decoding sees it: pure functions of parameters and a cache.
+
+  `params` may be any tree: merged parameters, or base and adapter with an `extend` that goes
+  through `Adaptation.apply`. A new `CachedModel` compiles anew, so make one and keep it.
+
+  Attributes:
+    extend: `(params, tokens (B, T), positions (B, T), cache, index, mask (B, T, S))` to
+      `(hidden (B, T, D), cache)`: processes further tokens, whose keys and values it writes
+      into the T slots from `index` on. The mask alone decides which slots a token sees.
+    logits: `(params, hidden (..., D))` to logits (..., V).
+    make_cache: `(batch_size, num_slots)` to an empty cache, which may be grown: a smaller
+      cache is the front part of a larger one, along every axis.
+    max_positions: the longest sequence that the model takes, tokens.
+  """
+
+  extend: Callable[..., tuple[Array, PyTree]]
+  logits: Callable[[PyTree, Array], Array]
+  make_cache: Callable[[int, int], PyTree]
+  max_positions: int
+
+
+class Batch(NamedTuple):
+  """Prompts of one padded length.
+
+  Attributes:
+    rows: which of the prompts they are, (n,), n <= B.
+    tokens: (B, T), padded in front; whole rows of padding fill the batch up.
+    lengths: (B,), tokens of each prompt; 0 for a row that only fills up.
+  """
+
+  rows: Int[np.ndarray, " n"]
+  tokens: Int[Array, "B T"]
+  lengths: Int[Array, " B"]
+
+
+def make_batches(
+  prompts: Sequence[Sequence[int]],
+  batch_size: int,
+  length_multiple: int,
+  max_length: int,
+  mesh: Mesh | None = None,
+) -> Iterator[Batch]:
+  """Yields the prompts by length, the longest first, in batches of fixed shapes.
+
+  Args:
+    prompts: token ids of each input.
+    batch_size: B; fewer prompts than that make one batch of their own size.
+    length_multiple: prompts are padded to the next multiple of this, so that few programs are
+      compiled; tokens.
+    max_length: of a prompt, tokens.
+    mesh: places the rows over its axes `data` and `fsdp`, whose size must divide B.
+  Raises:
+    ValueError: if a prompt is empty or too long, or the mesh does not divide the batch.
+  """
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  for what, bad in (("is empty", lengths == 0), (f"exceeds {max_length}", lengths > max_length)):
+    if bad.any():
+      row = int(np.flatnonzero(bad)[0])
+      raise ValueError(
+        f"prompt {row} has {lengths[row]} tokens, which {what}; the prompt and the new tokens "
+        "must fit the model's positions. Cut the prompt, or lower max_new_tokens"
+      )
+  place = _placement(mesh)
+  shards = 1 if mesh is None else _num_shards(mesh)
+  batch_size = min(batch_size, -(-len(prompts) // shards) * shards)
+  if batch_size < 1 or batch_size % shards:
+    raise ValueError(f"batch_size must be a positive multiple of {shards}, got {batch_size}")
+  order = np.argsort(-lengths, kind="stable")
+  for start in range(0, len(prompts), batch_size):
+    rows = order[start : start + batch_size]
+    longest = -(-int(lengths[rows[0]]) // length_multiple) * length_multiple
+    tokens = np.zeros((batch_size, min(longest, max_length)), np.int32)
+    for row, prompt in enumerate(rows):
+      tokens[row, tokens.shape[1] - lengths[prompt] :] = prompts[prompt]
+    padded = np.pad(lengths[rows], (0, batch_size - len(rows)))
+    yield Batch(rows, place(tokens), place(padded))
+
+
+def _num_shards(mesh: Mesh) -> int:
+  return int(np.prod([mesh.shape[axis] for axis in _batch_axes(mesh)], dtype=int))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+  return tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+
+
+def _placement(mesh: Mesh | None) -> Callable[[np.ndarray], Array]:
+  if mesh is None:
+    return jnp.asarray
+  sharding = NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+  return lambda array: jax.device_put(array, sharding)
+
+
+def read_prompts(
+  model: CachedModel,
+  params: PyTree,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, " B"],
+) -> tuple[Float[Array, "B V"], PyTree, Bool[Array, "B T"]]:
+  """Returns the logits after each prompt, the cache of T slots, and which of them are real."""
+  batch_size, width = tokens.shape
+  places = jnp.arange(width)[None]
+  padding = (width - lengths)[:, None]
+  real = places >= padding
+  mask = real[:, None, :] & jnp.tril(jnp.ones((width, width), bool))[None]
+  cache = model.make_cache(batch_size, width)
+  positions = jnp.maximum(places - padding, 0)
+  hidden, cache = model.extend(params, tokens, positions, cache, 0, mask)
+  return model.logits(params, hidden[:, -1]).astype(jnp.float32), cache, real
+
+
+def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: int) -> PyTree:
+  """Returns a cache of `num_slots` slots that begins with the given one."""
+  larger = model.make_cache(batch_size, num_slots)
+  return jax.tree.map(
+    lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), larger, cache
+  )

@@ -1,0 +1,162 @@
+"""Greedy decoding and nucleus sampling (Holtzman et al. 2020)."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lora_jax.decoding.cached_model import CachedModel, grow_cache, make_batches, read_prompts
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How to sample.
+
+  Attributes:
+    eos_ids: tokens that end an output.
+    temperature: divides the logits; 0 takes the likeliest token (greedy decoding).
+    top_p: samples among the likeliest tokens alone whose probabilities first sum to this.
+    max_new_tokens: at most so many generated tokens, the end token included.
+    pad_id: fills the output after its end.
+  """
+
+  eos_ids: tuple[int, ...]
+  temperature: float = 1.0
+  top_p: float = 1.0
+  max_new_tokens: int = 64
+  pad_id: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, "eos_ids", tuple(int(token) for token in self.eos_ids))
+    if self.temperature < 0:
+      raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+    if self.max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+class _State(NamedTuple):
+  """The state between two steps; `step` tokens are generated."""
+
+  step: Int[Array, ""]
+  cache: PyTree
+  tokens: Int[Array, "B M"]
+  open: Bool[Array, " B"]
+
+
+def generate(
+  model: CachedModel,
+  params: PyTree,
+  prompts: Sequence[Sequence[int]],
+  config: SamplingConfig,
+  key: PRNGKeyArray | None = None,
+  *,
+  batch_size: int = 32,
+  length_multiple: int = 32,
+  mesh: Mesh | None = None,
+) -> list[list[int]]:
+  """Returns one continuation of each prompt, without its end token, in the prompts' order.
+
+  Args:
+    model: the functions of the model.
+    params: for these functions.
+    prompts: token ids of each input; no padding, any lengths.
+    config: how to sample.
+    key: for temperatures above 0; prompt i samples with `fold_in(key, i)`, so that its tokens
+      do not depend on the batch it falls in.
+    batch_size: inputs that are decoded at once.
+    length_multiple: prompts are padded to a multiple of it; each length compiles a program.
+    mesh: spreads the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
+  Raises:
+    ValueError: if there is temperature and no key, or a prompt is empty or too long.
+  """
+  if key is None:
+    if config.temperature > 0:
+      raise ValueError("a temperature above 0 samples and needs a key; or set temperature=0")
+    key = jax.random.key(0)  # is not used
+  longest = model.max_positions - config.max_new_tokens + 1  # the last token is not read again
+  outputs: list[list[int]] = [[] for _ in prompts]
+  for batch in make_batches(prompts, batch_size, length_multiple, longest, mesh):
+    rows = np.pad(batch.rows, (0, len(batch.lengths) - len(batch.rows)))
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
+    tokens = np.asarray(_generate(model, config, params, batch.tokens, batch.lengths, keys))
+    ends = np.isin(tokens, config.eos_ids)
+    stops = np.where(ends.any(1), ends.argmax(1), config.max_new_tokens)
+    for row, ids, stop in zip(batch.rows, tokens, stops, strict=False):
+      outputs[row] = ids[:stop].tolist()
+  return outputs
+
+
+@partial(jax.jit, static_argnames=("model", "config"))
+def _generate(
+  model: CachedModel,
+  config: SamplingConfig,
+  params: PyTree,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, " B"],
+  keys: PRNGKeyArray,
+) -> Int[Array, "B M"]:
+  """Returns the tokens generated after a batch of prompts, padded in front."""
+  batch_size, width = tokens.shape
+  logits, cache, real = read_prompts(model, params, tokens, lengths)
+  num_slots = width + config.max_new_tokens - 1
+  seen = jnp.pad(real, ((0, 0), (0, num_slots - width)), constant_values=True)
+  slots = jnp.arange(num_slots)[None]
+
+  def choose(state, logits):
+    chosen = next_tokens(config, logits, keys, state.step)
+    token = jnp.where(state.open, chosen, config.pad_id)
+    ended = jnp.isin(token, jnp.array(config.eos_ids, jnp.int32))
+    written = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1)
+    return _State(state.step + 1, state.cache, written, state.open & ~ended)
+
+  def step(state):
+    last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+    positions = (lengths + state.step - 1)[:, None]
+    index = width + state.step - 1
+    mask = (seen & (slots <= index))[:, None]
+    hidden, cache = model.extend(params, last, positions, state.cache, index, mask)
+    logits = model.logits(params, hidden[:, 0]).astype(jnp.float32)
+    return choose(state._replace(cache=cache), logits)
+
+  empty = jnp.full((batch_size, config.max_new_tokens), config.pad_id, jnp.int32)
+  cache = grow_cache(model, cache, batch_size, num_slots)
+  state = choose(_State(jnp.zeros((), jnp.int32), cache, empty, lengths > 0), logits)
+  return jax.lax.while_loop(
+    lambda state: (state.step < config.max_new_tokens) & state.open.any(), step, state
+  ).tokens
+
+
+def next_tokens(
+  config: SamplingConfig, logits: Float[Array, "B V"], keys: PRNGKeyArray, step: Int[Array, ""]
+) -> Int[Array, " B"]:
+  """Returns a token for each row, sampled with the row's key folded with the step."""
+  if config.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / config.temperature
+  if config.top_p < 1:
+    logits = jnp.where(in_nucleus(logits, config.top_p), logits, -jnp.inf)
+  folded = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+  return jax.vmap(jax.random.categorical)(folded, logits).astype(jnp.int32)
+
+
+def in_nucleus(logits: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
+  """Tells which tokens are among the likeliest that first sum to `top_p`.
+
+  A token is if those before it, in the order of probability, sum to less than `top_p`; so the
+  likeliest always is. Of equal logits the lower token id comes first.
+  """
+  order = jnp.argsort(-logits, axis=-1, stable=True)
+  probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+  before = jnp.cumsum(probabilities, axis=-1) - probabilities
+  rank = jnp.argsort(order, axis=-1)
+  return jnp.take_along_axis(before < top_p, rank, axis=-1)
