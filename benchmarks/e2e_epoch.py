@@ -33,7 +33,9 @@ part in every fifth turn. Columns:
     cpu_s       the CPU time of an epoch, all threads; on a GPU, of the host
     tokens/s    the lines' own tokens, without padding
 
-Where torch, transformers or peft is missing, it says so and times lora_jax alone.
+Where torch, transformers or peft is missing, it says so and times lora_jax alone. Torch's threads
+wait for one another: where other work shares the cores, its times with several threads say
+little. There, `taskset -c 0 python -m benchmarks.e2e_epoch` gives one core to both sides.
 """
 
 import argparse
@@ -51,6 +53,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.data import batches, e2e, text
@@ -65,8 +69,7 @@ PyTree = Any
 RANK, ALPHA = 16, 32.0
 TARGET = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 PEFT_TARGET = ["c_attn", "c_proj", "c_fc"]  # c_proj is the name in attention and in the MLP
-ADAMW = {"weight_decay": 0.01, "eps": 1e-6}
-LEARNING_RATE, BETAS = 1e-3, (0.9, 0.999)
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-6, 0.01
 PEERS = ("torch", "transformers", "peft")
 GOALS = {  # of the time of lora_jax packed, on CPUs
   "embedded": {"PEFT dynamic": 0.35, "PEFT packed": 0.9},
@@ -127,11 +130,15 @@ class Way:
 def load_base(options: argparse.Namespace) -> Base:
   """Returns the embedded model, or GPT-2 small with random weights."""
   dtypes = {"dtype": options.dtype, "param_dtype": options.dtype}
+  place = NamedSharding(make_mesh(), P())
   if options.model == "embedded":
-    return Base(*load_gpt2(embedded_folder(), **dtypes))
+    return Base(*load_gpt2(embedded_folder(), shardings=place, **dtypes))
   config = GPT2Config(**dtypes)
-  init = jax.jit(lambda key: GPT2(config).init(key, np.zeros((1, 1), np.int32))["params"])
-  return Base(config, init(jax.random.key(0, impl="rbg")))
+
+  def init(key: jax.Array) -> PyTree:
+    return GPT2(config).init(key, np.zeros((1, 1), np.int32))["params"]
+
+  return Base(config, jax.jit(init, out_shardings=place)(jax.random.key(0, impl="rbg")))
 
 
 def embedded_folder() -> Path:
@@ -144,14 +151,17 @@ def make_jax(base: Base, example: batches.Batch) -> Trainer:
   loss = lj.lora(language_model_loss(GPT2(base.config)), config)
   mesh, key = make_mesh(), jax.random.key(0)
   trainable = jax.jit(loss.init)(key, base.params, example)
-  optimizer = optax.adamw(LEARNING_RATE, *BETAS, **ADAMW)
+  optimizer = optax.adamw(
+    LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY
+  )
   num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
   state, frozen, optimizer = start(base.params, trainable, optimizer, key, mesh)
   train_step = make_train_step(loss, optimizer, state)
 
   def step(batch: batches.Batch) -> jax.Array:
     nonlocal state
-    state, metrics = train_step(state, frozen, place_batch(mesh, batch))
+    placed = place_batch(mesh, batch)  # pyright: ignore[reportArgumentType]
+    state, metrics = train_step(state, frozen, placed)
     return metrics.loss
 
   return Trainer(step, lambda: jax.block_until_ready(state) and None, num_trainable)
@@ -162,9 +172,9 @@ def make_jax(base: Base, example: batches.Batch) -> Trainer:
 
 def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
   """Returns PEFT's LoRA of the model in a Hugging Face folder, as its users train it."""
-  import peft
-  import torch
-  import transformers
+  import peft  # pyright: ignore[reportMissingImports]
+  import torch  # pyright: ignore[reportMissingImports]
+  import transformers  # pyright: ignore[reportMissingImports]
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = transformers.GPT2LMHeadModel.from_pretrained(
@@ -183,7 +193,7 @@ def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
     if isinstance(module, torch.nn.Dropout):
       module.p = 0.0  # GPT-2's own; there is none in lora_jax
   trained = [weight for weight in model.parameters() if weight.requires_grad]
-  optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, **ADAMW, fused=True)
+  optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
   mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
   def step(batch: batches.Batch) -> Any:
@@ -392,21 +402,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Way]:
   options = parse(arguments)
-  jax.config.update("jax_default_matmul_precision", "highest")  # as torch's default
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
   if missing_peers():
     print(f"PEFT is left out; missing: {', '.join(missing_peers())}")
   else:
-    import peft
-    import torch
+    import peft  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(f"PEFT {peft.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-  with tempfile.TemporaryDirectory() as folder:
-    ways = make_ways(options, load_base(options), Path(folder) / "gpt2")
-  first_steps(ways, options.dtype)
-  take_turns(options, ways)
+  with jax.default_matmul_precision("highest"):  # as torch's default
+    with tempfile.TemporaryDirectory() as folder:
+      ways = make_ways(options, load_base(options), Path(folder) / "gpt2")
+    first_steps(ways, options.dtype)
+    take_turns(options, ways)
   print_table(options, ways)
   return ways
 

@@ -13,10 +13,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import table
-from experiments.evaluate import score_texts
-from experiments.gpt2_e2e import test_inputs
+from experiments.gpt2_e2e import decoded_inputs
+from experiments.launch import explained
+from experiments.scoring import score_texts
 from experiments.workdir import commit, open_workdir, read_result, write_json
 
+Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
 SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
 PRICES = {"less than £ 20", "£ 20 - 25", "more than £ 30"}
@@ -56,10 +58,12 @@ def describe(slots: Mapping[str, str]) -> str:
   noun = f"family friendly {kind}" if family == "yes" else kind
   text = f"{name} is {_article(noun)} {noun}"
   if "food" in slots:
-    text += f" that serves {slots['food']}" + ("" if slots["food"] == "Fast food" else " food")
+    text += f" that serves {'fast' if slots['food'] == 'Fast food' else slots['food']} food"
   if "price" in slots:
     price = slots["price"]
-    of = f"a price range of {price}" if price in PRICES else f"{_article(price)} {price} price range"
+    of = (
+      f"a price range of {price}" if price in PRICES else f"{_article(price)} {price} price range"
+    )
     text += f" with {of}"
   sentences = [text]
   if "customer rating" in slots:
@@ -80,27 +84,27 @@ def _article(noun: str) -> str:
   return "an" if noun[0] in "aeiou" else "a"
 
 
-def get_config(workdir: str) -> ConfigDict:
+def get_config(workdir: str) -> Config:
   """Returns the config of the baseline: all of the test set's inputs."""
   return ConfigDict(
     {
       "experiment": "e2e_template",
-      "variant": "template",
+      "variant": "",
       "workdir": workdir,
       "seed": 0,
       "method": "template",
-      "data": {"form": "reference", "folder": ""},
+      "data": {"form": "reference", "source": "embedded"},
       "decoding": {"split": "test", "num_inputs": 630},
     }
   )
 
 
-def run(config: ConfigDict) -> dict[str, Any]:
+def run(config: Config) -> dict[str, Any]:
   """Writes and scores one text for each input; a finished run is not done again."""
   with open_workdir(config.workdir, config) as workdir:
     result = read_result(workdir)
     if result is None:
-      groups = test_inputs(config)
+      groups = decoded_inputs(config)
       texts = [describe(parse(group.context)) for group in groups]
       result = {
         "experiment": config.experiment,
@@ -122,7 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = argparse.ArgumentParser(prog="python -m experiments.e2e_template", description=__doc__)
   parser.add_argument("--workdir", default="runs/e2e_template", help="the folder to write")
-  run(get_config(parser.parse_args(arguments).workdir))
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  given = parser.parse_args(arguments)
+  with explained():
+    run(get_config(given.workdir))
 
 
 if __name__ == "__main__":

@@ -10,33 +10,52 @@ METRICS = {
   "rouge_l": "ROUGE-L",
   "cider": "CIDEr",
 }
-DIGITS = {"bleu": 2, "nist": 3, "meteor": 2, "rouge_l": 2, "cider": 3}
+DIGITS = {"valid_loss": 3, "bleu": 2, "nist": 3, "meteor": 2, "rouge_l": 2, "cider": 3}
+METHODS = {
+  "lora": "LoRA",
+  "full_finetuning": "full fine-tuning",
+  "frozen_base": "frozen base",
+  "template": "template",
+}
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
   """Returns a Markdown table with a row for each result."""
   head = ["model and method", "trainable", "lines", "valid loss", *METRICS.values()]
-  rows = [head, ["---", *["---:"] * (len(head) - 1)], *map(_row, results)]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  return aligned([head, *map(_row, results)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Returns rows of cells, the first being the head, as a Markdown table.
+
+  >>> print(aligned([["what", "BLEU"], ["LoRA", "70.40"]]))
+  | what |  BLEU |
+  | :--- | ----: |
+  | LoRA | 70.40 |
+  """
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths = [max(width, 4) for width in widths]
+  rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
   lines = []
-  for row in rows:
-    cells = [
-      cell.ljust(width) if i == 0 else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+  for row in [rows[0], rule, *rows[1:]]:
+    first, *rest = zip(row, widths, strict=True)
+    cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
+def number(name: str, value: float | None) -> str:
+  """Returns a metric's value with its digits; what is missing is an empty cell."""
+  return "" if value is None else f"{value:.{DIGITS[name]}f}"
+
+
 def _row(result: dict[str, Any]) -> list[str]:
   scores = result.get("scores", {})
-  cells = [
-    "" if scores.get(name) is None else f"{scores[name]:.{DIGITS[name]}f}" for name in METRICS
-  ]
+  variant = [f"GPT-2 {result['variant']}"] if result["variant"] else []
   return [
-    f"GPT-2 {result['variant']}, {result['method'].replace('_', ' ')}",
+    ", ".join([*variant, METHODS[result["method"]]]),
     f"{result['trainable_parameters']:,}",
     f"{result['num_train_records']:,}",
-    f"{result['valid_loss']:.3f}",
-    *cells,
+    number("valid_loss", result["valid_loss"]),
+    *(number(name, scores.get(name)) for name in METRICS),
   ]

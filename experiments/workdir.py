@@ -17,6 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
+
 
 @contextlib.contextmanager
 def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
@@ -36,15 +38,14 @@ def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
     path, wanted = folder / "config.json", _plain(config)
-    if path.is_file():
-      stored = json.loads(path.read_text("utf-8"))
-      if stored != wanted:
-        raise ValueError(
-          f"{folder} belongs to a run with another config: {_differences(stored, wanted)}. "
-          "Give another --config.workdir, or remove the folder"
-        )
-    else:
-      write_json(path, wanted)
+    begun = any((folder / name).exists() for name in ("checkpoints", "result.json"))
+    stored = json.loads(path.read_text("utf-8")) if begun else wanted
+    if stored != wanted:
+      raise ValueError(
+        f"{folder} belongs to a run with another config: {_differences(stored, wanted)}. "
+        "Give another --config.workdir, or remove the folder"
+      )
+    write_json(path, wanted)
     yield folder
 
 
@@ -61,7 +62,7 @@ def read_result(folder: str | Path) -> dict[str, Any] | None:
   return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def read_config(folder: str | Path) -> ConfigDict:
+def read_config(folder: str | Path) -> Config:
   """Returns the config of a run; raises FileNotFoundError if the folder is no run's."""
   path = Path(folder) / "config.json"
   if not path.is_file():
@@ -84,12 +85,12 @@ def commit() -> str:
     return ""
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
   """Returns the fields of a nested config by dotted name."""
   fields: dict[str, Any] = {}
-  for name, value in config.items():
+  for name, value in dict(config).items():
     nested = isinstance(value, Mapping | ConfigDict)
-    fields |= flat(dict(value), f"{prefix}{name}.") if nested else {prefix + name: value}
+    fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
   return fields
 
 

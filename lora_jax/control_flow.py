@@ -133,6 +133,7 @@ def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
 
   index, *operands = values
   branches = [branch(jaxpr) for jaxpr in params["branches"]]
+  outputs = []
   try:
     outputs = lax.switch(index, branches, *operands)
   except TypeError:  # branches that hand on different weights differ in their trees

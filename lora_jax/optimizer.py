@@ -89,10 +89,10 @@ def _constrain_state(state: PyTree, trainable: PyTree, places: PyTree | None) ->
   """
   if places is None:
     return state
-  leaves, _ = jax.tree_util.tree_flatten_with_path(trainable)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(trainable)
   known = {
     key_parts(keys): (leaf.shape, where)
-    for (keys, leaf), where in zip(leaves, jax.tree.leaves(places), strict=True)
+    for (keys, leaf), where in zip(leaves, structure.flatten_up_to(places), strict=True)
   }
 
   def constrained(keys: Any, leaf: Any) -> Any:

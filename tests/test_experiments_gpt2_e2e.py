@@ -10,11 +10,14 @@ import pytest
 from experiments import gpt2_e2e
 from experiments.configs import e2e_methods
 from experiments.configs import gpt2_e2e as configs
+from experiments.finished import load_run
+from experiments.gpt2 import load_base, model_folder
 from experiments.launch import apply
 from experiments.workdir import read_config
 from lora_jax.data import e2e
 from lora_jax.models.hub import load_tokenizer
 from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.mesh import make_mesh
 from lora_jax.trees import leaves_with_path
 
 from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
@@ -70,7 +73,7 @@ def test_a_finished_run_is_not_done_again(finished, capsys):
 
 def test_a_finished_adapter_generates_the_runs_predictions(finished):
   workdir, _ = finished
-  run = gpt2_e2e.load_run(workdir)
+  run = load_run(workdir)
   contexts = [group.context for group in e2e.grouped(e2e.read("test"))[:4]]
   predicted = (workdir / "predictions.txt").read_text().splitlines()
   assert run.generate(contexts) == predicted
@@ -200,14 +203,14 @@ def test_bad_models(tmp_path):
 def test_the_embedded_base_is_the_default(tmp_path):
   config = tiny_config(tmp_path)
   config.model.folder = ""
-  assert gpt2_e2e.model_folder(config) == EMBEDDED
+  assert model_folder(config) == EMBEDDED
   assert load_tokenizer(EMBEDDED, 4096).get_vocab_size() == 4096
 
 
 def test_the_sharding_rules_cover_the_model():
   config = tiny_config("unused")
-  mesh = gpt2_e2e.make_mesh(2, 2, 2)
-  base = gpt2_e2e.load_base(config, mesh)
+  mesh = make_mesh(2, 2, 2)
+  base = load_base(config, mesh)
   specs = {path: leaf.sharding.spec for path, leaf in leaves_with_path(base.params)}
   assert specs["h_0/attn/query/kernel"] == jax.P("fsdp", "tensor")
   assert specs["h_1/mlp/down/kernel"] == jax.P("tensor", "fsdp")

@@ -10,10 +10,9 @@ one epoch, the 630 test inputs.
 
 from collections.abc import Iterator
 
-from ml_collections import ConfigDict
-
 from experiments.configs import gpt2_e2e
 from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
+from experiments.workdir import Config
 
 Changes = dict[str, object]
 
@@ -41,7 +40,7 @@ BEST = {
 SEEDS = (1, 2, 3)
 
 
-def get_config(sweep: str = "seeds") -> ConfigDict:
+def get_config(sweep: str = "seeds") -> Config:
   """Returns the config that the runs of `rates` or `seeds` change."""
   if sweep not in ("rates", "seeds"):
     raise ValueError(f"expected e2e_methods.py:rates or :seeds, got {sweep!r}")
@@ -54,7 +53,7 @@ def get_config(sweep: str = "seeds") -> ConfigDict:
   return config
 
 
-def sweep(config: ConfigDict) -> Iterator[Changes]:
+def sweep(config: Config) -> Iterator[Changes]:
   """Yields what each run changes."""
   if not config.decoding.num_inputs:
     for name, changes in METHODS.items():

@@ -13,16 +13,18 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from experiments.workdir import Config
+
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
 FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280}
 
 
-def get_config(variant: str = "mini") -> ConfigDict:
+def get_config(variant: str = "mini") -> Config:
   """Returns the config of a variant: mini, small, medium or large."""
   if variant not in FULL_RANK:
     raise ValueError(f"variant must be one of {', '.join(FULL_RANK)}, got {variant!r}")
-  config = ConfigDict()
+  config: Config = ConfigDict()
   config.experiment = "gpt2_e2e"
   config.variant = variant
   config.workdir = ""  # "" is runs/gpt2_e2e/<variant and what differs from this file>
@@ -36,7 +38,7 @@ def get_config(variant: str = "mini") -> ConfigDict:
   config.model.param_dtype = "float32"  # of the frozen weights
   config.model.scan_layers = False  # compiles deep models faster
   config.model.remat = ""  # or a policy, as nothing_saveable: less memory, more time
-  config.model.attention = "xla"  # or cudnn, on a GPU with bfloat16
+  config.model.attention = "compact"  # or cudnn, on a GPU with bfloat16; or xla
 
   config.lora = ConfigDict()
   config.lora.rank = 16
@@ -98,7 +100,7 @@ def get_config(variant: str = "mini") -> ConfigDict:
   return config
 
 
-def _paper(config: ConfigDict, variant: str) -> None:
+def _paper(config: Config, variant: str) -> None:
   """The recipe of the paper's Table 11, with its code where that alone says it."""
   config.model.folder = {
     "small": "openai-community/gpt2",
@@ -113,7 +115,7 @@ def _paper(config: ConfigDict, variant: str) -> None:
   config.fit.log_every_steps = 100
 
 
-def sweep(config: ConfigDict) -> Iterator[dict[str, object]]:
+def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields what each run of `--sweep` changes: the ranks of the paper's Table 18.
 
   The paper keeps alpha. `mini` keeps alpha / rank, which its learning rate was chosen with.

@@ -30,8 +30,8 @@ class CachedModel:
     max_positions: the longest sequence that the model takes, tokens.
   """
 
-  extend: Callable[..., tuple[Array, PyTree]]
-  logits: Callable[[PyTree, Array], Array]
+  extend: Callable[..., Any]
+  logits: Callable[..., Any]
   make_cache: Callable[[int, int], PyTree]
   max_positions: int
 

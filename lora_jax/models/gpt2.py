@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.models.attention import causal_attention
+
 Cache = tuple[Any, ...] | tuple[Array, Array]
 REMAT_POLICIES = (
   "nothing_saveable",
@@ -56,7 +58,9 @@ class GPT2Config:
       them, which compiles faster; otherwise they are `h_0/...`, `h_1/...`.
     remat: what the backward pass keeps of each layer: None is everything; else the name of a
       policy of `jax.checkpoint_policies`, one of `REMAT_POLICIES`.
-    attention: `xla`, or `cudnn` for flash attention on a GPU (float16 or bfloat16 only).
+    attention: `compact`, whose backward pass is the shorter one of `attention.py`; `xla` and
+      `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only). A
+      cache is read by the latter in any case.
   """
 
   vocab_size: int = 50257
@@ -72,7 +76,7 @@ class GPT2Config:
   param_dtype: Any = "float32"
   scan_layers: bool = False
   remat: str | None = None
-  attention: str = "xla"
+  attention: str = "compact"
 
   def __post_init__(self):
     if self.embed_dim % self.num_heads:
@@ -80,7 +84,7 @@ class GPT2Config:
         f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
       )
     _check_choice("activation", self.activation, tuple(ACTIVATIONS))
-    _check_choice("attention", self.attention, ("xla", "cudnn"))
+    _check_choice("attention", self.attention, ("compact", "xla", "cudnn"))
     _check_choice("remat", self.remat, (None, *REMAT_POLICIES))
     for name in ("dtype", "param_dtype"):
       _check_choice(name, jnp.dtype(getattr(self, name)).name, ("float32", "bfloat16", "float16"))
@@ -106,10 +110,13 @@ class Attention(nn.Module):
         for old, new in zip(cache, (key, value), strict=True)
       )
       key, value = cache
-    implementation: Any = config.attention
-    out = jax.nn.dot_product_attention(
-      query, key, value, mask=mask, is_causal=cache is None, implementation=implementation
-    )
+    if cache is None and config.attention == "compact":
+      out = causal_attention(query, key, value, mask)
+    else:
+      implementation: Any = "cudnn" if config.attention == "cudnn" else "xla"
+      out = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=cache is None, implementation=implementation
+      )
     out = _dense(config, config.embed_dim, "out", out.reshape(x.shape), _residual_std(config))
     return out, cache
 

@@ -30,7 +30,7 @@ from lora_jax.training.step import (
 )
 
 PyTree = Any
-Batch = Mapping[str, np.ndarray]
+Batch = Mapping[str, Any]
 
 
 class Batches(Protocol):

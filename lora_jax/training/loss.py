@@ -70,15 +70,14 @@ def language_model_loss(
   """
 
   def loss(params: PyTree, batch: Batch) -> LossSum:
-    variables = {"params": params}
-    hidden = model.apply(
-      variables, batch["tokens"], batch["positions"], batch["segment_ids"], method="hidden"
-    )
+    def call(method: str, *args: Array) -> Any:
+      return model.apply({"params": params}, *args, method=method)
+
+    hidden = call("hidden", batch["tokens"], batch["positions"], batch["segment_ids"])
     hidden = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)
 
     def of_chunk(hidden: Array, targets: Array, weights: Array) -> LossSum:
-      logits = model.apply(variables, hidden, method="logits")
-      return cross_entropy(logits, targets, weights, label_smoothing)
+      return cross_entropy(call("logits", hidden), targets, weights, label_smoothing)
 
     count = hidden.shape[1]
     if chunk_size is None or chunk_size >= count:

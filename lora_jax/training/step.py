@@ -4,6 +4,7 @@ The combined tree `{"base": params, "adapter": trainable}` is partitioned into a
 frozen part. The state holds the first and is donated; the second is an argument of every step.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -74,6 +75,16 @@ def start(
   Returns:
     The state, the frozen part, and the optimizer as the step needs it.
   """
+  replicated, moved = NamedSharding(mesh, PartitionSpec()), {}
+
+  def placed(leaf: jax.Array) -> jax.Array:
+    if isinstance(leaf.sharding, NamedSharding):
+      return leaf
+    if id(leaf) not in moved:  # what is in both trees stays one array
+      moved[id(leaf)] = jax.device_put(leaf, replicated)
+    return moved[id(leaf)]
+
+  params, trainable = jax.tree.map(placed, (params, trainable))
   own = {id(leaf) for leaf in jax.tree.leaves(trainable)}
   base = jax.tree.map(lambda leaf: None if id(leaf) in own else leaf, params)
   tree = {"base": base, "adapter": trainable}
@@ -81,14 +92,8 @@ def start(
   mask = trainable_mask(tree)
   optimizer = freeze(optimizer, mask, places)
   part, frozen = partition(tree, mask)
-  state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), key)
-  replicated = NamedSharding(mesh, PartitionSpec())
-
-  def placed(leaf: jax.Array) -> jax.Array:
-    keep = isinstance(leaf.sharding, NamedSharding)
-    return leaf if keep else jax.device_put(leaf, replicated)
-
-  return jax.tree.map(placed, state), jax.tree.map(placed, frozen), optimizer
+  state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), jnp.copy(key))
+  return jax.tree.map(placed, state), frozen, optimizer
 
 
 def make_train_step(
@@ -133,12 +138,13 @@ def make_train_step(
     (_, of_batch), grads = of(state, frozen, batch, key)
     grads = jax.tree.map(lambda g: g / (of_batch.weight + 1e-4), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    new = state.replace(
+    new = dataclasses.replace(
+      state,
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state,
     )
-    return new, StepMetrics(mean(of_batch), of_batch.weight, optax.global_norm(grads))
+    return new, StepMetrics(mean(of_batch), of_batch.weight, optax.tree.norm(grads))
 
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(places, None))

@@ -1,0 +1,237 @@
+"""Compares beam search with the `generate` of `transformers`, same weights, same prompts.
+
+    PYTHONPATH=. python -m benchmarks.decode --model FOLDER             # a merged, adapted model
+    PYTHONPATH=. python -m benchmarks.decode --model FOLDER --inputs 64 --repeats 1
+
+The prompts are the distinct inputs of E2E's test set, 630, or some of them drawn at random.
+Both sides search with W beams, the same penalties and limits, in float32, and get the prompts
+sorted by length. `transformers` pads each batch in front to its longest prompt. The best size of
+a batch is found for each side by itself on `--tuning` of the prompts; then the sides take
+turns, so that other work on the machine falls on both, and the ratio is the median over the
+turns' own ratios.
+
+The embedded base has not seen E2E: its outputs seldom end. Give the folder of an adapted one.
+
+    way         batch  compile_s  seconds  x     steps  tokens
+    steps       reads of the model, added over the batches
+    tokens      in the best outputs, their end tokens included
+
+Compiling is the first batch of each shape, less its time once compiled, and not in `seconds`;
+`compile_s` for `transformers` is what its first batch takes longer. Last come the number of
+equal outputs and the largest difference of scores. Outputs may differ where scores tie within
+rounding.
+"""
+
+import argparse
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax
+from lora_jax.data import e2e, text
+from lora_jax.decoding import BeamConfig, CachedModel, beam_search
+from lora_jax.models.gpt2 import GPT2, init_cache
+from lora_jax.models.gpt2_folder import load_gpt2
+from lora_jax.models.hub import end_of_text_id, load_tokenizer
+
+GOAL = 0.3
+BASE = Path(lora_jax.__file__).parent / "assets" / "gpt2"
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What a side found: the best output of each prompt with its end token, scores, and steps."""
+
+  outputs: list[list[int]]
+  scores: np.ndarray
+  steps: int
+
+
+Search = Callable[[Prompts, int], Found]
+
+
+def our_search(folder: Path, config: BeamConfig) -> Search:
+  """Returns this project's search, of prompts in batches of a size."""
+  shape, params = load_gpt2(folder)
+  net = GPT2(shape)
+  model = CachedModel(
+    extend=lambda params, *args: net.apply({"params": params}, *args, method="extend"),
+    logits=lambda params, hidden: net.apply({"params": params}, hidden, method="logits"),
+    make_cache=lambda batch_size, num_slots: init_cache(shape, batch_size, num_slots),
+    max_positions=shape.num_positions,
+  )
+
+  def search(prompts: Prompts, batch_size: int) -> Found:
+    found = beam_search(model, params, prompts, config, batch_size=batch_size)
+    rows = zip(found.tokens[:, 0], found.lengths[:, 0], strict=True)
+    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
+    steps = int(found.steps[order[::batch_size]].sum())
+    return Found([row[:length].tolist() for row, length in rows], found.scores[:, 0], steps)
+
+  return search
+
+
+def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Search:
+  """Returns the peer's search, of prompts in batches of a size."""
+  import torch  # pyright: ignore[reportMissingImports]
+  from transformers import GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+
+  torch.set_num_threads(threads)
+  model: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  model.to(device)
+  settings: dict[str, Any] = {
+    "num_beams": config.num_beams,
+    "length_penalty": config.length_penalty,
+    "no_repeat_ngram_size": config.no_repeat_ngram_size,
+    "max_new_tokens": config.max_new_tokens,
+    "eos_token_id": list(config.eos_ids),
+    "pad_token_id": config.eos_ids[0],
+  }
+  steps = [0]
+  model.register_forward_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
+
+  def search(prompts: Prompts, batch_size: int) -> Found:
+    steps[0] = 0
+    outputs: list[list[int]] = [[] for _ in prompts]
+    scores = np.zeros(len(prompts))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+      rows = order[start : start + batch_size]
+      width = len(prompts[rows[0]])
+      lengths = torch.tensor([len(prompts[i]) for i in rows])
+      tokens = torch.zeros((len(rows), width), dtype=torch.long)
+      for row, i in enumerate(rows):
+        tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+      mask = (torch.arange(width)[None] >= width - lengths[:, None]).long()
+      with torch.inference_mode():
+        out = model.generate(
+          input_ids=tokens.to(device),
+          attention_mask=mask.to(device),
+          do_sample=False,
+          early_stopping=False,
+          output_scores=True,
+          return_dict_in_generate=True,
+          **settings,
+        )
+      scores[rows] = out.sequences_scores.cpu().numpy()
+      for i, row in zip(rows, out.sequences[:, width:].tolist(), strict=True):
+        ends = [place for place, token in enumerate(row) if token in config.eos_ids]
+        outputs[i] = row[: ends[0] + 1] if ends else row
+    return Found(outputs, scores, steps[0])
+
+  return search
+
+
+def seconds_of(search: Search, prompts: Prompts, batch_size: int) -> tuple[float, Found]:
+  start = time.perf_counter()
+  found = search(prompts, batch_size)
+  return time.perf_counter() - start, found
+
+
+def best_batch_size(search: Search, prompts: Prompts, sizes: Sequence[int]) -> int:
+  """Returns the size that takes the least time on some prompts, compilation left out."""
+  if len(sizes) == 1:
+    return sizes[0]
+  times = {}
+  for size in sizes:
+    search(prompts, size)
+    times[size], _ = seconds_of(search, prompts, size)
+  print("  seconds by batch size:", {size: round(t, 1) for size, t in times.items()}, flush=True)
+  return min(times, key=lambda size: times[size])
+
+
+def measure(options: argparse.Namespace, searches: dict[str, Search], prompts: Prompts) -> dict:
+  """Returns by side: batch size, seconds of compiling, seconds of each turn, and what it found."""
+  results: dict[str, dict[str, Any]] = {}
+  tuning = random.Random(1).sample(list(prompts), min(options.tuning, len(prompts)))
+  for name, search in searches.items():
+    print(f"{name}: choosing the batch size", flush=True)
+    size = best_batch_size(search, tuning, options.batches)
+    first, _ = seconds_of(search, prompts, size)
+    results[name] = {"batch": size, "first": first, "seconds": []}
+  for turn in range(options.repeats):
+    for name in list(searches)[:: 1 if turn % 2 == 0 else -1]:
+      seconds, found = seconds_of(searches[name], prompts, results[name]["batch"])
+      results[name]["seconds"].append(seconds)
+      results[name]["found"] = found
+  return results
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+  print(
+    f"\n{'way':13}{'batch':>6}{'compile_s':>11}{'seconds':>10}{'x':>7}{'steps':>8}{'tokens':>8}"
+  )
+  peer = results.get("transformers", results["lora_jax"])["seconds"]
+  for name, result in results.items():
+    seconds, found = statistics.median(result["seconds"]), result["found"]
+    ratio = statistics.median(a / b for a, b in zip(result["seconds"], peer, strict=True))
+    print(
+      f"{name:13}{result['batch']:6}{max(0.0, result['first'] - seconds):11.1f}{seconds:10.2f}"
+      f"{ratio:7.2f}{found.steps:8}{sum(map(len, found.outputs)):8}"
+    )
+  if "transformers" not in results:
+    return
+  ours, theirs = results["lora_jax"]["found"], results["transformers"]["found"]
+  equal = sum(a == b for a, b in zip(ours.outputs, theirs.outputs, strict=True))
+  difference = np.abs(ours.scores - theirs.scores).max()
+  ratio = statistics.median(
+    a / b for a, b in zip(results["lora_jax"]["seconds"], peer, strict=True)
+  )
+  print(
+    f"\nequal outputs: {equal} of {len(ours.outputs)}; scores differ by at most {difference:.1e}"
+  )
+  print(f"goal: at most {GOAL} of its time: {ratio:.2f}, {'met' if ratio <= GOAL else 'MISSED'}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description="lora_jax's beam search against transformers'.")
+  parser.add_argument("--model", type=Path, default=BASE, help="a GPT-2 folder")
+  parser.add_argument("--inputs", type=int, default=630)
+  parser.add_argument("--beams", type=int, default=10)
+  parser.add_argument("--length_penalty", type=float, default=0.9)
+  parser.add_argument("--ngram", type=int, default=4, help="no repeated n-grams of this size")
+  parser.add_argument("--max_new_tokens", type=int, default=64)
+  parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64], help="to choose from")
+  parser.add_argument("--tuning", type=int, default=64, help="prompts to choose by")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--threads", type=int, default=2, help="of torch; JAX takes all cores")
+  parser.add_argument("--precision", default="highest", help="of JAX's float32 products, on GPUs")
+  parser.add_argument("--alone", action="store_true", help="this project's side only")
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  options = parse(arguments)
+  jax.config.update("jax_default_matmul_precision", options.precision)
+  tokenizer = load_tokenizer(options.model)
+  end = end_of_text_id(tokenizer)
+  contexts = [group.context for group in e2e.grouped(e2e.read("test"))]
+  prompts = text.encode_context(tokenizer, contexts, end)
+  prompts = random.Random(0).sample(prompts, min(options.inputs, len(prompts)))
+  config = BeamConfig(
+    eos_ids=(end,),
+    num_beams=options.beams,
+    length_penalty=options.length_penalty,
+    no_repeat_ngram_size=options.ngram,
+    max_new_tokens=options.max_new_tokens,
+  )
+  device = jax.devices()[0]
+  print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
+  searches = {"lora_jax": our_search(options.model, config)}
+  if not options.alone:
+    searches["transformers"] = transformers_search(options.model, config, options.threads)
+  print_table(measure(options, searches, prompts))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,97 @@
+"""Finished runs of `experiments.gpt2_e2e`: their weights, ready for use."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from experiments.gpt2 import Base, load_base, make_optimizer, method
+from experiments.gpt2_e2e import generate
+from experiments.workdir import Config, read_config, read_result
+from lora_jax.data.batches import Batch
+from lora_jax.training.checkpoint import Checkpoints, Restored, restore_adapter
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
+from lora_jax.training.step import start
+
+PyTree = Any
+
+
+class Finished(NamedTuple):
+  """A finished run: `load_run(folder).generate([...])`.
+
+  Attributes:
+    config: of the run.
+    base: that it adapted.
+    params: the base's, with what was trained merged into them.
+    mesh: that they lie on.
+  """
+
+  config: Config
+  base: Base
+  params: PyTree
+  mesh: Mesh
+
+  def generate(self, contexts: list[str]) -> list[str]:
+    """Returns one text for each context, by the run's beam search."""
+    return generate(self.config, self.base, self.params, contexts, self.mesh)
+
+
+def load_run(folder: str | Path) -> Finished:
+  """Loads a finished run, whatever its method, on one device.
+
+  Raises:
+    FileNotFoundError: if the folder is no run's, or what was trained is not there.
+    ValueError: if the run is not finished.
+  """
+  config: Config = read_config(folder)
+  mesh = make_mesh()
+  base = load_base(config, mesh)
+  params, _ = restore_params(folder, config.fit.keep, base, mesh)
+  return Finished(config, base, params, mesh)
+
+
+def restore_params(
+  folder: str | Path, checkpoint: str, base: Base, mesh: Mesh
+) -> tuple[PyTree, float | None]:
+  """Returns what a finished run trained, merged into its base, and its validation loss.
+
+  Args:
+    folder: of the run, whatever its method.
+    checkpoint: best or last.
+    base: that the run adapted, as `load_base` returns it.
+    mesh: that the base lies on.
+  Raises:
+    FileNotFoundError: if there is no adapter or no such checkpoint.
+    ValueError: if they are of another base or another method.
+  """
+  folder, result = Path(folder), read_result(folder)
+  config: Config = read_config(folder)
+  if result is None:
+    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
+  if config.method == "frozen_base":
+    return base.params, result["valid_loss"]
+  adaptation = method(config)(language_model_loss(base.module))
+  batch = {name: jax.ShapeDtypeStruct((1, 2), "int32") for name in Batch.__annotations__}
+  key = jax.random.key(0)
+  trainable = adaptation.init(key, base.params, batch)
+  optimizer, _ = make_optimizer(config, result["num_train_steps"])
+  state, _, _ = start(base.params, trainable, optimizer, key, mesh)
+  if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
+    adapter = restore_adapter(folder / "adapter", state.trainable["adapter"])
+    return adaptation.merge(base.params, adapter), result["valid_loss"]
+  found = _read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
+  return adaptation.merge(base.params, found.state.trainable["adapter"]), found.loss
+
+
+def _read_checkpoint(
+  folder: Path, checkpoint: str, result: dict[str, Any], like: PyTree, base: str
+) -> Restored:
+  step = result["best_step" if checkpoint == "best" else "num_train_steps"]
+  path = folder / "checkpoints" / str(step)
+  if not path.is_dir():
+    raise FileNotFoundError(f"the {checkpoint} checkpoint of {folder} is not there: {path}")
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    return checkpoints.restore(step, like, base)

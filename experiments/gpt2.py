@@ -1,0 +1,126 @@
+"""A GPT-2 under an adaptation method: the base, the method, the optimizer, the decoder."""
+
+import functools
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from experiments.workdir import Config
+from lora_jax.decoding import CachedModel
+from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
+from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
+from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
+from lora_jax.models.hub import end_of_text_id, find_folder, load_tokenizer
+from lora_jax.training.mesh import Rules, params_shardings
+
+PyTree = Any
+SHARDING: Rules = (
+  (r".*/(query|key|value|up)/kernel", P("fsdp", "tensor")),
+  (r".*/(query|key|value|up)/bias", P("tensor")),
+  (r".*/(out|down)/kernel", P("tensor", "fsdp")),
+  (r"(wte|wpe)/embedding", P(None, ("fsdp", "tensor"))),
+  (r".*", P()),
+)
+
+
+class Base(NamedTuple):
+  """A pretrained model as it was found."""
+
+  module: GPT2
+  params: PyTree
+  tokenizer: Any
+  end_of_text: int
+
+  @property
+  def config(self) -> GPT2Config:
+    return self.module.config
+
+
+def load_base(config: Config, mesh: Mesh) -> Base:
+  """Loads the model that is adapted, placed on the mesh, and its tokenizer."""
+  folder = model_folder(config)
+  computation = {
+    "param_dtype": config.model.param_dtype,
+    "dtype": config.model.dtype,
+    "scan_layers": config.model.scan_layers,
+    "remat": config.model.remat or None,
+    "attention": config.model.attention,
+  }
+  places = functools.partial(params_shardings, mesh, rules=SHARDING)
+  if config.model.start == "random":
+    model = read_gpt2_config(folder, **computation)
+    shapes = params_shapes(model)
+    tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+    init = jax.jit(
+      lambda key: GPT2(model).init(key, np.zeros(tokens.shape, tokens.dtype))["params"],
+      out_shardings=places(shapes),
+    )
+    params = init(jax.random.key(config.seed))
+  else:
+    model, params = load_gpt2(folder, shardings=places, **computation)
+  tokenizer = load_tokenizer(folder, model.vocab_size)
+  return Base(GPT2(model), params, tokenizer, end_of_text_id(tokenizer))
+
+
+def model_folder(config: Config) -> Path:
+  """Returns the folder of the base; the embedded one if the config names none."""
+  if config.model.folder:
+    return find_folder(config.model.folder)
+  return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
+
+
+def method(config: Config) -> Callable[[Callable[..., Any]], lj.Adaptation]:
+  """Returns the method of adaptation that a config names, for any function of the params."""
+  if config.method == "lora":
+    return functools.partial(lj.lora, config=lora_config(config))
+  return lj.full_finetuning
+
+
+def lora_config(config: Config) -> lj.LoraConfig:
+  """Returns the LoRA of a config."""
+  return lj.LoraConfig(**config.lora.to_dict())
+
+
+def make_optimizer(config: Config, num_train_steps: int):
+  """Returns AdamW as the paper has it, and the schedule of its learning rate."""
+  given = config.optimizer
+  warmup = min(given.warmup_steps, num_train_steps)
+  rest = max(num_train_steps - warmup, 1)
+  after = {
+    "linear": optax.linear_schedule(given.learning_rate, 0.0, rest),
+    "cosine": optax.cosine_decay_schedule(given.learning_rate, rest),
+    "constant": optax.constant_schedule(given.learning_rate),
+  }
+  if given.schedule not in after:
+    raise ValueError(f"schedule must be one of {', '.join(after)}, got {given.schedule!r}")
+  schedule = optax.join_schedules(
+    [optax.linear_schedule(0.0, given.learning_rate, warmup), after[given.schedule]], [warmup]
+  )
+  adamw = optax.adamw(
+    schedule, b1=given.b1, b2=given.b2, eps=given.eps, weight_decay=given.weight_decay
+  )
+  clip = optax.clip_by_global_norm(given.clip_norm) if given.clip_norm else optax.identity()
+  return optax.chain(clip, adamw), schedule
+
+
+@functools.cache
+def cached_model(config: GPT2Config) -> CachedModel:
+  """Returns a GPT-2 as decoding sees it."""
+  module = GPT2(config)
+
+  def extend(params: PyTree, *args: Any) -> Any:
+    return module.apply({"params": params}, *args, method="extend")
+
+  def logits(params: PyTree, hidden: jax.Array) -> Any:
+    return module.apply({"params": params}, hidden, method="logits")
+
+  make_cache = functools.partial(init_cache, config)
+  return CachedModel(extend, logits, make_cache, config.num_positions)

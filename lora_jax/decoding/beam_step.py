@@ -1,0 +1,164 @@
+"""One step of beam search: from the logits of the beams to the next beams and what has finished.
+
+The shapes' letters: B inputs, W beams each, K candidates, V tokens of the vocabulary, M new
+tokens at most, L places of the history (the padded prompt's and M), S slots of the cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from lora_jax.decoding.scoring import BeamConfig
+
+PyTree = Any
+NO_TOKEN = -1  # in the history, in front of a prompt: part of no n-gram
+
+
+class Finished(NamedTuple):
+  """The best finished hypotheses, best first; a score of -inf is an empty place."""
+
+  tokens: Int[Array, "B W M"]
+  lengths: Int[Array, "B W"]
+  scores: Float[Array, "B W"]
+  ended: Bool[Array, "B W"]
+
+
+class Search(NamedTuple):
+  """The state between two steps; `step` tokens are generated.
+
+  Attributes:
+    history: the prompt, NO_TOKEN in front, and the generated tokens.
+    sums: of the running beams' log-probabilities, best first.
+    seen: the slots that a beam descends from.
+    open: whether an input may still improve.
+  """
+
+  step: Int[Array, ""]
+  cache: PyTree
+  history: Int[Array, "B W L"]
+  sums: Float[Array, "B W"]
+  seen: Bool[Array, "B W S"]
+  open: Bool[Array, " B"]
+  finished: Finished
+
+
+def choose(config: BeamConfig, search: Search, logits: Float[Array, "B W V"], width: int) -> Search:
+  """Takes one step: from the logits of the beams to the next beams and what has finished."""
+  limit = config.max_new_tokens
+  sums, parents, tokens = best_candidates(config, search, logits, width)
+  ended = jnp.isin(tokens, jnp.array(config.eos_ids, jnp.int32))
+  length = search.step + 1
+  history = take_beams(search.history, parents)
+  history = jax.lax.dynamic_update_slice_in_dim(
+    history, tokens[..., None], width + search.step, axis=2
+  )
+  stops = ended | (length == limit)
+  finished = add_finished(config, search, sums, history[..., width:], length, ended, stops)
+  running, order = jax.lax.top_k(jnp.where(stops, -jnp.inf, sums), config.num_beams)
+  still_open = search.open & may_improve(config, running[:, 0], finished, length)
+  return Search(
+    length,
+    search.cache,
+    take_beams(history, order),
+    running,
+    take_beams(search.seen, take_beams(parents, order)),
+    still_open,
+    finished,
+  )
+
+
+def best_candidates(
+  config: BeamConfig, search: Search, logits: Float[Array, "B W V"], width: int
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"], Int[Array, "B K"]]:
+  """Returns the sums, beams and tokens of the best continuations of each input, best first."""
+  count, vocab_size = config.num_candidates, logits.shape[-1]
+  if count > vocab_size:
+    raise ValueError(
+      f"{config.num_beams} beams need a vocabulary of at least {count} tokens, got {vocab_size}; "
+      "lower num_beams"
+    )
+  start = width if config.scoring == "reference" else 0
+  allowed = forbid_repeats(config.no_repeat_ngram_size, search, logits, start, width)
+  normalizer = jax.nn.logsumexp(
+    allowed if config.scoring == "reference" else logits, axis=-1, keepdims=True
+  )
+  best, tokens = jax.lax.top_k(allowed, count)  # of each beam: the best of all are among them
+  sums = (search.sums[..., None] + (best - normalizer)).reshape(best.shape[0], -1)
+  sums, order = jax.lax.top_k(sums, count)
+  return sums, order // count, take_beams(tokens.reshape(sums.shape[0], -1), order)
+
+
+def forbid_repeats(
+  size: int, search: Search, logits: Float[Array, "B W V"], start: int, width: int
+) -> Float[Array, "B W V"]:
+  """Returns the logits with -inf where a token would repeat an n-gram of the history.
+
+  Args:
+    size: n; 0 leaves the logits as they are.
+    search: its history is looked through from `start` on.
+    logits: of the next tokens.
+    start: the first place in the history that counts.
+    width: T, places of the prompt; the next token comes to place T + step.
+  """
+  if size == 0:
+    return logits
+  history, end = search.history, width + search.step
+  num_windows = history.shape[-1] - start - size + 1
+  if num_windows < 1:
+    return logits
+  fits = start + jnp.arange(num_windows) + size - 1 < end
+  repeats = jnp.broadcast_to(fits, (*history.shape[:2], num_windows))
+  for i in range(size - 1):
+    last = jax.lax.dynamic_index_in_dim(history, end - size + 1 + i, axis=2)
+    repeats &= history[..., start + i : start + i + num_windows] == last
+  banned = jnp.where(repeats, history[..., start + size - 1 :], logits.shape[-1])
+  rows = jnp.arange(history.shape[0])[:, None, None], jnp.arange(history.shape[1])[None, :, None]
+  return logits.at[(*rows, banned)].set(-jnp.inf, mode="drop")
+
+
+def add_finished(
+  config: BeamConfig,
+  search: Search,
+  sums: Float[Array, "B K"],
+  generated: Int[Array, "B K M"],
+  length: Int[Array, ""],
+  ended: Bool[Array, "B K"],
+  stops: Bool[Array, "B K"],
+) -> Finished:
+  """Returns the best W of the finished hypotheses and those of this step's best W that stop."""
+  counts = stops & search.open[:, None] & (jnp.arange(sums.shape[1]) < config.num_beams)[None]
+  penalty = length.astype(jnp.float32) ** config.length_penalty
+  places = jnp.arange(generated.shape[-1])[None, None]
+  new = Finished(
+    jnp.where(places < length, generated, config.pad_id),
+    jnp.broadcast_to(length, sums.shape),
+    jnp.where(counts, sums / penalty, -jnp.inf),
+    ended,
+  )
+  both = Finished(
+    *(jnp.concatenate(pair, axis=1) for pair in zip(search.finished, new, strict=True))
+  )
+  _, order = jax.lax.top_k(both.scores, config.num_beams)
+  return Finished(*(take_beams(part, order) for part in both))
+
+
+def may_improve(
+  config: BeamConfig, best_sum: Float[Array, " B"], finished: Finished, length: Int[Array, ""]
+) -> Bool[Array, " B"]:
+  """Tells for which inputs a running beam may still enter what is returned."""
+  if config.scoring == "reference":
+    final = config.max_new_tokens if config.length_penalty > 0 else length + 1
+    to_beat = finished.scores[:, config.num_return - 1]
+  else:
+    final, to_beat = length, finished.scores[:, -1]
+  return best_sum / jnp.asarray(final, jnp.float32) ** config.length_penalty > to_beat
+
+
+def take_beams(
+  array: Shaped[Array, "B W *rest"], beams: Int[Array, "B K"]
+) -> Shaped[Array, "B K *rest"]:
+  """Returns for each input the given beams of `array` (B, W, ...)."""
+  beams = beams.reshape(*beams.shape, *(1,) * (array.ndim - 2))
+  return jnp.take_along_axis(array, beams, axis=1)
