@@ -3,7 +3,8 @@
 PYTHON ?= python3
 EXTRAS ?= test,metrics,notebooks
 WORKERS ?= 2
-CORE_TESTS ?= tests
+CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% experiments_% metrics_% \
+  notebooks.py),$(wildcard tests/test_*.py))
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the

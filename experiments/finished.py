@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from experiments.gpt2 import Base, load_base, make_optimizer, method
 from experiments.gpt2_e2e import generate
 from experiments.workdir import Config, read_config, read_result
-from lora_jax.data.batches import Batch
+from lora_jax.data.batches import fill
 from lora_jax.training.checkpoint import Checkpoints, Restored, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
@@ -74,7 +74,7 @@ def restore_params(
   if config.method == "frozen_base":
     return base.params, result["valid_loss"]
   adaptation = method(config)(language_model_loss(base.module))
-  batch = {name: jax.ShapeDtypeStruct((1, 2), "int32") for name in Batch.__annotations__}
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
   key = jax.random.key(0)
   trainable = adaptation.init(key, base.params, batch)
   optimizer, _ = make_optimizer(config, result["num_train_steps"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -58,9 +58,8 @@ def load_base(config: Config, mesh: Mesh) -> Base:
   if config.model.start == "random":
     model = read_gpt2_config(folder, **computation)
     shapes = params_shapes(model)
-    tokens = jax.ShapeDtypeStruct((1, 1), "int32")
     init = jax.jit(
-      lambda key: GPT2(model).init(key, np.zeros(tokens.shape, tokens.dtype))["params"],
+      lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
       out_shardings=places(shapes),
     )
     params = init(jax.random.key(config.seed))

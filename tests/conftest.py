@@ -13,11 +13,14 @@ from jaxtyping import install_import_hook
 CHECKED = (
   *("control_flow", "factored", "initializers", "interpreter", "low_rank", "products"),
   *("rules", "sharding", "tracing"),
+  *("models.attention", "models.gpt2", "training.fingerprint", "training.loss"),
 )
 """The modules of array functions; the others check what users give them themselves."""
 
 with install_import_hook([f"lora_jax.{name}" for name in CHECKED], "beartype.beartype"):
-  import lora_jax  # noqa: F401
+  import lora_jax.models.gpt2
+  import lora_jax.training.fingerprint
+  import lora_jax.training.loss  # noqa: F401
 
 import jax
 

@@ -284,7 +284,7 @@ def test_rows_longer_than_the_positions_are_refused(tied):
     ("num_heads", 5, "num_heads must divide embed_dim, got 5 heads for 768"),
     ("activation", "mish", "activation must be one of gelu_new, .*; got 'mish'"),
     ("remat", "save_only_these_names", "remat must be one of None, .*; got 'save_only_these"),
-    ("attention", "flash", "attention must be one of xla, cudnn; got 'flash'"),
+    ("attention", "flash", "attention must be one of compact, xla, cudnn; got 'flash'"),
     ("dtype", "int8", "dtype must be one of float32, bfloat16, float16; got 'int8'"),
   ],
 )

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.gpt2_e2e import SHARDING
+from experiments.gpt2 import SHARDING
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, params_shardings, place_batch

@@ -1,4 +1,4 @@
-"""Causal attention within a sequence, with a backward pass that reads each array once.
+"""Attention: causal within a sequence, with a short backward pass, and over a cache.
 
     P = exp(Q K^T / sqrt(H) - max) / sum          of the keys that a query sees
     O = P V
@@ -10,7 +10,7 @@ FlashAttention (Dao et al. 2022, sec. 3 and app. B.2), sums over a row of P are 
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.custom_vjp
@@ -61,3 +61,39 @@ def _product(axes: str, x: Array, y: Array) -> Array:
 
 
 causal_attention.defvjp(_forward, _backward)
+
+
+def write_cache(
+  cache: tuple[Float[Array, "B N H S"], Float[Array, "B N S H"]],
+  key: Float[Array, "B T N H"],
+  value: Float[Array, "B T N H"],
+  index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B N H S"], Float[Array, "B N S H"]]:
+  """Writes the keys and values of new tokens into the slots from `index` on."""
+  keys, values = cache
+  key = key.transpose(0, 2, 3, 1).astype(keys.dtype)
+  value = value.transpose(0, 2, 1, 3).astype(values.dtype)
+  return (
+    jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=3),
+    jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2),
+  )
+
+
+def cached_attention(
+  query: Float[Array, "B T N H"],
+  keys: Float[Array, "B N H S"],
+  values: Float[Array, "B N S H"],
+  mask: Bool[Array, "#B 1 T S"],
+) -> Float[Array, "B T N H"]:
+  """Returns the attention of new tokens over a cache, softmax in float32.
+
+  Both products are plain ones of row-major matrices as the keys and values stand in the cache:
+  XLA on CPUs is several times slower otherwise.
+
+  Args:
+    mask: True where a query sees a slot.
+  """
+  logits = jnp.einsum("BTNH,BNHS->BNTS", query, keys, preferred_element_type=jnp.float32)
+  logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+  return jnp.einsum("BNTS,BNSH->BTNH", weights, values)

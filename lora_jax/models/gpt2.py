@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from lora_jax.models.attention import causal_attention
+from lora_jax.models.attention import cached_attention, causal_attention, write_cache
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
 REMAT_POLICIES = (
@@ -59,8 +59,7 @@ class GPT2Config:
     remat: what the backward pass keeps of each layer: None is everything; else the name of a
       policy of `jax.checkpoint_policies`, one of `REMAT_POLICIES`.
     attention: `compact`, whose backward pass is the shorter one of `attention.py`; `xla` and
-      `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only). A
-      cache is read by the latter in any case.
+      `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only).
   """
 
   vocab_size: int = 50257
@@ -105,17 +104,15 @@ class Attention(nn.Module):
       _dense(config, config.embed_dim, name, x).reshape(heads) for name in ("query", "key", "value")
     )
     if cache is not None:
-      cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
-        for old, new in zip(cache, (key, value), strict=True)
-      )
-      key, value = cache
-    if cache is None and config.attention == "compact":
+      keys, values = cache = write_cache(cache, key, value, index)
+      assert mask is not None, "a cache is read by a mask"
+      out = cached_attention(query, keys, values, mask)
+    elif config.attention == "compact":
       out = causal_attention(query, key, value, mask)
     else:
-      implementation: Any = "cudnn" if config.attention == "cudnn" else "xla"
+      implementation: Any = config.attention
       out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=cache is None, implementation=implementation
+        query, key, value, mask=mask, is_causal=True, implementation=implementation
       )
     out = _dense(config, config.embed_dim, "out", out.reshape(x.shape), _residual_std(config))
     return out, cache
@@ -241,7 +238,7 @@ class GPT2(nn.Module):
     Returns:
       The normalized output of the last layer, for `logits`, and the cache.
     """
-    slots = jax.tree.leaves(cache)[0].shape[-3]
+    slots = jax.tree.leaves(cache)[0].shape[-1]
     if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
       raise ValueError(
         f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
@@ -272,15 +269,17 @@ class GPT2(nn.Module):
 def init_cache(config: GPT2Config, batch_size: int, num_slots: int) -> Cache:
   """Returns an empty cache of keys and values for `GPT2.extend`.
 
-  Each layer has two arrays (batch_size, num_slots, heads, head size) of the model's dtype; the
-  axis of scanned layers comes first.
+  Each layer has keys (batch_size, heads, head size, num_slots) and values (batch_size, heads,
+  num_slots, head size) of the model's dtype; the axis of scanned layers comes first.
   """
-  shape = (batch_size, num_slots, config.num_heads, config.embed_dim // config.num_heads)
+  heads, size = config.num_heads, config.embed_dim // config.num_heads
+  shapes = (batch_size, heads, size, num_slots), (batch_size, heads, num_slots, size)
   if config.scan_layers:
-    shape = (config.num_layers, *shape)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-  zeros = jnp.zeros(shape, config.dtype)
-  return tuple((zeros, zeros) for _ in range(config.num_layers))
+    keys, values = (jnp.zeros((config.num_layers, *shape), config.dtype) for shape in shapes)
+    return keys, values
+  return tuple(
+    tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(config.num_layers)
+  )
 
 
 _float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)

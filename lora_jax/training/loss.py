@@ -70,7 +70,9 @@ def language_model_loss(
   """
 
   def loss(params: PyTree, batch: Batch) -> LossSum:
-    def call(method: str, *args: Array) -> Any:
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
+
+    def call(method: str, *args: Any) -> Any:
       return model.apply({"params": params}, *args, method=method)
 
     hidden = call("hidden", batch["tokens"], batch["positions"], batch["segment_ids"])
