@@ -8,6 +8,7 @@ in it was chosen by a score on the test set.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,9 +17,8 @@ from experiments import table
 from experiments.gpt2_e2e import decoded_inputs
 from experiments.launch import explained
 from experiments.scoring import score_texts
-from experiments.workdir import commit, open_workdir, read_result, write_json
+from experiments.workdir import Config, commit, run_once
 
-Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
 SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
 PRICES = {"less than £ 20", "£ 20 - 25", "more than £ 30"}
@@ -101,25 +101,25 @@ def get_config(workdir: str) -> Config:
 
 def run(config: Config) -> dict[str, Any]:
   """Writes and scores one text for each input; a finished run is not done again."""
-  with open_workdir(config.workdir, config) as workdir:
-    result = read_result(workdir)
-    if result is None:
-      groups = decoded_inputs(config)
-      texts = [describe(parse(group.context)) for group in groups]
-      result = {
-        "experiment": config.experiment,
-        "variant": config.variant,
-        "method": config.method,
-        "seed": config.seed,
-        "num_train_records": 0,
-        "trainable_parameters": 0,
-        "valid_loss": None,
-        **score_texts(texts, groups, workdir),
-        "commit": commit(),
-      }
-      write_json(workdir / "result.json", result)
+  result = run_once(config, lambda workdir: _run(config, workdir))
   print(table.markdown([result]))
   return result
+
+
+def _run(config: Config, workdir: Path) -> dict[str, Any]:
+  groups = decoded_inputs(config)
+  texts = [describe(parse(group.context)) for group in groups]
+  return {
+    "experiment": config.experiment,
+    "variant": config.variant,
+    "method": config.method,
+    "seed": config.seed,
+    "num_train_records": 0,
+    "trainable_parameters": 0,
+    "valid_loss": None,
+    **score_texts(texts, groups, workdir),
+    "commit": commit(),
+  }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

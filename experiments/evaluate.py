@@ -12,22 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from experiments import table
 from experiments.finished import restore_params
 from experiments.gpt2 import load_base
 from experiments.gpt2_e2e import evaluate
 from experiments.launch import apply, explained
-from experiments.workdir import (
-  Config,
-  commit,
-  flat,
-  open_workdir,
-  read_config,
-  read_result,
-  write_json,
-)
+from experiments.workdir import Config, flat, provenance, read_config, read_result, run_once
 from lora_jax.training.mesh import make_mesh
 
 SETTINGS = {  # the flag: the field of the config
@@ -65,15 +55,9 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; say how many inputs, as --num_inputs=630")
   config.workdir = str(folder / "evaluations" / _name(stored, config))
-  with open_workdir(config.workdir, config) as workdir:
-    found = read_result(workdir)
-    if found is None:
-      found = _evaluate(config, result, folder, workdir)
-      write_json(workdir / "result.json", found)
-    else:
-      print(f"{workdir} is finished; this is its result. Remove it to do it again.\n")
+  found = run_once(config, lambda workdir: _evaluate(config, result, folder, workdir))
   print(table.markdown([found]))
-  print(f"\nwrote {workdir}")
+  print(f"\nwrote {config.workdir}")
   return found
 
 
@@ -90,9 +74,7 @@ def _evaluate(
     **evaluate(config, base, params, workdir, mesh),
     "run": str(folder),
     "seconds": time.perf_counter() - begun,
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "jax": jax.__version__,
-    "commit": commit(),
+    **provenance(),
   }
 
 

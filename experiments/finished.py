@@ -77,11 +77,11 @@ def restore_params(
   batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
   key = jax.random.key(0)
   trainable = adaptation.init(key, base.params, batch)
+  if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
+    adapter = restore_adapter(folder / "adapter", trainable)
+    return adaptation.merge(base.params, adapter), result["valid_loss"]
   optimizer, _ = make_optimizer(config, result["num_train_steps"])
   state, _, _ = start(base.params, trainable, optimizer, key, mesh)
-  if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
-    adapter = restore_adapter(folder / "adapter", state.trainable["adapter"])
-    return adaptation.merge(base.params, adapter), result["valid_loss"]
   found = _read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
   return adaptation.merge(base.params, found.state.trainable["adapter"]), found.loss
 

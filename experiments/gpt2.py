@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.workdir import Config
-from lora_jax.decoding import CachedModel
+from lora_jax.decoding import CachedModel, from_flax
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
@@ -113,13 +113,4 @@ def make_optimizer(config: Config, num_train_steps: int):
 @functools.cache
 def cached_model(config: GPT2Config) -> CachedModel:
   """Returns a GPT-2 as decoding sees it."""
-  module = GPT2(config)
-
-  def extend(params: PyTree, *args: Any) -> Any:
-    return module.apply({"params": params}, *args, method="extend")
-
-  def logits(params: PyTree, hidden: jax.Array) -> Any:
-    return module.apply({"params": params}, hidden, method="logits")
-
-  make_cache = functools.partial(init_cache, config)
-  return CachedModel(extend, logits, make_cache, config.num_positions)
+  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)

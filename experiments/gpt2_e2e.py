@@ -15,11 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments import table
-from experiments.gpt2 import Base, cached_model, make_optimizer, method
-from experiments.gpt2 import load_base as load_base
+from experiments.gpt2 import Base, cached_model, load_base, make_optimizer, method
 from experiments.launch import launch
 from experiments.scoring import score_texts
-from experiments.workdir import Config, commit, open_workdir, read_config, read_result, write_json
+from experiments.workdir import Config, provenance, read_config, run_once
 from lora_jax.data import batches as data_batches
 from lora_jax.data import e2e, e2e_tfds, text
 from lora_jax.decoding import BeamConfig, beam_search
@@ -46,14 +45,8 @@ def run(config: Config) -> dict[str, Any]:
   A finished run is not done again, and a broken one goes on where it was.
   """
   _check(config)
-  with open_workdir(config.workdir, config) as workdir:
-    result = read_result(workdir)
-    if result is None:
-      result = _run(config, workdir)
-      write_json(workdir / "result.json", result)
-    else:
-      print(f"{workdir} is finished; this is its result. Remove it to run it again.\n")
-  print(report(workdir, result))
+  result = run_once(config, lambda workdir: _run(config, workdir))
+  print(report(Path(config.workdir), result))
   return result
 
 
@@ -76,9 +69,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     **trained,
     **scores,
     "seconds": time.perf_counter() - begun,
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    "jax": jax.__version__,
-    "commit": commit(),
+    **provenance(),
   }
 
 
@@ -165,7 +156,7 @@ def train(
   adapter = fitted.best if best else fitted.last
   if config.method == "lora" and not (workdir / "adapter").exists():
     save_adapter(workdir / "adapter", adapter)
-  return adapt(language_model_loss(base.module)).merge(base.params, adapter), {
+  return eval_loss.merge(base.params, adapter), {
     "trainable_parameters": count,
     "num_train_steps": steps,
     "best_step": fitted.best_step,

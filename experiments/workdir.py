@@ -11,10 +11,11 @@ import fcntl
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
@@ -49,6 +50,25 @@ def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
     yield folder
 
 
+def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+  """Returns the result of a run, which `make` finds in the run's folder if it is not there yet.
+
+  Args:
+    config: of the run; `config.workdir` is the folder.
+    make: from the folder to what `result.json` is to hold; that is written last.
+  Raises:
+    RuntimeError, ValueError: as `open_workdir`.
+  """
+  with open_workdir(config.workdir, config) as workdir:
+    result = read_result(workdir)
+    if result is not None:
+      print(f"{workdir} is finished; this is its result. Remove it to run it again.\n")
+      return result
+    result = make(workdir)
+    write_json(workdir / "result.json", result)
+    return result
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes a file whole or not at all."""
   new = path.with_name(f".{path.name}.new")
@@ -68,6 +88,12 @@ def read_config(folder: str | Path) -> Config:
   if not path.is_file():
     raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
   return ConfigDict(json.loads(path.read_text("utf-8")) | {"workdir": str(folder)})
+
+
+def provenance() -> dict[str, str]:
+  """Returns what a result was made with: devices, JAX, and the commit of the code."""
+  device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  return {"device": device, "jax": jax.__version__, "commit": commit()}
 
 
 def commit() -> str:

@@ -1,5 +1,6 @@
 """Beam search finds what `transformers` finds, and what a plain search by the reference's rules."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lora_jax.decoding import BeamConfig, CachedModel, beam_search
+from lora_jax.decoding import BeamConfig, CachedModel, beam_search, from_flax
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
 
@@ -29,13 +30,7 @@ def gpt2():
 @pytest.fixture(scope="module")
 def model(gpt2):
   config, _ = gpt2
-  net = GPT2(config)
-  return CachedModel(
-    extend=lambda params, *args: net.apply({"params": params}, *args, method="extend"),
-    logits=lambda params, hidden: net.apply({"params": params}, hidden, method="logits"),
-    make_cache=lambda batch_size, num_slots: init_cache(config, batch_size, num_slots),
-    max_positions=config.num_positions,
-  )
+  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Greedy decoding is argmax, step by step; a nucleus is what its definition says."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.decoding import CachedModel, SamplingConfig, generate
+from lora_jax.decoding import CachedModel, SamplingConfig, from_flax, generate
 from lora_jax.decoding.sampling import in_nucleus
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
@@ -27,13 +28,7 @@ def params():
 @pytest.fixture(scope="module")
 def model():
   config, _ = load_gpt2(FOLDER)
-  net = GPT2(config)
-  return CachedModel(
-    extend=lambda params, *args: net.apply({"params": params}, *args, method="extend"),
-    logits=lambda params, hidden: net.apply({"params": params}, hidden, method="logits"),
-    make_cache=lambda batch_size, num_slots: init_cache(config, batch_size, num_slots),
-    max_positions=config.num_positions,
-  )
+  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
 
 
 def test_greedy_decoding_is_that_of_transformers(model, params):

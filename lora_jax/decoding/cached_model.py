@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -34,6 +35,26 @@ class CachedModel:
   logits: Callable[..., Any]
   make_cache: Callable[[int, int], PyTree]
   max_positions: int
+
+
+def from_flax(
+  module: nn.Module, make_cache: Callable[[int, int], PyTree], max_positions: int
+) -> CachedModel:
+  """Returns a Linen module as decoding sees it; its `params` are the parameters.
+
+  Args:
+    module: with the methods `extend` and `logits`, as `GPT2`.
+    make_cache: as of `CachedModel`.
+    max_positions: likewise.
+  """
+
+  def extend(params: PyTree, *args: Any) -> Any:
+    return module.apply({"params": params}, *args, method="extend")
+
+  def logits(params: PyTree, hidden: Array) -> Any:
+    return module.apply({"params": params}, hidden, method="logits")
+
+  return CachedModel(extend, logits, make_cache, max_positions)
 
 
 class Batch(NamedTuple):

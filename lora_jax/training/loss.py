@@ -27,8 +27,13 @@ class LossSum(NamedTuple):
 
 
 def mean(loss: LossSum) -> Float[Array, ""]:
-  """Returns the mean loss of a token, nats; 1e-4 is added to the count, as in the paper's code."""
-  return loss.total / (loss.weight + 1e-4)
+  """Returns the mean loss of a token, nats."""
+  return per_token(loss.total, loss.weight)
+
+
+def per_token(total: Float[Array, "*shape"], weight: Float[Array, ""]) -> Float[Array, "*shape"]:
+  """Returns a sum over tokens by their number, to which 1e-4 is added as in the paper's code."""
+  return total / (weight + 1e-4)
 
 
 def cross_entropy(

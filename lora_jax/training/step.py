@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lora_jax.adaptation import Adaptation
 from lora_jax.optimizer import freeze
 from lora_jax.sharding import shardings
-from lora_jax.training.loss import LossSum, mean
+from lora_jax.training.loss import LossSum, mean, per_token
 from lora_jax.trees import combine, partition, trainable_mask
 
 PyTree = Any
@@ -136,7 +136,7 @@ def make_train_step(
     key = fold(state.key, state.step)
     of = gradients if accumulation_steps == 1 else accumulated
     (_, of_batch), grads = of(state, frozen, batch, key)
-    grads = jax.tree.map(lambda g: g / (of_batch.weight + 1e-4), grads)
+    grads = jax.tree.map(lambda g: per_token(g, of_batch.weight), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     new = dataclasses.replace(
       state,
