@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lora_jax.decoding import BeamConfig, CachedModel, beam_search, from_flax
+from lora_jax.decoding import BeamConfig, CachedModel, beam, beam_search, from_flax
+from lora_jax.decoding.beam import sizes
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
 
@@ -169,6 +170,30 @@ def test_batches_and_padding_change_nothing(model, gpt2, scoring):
   np.testing.assert_array_equal(whole.tokens[:, 0], parts.tokens[:, 0])
   np.testing.assert_allclose(whole.scores, parts.scores, atol=1e-5)
   assert (np.diff(whole.scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_slots_of_dead_beams_may_be_dropped(gpt2, monkeypatch, scan_layers):
+  """A search whose cache holds all slots to the end drops none of them."""
+  config, params = load_gpt2(FOLDER, scan_layers=scan_layers)
+  search = BeamConfig(EOS_IDS, num_beams=4, max_new_tokens=40, num_return=4, length_penalty=2.0)
+  prompts, found, rounds = [prompt[:20] for prompt in GOLDEN["prompts"][:6]], [], []
+  take = beam.take_slots
+  monkeypatch.setattr(beam, "SLOT_MULTIPLE", 1)
+  monkeypatch.setattr(
+    beam, "take_slots", lambda *args: jax.debug.callback(lambda: rounds.append(1)) or take(*args)
+  )
+  for few in (True, False):
+    if not few:
+      monkeypatch.setattr(beam, "sizes", lambda *args: sizes(*args)[-1:])
+    rounds.clear()
+    model = from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
+    found.append(beam_search(model, params, prompts, search))
+    jax.effects_barrier()
+    assert len(rounds) > 3 if few else len(rounds) == 1
+  assert found[0].steps.max() > 20
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  np.testing.assert_allclose(found[0].scores, found[1].scores, atol=1e-5)
 
 
 def test_the_output_is_padded_and_knows_its_ends(model, gpt2):

@@ -10,12 +10,16 @@ W slots, one a beam, and a mask says which slots a beam descends from:
     beam 0   1 1 1 1     1 0 0        0 1 0             its own path through the steps
 
 Reordering beams gathers rows of that mask and of the token ids; keys and values stay where they
-are. The whole search of a batch is one compiled program, which stops when no input can improve.
+are. When the cache is full, the slots that no beam descends from any more are dropped: beams soon
+share their beginnings, so that few are alive however long the search. The whole search of a batch
+is one compiled program, which stops when no input can improve.
 
 Whose rules the scores follow, `transformers`' or the paper's code's, is in `scoring.py`.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +30,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.decoding.beam_step import NO_TOKEN, Finished, Search, choose
-from lora_jax.decoding.cached_model import CachedModel, grow_cache, make_batches, read_prompts
+from lora_jax.decoding.cached_model import (
+  Batch,
+  CachedModel,
+  grow_cache,
+  make_batches,
+  read_prompts,
+  take_slots,
+)
 from lora_jax.decoding.scoring import BeamConfig
 
 PyTree = Any
-SLOT_MULTIPLE = 64  # of which a cache has slots: matrix products are slower with odd sizes
+SLOT_MULTIPLE = 32  # of which a cache has slots: matrix products are slower with odd sizes
 
 
 class Hypotheses(NamedTuple):
@@ -88,16 +99,27 @@ def beam_search(
     np.zeros(shape, bool),
     np.zeros(shape[0], np.int32),
   )
-  batches = make_batches(prompts, batch_size, length_multiple, longest, mesh)
-  running = [
-    (batch.rows, search_batch(model, config, params, batch.tokens, batch.lengths))
-    for batch in batches
-  ]  # which need not wait for each other
-  for rows, (finished, steps) in running:
-    for whole, part in zip(found, finished, strict=False):
-      whole[rows] = np.asarray(part)[: len(rows), : config.num_return]
-    found.steps[rows] = int(steps)
+  batches = list(make_batches(prompts, batch_size, length_multiple, longest, mesh))
+
+  def search(batch: Batch) -> tuple[Finished, Int[Array, ""]]:
+    return search_batch(model, config, params, batch.tokens, batch.lengths)
+
+  with ThreadPoolExecutor(num_threads(mesh)) as pool:
+    for batch, (finished, steps) in zip(batches, pool.map(search, batches), strict=True):
+      for whole, part in zip(found, finished, strict=False):
+        whole[batch.rows] = np.asarray(part)[: len(batch.rows), : config.num_return]
+      found.steps[batch.rows] = int(steps)
   return found
+
+
+def num_threads(mesh: Mesh | None) -> int:
+  """Returns how many batches are searched at once: on CPUs one a core.
+
+  XLA gives the small products of a step to one core, and runs what one thread asks for in turn.
+  Programs of several devices wait for each other and must start in one order.
+  """
+  alone = mesh is None or mesh.size == 1
+  return os.cpu_count() or 1 if alone and jax.default_backend() == "cpu" else 1
 
 
 @partial(jax.jit, static_argnames=("model", "config"))
@@ -119,6 +141,7 @@ def search_batch(
   search = Search(
     jnp.zeros((), jnp.int32),
     cache,
+    jnp.full((), width, jnp.int32),
     history[:, None],
     jnp.zeros((batch_size, 1), jnp.float32),
     real[:, None],
@@ -131,33 +154,75 @@ def search_batch(
     ),
   )
   search = choose(config, search, logits[:, None], width)
-  for stop in stages(limit):
-    search = grow(model, search, width + beams * (stop - 1))
-    search = jax.lax.while_loop(
-      lambda search, stop=stop: (search.step < stop) & search.open.any(),
-      lambda search: choose(config, *extend_beams(model, params, search, width, lengths), width),
-      search,
-    )
+  for num_slots, margin in sizes(width, beams, limit):
+    search = grow(model, search, num_slots)
+    search = search_within(model, config, params, search, width, lengths, margin)
   return search.finished, search.step
 
 
-def stages(limit: int) -> list[int]:
-  """Returns the steps until which each size of the cache lasts.
+def sizes(width: int, beams: int, limit: int) -> list[tuple[int, int]]:
+  """Returns how many slots the cache has in turn, and how many must be free to go on with it.
 
-  Slots not yet in use cost attention as much as others; but each size compiles a loop more.
+  Attention is over all slots, in use or not; but each size compiles the loop once more. The last
+  one holds all that could ever be alive.
   """
-  return [limit] if limit < 32 else [limit * 3 // 8, limit * 5 // 8, limit]
+  slots = [width + beams * steps for steps in (10, 18, limit - 1)]
+  rounded = [-(-number // SLOT_MULTIPLE) * SLOT_MULTIPLE for number in slots]
+  smaller = [(number, 4 * beams) for number in rounded[:-1] if number < rounded[-1]]
+  return [*smaller, (rounded[-1], beams)]
 
 
 def grow(model: CachedModel, search: Search, num_slots: int) -> Search:
-  """Returns the search with room for `num_slots` slots, rounded up."""
-  num_slots = -(-num_slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
-  batch_size, _, used = search.seen.shape
-  if num_slots <= used:
-    return search
+  """Returns the search with a cache of `num_slots` slots."""
+  batch_size, _, slots = search.seen.shape
   return search._replace(
     cache=grow_cache(model, search.cache, batch_size, num_slots),
-    seen=jnp.pad(search.seen, ((0, 0), (0, 0), (0, num_slots - used))),
+    seen=jnp.pad(search.seen, ((0, 0), (0, 0), (0, num_slots - slots))),
+  )
+
+
+def search_within(
+  model: CachedModel,
+  config: BeamConfig,
+  params: PyTree,
+  search: Search,
+  width: int,
+  lengths: Int[Array, " B"],
+  margin: int,
+) -> Search:
+  """Searches on while `margin` slots are not alive; other arguments as of `search_batch`."""
+  beams, limit, slots = config.num_beams, config.max_new_tokens, search.seen.shape[-1]
+
+  def goes_on(search: Search) -> Bool[Array, ""]:
+    return (search.step < limit) & search.open.any()
+
+  def round_of_steps(search: Search) -> Search:
+    return jax.lax.while_loop(
+      lambda search: goes_on(search) & (search.used + beams <= slots),
+      lambda search: choose(config, *extend_beams(model, params, search, width, lengths), width),
+      drop_slots(model, search),
+    )
+
+  return jax.lax.while_loop(
+    lambda search: goes_on(search) & (alive(search).sum(-1).max() + margin <= slots),
+    round_of_steps,
+    search,
+  )
+
+
+def alive(search: Search) -> Bool[Array, "B S"]:
+  """Tells which slots a beam of an open input descends from."""
+  return (search.seen & search.open[:, None, None]).any(axis=1)
+
+
+def drop_slots(model: CachedModel, search: Search) -> Search:
+  """Returns the search with the slots that are alive in front, so that the others are free."""
+  kept = alive(search)
+  order = jnp.argsort(~kept, axis=-1, stable=True)
+  return search._replace(
+    cache=take_slots(model, search.cache, order),
+    seen=jnp.take_along_axis(search.seen & kept[:, None], order[:, None], axis=-1),
+    used=kept.sum(-1).max().astype(jnp.int32),
   )
 
 
@@ -166,13 +231,12 @@ def extend_beams(
 ) -> tuple[Search, Float[Array, "B W V"]]:
   """Reads each beam's last token; returns the logits of the next ones besides."""
   batch_size, beams, _ = search.seen.shape
-  index = width + (search.step - 1) * beams
   own = jnp.broadcast_to(jnp.eye(beams, dtype=bool), (batch_size, beams, beams))
-  seen = jax.lax.dynamic_update_slice_in_dim(search.seen, own, index, axis=2)
+  seen = jax.lax.dynamic_update_slice_in_dim(search.seen, own, search.used, axis=2)
   last = jax.lax.dynamic_index_in_dim(
     search.history, width + search.step - 1, axis=2, keepdims=False
   )
   positions = jnp.broadcast_to((lengths + search.step - 1)[:, None], last.shape)
-  hidden, cache = model.extend(params, last, positions, search.cache, index, seen)
+  hidden, cache = model.extend(params, last, positions, search.cache, search.used, seen)
   logits = model.logits(params, hidden).astype(jnp.float32)
-  return search._replace(cache=cache, seen=seen), logits
+  return search._replace(cache=cache, seen=seen, used=search.used + beams), logits

@@ -29,6 +29,7 @@ class Search(NamedTuple):
   """The state between two steps; `step` tokens are generated.
 
   Attributes:
+    used: slots of the cache that are in use, from the first on.
     history: the prompt, NO_TOKEN in front, and the generated tokens.
     sums: of the running beams' log-probabilities, best first.
     seen: the slots that a beam descends from.
@@ -37,6 +38,7 @@ class Search(NamedTuple):
 
   step: Int[Array, ""]
   cache: PyTree
+  used: Int[Array, ""]
   history: Int[Array, "B W L"]
   sums: Float[Array, "B W"]
   seen: Bool[Array, "B W S"]
@@ -61,6 +63,7 @@ def choose(config: BeamConfig, search: Search, logits: Float[Array, "B W V"], wi
   return Search(
     length,
     search.cache,
+    search.used,
     take_beams(history, order),
     running,
     take_beams(search.seen, take_beams(parents, order)),

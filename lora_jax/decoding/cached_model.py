@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +27,8 @@ class CachedModel:
       `(hidden (B, T, D), cache)`: processes further tokens, whose keys and values it writes
       into the T slots from `index` on. The mask alone decides which slots a token sees.
     logits: `(params, hidden (..., D))` to logits (..., V).
-    make_cache: `(batch_size, num_slots)` to an empty cache, which may be grown: a smaller
-      cache is the front part of a larger one, along every axis.
+    make_cache: `(batch_size, num_slots)` to an empty cache. Each array in it has one axis of the
+      inputs and one of the slots, and a smaller cache is the front part of a larger one.
     max_positions: the longest sequence that the model takes, tokens.
   """
 
@@ -153,3 +154,19 @@ def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: in
   return jax.tree.map(
     lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), larger, cache
   )
+
+
+def take_slots(model: CachedModel, cache: PyTree, order: Int[Array, "B S"]) -> PyTree:
+  """Returns the cache with the slots of each input in the given order."""
+  shapes = [jax.eval_shape(partial(model.make_cache, *sizes)) for sizes in ((1, 1), (2, 1), (1, 2))]
+
+  def take(leaf: Array, one: Any, two_inputs: Any, two_slots: Any) -> Array:
+    batch_axis, slot_axis = (
+      next(axis for axis in range(leaf.ndim) if one.shape[axis] != two.shape[axis])
+      for two in (two_inputs, two_slots)
+    )
+    others = [axis for axis in range(leaf.ndim) if axis not in (batch_axis, slot_axis)]
+    index = order if batch_axis < slot_axis else order.T
+    return jnp.take_along_axis(leaf, jnp.expand_dims(index, others), axis=slot_axis)
+
+  return jax.tree.map(take, cache, *shapes)
