@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -200,6 +202,45 @@ def test_bad_models(tmp_path):
   ]
   (folder / "tokenizer.json").write_text(json.dumps(written))
   _fails(config, "do not belong together")
+
+
+FULL_DISK = """
+import resource, sys
+from experiments import gpt2_e2e
+from experiments.launch import explained
+from lora_jax.training.checkpoint import Checkpoints
+from tests.tiny_e2e import tiny_config
+
+save, saved = Checkpoints.save, []
+
+def save_with_little_room(*args):
+  saved.append(1)
+  if len(saved) == 2:  # no file may be longer than this from now on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12288, 12288))
+  save(*args)
+
+Checkpoints.save = save_with_little_room
+config = tiny_config(sys.argv[1])
+config.model.folder = sys.argv[2]
+with explained():
+  gpt2_e2e.run(config)
+"""
+
+
+def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
+  """The run stops with what to do, and the same command later ends where it would have."""
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-c", FULL_DISK, workdir, tiny_folder()]
+  run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert run.returncode == 1
+  (message,) = (line for line in run.stderr.splitlines() if line.startswith("error: "))
+  assert "the checkpoint of step 4 could not be written" in message
+  assert "Those of steps [2] are untouched. Make room" in message
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [2]
+  result, undisturbed = gpt2_e2e.run(tiny_config(workdir)), finished[1]
+  assert result["valid_loss"] == undisturbed["valid_loss"]
+  assert result["scores"] == undisturbed["scores"]
 
 
 def test_the_embedded_base_is_the_default(tmp_path):
