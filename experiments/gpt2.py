@@ -54,19 +54,23 @@ def load_base(config: Config, mesh: Mesh) -> Base:
     "remat": config.model.remat or None,
     "attention": config.model.attention,
   }
-  places = functools.partial(params_shardings, mesh, rules=SHARDING)
   if config.model.start == "random":
     model = read_gpt2_config(folder, **computation)
-    shapes = params_shapes(model)
-    init = jax.jit(
-      lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-      out_shardings=places(shapes),
-    )
-    params = init(jax.random.key(config.seed))
+    params = random_params(model, mesh, config.seed)
   else:
+    places = functools.partial(params_shardings, mesh, rules=SHARDING)
     model, params = load_gpt2(folder, shardings=places, **computation)
   tokenizer = load_tokenizer(folder, model.vocab_size)
   return Base(GPT2(model), params, tokenizer, end_of_text_id(tokenizer))
+
+
+def random_params(model: GPT2Config, mesh: Mesh, seed: int) -> PyTree:
+  """Returns new weights, made where they lie on the mesh."""
+  init = jax.jit(
+    lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
+    out_shardings=params_shardings(mesh, params_shapes(model), rules=SHARDING),
+  )
+  return init(jax.random.key(seed))
 
 
 def model_folder(config: Config) -> Path:

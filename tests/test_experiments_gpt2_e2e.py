@@ -234,7 +234,7 @@ def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
   run = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert run.returncode == 1
   (message,) = (line for line in run.stderr.splitlines() if line.startswith("error: "))
-  assert "the checkpoint of step 4 could not be written" in message
+  assert "the checkpoint of step 3 could not be written" in message
   assert "Those of steps [2] are untouched. Make room" in message
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [2]

@@ -16,7 +16,7 @@ one integer, and every process of a larger job can build its part of the same gl
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -266,7 +266,15 @@ def fill(
   return batch
 
 
-def as_grain(batches: Batches, prefetch: int = 2) -> "grain.IterDataset[Batch]":
+class BatchSource(Protocol):
+  """Batches by their number."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Batch: ...
+
+
+def as_grain(batches: BatchSource, prefetch: int = 2) -> "grain.IterDataset[Batch]":
   """Returns the batches as a grain data set, made ahead of their use in a thread.
 
   Its iterators have `get_state()`, a small dict for JSON, and `set_state(state)`: the batches

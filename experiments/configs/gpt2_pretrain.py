@@ -1,0 +1,69 @@
+"""A small GPT-2 from scratch on plain text: the base that the project embeds.
+
+    python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT
+    python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT --sweep  # budgets
+
+The default is 20 M tokens, hours on 2 CPU cores, and goes on where it was broken off.
+"""
+
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from experiments.workdir import Config
+
+
+def get_config() -> Config:
+  """Returns the config of the embedded base."""
+  config: Config = ConfigDict()
+  config.experiment = "gpt2_pretrain"
+  config.variant = "base"
+  config.workdir = ""  # "" is runs/gpt2_pretrain/<what differs from this file>
+  config.seed = 0  # of the weights and the order of the rows
+
+  config.data = ConfigDict()
+  config.data.folder = ""  # text files: *.txt, *.txt.xz or *.txt.gz
+  config.data.vocab_size = 8192  # of the byte-level BPE that is made from them
+  config.data.held_out_every = 200  # one document in so many
+  config.data.num_valid_rows = 256  # of the held-out rows, during training; the end sees all
+  config.data.num_train_tokens = 20_000_000
+  config.data.batch_size = 32  # rows
+  config.data.row_length = 256  # tokens
+
+  config.model = ConfigDict()
+  config.model.embed_dim = 256
+  config.model.num_layers = 6
+  config.model.num_heads = 4
+  config.model.num_positions = 256
+  config.model.dtype = "auto"  # of the computation: bfloat16, on CPUs float32
+  config.model.scan_layers = False
+  config.model.attention = "compact"  # or cudnn, on a GPU with bfloat16; or xla
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.95
+  config.optimizer.eps = 1e-8
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 100
+  config.optimizer.clip_norm = 1.0
+
+  config.fit = ConfigDict()
+  config.fit.eval_every_steps = 250
+  config.fit.checkpoint_every_steps = 50
+  config.fit.log_every_steps = 10
+  config.fit.accumulation_steps = 4  # on CPUs, less memory that is touched anew is faster
+  config.fit.loss_chunk = 0
+
+  config.mesh = ConfigDict()
+  config.mesh.data = 1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+  return config
+
+
+def sweep(config: Config) -> Iterator[dict[str, object]]:
+  """Yields the budgets: a tenth and a hundredth of the config's, each with its own schedule."""
+  for part in (100, 10, 1):
+    yield {"data.num_train_tokens": config.data.num_train_tokens // part}
