@@ -188,7 +188,7 @@ def decoded_inputs(config: Config) -> list[e2e.Group]:
 def generate(
   config: Config, base: Base, params: PyTree, contexts: list[str], mesh: Mesh
 ) -> list[str]:
-  """Returns one text for each context, by beam search."""
+  """Returns one text for each context, by beam search; each is one line."""
   given = config.decoding
   newlines = base.tokenizer.encode("\n\n", add_special_tokens=False).ids
   search = BeamConfig(
@@ -205,7 +205,8 @@ def generate(
   found = beam_search(
     cached_model(base.config), params, prompts, search, batch_size=given.batch_size, mesh=mesh
   )
-  return [base.tokenizer.decode(ids).strip() for ids in found.best()]
+  texts = (base.tokenizer.decode(ids).split("\n\n")[0] for ids in found.best())
+  return [" ".join(text.splitlines()).strip() for text in texts]
 
 
 def report(workdir: Path, result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from experiments.gpt2 import load_base, model_folder
 from experiments.launch import apply
 from experiments.workdir import read_config
 from lora_jax.data import e2e
+from lora_jax.decoding import Hypotheses
 from lora_jax.models.hub import load_tokenizer
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.mesh import make_mesh
@@ -84,6 +85,19 @@ def test_a_finished_adapter_generates_the_runs_predictions(finished):
   # merged weights, not the base's
   query = run.params["h_0"]["attn"]["query"]["kernel"]
   assert np.abs(query - run.base.params["h_0"]["attn"]["query"]["kernel"]).max() > 0
+
+
+def test_a_text_is_one_line_up_to_an_empty_one(finished, monkeypatch):
+  run = load_run(finished[0])
+  ids = run.base.tokenizer.encode(" One\nline\r\nand more .\n\nAnother .").ids
+
+  def search(*args, **kwargs):
+    tokens = np.array([[ids]])
+    none = np.zeros((1, 1))
+    return Hypotheses(tokens, none.astype(int) + len(ids), none, none.astype(bool), np.zeros(1))
+
+  monkeypatch.setattr(gpt2_e2e, "beam_search", search)
+  assert run.generate(["name : The Punter"]) == ["One line and more ."]
 
 
 def test_the_checkpoints_hold_nothing_of_the_base(finished):
