@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.models import attention
 from lora_jax.models.attention import causal_attention
 
 SEGMENT_IDS = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
@@ -28,6 +29,13 @@ def by_jax(mask):
   return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
+@pytest.fixture(params=[128, 5], ids="blocks of {}".format)
+def block_size(request, monkeypatch):
+  """One block of all 12 queries, or three."""
+  monkeypatch.setattr(attention, "BLOCK_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
   ("scale", "dtype", "tolerance"),
@@ -45,6 +53,7 @@ def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
     np.testing.assert_allclose(ours.astype("float32"), theirs, atol=tolerance * largest)
 
 
+@pytest.mark.usefixtures("block_size")
 def test_a_token_sees_its_own_segment_up_to_itself():
   query, key, value, _ = inputs()
 
@@ -56,3 +65,10 @@ def test_a_token_sees_its_own_segment_up_to_itself():
 
   assert seen(3) == [0, 1, 2, 3]
   assert seen(7) == [5, 6, 7]
+
+
+def test_no_more_than_eight_blocks_cover_all_queries():
+  for length in (1, 127, 128, 129, 1000, 1024, 5000):
+    blocks = attention._blocks(length)
+    assert len(blocks) <= 8
+    assert [0, *(stop for _, stop in blocks)] == [*(start for start, _ in blocks), length]

@@ -5,12 +5,16 @@
 
 `jax.nn.dot_product_attention` is the same in one call. Its derivative, however, goes back through
 every operation of the softmax, which on CPUs takes longer than the products. Here, as in
-FlashAttention (Dao et al. 2022, sec. 3 and app. B.2), sums over a row of P are taken from O.
+FlashAttention (Dao et al. 2022, sec. 3 and app. B.2), sums over a row of P are taken from O, and
+a block of queries is not multiplied with the keys that come after all of them.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+BLOCK_SIZE = 128
+MAX_BLOCKS = 8  # each is compiled by itself
 
 
 @jax.custom_vjp
@@ -31,33 +35,61 @@ def causal_attention(
 
 
 def _forward(query, key, value, mask):
-  length, width = query.shape[1], query.shape[-1]
-  logits = _product("BTNH,BSNH->BNTS", query, key) * width**-0.5
-  seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
-  seen = seen if mask is None else seen & mask
-  logits = jnp.where(seen, logits, -jnp.inf)
-  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  total = jnp.moveaxis(weights.sum(axis=-1), 1, 2)[..., None]  # B T N 1
-  weights = weights.astype(value.dtype)
-  out = (_product("BNTS,BSNH->BTNH", weights, value) / total).astype(value.dtype)
-  return out, (query, key, value, weights, total, out)
+  query, key, value = map(_swap_heads, (query, key, value))
+  weights, totals, outs = [], [], []
+  for start, stop in _blocks(query.shape[2]):
+    logits = _product("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :stop])
+    seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None, None]
+    seen = seen if mask is None else seen & mask[:, :, start:stop, :stop]
+    logits = jnp.where(seen, logits * query.shape[-1] ** -0.5, -jnp.inf)
+    unscaled = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    totals.append(unscaled.sum(axis=-1, keepdims=True))
+    weights.append(unscaled.astype(value.dtype))
+    out = _product("BNTS,BNSH->BNTH", weights[-1], value[:, :, :stop]) / totals[-1]
+    outs.append(out.astype(value.dtype))
+  out = jnp.concatenate(outs, axis=2)
+  return _swap_heads(out), (query, key, value, weights, totals, out)
 
 
 def _backward(saved, gradient):
-  query, key, value, weights, total, out = saved
-  gradient = gradient / total
-  mean = jnp.sum(gradient * out, axis=-1)  # of a row's gradients, by P
-  gradient = gradient.astype(value.dtype)
-  to_logits = _product("BTNH,BSNH->BNTS", gradient, value) - jnp.moveaxis(mean, 1, 2)[..., None]
-  to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
-  to_query = _product("BNTS,BSNH->BTNH", to_logits, key)
-  to_key = _product("BNTS,BTNH->BSNH", to_logits, query)
-  to_value = _product("BNTS,BTNH->BSNH", weights, gradient)
-  return (*(x.astype(query.dtype) for x in (to_query, to_key, to_value)), None)
+  query, key, value, all_weights, totals, out = saved
+  gradient, length = _swap_heads(gradient), query.shape[2]
+  to_query, to_key, to_value = [], [], []
+  for (start, stop), weights, total in zip(_blocks(length), all_weights, totals, strict=True):
+    of_block = gradient[:, :, start:stop] / total
+    mean = jnp.sum(of_block * out[:, :, start:stop], axis=-1, keepdims=True)  # by P, of a row's
+    of_block = of_block.astype(value.dtype)
+    to_logits = _product("BNTH,BNSH->BNTS", of_block, value[:, :, :stop]) - mean
+    to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
+    to_query.append(_product("BNTS,BNSH->BNTH", to_logits, key[:, :, :stop]))
+    rest = ((0, 0), (0, 0), (0, length - stop), (0, 0))
+    of_keys = _product("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
+    to_key.append(jnp.pad(of_keys, rest))
+    to_value.append(jnp.pad(_product("BNTS,BNTH->BNSH", weights, of_block), rest))
+  gradients = (jnp.concatenate(to_query, axis=2), *map(_sum, (to_key, to_value)))
+  return (*(_swap_heads(x.astype(query.dtype)) for x in gradients), None)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  """Returns the blocks of queries, as starts and stops."""
+  size = max(BLOCK_SIZE, -(-length // MAX_BLOCKS))
+  return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _sum(parts: list[Array]) -> Array:
+  return sum(parts[1:], parts[0])
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
   return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+
+
+def _swap_heads(x: Array) -> Array:
+  """Swaps the axes of tokens and heads.
+
+  The barrier keeps XLA from moving the transpose into a product, which on CPUs is then slow.
+  """
+  return jax.lax.optimization_barrier(x.swapaxes(1, 2))
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -96,5 +128,4 @@ def cached_attention(
   logits = jnp.einsum("BTNH,BNHS->BNTS", query, keys, preferred_element_type=jnp.float32)
   logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-  out = jnp.einsum("BNTS,BNSH->BNTH", weights, values)
-  return jax.lax.optimization_barrier(out).swapaxes(1, 2)  # else XLA moves it into the product
+  return _swap_heads(jnp.einsum("BNTS,BNSH->BNTH", weights, values))
