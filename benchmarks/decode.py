@@ -37,7 +37,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax.data import e2e, text
-from lora_jax.decoding import BeamConfig, beam_search, from_flax
+from lora_jax.decoding import BeamConfig, beam_search, from_linen
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
 from lora_jax.models.hub import end_of_text_id, load_tokenizer
@@ -63,7 +63,7 @@ Search = Callable[[Prompts, int], Found]
 def our_search(folder: Path, config: BeamConfig) -> Search:
   """Returns this project's search, of prompts in batches of a size."""
   shape, params = load_gpt2(folder)
-  model = from_flax(GPT2(shape), functools.partial(init_cache, shape), shape.num_positions)
+  model = from_linen(GPT2(shape), functools.partial(init_cache, shape), shape.num_positions)
 
   def search(prompts: Prompts, batch_size: int) -> Found:
     found = beam_search(model, params, prompts, config, batch_size=batch_size)

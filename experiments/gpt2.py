@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.workdir import Config
-from lora_jax.decoding import CachedModel, from_flax
+from lora_jax.decoding import CachedModel, from_linen
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
@@ -56,7 +56,7 @@ def load_base(config: Config, mesh: Mesh) -> Base:
   }
   if config.model.start == "random":
     model = read_gpt2_config(folder, **computation)
-    params = random_params(model, mesh, config.seed)
+    params = random_params(model, mesh, jax.random.key(config.seed))
   else:
     places = functools.partial(params_shardings, mesh, rules=SHARDING)
     model, params = load_gpt2(folder, shardings=places, **computation)
@@ -64,13 +64,13 @@ def load_base(config: Config, mesh: Mesh) -> Base:
   return Base(GPT2(model), params, tokenizer, end_of_text_id(tokenizer))
 
 
-def random_params(model: GPT2Config, mesh: Mesh, seed: int) -> PyTree:
+def random_params(model: GPT2Config, mesh: Mesh, key: jax.Array) -> PyTree:
   """Returns new weights, made where they lie on the mesh."""
   init = jax.jit(
     lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
     out_shardings=params_shardings(mesh, params_shapes(model), rules=SHARDING),
   )
-  return init(jax.random.key(seed))
+  return init(key)
 
 
 def model_folder(config: Config) -> Path:
@@ -117,4 +117,4 @@ def make_optimizer(config: Config, num_train_steps: int):
 @functools.cache
 def cached_model(config: GPT2Config) -> CachedModel:
   """Returns a GPT-2 as decoding sees it."""
-  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
+  return from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)

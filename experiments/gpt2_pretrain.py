@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -35,7 +36,7 @@ from lora_jax.training.metrics_log import read_metrics
 from lora_jax.training.step import make_eval_step
 
 PyTree = Any
-END_OF_TEXT = 0
+END_OF_TEXT_ID = 0
 
 
 class Text(NamedTuple):
@@ -50,6 +51,13 @@ class Text(NamedTuple):
 
 def run(config: Config) -> dict[str, Any]:
   """Pretrains one model; goes on where it was, and does not repeat a finished run."""
+  if config.experiment != "gpt2_pretrain":
+    raise ValueError(f"this is a config of {config.experiment!r}, expected 'gpt2_pretrain'")
+  if config.data.row_length > config.model.num_positions:
+    raise ValueError(
+      f"data.row_length {config.data.row_length} exceeds model.num_positions "
+      f"{config.model.num_positions}"
+    )
   if not config.data.folder:
     raise ValueError("no text is given: add --config.data.folder=FOLDER, with *.txt or *.txt.xz")
   result = run_once(config, lambda workdir: _run(config, workdir))
@@ -61,17 +69,17 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
   begun = time.perf_counter()
   mesh = make_mesh(**config.mesh)
-  text = prepare(config, workdir.parent)
   model = model_config(config)
+  text = prepare(config)
+  _check_same_text(workdir, text)
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}
   steps = max(1, config.data.num_train_tokens // math.prod(shape.values()))
-  train = corpus.Rows(text.train, END_OF_TEXT, seed=config.seed, **shape)
-  epochs = -(-steps // len(train))
-  train = corpus.Rows(text.train, END_OF_TEXT, seed=config.seed, num_epochs=epochs, **shape)
-  valid = corpus.Rows(text.held_out, END_OF_TEXT, seed=None, **shape)
+  train = corpus.Rows(text.train, END_OF_TEXT_ID, seed=config.seed, num_batches=steps, **shape)
+  valid = corpus.Rows(text.held_out, END_OF_TEXT_ID, seed=None, **shape)
   num_valid = max(1, min(len(valid), config.data.num_valid_rows // config.data.batch_size))
 
-  params = random_params(model, mesh, config.seed)
+  key_init, key_train = jax.random.split(jax.random.key(config.seed))
+  params = random_params(model, mesh, key_init)
   module = GPT2(model)
   loss = lj.full_finetuning(language_model_loss(module, chunk_size=config.fit.loss_chunk or None))
   optimizer, schedule = make_optimizer(config, steps)
@@ -84,7 +92,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   fitted = fit(
     loss,
     params,
-    loss.init(jax.random.key(config.seed), params, train[0]),
+    loss.init(key_init, params, train[0]),  # the parameters themselves
     optimizer,
     iter(batches.as_grain(train)),
     config=FitConfig(
@@ -97,7 +105,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     eval_loss=loss,
     eval_batches=lambda: (valid[i] for i in range(num_valid)),
     workdir=workdir,
-    key=jax.random.key(config.seed),
+    key=key_train,
     mesh=mesh,
     schedule=schedule,
   )
@@ -137,28 +145,46 @@ def model_config(config: Config) -> GPT2Config:
   return GPT2Config(vocab_size=config.data.vocab_size, **given)
 
 
-def prepare(config: Config, root: Path) -> Text:
+def prepare(config: Config) -> Text:
   """Makes tokenizer and tokens of the text, or finds those that another run has made.
 
-  They lie in `root/text-<hash of the files' names and sizes and of the settings>`.
+  They lie in `text-<hash of the files and settings>` of `config.data.prepared`.
   """
   files = corpus.find_files(config.data.folder)
   about = {
-    "files": [f"{path.name}, {path.stat().st_size} bytes" for path in files],
+    "files": [f"{path.name}, {path.stat().st_size:,} bytes" for path in files],
+    "digests": [_digest(path) for path in files],
     "vocab_size": config.data.vocab_size,
     "held_out_every": config.data.held_out_every,
   }
+  root = Path(config.data.prepared)
   folder = root / f"text-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
   if not folder.exists():
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".text-") as name:
       _prepare(config, files, about, Path(name) / "new")
-      (Path(name) / "new").rename(folder)
+      if not folder.exists():  # another run may have been faster
+        (Path(name) / "new").rename(folder)
   about = json.loads((folder / "about.json").read_text("utf-8"))
-  train, held_out = (
-    np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out")
-  )
+  train, held_out = (np.load(folder / f"{name}.npy", "r") for name in ("train", "held_out"))
   return Text(folder, train, held_out, about["held_out_bytes"], about["files"])
+
+
+def _digest(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_same_text(workdir: Path, text: Text) -> None:
+  """Raises ValueError if the run in this folder began with other text."""
+  record = workdir / "text.json"
+  begun_with = json.loads(record.read_text("utf-8")) if record.exists() else text.folder.name
+  if begun_with != text.folder.name:
+    raise ValueError(
+      f"{workdir} was begun with other text ({begun_with}, now {text.folder.name}): its files have "
+      "changed. Restore them, or give another --config.workdir"
+    )
+  write_json(record, begun_with)
 
 
 def _prepare(config: Config, files: list[Path], about: dict[str, Any], folder: Path) -> None:
@@ -171,7 +197,7 @@ def _prepare(config: Config, files: list[Path], about: dict[str, Any], folder: P
   folder.mkdir()
   tokenizer.save(str(folder / "tokenizer.json"))
   for name, texts in (("train", train), ("held_out", held_out)):
-    np.save(folder / f"{name}.npy", corpus.encode_stream(tokenizer, texts, END_OF_TEXT))
+    np.save(folder / f"{name}.npy", corpus.encode_stream(tokenizer, texts, END_OF_TEXT_ID))
   held_out_bytes = sum(len(text.encode("utf-8")) for text in held_out)
   write_json(folder / "about.json", about | {"held_out_bytes": held_out_bytes})
   print(f"done in {time.perf_counter() - begun:.0f} s", flush=True)
@@ -194,14 +220,16 @@ def _export(
     "held_out_loss": evaluate_loss(step, again, again, rows, mesh),
     "held_out_loss_float32": evaluate_loss(step, params, params, rows, mesh),
   }
-  if not (workdir / "base").exists():
-    save_gpt2(workdir / "base", model, rounded, text.folder, END_OF_TEXT)
+  shutil.rmtree(workdir / "base", ignore_errors=True)  # of a sitting that was broken off here
+  save_gpt2(workdir / "base", model, rounded, text.folder, END_OF_TEXT_ID)
   return losses
 
 
 def flops_per_token(model: GPT2Config, row_length: int) -> float:
   """Returns the operations of training on one token: three times those of a forward pass."""
-  dense = 12 * model.num_layers * model.embed_dim**2 + model.vocab_size * model.embed_dim
+  mlp = model.mlp_dim or 4 * model.embed_dim
+  layer = 4 * model.embed_dim**2 + 2 * model.embed_dim * mlp
+  dense = model.num_layers * layer + model.vocab_size * model.embed_dim
   attention = 2 * model.num_layers * row_length * model.embed_dim  # Q K^T and P V, all places
   return 3 * 2 * (dense + attention)
 
@@ -226,7 +254,7 @@ def card(config: Config, model: GPT2Config, text: Text, result: dict[str, Any]) 
     "parameters": f"{result['parameters']:,}: {model.num_layers} layers, {model.embed_dim} wide, "
     f"{model.num_heads} heads, {model.num_positions} positions, tied head",
     "vocabulary": f"byte-level BPE of {model.vocab_size:,}, made from the text; "
-    f"`{corpus.END_OF_TEXT}` = {END_OF_TEXT}",
+    f"`{corpus.END_OF_TEXT}` = {END_OF_TEXT_ID}",
     "text": f"{len(text.train):,} tokens of {'; '.join(text.files)}",
     "held out": f"{len(text.held_out):,} tokens, {text.held_out_bytes:,} bytes: one document in "
     f"{config.data.held_out_every}",
@@ -249,8 +277,12 @@ def card(config: Config, model: GPT2Config, text: Text, result: dict[str, Any]) 
 def _changes(config: Config) -> dict[str, Any]:
   """Returns the fields that differ from the default config's; the folders are left out."""
   before = flat(get_config())
-  own = {name: value for name, value in flat(config).items() if before[name] != value}
-  return {name: value for name, value in own.items() if name not in ("workdir", "data.folder")}
+  own = {name: value for name, value in flat(config).items() if before.get(name) != value}
+  return {
+    name: value
+    for name, value in own.items()
+    if name not in ("workdir", "data.folder", "data.prepared")
+  }
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def _sweep(
       print(f"  failed: {what}", file=sys.stderr, flush=True)
   if failed:
     sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
-  print(f"Done. The table: python -m experiments.report {root}/*")
+  print(f"Done: {len(runs)} runs in {root}")
 
 
 def _changes(config: ConfigDict, default: ConfigDict) -> dict[str, Any]:

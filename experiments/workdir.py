@@ -51,11 +51,11 @@ def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
 
 
 def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-  """Returns the result of a run, which `make` finds in the run's folder if it is not there yet.
+  """Returns a run's result: the stored one, or what `make` returns, which is then stored.
 
   Args:
     config: of the run; `config.workdir` is the folder.
-    make: from the folder to what `result.json` is to hold; that is written last.
+    make: from the run's folder to what `result.json` is to hold.
   Raises:
     RuntimeError, ValueError: as `open_workdir`.
   """

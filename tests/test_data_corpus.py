@@ -50,6 +50,11 @@ def test_bad_files_are_named(tmp_path):
     path.write_bytes(packed(np.random.default_rng(0).bytes(9999).hex().encode())[:-2000])
     with pytest.raises(ValueError, match=f"{name} is damaged after line"):
       list(corpus.documents([path]))
+  packed = bytearray(gzip.compress(b"x" * 50, 9))
+  packed[10] |= 0b110  # a kind of block that there is not
+  (tmp_path / "a.txt.gz").write_bytes(packed)
+  with pytest.raises(ValueError, match=r"a\.txt\.gz is damaged after line 0: .*invalid block type"):
+    list(corpus.documents([tmp_path / "a.txt.gz"]))
   (tmp_path / "a.txt.xz").write_bytes(b"not xz")
   with pytest.raises(ValueError, match="is damaged after line 0"):
     list(corpus.documents([tmp_path / "a.txt.xz"]))
@@ -61,6 +66,8 @@ def test_every_nth_document_is_held_out():
   assert sorted(train + held_out, key=int) == [str(i) for i in range(10)]
   with pytest.raises(ValueError, match=r"at least 4 documents, .* got 2"):
     corpus.split(["a", "b"], 4)
+  with pytest.raises(ValueError, match=r"2 or more, .* got 1"):
+    corpus.split(["a", "b"], 1)
 
 
 def test_the_stream_decodes_to_the_documents(tokenizer, texts):
@@ -93,7 +100,7 @@ def test_rows_are_the_stream_cut_to_pieces():
 
 def test_the_order_is_of_seed_and_epoch_and_each_row_comes_once():
   stream = np.arange(1, 102, dtype=np.uint16)
-  shape = {"batch_size": 5, "row_length": 4, "num_epochs": 2}
+  shape = {"batch_size": 5, "row_length": 4, "num_batches": 10}
   rows = corpus.Rows(stream, 0, seed=3, **shape)
   assert len(rows) == 10
   epochs = [
@@ -107,8 +114,19 @@ def test_the_order_is_of_seed_and_epoch_and_each_row_comes_once():
   assert (corpus.Rows(stream, 0, seed=4, **shape)[0]["tokens"] != rows[0]["tokens"]).any()
   with pytest.raises(IndexError):
     rows[10]
-  with pytest.raises(ValueError, match="at least 401 tokens, one batch of 4 x 100, got 101"):
+  with pytest.raises(ValueError, match="at least 401 tokens, for 4 rows of 100, got 101"):
     corpus.Rows(stream, 0, batch_size=4, row_length=100, seed=0)
+  with pytest.raises(ValueError, match="expected positive sizes, got 0 rows"):
+    corpus.Rows(stream, 0, batch_size=0, row_length=100, seed=0)
+
+
+def test_the_last_rows_count_only_where_the_order_is_the_streams():
+  stream = np.arange(1, 31, dtype=np.uint16)  # 7 rows of 4
+  assert len(corpus.Rows(stream, 0, batch_size=5, row_length=4, seed=1)) == 1
+  rows = corpus.Rows(stream, 0, batch_size=5, row_length=4, seed=None)
+  assert len(rows) == 2
+  counted = [batch["tokens"][batch["target_weights"] > 0] for batch in (rows[0], rows[1])]
+  np.testing.assert_array_equal(np.concatenate(counted), stream[:28])
 
 
 def test_the_loss_of_rows_is_that_of_the_documents():

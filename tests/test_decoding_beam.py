@@ -1,5 +1,6 @@
 """Beam search finds what `transformers` finds, and what a plain search by the reference's rules."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lora_jax.decoding import BeamConfig, CachedModel, beam, beam_search, from_flax
+from lora_jax.decoding import BeamConfig, CachedModel, beam, beam_search, from_linen
 from lora_jax.decoding.beam import sizes
+from lora_jax.decoding.cached_model import take_slots
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
 
@@ -31,7 +33,7 @@ def gpt2():
 @pytest.fixture(scope="module")
 def model(gpt2):
   config, _ = gpt2
-  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
+  return from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_slots_of_dead_beams_may_be_dropped(gpt2, monkeypatch, scan_layers):
     if not few:
       monkeypatch.setattr(beam, "sizes", lambda *args: sizes(*args)[-1:])
     rounds.clear()
-    model = from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
+    model = from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)
     found.append(beam_search(model, params, prompts, search))
     jax.effects_barrier()
     assert len(rounds) > 3 if few else len(rounds) == 1
@@ -217,6 +219,20 @@ def test_eight_devices_find_what_one_does(model, gpt2):
   eight = beam_search(model, params, prompts, CONFIG, batch_size=16, mesh=mesh)
   np.testing.assert_array_equal(one.tokens, eight.tokens)
   np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
+
+
+def test_batches_run_side_by_side_only_where_a_program_has_one_device(gpt2, monkeypatch):
+  monkeypatch.setattr(beam.os, "cpu_count", lambda: 3)
+  assert beam.num_threads(gpt2[1]) == 3
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  spread = gpt2[1] | {"wte": jax.device_put(gpt2[1]["wte"], jax.NamedSharding(mesh, jax.P()))}
+  assert beam.num_threads(spread) == 1
+
+
+def test_a_cache_without_slots_is_refused(model, gpt2):
+  broken = dataclasses.replace(model, make_cache=lambda batch_size, num_slots: jnp.zeros((2,)))
+  with pytest.raises(ValueError, match="one axis of the inputs and one of the slots"):
+    take_slots(broken, jnp.zeros((2,)), jnp.zeros((1, 1), jnp.int32))
 
 
 def test_equal_scores_go_by_beam_then_token():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.decoding import CachedModel, SamplingConfig, from_flax, generate
+from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
 from lora_jax.decoding.sampling import in_nucleus
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
@@ -28,7 +28,7 @@ def params():
 @pytest.fixture(scope="module")
 def model():
   config, _ = load_gpt2(FOLDER)
-  return from_flax(GPT2(config), functools.partial(init_cache, config), config.num_positions)
+  return from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)
 
 
 def test_greedy_decoding_is_that_of_transformers(model, params):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lora_jax.data import corpus, e2e
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2
 from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loss import language_model_loss
 
 from tests.tiny_e2e import tiny_config
@@ -25,6 +27,7 @@ def pretraining(folder, workdir):
   config = configs.get_config()
   config.workdir = str(workdir)
   config.data.folder = str(folder)
+  config.data.prepared = str(workdir.parent)
   config.data.update({"vocab_size": 512, "held_out_every": 20, "num_train_tokens": 16_384})
   config.data.update({"batch_size": 8, "row_length": 128, "num_valid_rows": 8})
   config.model.update({"embed_dim": 32, "num_layers": 2, "num_heads": 2})
@@ -62,7 +65,9 @@ def test_the_model_learns_and_its_figures_are_those_of_the_shipped_weights(finis
   assert result["held_out_loss"] == pytest.approx(loss, rel=1e-5)
   size = sum(len(text.encode()) for text in held_out)
   assert result["bits_per_byte"] == pytest.approx(loss * (len(stream) - 1) / size / math.log(2))
-  assert not set(held_out) & set(train)
+  (text,) = (root / "runs").glob("text-*")
+  stored = tokenizer.decode(np.load(text / "train.npy").tolist(), skip_special_tokens=False)
+  assert stored == "<|endoftext|>".join(["", *train, ""])
 
 
 def test_the_card_says_what_was_done(finished):
@@ -86,21 +91,60 @@ def test_it_can_be_adapted(finished, tmp_path):
 
 def test_prepared_text_is_made_once(finished, capsys):
   root, config, result = finished
-  folders = list((root / "runs").glob("text-*"))
-  assert len(folders) == 1
-  before = (folders[0] / "train.npy").stat().st_mtime_ns
+  (folder,) = (root / "runs").glob("text-*")
+  before = (folder / "train.npy").stat().st_mtime_ns
   other = apply(config, {"seed": 1, "data.num_train_tokens": 1024})
   other.workdir = str(root / "runs" / "two")
   assert gpt2_pretrain.run(other)["num_train_steps"] == 1
-  assert (folders[0] / "train.npy").stat().st_mtime_ns == before
+  assert (folder / "train.npy").stat().st_mtime_ns == before
   assert "making a vocabulary" not in capsys.readouterr().out
   assert gpt2_pretrain.run(config) == result
+
+
+def test_a_broken_off_run_ends_with_the_same_bits(finished, monkeypatch):
+  root, config, result = finished
+  config = apply(config, {"fit.checkpoint_every_steps": 5})
+  config.workdir = str(root / "runs" / "broken")
+  save = Checkpoints.save
+
+  def save_and_stop(self, step, *args):
+    save(self, step, *args)
+    if step == 10:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+  with pytest.raises(KeyboardInterrupt):
+    gpt2_pretrain.run(config)
+  monkeypatch.setattr(Checkpoints, "save", save)
+  resumed = gpt2_pretrain.run(config)
+  assert resumed["held_out_loss"] == result["held_out_loss"]
+  weights = [root / "runs" / name / "base" / "model.safetensors" for name in ("one", "broken")]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_text_that_changes_during_a_run_is_refused(finished, tmp_path):
+  root, config, _ = finished
+  folder = tmp_path / "text"
+  shutil.copytree(config.data.folder, folder)
+  config = apply(config, {"data.folder": str(folder), "data.num_train_tokens": 1024})
+  config.workdir = str(tmp_path / "run")
+  gpt2_pretrain.run(config)
+  (tmp_path / "run" / "result.json").unlink()
+  with (folder / "a.txt").open("r+") as file:
+    file.write("X")  # the size is the same
+  with pytest.raises(ValueError, match=r"was begun with other text .* its files have changed"):
+    gpt2_pretrain.run(config)
+  assert len(list((root / "runs").glob("text-*"))) == 2
 
 
 def test_text_must_be_given_and_be_enough(tmp_path):
   config = configs.get_config()
   with pytest.raises(ValueError, match=r"add --config\.data\.folder"):
     gpt2_pretrain.run(config)
+  with pytest.raises(ValueError, match=r"row_length 512 exceeds model\.num_positions 256"):
+    gpt2_pretrain.run(apply(config, {"data.row_length": 512}))
+  with pytest.raises(ValueError, match="config of 'glue', expected 'gpt2_pretrain'"):
+    gpt2_pretrain.run(apply(config, {"experiment": "glue"}))
   config = pretraining(tmp_path / "empty", tmp_path / "run")
   (tmp_path / "empty").mkdir()
   with pytest.raises(FileNotFoundError, match="expected text files"):

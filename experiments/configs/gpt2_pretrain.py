@@ -1,4 +1,4 @@
-"""A small GPT-2 from scratch on plain text: the base that the project embeds.
+"""A small GPT-2 from scratch on plain text: a base to adapt.
 
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT --sweep  # budgets
@@ -14,7 +14,7 @@ from experiments.workdir import Config
 
 
 def get_config() -> Config:
-  """Returns the config of the embedded base."""
+  """Returns the config of a base of 6.9 M parameters."""
   config: Config = ConfigDict()
   config.experiment = "gpt2_pretrain"
   config.variant = "base"
@@ -23,9 +23,10 @@ def get_config() -> Config:
 
   config.data = ConfigDict()
   config.data.folder = ""  # text files: *.txt, *.txt.xz or *.txt.gz
+  config.data.prepared = "runs/gpt2_pretrain"  # where tokenizer and tokens are kept for all runs
   config.data.vocab_size = 8192  # of the byte-level BPE that is made from them
   config.data.held_out_every = 200  # one document in so many
-  config.data.num_valid_rows = 256  # of the held-out rows, during training; the end sees all
+  config.data.num_valid_rows = 256  # of the held-out ones, during training; all at the end
   config.data.num_train_tokens = 20_000_000
   config.data.batch_size = 32  # rows
   config.data.row_length = 256  # tokens
@@ -64,6 +65,6 @@ def get_config() -> Config:
 
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
-  """Yields the budgets: a tenth and a hundredth of the config's, each with its own schedule."""
+  """Yields the budgets: 1 %, 10 % and all of the config's, each with its own schedule."""
   for part in (100, 10, 1):
     yield {"data.num_train_tokens": config.data.num_train_tokens // part}

@@ -12,6 +12,7 @@ A document that a row breaks goes on in another row with position 0.
 import gzip
 import itertools
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
           lines = []
     except UnicodeDecodeError as error:
       raise ValueError(f"{path}:{number}: expected UTF-8 text, got {error}") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
       raise ValueError(f"{path} is damaged after line {number}: {error}") from error
     yield from _joined(lines)
 
@@ -76,6 +77,8 @@ def _joined(lines: list[str]) -> Iterator[str]:
 
 def split(texts: Iterable[str], every: int) -> tuple[list[str], list[str]]:
   """Returns the documents to train on, and each `every`-th, which is held out."""
+  if every < 2:
+    raise ValueError(f"expected every = 2 or more, one document in which is held out, got {every}")
   train: list[str] = []
   held_out: list[str] = []
   for number, text in enumerate(texts):
@@ -83,7 +86,7 @@ def split(texts: Iterable[str], every: int) -> tuple[list[str], list[str]]:
   if not train or not held_out:
     raise ValueError(
       f"expected at least {every} documents, one in {every} of which is held out, got "
-      f"{len(train) + len(held_out)}"
+      f"{len(train) + len(held_out)}; a line {END_OF_TEXT} stands between two"
     )
   return train, held_out
 
@@ -130,14 +133,16 @@ def encode_stream(
 class Rows:
   """Batches of a stream's rows, in an order that is a function of (seed, epoch) alone.
 
-  What is left over at the end of the stream is not used.
+  What is left over at the end of the stream, less than a row, is not used.
 
   Args:
     stream: as `encode_stream` returns it.
     end_of_text: the token that starts a document.
-    batch_size: B, rows; an epoch's last rows that do not fill a batch are left out.
+    batch_size: B, rows.
     row_length: T, tokens.
-    seed: of the order; None keeps the stream's.
+    seed: of the order, another in each epoch, which leaves out rows that do not fill a batch.
+      None keeps the stream's order, and fills the last batch up with rows of weight 0.
+    num_batches: of all epochs; None is one epoch.
   Raises:
     ValueError: if the stream is too short for one batch.
   """
@@ -150,21 +155,25 @@ class Rows:
     batch_size: int,
     row_length: int,
     seed: int | None,
-    num_epochs: int = 1,
+    num_batches: int | None = None,
   ):
+    if batch_size < 1 or row_length < 1:
+      raise ValueError(f"expected positive sizes, got {batch_size} rows of {row_length} tokens")
     self.num_rows = (len(stream) - 1) // row_length
-    self.batches_per_epoch = self.num_rows // batch_size
-    if not self.batches_per_epoch:
+    needed = 1 if seed is None else batch_size
+    if self.num_rows < needed:
       raise ValueError(
-        f"expected text of at least {batch_size * row_length + 1:,} tokens, one batch of "
-        f"{batch_size} x {row_length}, got {len(stream):,}"
+        f"expected text of at least {needed * row_length + 1:,} tokens, for {needed} rows of "
+        f"{row_length}, got {len(stream):,}"
       )
+    self.batches_per_epoch = -(-(self.num_rows - needed + 1) // batch_size)
+    self._num_batches = self.batches_per_epoch if num_batches is None else num_batches
     self._stream, self._end_of_text, self._seed = stream, end_of_text, seed
-    self._batch_size, self._row_length, self._num_epochs = batch_size, row_length, num_epochs
+    self._batch_size, self._row_length = batch_size, row_length
     self._epoch, self._order = -1, np.arange(self.num_rows)
 
   def __len__(self) -> int:
-    return self.batches_per_epoch * self._num_epochs
+    return self._num_batches
 
   def __getitem__(self, index: int) -> Batch:
     """Returns the batch of that number: B rows, a target for each of their tokens."""
@@ -172,6 +181,9 @@ class Rows:
       raise IndexError(f"batch {index} of {len(self)}")
     epoch, place = divmod(index, self.batches_per_epoch)
     rows = self._order_of(epoch)[place * self._batch_size : (place + 1) * self._batch_size]
+    weights = np.zeros((self._batch_size, self._row_length), np.float32)
+    weights[: len(rows)] = 1
+    rows = np.pad(rows, (0, self._batch_size - len(rows)), mode="edge")
     places = rows[:, None] * self._row_length + np.arange(self._row_length + 1)
     tokens = self._stream[places].astype(np.int32)
     tokens, targets = tokens[:, :-1], tokens[:, 1:]
@@ -184,7 +196,7 @@ class Rows:
       segment_ids=np.cumsum(starts, axis=1, dtype=np.int32),
       target_index=column.copy(),
       targets=targets,
-      target_weights=np.ones(tokens.shape, np.float32),
+      target_weights=weights,
     )
 
   def _order_of(self, epoch: int) -> np.ndarray:

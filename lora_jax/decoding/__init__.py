@@ -1,7 +1,7 @@
 """Decoding with a cache of keys and values; it knows no model, only three functions of one."""
 
 from lora_jax.decoding.beam import Hypotheses, beam_search
-from lora_jax.decoding.cached_model import CachedModel, from_flax
+from lora_jax.decoding.cached_model import CachedModel, from_linen
 from lora_jax.decoding.sampling import SamplingConfig, generate
 from lora_jax.decoding.scoring import BeamConfig
 
@@ -11,6 +11,6 @@ __all__ = [
   "Hypotheses",
   "SamplingConfig",
   "beam_search",
-  "from_flax",
+  "from_linen",
   "generate",
 ]

@@ -38,7 +38,7 @@ class CachedModel:
   max_positions: int
 
 
-def from_flax(
+def from_linen(
   module: nn.Module, make_cache: Callable[[int, int], PyTree], max_positions: int
 ) -> CachedModel:
   """Returns a Linen module as decoding sees it; its `params` are the parameters.
@@ -158,15 +158,22 @@ def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: in
 
 def take_slots(model: CachedModel, cache: PyTree, order: Int[Array, "B S"]) -> PyTree:
   """Returns the cache with the slots of each input in the given order."""
-  shapes = [jax.eval_shape(partial(model.make_cache, *sizes)) for sizes in ((1, 1), (2, 1), (1, 2))]
+  shapes = [jax.eval_shape(partial(model.make_cache, *of)) for of in ((1, 1), (2, 1), (1, 2))]
 
   def take(leaf: Array, one: Any, two_inputs: Any, two_slots: Any) -> Array:
-    batch_axis, slot_axis = (
-      next(axis for axis in range(leaf.ndim) if one.shape[axis] != two.shape[axis])
-      for two in (two_inputs, two_slots)
-    )
+    batch_axis, slot_axis = _differing_axis(one, two_inputs), _differing_axis(one, two_slots)
     others = [axis for axis in range(leaf.ndim) if axis not in (batch_axis, slot_axis)]
     index = order if batch_axis < slot_axis else order.T
     return jnp.take_along_axis(leaf, jnp.expand_dims(index, others), axis=slot_axis)
 
   return jax.tree.map(take, cache, *shapes)
+
+
+def _differing_axis(one: Any, two: Any) -> int:
+  axes = [axis for axis, size in enumerate(one.shape) if size != two.shape[axis]]
+  if len(axes) != 1:
+    raise ValueError(
+      "each array of a cache needs one axis of the inputs and one of the slots, but make_cache "
+      f"makes {one.shape} for one of each and {two.shape} for one more"
+    )
+  return axes[0]
