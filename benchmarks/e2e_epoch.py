@@ -33,6 +33,9 @@ part in every fifth turn. Columns:
     cpu_s       the CPU time of an epoch, all threads; on a GPU, of the host
     tokens/s    the lines' own tokens, without padding
 
+glibc keeps freed memory (`lora_jax.training.allocator`), for PyTorch as for lora_jax: it changes
+the times of PyTorch little, which keeps most blocks itself.
+
 Where torch, transformers or peft is missing, it says so and times lora_jax alone. Torch's threads
 wait for one another: where other work shares the cores, its times with several threads say
 little. There, `taskset -c 0 python -m benchmarks.e2e_epoch` gives one core to both sides.
@@ -61,6 +64,7 @@ from lora_jax.data import batches, e2e, text
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.gpt2_folder import load_gpt2, save_gpt2
 from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.step import make_train_step, start
@@ -422,4 +426,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Way]:
 
 
 if __name__ == "__main__":
+  keep_freed_memory()
   main()

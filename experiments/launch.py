@@ -8,8 +8,10 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging as std_logging
+import os
 import re
 import sys
 import traceback
@@ -23,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 import lora_jax
 from experiments.workdir import Config, flat, open_workdir, read_result
+from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.trees import near
 
 Run = Callable[[ConfigDict], dict[str, Any]]
@@ -46,6 +49,8 @@ def launch(run: Run, config_file: str) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unexpected arguments {' '.join(arguments[1:])}; see --help")
     _show_warnings()
+    if _only_cpus():
+      keep_freed_memory()
     with explained():
       changes = _changes(config.value, default)
       if sweep.value:
@@ -54,6 +59,13 @@ def launch(run: Run, config_file: str) -> None:
         run(_with_workdir(config.value, changes))
 
   app.run(main)
+
+
+def _only_cpus() -> bool:
+  """Tells whether JAX will find no accelerator, without starting it."""
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  accelerators = bool(plugins) or importlib.util.find_spec("libtpu") is not None
+  return os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators
 
 
 def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, ConfigDict]:

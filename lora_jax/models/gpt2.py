@@ -209,11 +209,17 @@ class GPT2(nn.Module):
     return self._layers(tokens, positions, None, mask, None)[0]
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Returns the head's output, float32, for any of the hidden states."""
-    if not self.config.tie_head:
-      return self.lm_head(hidden)
-    embedding = self.wte.embedding.astype(self.config.dtype)
-    return _float32_dot(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+    """Returns the head's output, float32, for any of the hidden states.
+
+    It sees one axis of tokens, for the reason given in `_dense`.
+    """
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    if self.config.tie_head:
+      embedding = self.wte.embedding.astype(self.config.dtype)
+      logits = _float32_dot(tokens, embedding, (((1,), (1,)), ((), ())))
+    else:
+      logits = self.lm_head(tokens)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
   def extend(
     self,

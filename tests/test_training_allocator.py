@@ -1,0 +1,52 @@
+"""`lora_jax.training.allocator`: a step finds the pages of the step before it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+from lora_jax.training.allocator import keep_freed_memory
+
+kept = keep_freed_memory() if sys.argv[1] == "kept" else False
+import jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):  # 64 MB of temporaries
+  y = jnp.sin(x[:, None] * jnp.arange(4096.0))
+  return jax.lax.optimization_barrier(y).sum()
+
+x = jnp.ones(4096)
+for _ in range(10):
+  step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+  step(x).block_until_ready()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _run(how: str, **environment: str) -> tuple[str, int]:
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment
+  command = [sys.executable, "-c", FAULTS, how]
+  run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+  kept, faults = run.stdout.split()
+  return kept, int(faults)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_a_steps_memory_is_kept_for_the_next():
+  pages = 5 * 4096 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")
+  kept, faults = _run("kept")
+  assert kept == "True"
+  assert faults < pages / 20
+  kept, faults = _run("given back")
+  assert kept == "False"
+  assert faults > pages / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_settings_of_the_environment_stand():
+  assert _run("kept", MALLOC_ARENA_MAX="8")[0] == "False"
