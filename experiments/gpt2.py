@@ -19,6 +19,7 @@ from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
 from lora_jax.models.hub import end_of_text_id, find_folder, load_tokenizer
+from lora_jax.training.loop import FitConfig
 from lora_jax.training.mesh import Rules, params_shardings
 
 PyTree = Any
@@ -112,6 +113,18 @@ def make_optimizer(config: Config, num_train_steps: int):
   )
   clip = optax.clip_by_global_norm(given.clip_norm) if given.clip_norm else optax.identity()
   return optax.chain(clip, adamw), schedule
+
+
+def fit_config(config: Config, num_train_steps: int) -> FitConfig:
+  """Returns the steps of `fit` as a config has them; a short run is evaluated at its end."""
+  given = config.fit
+  return FitConfig(
+    num_train_steps=num_train_steps,
+    eval_every_steps=min(given.eval_every_steps, num_train_steps),
+    checkpoint_every_steps=given.checkpoint_every_steps,
+    log_every_steps=given.log_every_steps,
+    accumulation_steps=given.accumulation_steps,
+  )
 
 
 @functools.cache

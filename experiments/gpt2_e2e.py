@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from experiments import table
-from experiments.gpt2 import Base, cached_model, load_base, make_optimizer, method
+from experiments.gpt2 import Base, cached_model, fit_config, load_base, make_optimizer, method
 from experiments.launch import launch
 from experiments.scoring import score_texts
-from experiments.workdir import Config, provenance, read_config, run_once
+from experiments.workdir import Config, check_experiment, provenance, read_config, run_once
 from lora_jax.data import batches as data_batches
 from lora_jax.data import e2e, e2e_tfds, text
 from lora_jax.decoding import BeamConfig, beam_search
 from lora_jax.training.checkpoint import save_adapter
-from lora_jax.training.loop import FitConfig, evaluate_loss, fit
+from lora_jax.training.loop import evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import make_eval_step
@@ -65,7 +66,9 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     "method": config.method,
     "seed": config.seed,
     "num_train_records": data.num_train_records if config.method != "frozen_base" else 0,
-    "base_parameters": _count(base.params if config.method != "full_finetuning" else merged),
+    "base_parameters": optax.tree.size(
+      base.params if config.method != "full_finetuning" else merged
+    ),
     **trained,
     **scores,
     "seconds": time.perf_counter() - begun,
@@ -126,7 +129,7 @@ def train(
   trainable = jax.block_until_ready(loss.init(key_init, base.params, data.train[0]))
   steps = config.fit.num_train_steps or len(data.train)
   optimizer, schedule = make_optimizer(config, steps)
-  count = _count(trainable)
+  count = optax.tree.size(trainable)
   print(
     f"{config.method} on {workdir}: {count:,} trainable parameters, "
     f"{data.num_train_records:,} lines, {steps:,} steps",
@@ -138,13 +141,7 @@ def train(
     trainable,
     optimizer,
     iter(data_batches.as_grain(data.train)),
-    config=FitConfig(
-      num_train_steps=steps,
-      eval_every_steps=min(config.fit.eval_every_steps, steps),
-      checkpoint_every_steps=config.fit.checkpoint_every_steps,
-      log_every_steps=config.fit.log_every_steps,
-      accumulation_steps=config.fit.accumulation_steps,
-    ),
+    config=fit_config(config, steps),
     eval_loss=eval_loss,
     eval_batches=lambda: iter(data.valid),
     workdir=workdir,
@@ -236,11 +233,7 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
 
 
 def _check(config: Config) -> None:
-  if config.experiment != "gpt2_e2e":
-    raise ValueError(
-      f"this is a config of {config.experiment!r}, and the experiment is 'gpt2_e2e'. Start it "
-      f"with python -m experiments.{config.experiment}"
-    )
+  check_experiment(config, "gpt2_e2e")
   for name, value, known in (
     ("method", config.method, ("lora", "full_finetuning", "frozen_base")),
     ("model.start", config.model.start, ("pretrained", "random")),
@@ -248,10 +241,6 @@ def _check(config: Config) -> None:
   ):
     if value not in known:
       raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _count(tree: PyTree) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 if __name__ == "__main__":

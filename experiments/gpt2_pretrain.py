@@ -19,17 +19,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2 import make_optimizer, random_params
+from experiments.gpt2 import fit_config, make_optimizer, random_params
 from experiments.launch import launch
-from experiments.workdir import Config, flat, provenance, run_once, write_json
+from experiments.workdir import Config, check_experiment, flat, provenance, run_once, write_json
 from lora_jax.data import batches, corpus
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.gpt2_folder import save_gpt2
-from lora_jax.training.loop import FitConfig, evaluate_loss, fit
+from lora_jax.training.loop import evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
@@ -51,8 +52,7 @@ class Text(NamedTuple):
 
 def run(config: Config) -> dict[str, Any]:
   """Pretrains one model; goes on where it was, and does not repeat a finished run."""
-  if config.experiment != "gpt2_pretrain":
-    raise ValueError(f"this is a config of {config.experiment!r}, expected 'gpt2_pretrain'")
+  check_experiment(config, "gpt2_pretrain")
   if config.data.row_length > config.model.num_positions:
     raise ValueError(
       f"data.row_length {config.data.row_length} exceeds model.num_positions "
@@ -73,7 +73,8 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   text = prepare(config)
   _check_same_text(workdir, text)
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}
-  steps = max(1, config.data.num_train_tokens // math.prod(shape.values()))
+  tokens_per_step = math.prod(shape.values())
+  steps = max(1, config.data.num_train_tokens // tokens_per_step)
   train = corpus.Rows(text.train, END_OF_TEXT_ID, seed=config.seed, num_batches=steps, **shape)
   valid = corpus.Rows(text.held_out, END_OF_TEXT_ID, seed=None, **shape)
   num_valid = max(1, min(len(valid), config.data.num_valid_rows // config.data.batch_size))
@@ -83,10 +84,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   module = GPT2(model)
   loss = lj.full_finetuning(language_model_loss(module, chunk_size=config.fit.loss_chunk or None))
   optimizer, schedule = make_optimizer(config, steps)
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  count = optax.tree.size(params)
   print(
     f"{count:,} parameters, {len(text.train):,} tokens of text; {steps:,} steps of "
-    f"{math.prod(shape.values()):,} tokens",
+    f"{tokens_per_step:,} tokens",
     flush=True,
   )
   fitted = fit(
@@ -95,13 +96,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     loss.init(key_init, params, train[0]),  # the parameters themselves
     optimizer,
     iter(batches.as_grain(train)),
-    config=FitConfig(
-      num_train_steps=steps,
-      eval_every_steps=min(config.fit.eval_every_steps, steps),
-      checkpoint_every_steps=config.fit.checkpoint_every_steps,
-      log_every_steps=config.fit.log_every_steps,
-      accumulation_steps=config.fit.accumulation_steps,
-    ),
+    config=fit_config(config, steps),
     eval_loss=loss,
     eval_batches=lambda: (valid[i] for i in range(num_valid)),
     workdir=workdir,
@@ -121,7 +116,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     "seed": config.seed,
     "parameters": count,
     "num_train_steps": steps,
-    "train_tokens": steps * math.prod(shape.values()),
+    "train_tokens": steps * tokens_per_step,
     "epochs": steps / train.batches_per_epoch,
     **losses,
     "bits_per_byte": losses["held_out_loss"]
@@ -189,9 +184,7 @@ def _check_same_text(workdir: Path, text: Text) -> None:
 
 def _prepare(config: Config, files: list[Path], about: dict[str, Any], folder: Path) -> None:
   begun = time.perf_counter()
-  print(
-    f"reading {len(files)} files, making a vocabulary of {about['vocab_size']:,} ...", flush=True
-  )
+  print(f"making a vocabulary of {about['vocab_size']:,} from {len(files)} files ...", flush=True)
   train, held_out = corpus.split(corpus.documents(files), about["held_out_every"])
   tokenizer = corpus.train_tokenizer(train[:: max(1, len(train) // 20_000)], about["vocab_size"])
   folder.mkdir()

@@ -117,7 +117,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[Path]]:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-  """Returns the groups of runs, in the order in which they first appear.
+  """Returns the groups of runs: methods in the order in which they first appear, LoRA by rank.
 
   Raises:
     ValueError: if two runs of a group have the same seed.
@@ -136,7 +136,10 @@ def group(runs: Sequence[Run]) -> list[Group]:
       if one.seed == next_one.seed:
         raise ValueError(f"{one.folder} and {next_one.folder} are the same run; give one of them")
     groups.append(Group(label, family, settings, tuple(members)))
-  return groups
+  methods = list(dict.fromkeys(one.method for one in groups))
+  return sorted(
+    groups, key=lambda one: (methods.index(one.method), one.settings.get("lora.rank", 0))
+  )
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments import paper_tables, table
 from experiments.figure import draw
 from experiments.gpt2_e2e import decoded_inputs
-from experiments.groups import Group, Run, group, read_runs
+from experiments.groups import RATE, Group, Run, group, read_runs
 from experiments.launch import explained
 from experiments.report_csv import write_csv
 from experiments.workdir import read_config
@@ -74,20 +74,20 @@ def by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def by_rank(groups: Sequence[Group]) -> list[list[Group]]:
-  """Returns the sets of LoRA groups that differ in their rank alone, from the lowest.
+  """Returns the sets of LoRA groups that differ in their rank, from the lowest.
 
-  Either alpha is the same in all of a set, or alpha / rank.
+  Either alpha is the same in all of a set, or alpha / rank. Of several learning rates, a rank has
+  the one with the smallest validation loss.
   """
-  sweeps: dict[str, list[Group]] = defaultdict(list)
-  for one in groups:
+  sweeps: dict[str, dict[int, Group]] = defaultdict(dict)
+  for one in sorted(groups, key=_loss, reverse=True):  # so that the best comes last
     if one.method == "lora":
-      rest = dict(one.settings)
+      rest = {name: value for name, value in one.settings.items() if name != RATE}
       rank = rest.pop("lora.rank")
-      sweeps[repr(sorted(rest.items()))].append(one)
+      sweeps[repr(sorted(rest.items()))][rank] = one
       rest["lora.alpha"] = ("times the rank", rest["lora.alpha"] / rank)
-      sweeps[repr(sorted(rest.items(), key=repr))].append(one)
-  ordered = (sorted(sweep, key=lambda one: one.settings["lora.rank"]) for sweep in sweeps.values())
-  return [sweep for sweep in ordered if len(sweep) > 1]
+      sweeps[repr(sorted(rest.items(), key=repr))][rank] = one
+  return [[sweep[rank] for rank in sorted(sweep)] for sweep in sweeps.values() if len(sweep) > 1]
 
 
 def _unfinished(folders: Sequence[Path]) -> str:
@@ -273,13 +273,13 @@ def _rates(families: dict[str, list[Group]]) -> str:
 def _ranks(sweep: Sequence[Group]) -> str:
   names = [name for name in VALUES if any(one.statistic(name) for one in sweep)]
   heads = dict(zip(VALUES, HEADS, strict=True))
-  head = ["rank", "trainable"]
+  head = ["rank", "trainable", "learning rate"]
   head += [f"{heads[name]}{whose}" for name in names for whose in ("", " (paper)")]
   rows = []
   for one in sweep:
     rank = one.settings["lora.rank"]
     paper = paper_tables.TABLE_18.get(rank, {})
-    cells = [str(rank), f"{one.first.result['trainable_parameters']:,}"]
+    cells = [str(rank), f"{one.first.result['trainable_parameters']:,}", f"{one.rate:g}"]
     for name in names:
       cells += [_statistic(one, name), table.number(name, paper.get(name))]
     rows.append(cells)

@@ -69,6 +69,15 @@ def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str
     return result
 
 
+def check_experiment(config: Config, name: str) -> None:
+  """Raises ValueError if a config is of another experiment than `name`."""
+  if config.experiment != name:
+    raise ValueError(
+      f"this is a config of {config.experiment!r}, and the experiment is {name!r}. Start it with "
+      f"python -m experiments.{config.experiment}"
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes a file whole or not at all."""
   new = path.with_name(f".{path.name}.new")

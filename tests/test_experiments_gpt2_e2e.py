@@ -244,12 +244,12 @@ with explained():
 def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
   """The run stops with what to do, and the same command later ends where it would have."""
   workdir = tmp_path / "run"
-  command = [sys.executable, "-c", FULL_DISK, workdir, tiny_folder()]
+  # -B: Python puts a .pyc file that it could write in part alone in place of the whole one
+  command = [sys.executable, "-B", "-c", FULL_DISK, workdir, tiny_folder()]
   run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-  assert run.returncode == 1
-  (message,) = (line for line in run.stderr.splitlines() if line.startswith("error: "))
-  assert "the checkpoint of step 3 could not be written" in message
-  assert "Those of steps [2] are untouched. Make room" in message
+  assert run.returncode == 1, run.stderr
+  assert "error: the checkpoint of step 3 could not be written" in run.stderr, run.stderr
+  assert "Those of steps [2] are untouched. Make room" in run.stderr
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [2]
   result, undisturbed = gpt2_e2e.run(tiny_config(workdir)), finished[1]

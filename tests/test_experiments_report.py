@@ -210,7 +210,24 @@ def test_ranks_of_other_layers_are_no_sweep(runs, tmp_path):
   folder = changed(runs / "lora1", tmp_path / "qv", other, {})
   groups = group(read_runs([runs / "lora1", folder])[0])
   assert by_rank(groups) == []
-  assert [one.label for one in groups] == ["LoRA, rank 4, all linear", "LoRA, rank 2, q,v"]
+  assert [one.label for one in groups] == ["LoRA, rank 2, q,v", "LoRA, rank 4, all linear"]
+
+
+def test_a_rank_is_shown_at_its_best_rate(runs, tmp_path):
+  made = {  # alpha / rank is the same in all of them
+    "slow": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 1e-3}, 7.5),
+    "fast": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 5e-3}, 9.5),
+  }
+  for name, (config, loss) in made.items():
+    changed(runs / "lora1", tmp_path / name, config, {"valid_loss": loss})
+  text = report([*map(tmp_path.joinpath, made), runs / "lora1"], tmp_path / "r")
+  found = rows(text, "By rank")
+  assert [(rank, row["learning rate"]) for rank, row in found.items()] == [
+    ("4", "0.01"),
+    ("64", "0.001"),
+  ]
+  assert found["64"]["valid loss"] == "7.500"
+  assert next(iter(rows(text, "Results"))).startswith("LoRA, rank 4")
 
 
 def sweep_of_rates(runs, root):

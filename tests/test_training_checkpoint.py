@@ -169,8 +169,9 @@ def test_a_full_disk_loses_nothing(tmp_path):
     "with Checkpoints(sys.argv[1]) as checkpoints:\n"
     "  checkpoints.save(2, {'w': noise}, None, 'base')\n"
   )
-  run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
-  assert run.returncode == 1
+  # -B: Python puts a .pyc file that it could write in part alone in place of the whole one
+  run = subprocess.run([sys.executable, "-B", "-c", code, tmp_path], capture_output=True, text=True)
+  assert run.returncode == 1, run.stderr
   message = run.stderr.strip().splitlines()[-1]
   assert message.startswith("OSError: the checkpoint of step 2 could not be written to")
   assert "steps [1] are untouched. Make room" in message

@@ -18,6 +18,7 @@ from experiments.workdir import Config
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
 FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280}
+MINI_RATES = {64: 3e-3, 256: 1e-3}  # of the sweep's large ranks
 
 
 def get_config(variant: str = "mini") -> Config:
@@ -122,10 +123,11 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
   The paper keeps alpha. `mini` keeps alpha / rank, which its learning rate was chosen with; the
   large ranks diverge at that rate, and have the best of 1e-3 and 3e-3 (docs/gpt2_e2e.md).
   """
-  scaling = config.lora.alpha / config.lora.rank
-  for rank in (1, 2, 4, 8, 64, FULL_RANK[config.variant]):
-    if config.variant != "mini":
-      yield {"lora.rank": rank, "lora.alpha": config.lora.alpha}
-      continue
-    rate = config.optimizer.learning_rate if rank < 64 else {64: 3e-3, 256: 1e-3}[rank]
+  ranks = (1, 2, 4, 8, 64, FULL_RANK[config.variant])
+  if config.variant != "mini":
+    yield from ({"lora.rank": rank, "lora.alpha": config.lora.alpha} for rank in ranks)
+    return
+  scaling, usual = config.lora.alpha / config.lora.rank, config.optimizer.learning_rate
+  for rank in ranks:
+    rate = MINI_RATES.get(rank, usual)
     yield {"lora.rank": rank, "lora.alpha": scaling * rank, "optimizer.learning_rate": rate}

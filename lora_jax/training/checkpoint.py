@@ -108,7 +108,11 @@ class Checkpoints:
     return self
 
   def __exit__(self, *error: object) -> None:
-    self._checkpointer.close()
+    try:
+      self._checkpointer.close()
+    except Exception:
+      if error[0] is None:  # an error on the way here says more than its consequences
+        raise
 
   def steps(self) -> list[int]:
     """Returns the steps that there are checkpoints of, in order."""
