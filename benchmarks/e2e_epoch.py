@@ -33,8 +33,8 @@ part in every fifth turn. Columns:
     cpu_s       the CPU time of an epoch, all threads; on a GPU, of the host
     tokens/s    the lines' own tokens, without padding
 
-glibc keeps freed memory (`lora_jax.training.allocator`), for PyTorch as for lora_jax: it changes
-the times of PyTorch little, which keeps most blocks itself.
+For the embedded model glibc keeps freed memory, as in `experiments.gpt2_e2e`, for PyTorch as well
+(`lora_jax.training.allocator`).
 
 Where torch, transformers or peft is missing, it says so and times lora_jax alone. Torch's threads
 wait for one another: where other work shares the cores, its times with several threads say
@@ -426,5 +426,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Way]:
 
 
 if __name__ == "__main__":
-  keep_freed_memory()
+  if parse().model == "embedded":
+    keep_freed_memory()
   main()

@@ -49,7 +49,7 @@ def launch(run: Run, config_file: str) -> None:
     if len(arguments) > 1:
       raise app.UsageError(f"unexpected arguments {' '.join(arguments[1:])}; see --help")
     _show_warnings()
-    if _only_cpus():
+    if config.value.get("keep_freed_memory") and _only_cpus():
       keep_freed_memory()
     with explained():
       changes = _changes(config.value, default)

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENT = """
 import sys
 from pathlib import Path
+import experiments.launch
 from experiments.launch import launch
 from experiments.workdir import open_workdir, write_json
+
+experiments.launch.keep_freed_memory = lambda: print("memory is kept")
 
 def run(config):
   with open_workdir(config.workdir, config) as workdir:
@@ -96,6 +99,15 @@ def test_mistakes_end_with_a_message(package, argument, message):
   written = launched(package, argument, code=1)
   assert message in written
   assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(("kept", "platforms"), [(True, "cpu"), (False, "cpu"), (True, "")])
+def test_memory_is_kept_on_cpus_where_the_config_says_so(package, kept, platforms, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  if not platforms:  # as where a GPU's plugin is installed
+    (package / "libtpu").mkdir()
+  written = launched(package, f"--config.keep_freed_memory={kept}", "--config.lora.rank=2")
+  assert ("memory is kept" in written) == (kept and platforms == "cpu")
 
 
 def test_bugs_keep_their_traceback(package):

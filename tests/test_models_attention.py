@@ -53,6 +53,20 @@ def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
     np.testing.assert_allclose(ours.astype("float32"), theirs, atol=tolerance * largest)
 
 
+def test_fewer_queries_than_keys():
+  query, key, value, gradient = inputs()
+  at = jnp.asarray([9, 2, 2, 11, 0])
+  causal = jnp.tril(jnp.ones((12, 12), bool))[None, None]
+  mask = (segments_mask() & causal)[:, :, at]
+  arrays = (query[:, at], key, value, gradient[:, at])
+  got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
+  expected = outputs_and_gradients(
+    lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *arrays
+  )
+  for ours, theirs in zip(got, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
 @pytest.mark.usefixtures("block_size")
 def test_a_token_sees_its_own_segment_up_to_itself():
   query, key, value, _ = inputs()
@@ -69,6 +83,8 @@ def test_a_token_sees_its_own_segment_up_to_itself():
 
 def test_no_more_than_eight_blocks_cover_all_queries():
   for length in (1, 127, 128, 129, 1000, 1024, 5000):
-    blocks = attention._blocks(length)
+    blocks = attention._blocks(length, length)
     assert len(blocks) <= 8
-    assert [0, *(stop for _, stop in blocks)] == [*(start for start, _ in blocks), length]
+    starts, stops, ends = map(list, zip(*blocks, strict=True))
+    assert [0, *stops] == [*starts, length]
+    assert ends == stops

@@ -14,6 +14,7 @@ import lora_jax as lj
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes, save_gpt2
 from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.trees import leaves_with_path
 
 from tests import make_gpt2_golden as golden
 from tests.models import randomized, relative_difference
@@ -187,6 +188,38 @@ def token_dependence(config, params, segment_ids):
 
   gradient = jax.jit(jax.jacrev(logits))(params["wte"]["embedding"])
   return np.asarray(jnp.linalg.norm(gradient[:, :9], axis=-1))
+
+
+@pytest.mark.parametrize("computation", [*COMPUTATIONS, "xla"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_outputs_of_some_tokens_are_those_of_all(computation, packed):
+  """Values and gradients, whether or not the last layer leaves the other tokens out."""
+  config, params = load_gpt2(
+    golden.GOLDEN / "tied", **COMPUTATIONS.get(computation, {"attention": computation})
+  )
+  tokens = tokens_of()
+  segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1] * 9]) if packed else None
+  at = jnp.asarray([[6, 2, 3, 3], [8, 0, 5, 1]])  # in any order, and twice
+
+  def loss(params, chosen):
+    args = (tokens, None, segments, *((at,) if chosen else ()))
+    hidden = GPT2(config).apply({"params": params}, *args, method="hidden")
+    hidden = hidden if chosen else jnp.take_along_axis(hidden, at[..., None], axis=1)
+    return jnp.sin(hidden).sum(), hidden
+
+  def of(chosen):
+    call = jax.jit(jax.value_and_grad(functools.partial(loss, chosen=chosen), has_aux=True))
+    (_, hidden), gradients = call(params)
+    return hidden, gradients, call.lower(params).compile().cost_analysis()["flops"]
+
+  got, expected = of(True), of(False)
+  assert got[0].shape == (2, 4, config.embed_dim)
+  assert relative_difference(got[0], expected[0]) < 1e-5
+  for name, leaf in leaves_with_path(got[1]):
+    other = dict(leaves_with_path(expected[1]))[name]
+    assert np.abs(leaf - other).max() < 1e-5 * (1 + np.abs(other).max()), name
+  if not config.scan_layers:
+    assert got[2] < 0.9 * expected[2]
 
 
 QUERY_VALUE = r"h(_\d+)?/attn/(query|value)/kernel"

@@ -20,16 +20,17 @@ MAX_BLOCKS = 8  # each is compiled by itself
 @jax.custom_vjp
 def causal_attention(
   query: Float[Array, "B T N H"],
-  key: Float[Array, "B T N H"],
-  value: Float[Array, "B T N H"],
-  mask: Bool[Array, "#B 1 T T"] | None,
+  key: Float[Array, "B S N H"],
+  value: Float[Array, "B S N H"],
+  mask: Bool[Array, "#B 1 T S"] | None,
 ) -> Float[Array, "B T N H"]:
   """Returns the values' mean by the softmax of `query key^T / sqrt(H)`, over keys up to itself.
 
   The softmax is computed in float32. It has a reverse derivative only.
 
   Args:
-    mask: True where a query also may see a key; each must see itself. None is everywhere.
+    mask: True where a query also may see a key; each must see itself. None is everywhere. With
+      fewer queries than keys, T < S, the mask alone says what they see.
   """
   return _forward(query, key, value, mask)[0]
 
@@ -37,15 +38,18 @@ def causal_attention(
 def _forward(query, key, value, mask):
   query, key, value = map(_swap_heads, (query, key, value))
   weights, totals, outs = [], [], []
-  for start, stop in _blocks(query.shape[2]):
-    logits = _product("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :stop])
-    seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None, None]
-    seen = seen if mask is None else seen & mask[:, :, start:stop, :stop]
+  for start, stop, end in _blocks(query.shape[2], key.shape[2]):
+    logits = _product("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :end])
+    seen = None if mask is None else mask[:, :, start:stop, :end]
+    if stop == end:
+      causal = (jnp.arange(start, stop)[:, None] >= jnp.arange(end)[None])[None, None]
+      seen = causal if seen is None else seen & causal
+    assert seen is not None, "fewer queries than keys see what a mask says"
     logits = jnp.where(seen, logits * query.shape[-1] ** -0.5, -jnp.inf)
     unscaled = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     totals.append(unscaled.sum(axis=-1, keepdims=True))
     weights.append(unscaled.astype(value.dtype))
-    out = _product("BNTS,BNSH->BNTH", weights[-1], value[:, :, :stop]) / totals[-1]
+    out = _product("BNTS,BNSH->BNTH", weights[-1], value[:, :, :end]) / totals[-1]
     outs.append(out.astype(value.dtype))
   out = jnp.concatenate(outs, axis=2)
   return _swap_heads(out), (query, key, value, weights, totals, out)
@@ -53,16 +57,17 @@ def _forward(query, key, value, mask):
 
 def _backward(saved, gradient):
   query, key, value, all_weights, totals, out = saved
-  gradient, length = _swap_heads(gradient), query.shape[2]
+  gradient, (length, num_keys) = _swap_heads(gradient), (query.shape[2], key.shape[2])
   to_query, to_key, to_value = [], [], []
-  for (start, stop), weights, total in zip(_blocks(length), all_weights, totals, strict=True):
+  blocks = _blocks(length, num_keys)
+  for (start, stop, end), weights, total in zip(blocks, all_weights, totals, strict=True):
     of_block = gradient[:, :, start:stop] / total
     mean = jnp.sum(of_block * out[:, :, start:stop], axis=-1, keepdims=True)  # by P, of a row's
     of_block = of_block.astype(value.dtype)
-    to_logits = _product("BNTH,BNSH->BNTS", of_block, value[:, :, :stop]) - mean
+    to_logits = _product("BNTH,BNSH->BNTS", of_block, value[:, :, :end]) - mean
     to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
-    to_query.append(_product("BNTS,BNSH->BNTH", to_logits, key[:, :, :stop]))
-    rest = ((0, 0), (0, 0), (0, length - stop), (0, 0))
+    to_query.append(_product("BNTS,BNSH->BNTH", to_logits, key[:, :, :end]))
+    rest = ((0, 0), (0, 0), (0, num_keys - end), (0, 0))
     of_keys = _product("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
     to_key.append(jnp.pad(of_keys, rest))
     to_value.append(jnp.pad(_product("BNTS,BNTH->BNSH", weights, of_block), rest))
@@ -70,10 +75,13 @@ def _backward(saved, gradient):
   return (*(_swap_heads(x.astype(query.dtype)) for x in gradients), None)
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-  """Returns the blocks of queries, as starts and stops."""
+def _blocks(length: int, num_keys: int) -> list[tuple[int, int, int]]:
+  """Returns the blocks of queries: their starts, their stops, and the ends of their keys."""
+  if length < num_keys:
+    return [(0, length, num_keys)]
   size = max(BLOCK_SIZE, -(-length // MAX_BLOCKS))
-  return [(start, min(start + size, length)) for start in range(0, length, size)]
+  stops = (min(start + size, length) for start in range(0, length, size))
+  return [(start, stop, stop) for start, stop in zip(range(0, length, size), stops, strict=True)]
 
 
 def _sum(parts: list[Array]) -> Array:

@@ -96,13 +96,20 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B T D"], mask: Bool[Array, "#B 1 T S"] | None, cache: Any, index: Any
+    self,
+    x: Float[Array, "B S D"],
+    mask: Bool[Array, "#B 1 T K"] | None,
+    cache: Any,
+    index: Any,
+    at: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
-    heads = (*x.shape[:2], config.num_heads, config.embed_dim // config.num_heads)
-    query, key, value = (
-      _dense(config, config.embed_dim, name, x).reshape(heads) for name in ("query", "key", "value")
-    )
+
+    def heads(name: str, x: Array) -> Array:
+      size = config.embed_dim // config.num_heads
+      return _dense(config, config.embed_dim, name, x).reshape(*x.shape[:2], -1, size)
+
+    query, key, value = heads("query", _take(x, at)), heads("key", x), heads("value", x)
     if cache is not None:
       keys, values = cache = write_cache(cache, key, value, index)
       assert mask is not None, "a cache is read by a mask"
@@ -112,10 +119,10 @@ class Attention(nn.Module):
     else:
       implementation: Any = config.attention
       out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=True, implementation=implementation
+        query, key, value, mask=mask, is_causal=at is None, implementation=implementation
       )
-    out = _dense(config, config.embed_dim, "out", out.reshape(x.shape), _residual_std(config))
-    return out, cache
+    out = out.reshape(*out.shape[:2], -1)
+    return _dense(config, config.embed_dim, "out", out, _residual_std(config)), cache
 
 
 class MLP(nn.Module):
@@ -138,13 +145,13 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B T D"], cache: Any, mask: Any, index: Any
+    self, x: Float[Array, "B S D"], cache: Any, mask: Any, index: Any, at: Any = None
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
     attended, cache = Attention(config, name="attn")(
-      _layer_norm(config, "ln_1")(x), mask, cache, index
+      _layer_norm(config, "ln_1")(x), mask, cache, index, at
     )
-    x = x + attended
+    x = _take(x, at) + attended
     return x + MLP(config, name="mlp")(_layer_norm(config, "ln_2")(x)), cache
 
 
@@ -198,15 +205,22 @@ class GPT2(nn.Module):
 
   def hidden(
     self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    at: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Returns the normalized output of the last layer; arguments as of a call."""
+    """Returns the normalized output of the last layer; arguments as of a call.
+
+    Args:
+      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
+        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
+        that are not scanned).
+    """
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return self._layers(tokens, positions, None, mask, None)[0]
+    return self._layers(tokens, positions, None, mask, None, at)[0]
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Returns the head's output, float32, for any of the hidden states.
@@ -251,7 +265,7 @@ class GPT2(nn.Module):
       )
     return self._layers(tokens, positions, cache, mask[:, None], index)
 
-  def _layers(self, tokens, positions, cache, mask, index) -> tuple[Array, Any]:
+  def _layers(self, tokens, positions, cache, mask, index, at=None) -> tuple[Array, Any]:
     limit = self.config.num_positions
     if positions is None:
       if tokens.shape[1] > limit:
@@ -263,13 +277,17 @@ class GPT2(nn.Module):
     x = self.wte(tokens) + self.wpe(jnp.broadcast_to(positions, tokens.shape))
     if self.config.scan_layers:
       x, cache = self.h(x, cache, mask, index)
-    else:
-      layers = []
-      for i, block in enumerate(self.h):
-        x, layer = block(x, None if cache is None else cache[i], mask, index)
-        layers.append(layer)
-      cache = None if cache is None else tuple(layers)
-    return self.ln_f(x), cache
+      return self.ln_f(_take(x, at)), cache
+    layers = []
+    for i, block in enumerate(self.h):
+      before = None if cache is None else cache[i]
+      if at is not None and block is self.h[-1] and at.shape[1] < tokens.shape[1]:
+        x, layer = block(x, before, _causal_mask(mask, at, tokens.shape[1]), index, at)
+        at = None  # the others are gone
+      else:
+        x, layer = block(x, before, mask, index)
+      layers.append(layer)
+    return self.ln_f(_take(x, at)), None if cache is None else tuple(layers)
 
 
 def init_cache(config: GPT2Config, batch_size: int, num_slots: int) -> Cache:
@@ -308,6 +326,19 @@ def _dense(
     name=name,
   )
   return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def _take(x: Float[Array, "B S D"], at: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+  """Returns some tokens of each row; all of them if `at` is None."""
+  return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def _causal_mask(
+  mask: Bool[Array, "B 1 S S"] | None, at: Int[Array, "B T"], length: int
+) -> Bool[Array, "B 1 T S"]:
+  """Returns what some tokens of each row see: up to themselves, and by the mask."""
+  causal = (at[:, :, None] >= jnp.arange(length)[None, None])[:, None]
+  return causal if mask is None else causal & jnp.take_along_axis(mask, at[:, None, :, None], 2)
 
 
 def _residual_std(config: GPT2Config) -> float:

@@ -65,7 +65,7 @@ def language_model_loss(
 ) -> Callable[[PyTree, Batch], LossSum]:
   """Returns the loss of a model as a function `fn(params, batch)`, for a method to adapt.
 
-  The head sees only the positions whose output has a target.
+  The head, and the last layer as far as it can, see only the positions whose output has a target.
 
   Args:
     model: with the methods `hidden` and `logits`, as `GPT2`.
@@ -80,8 +80,8 @@ def language_model_loss(
     def call(method: str, *args: Any) -> Any:
       return model.apply({"params": params}, *args, method=method)
 
-    hidden = call("hidden", batch["tokens"], batch["positions"], batch["segment_ids"])
-    hidden = jnp.take_along_axis(hidden, batch["target_index"][..., None], axis=1)
+    names = ("tokens", "positions", "segment_ids", "target_index")
+    hidden = call("hidden", *(batch[name] for name in names))
 
     def of_chunk(hidden: Array, targets: Array, weights: Array) -> LossSum:
       return cross_entropy(call("logits", hidden), targets, weights, label_smoothing)
