@@ -20,6 +20,7 @@ def draw(
   groups: Sequence[Group],
   rates: Mapping[str, Sequence[Group]],
   sweeps: Sequence[Sequence[Group]],
+  budgets: Mapping[str, Mapping[int, Group]],
 ) -> None:
   """Writes a PNG file with one row of panels for each view of the groups that there is."""
   rows: list[tuple[float, Callable[[SubFigure], None]]] = []
@@ -28,6 +29,8 @@ def draw(
   if rates:
     rows.append((4.0, partial(_by_rate, rates)))
   rows += [(3.6, partial(_by_rank, sweep)) for sweep in sweeps]
+  if budgets:
+    rows.append((4.0, partial(_by_budget, budgets)))
   heights = [height for height, _ in rows]
   figure = Figure(figsize=(16, sum(heights)), dpi=100, layout="constrained")
   parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
@@ -102,3 +105,27 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
     paper = {rank: row[name] for rank, row in paper_tables.TABLE_18.items() if rank <= max(ranks)}
     beside.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)
     beside.tick_params(axis="y", labelcolor=PAPER)
+
+
+def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) -> None:
+  figure.suptitle("By the base's pretraining; left, new weights")
+  groups = [one for members in budgets.values() for one in members.values()]
+  known = sorted({tokens for members in budgets.values() for tokens in members if tokens})
+  panels = _panels(figure, groups, share=False)
+  for name, axes in panels.items():
+    for label, members in budgets.items():
+      found = {tokens: one.statistic(name) for tokens, one in members.items()}
+      points = [(tokens, value) for tokens, value in found.items() if value]
+      axes.errorbar(
+        [tokens for tokens, _ in points],
+        [value.mean for _, value in points],
+        yerr=[value.deviation or 0.0 for _, value in points],
+        fmt="o-",
+        label=label,
+      )
+    if known:
+      axes.set_xscale("symlog", linthresh=known[0])
+    axes.set_xlabel("pretraining tokens")
+    axes.set_title(VALUES[name], fontsize="medium")
+    axes.grid(alpha=0.3)
+  list(panels.values())[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,6 +1,7 @@
 """A GPT-2 under an adaptation method: the base, the method, the optimizer, the decoder."""
 
 import functools
+import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_jax.training.loop import FitConfig
 from lora_jax.training.mesh import Rules, params_shardings
 
 PyTree = Any
+PRETRAINING = "pretraining.json"  # of a base that `experiments.gpt2_pretrain` has made
 SHARDING: Rules = (
   (r".*/(query|key|value|up)/kernel", P("fsdp", "tensor")),
   (r".*/(query|key|value|up)/bias", P("tensor")),
@@ -79,6 +81,14 @@ def model_folder(config: Config) -> Path:
   if config.model.folder:
     return find_folder(config.model.folder)
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
+
+
+def pretraining_tokens(config: Config) -> int | None:
+  """Returns the tokens that the base was trained on, 0 for new weights; None if it does not say."""
+  if config.model.start == "random":
+    return 0
+  path = model_folder(config) / PRETRAINING
+  return json.loads(path.read_text("utf-8"))["train_tokens"] if path.is_file() else None
 
 
 def method(config: Config) -> Callable[[Callable[..., Any]], lj.Adaptation]:

@@ -16,7 +16,15 @@ import optax
 from jax.sharding import Mesh
 
 from experiments import table
-from experiments.gpt2 import Base, cached_model, fit_config, load_base, make_optimizer, method
+from experiments.gpt2 import (
+  Base,
+  cached_model,
+  fit_config,
+  load_base,
+  make_optimizer,
+  method,
+  pretraining_tokens,
+)
 from experiments.launch import launch
 from experiments.scoring import score_texts
 from experiments.workdir import Config, check_experiment, provenance, read_config, run_once
@@ -69,6 +77,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     "base_parameters": optax.tree.size(
       base.params if config.method != "full_finetuning" else merged
     ),
+    "pretraining_tokens": pretraining_tokens(config),
     **trained,
     **scores,
     "seconds": time.perf_counter() - begun,

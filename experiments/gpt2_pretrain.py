@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2 import fit_config, make_optimizer, random_params
+from experiments.gpt2 import PRETRAINING, fit_config, make_optimizer, random_params
 from experiments.launch import launch
 from experiments.workdir import Config, check_experiment, flat, provenance, run_once, write_json
 from lora_jax.data import batches, corpus
@@ -38,6 +38,7 @@ from lora_jax.training.step import make_eval_step
 
 PyTree = Any
 END_OF_TEXT_ID = 0
+ABOUT_BASE = ("train_tokens", "held_out_loss", "bits_per_byte", "commit")
 
 
 class Text(NamedTuple):
@@ -129,6 +130,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     **provenance(),
   }
   (workdir / "base" / "README.md").write_text(card(config, model, text, result), "utf-8")
+  write_json(workdir / "base" / PRETRAINING, {name: result[name] for name in ABOUT_BASE})
   return result
 
 

@@ -90,6 +90,14 @@ class Group:
   def rate(self) -> float | None:
     return self.settings.get(RATE)
 
+  @property
+  def method_label(self) -> str:
+    """The method, and LoRA's rank and layers."""
+    name = METHODS[self.method]
+    if self.method != "lora":
+      return name
+    return f"{name}, rank {self.settings['lora.rank']}, {target(self.settings['lora.target'])}"
+
   def statistic(self, name: str) -> Statistic | None:
     """Returns a metric over the seeds; None unless every run has it."""
     values = [run.value(name) for run in self.runs]

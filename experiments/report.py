@@ -7,7 +7,7 @@ those that are not finished are named as such. OUT.md, OUT.csv and OUT.png are w
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,19 +44,20 @@ def report(
   if not runs:
     raise ValueError(f"none of the {len(folders)} runs is finished; there is nothing to report")
   groups = group(runs)
-  rates, sweeps = by_rate(groups), by_rank(groups)
+  rates, sweeps, budgets = by_rate(groups), by_rank(groups), by_budget(groups)
   parts = [f"# {len(runs)} runs in {len(groups)} groups", _unfinished(unfinished), _results(groups)]
   if any(one.first.is_decoded for one in groups):
     parts += [_over_inputs(groups), _compared(groups, runs, against), _paper()]
   elif against is not None:
     raise ValueError("--against compares decoded texts, and none of the runs has any")
-  parts += [_rates(rates) if rates else "", *map(_ranks, sweeps), _origin(runs)]
+  parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
+  parts += [_budgets(budgets) if budgets else "", _origin(runs)]
   text = "\n\n".join(part for part in parts if part) + "\n"
   out = Path(out)
   out.parent.mkdir(parents=True, exist_ok=True)
   Path(f"{out}.md").write_text(text, "utf-8")
   write_csv(Path(f"{out}.csv"), groups)
-  draw(Path(f"{out}.png"), groups, rates, sweeps)
+  draw(Path(f"{out}.png"), groups, rates, sweeps, budgets)
   return text
 
 
@@ -88,6 +89,35 @@ def by_rank(groups: Sequence[Group]) -> list[list[Group]]:
       rest["lora.alpha"] = ("times the rank", rest["lora.alpha"] / rank)
       sweeps[repr(sorted(rest.items(), key=repr))][rank] = one
   return [[sweep[rank] for rank in sorted(sweep)] for sweep in sweeps.values() if len(sweep) > 1]
+
+
+def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
+  """Returns the groups that differ in their base alone, by method and pretraining tokens.
+
+  Groups whose base does not say how many these were are left out, and methods with one base
+  alone. Of several learning rates, a base has the one with the smallest validation loss.
+  """
+  families: dict[tuple[str, str], dict[int, Group]] = defaultdict(dict)
+  for one in sorted(groups, key=_loss, reverse=True):  # so that the best comes last
+    tokens = one.first.result.get("pretraining_tokens")
+    if tokens is not None:
+      base = (RATE, "model.folder", "model.start")
+      rest = {name: value for name, value in one.settings.items() if name not in base}
+      families[one.method_label, repr(sorted(rest.items()))][tokens] = one
+  order = list(dict.fromkeys(one.method_label for one in groups))
+  named = sorted(families.items(), key=lambda item: order.index(item[0][0]))
+  several = Counter(label for (label, _), members in named if len(members) > 1)
+  return {
+    label + (f", {_lines(members)} lines" if several[label] > 1 else ""): dict(
+      sorted(members.items())
+    )
+    for (label, _), members in named
+    if len(members) > 1
+  }
+
+
+def _lines(members: dict[int, Group]) -> str:
+  return f"{next(iter(members.values())).first.result['num_train_records']:,}"
 
 
 def _unfinished(folders: Sequence[Path]) -> str:
@@ -288,6 +318,44 @@ def _ranks(sweep: Sequence[Group]) -> str:
     "what can be compared is how the values move with the rank, not the values."
   )
   return f"## By rank\n\n{table.aligned([head, *rows])}\n\n{note}"
+
+
+def _budgets(families: dict[str, dict[int, Group]]) -> str:
+  budgets = sorted({tokens for members in families.values() for tokens in members})
+  names = [
+    name
+    for name in ("valid_loss", "bleu")
+    if any(one.statistic(name) for members in families.values() for one in members.values())
+  ]
+  heads = dict(zip(VALUES, HEADS, strict=True))
+  rows = [["pretraining tokens", *(f"{label}: {heads[n]}" for n in names for label in families)]]
+  for tokens in budgets:
+    found = (members.get(tokens) for _ in names for members in families.values())
+    cells = zip((name for name in names for _ in families), found, strict=True)
+    rows.append([f"{tokens:,}", *("" if one is None else _statistic(one, n) for n, one in cells)])
+  parts = ["## By pretraining", table.aligned(rows), _gaps(families, budgets)]
+  return "\n\n".join(part for part in parts if part)
+
+
+def _gaps(families: dict[str, dict[int, Group]], budgets: Sequence[int]) -> str:
+  """Returns full fine-tuning less the other methods on each base, over the inputs."""
+  full = families.get(table.METHODS["full_finetuning"], {})
+  others = {label: members for label, members in families.items() if members is not full}
+  rows = [["BLEU of full fine-tuning less that of", *others]]
+  for tokens in budgets:
+    if tokens not in full or not full[tokens].first.is_decoded:
+      continue
+    run, cells = full[tokens].first, []
+    for members in others.values():
+      other = members[tokens].first if tokens in members else None
+      if other is None or not other.is_decoded or _inputs(other) != _inputs(run):
+        cells.append("")
+      else:
+        cells.append(_difference("bleu", compare([run], other)[0]["bleu"]))
+    rows.append([f"{tokens:,} tokens", *cells])
+  note = "First seeds, with 95 % paired bootstrap intervals over the inputs; ° holds zero."
+  title = "## Full fine-tuning against the other methods, by pretraining"
+  return f"{title}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and others else ""
 
 
 def _origin(runs: Sequence[Run]) -> str:

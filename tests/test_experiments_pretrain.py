@@ -86,7 +86,9 @@ def test_it_can_be_adapted(finished, tmp_path):
   config.model.folder = str(root / "runs" / "one" / "base")
   config.data.update({"row_length": 256, "num_train_records": 16, "loss_length": 256})
   config.decoding.num_inputs = 0
-  assert gpt2_e2e.run(config)["num_train_records"] == 16
+  result = gpt2_e2e.run(config)
+  assert result["num_train_records"] == 16
+  assert result["pretraining_tokens"] == finished[2]["train_tokens"]
 
 
 def test_prepared_text_is_made_once(finished, capsys):

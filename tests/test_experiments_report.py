@@ -213,6 +213,30 @@ def test_ranks_of_other_layers_are_no_sweep(runs, tmp_path):
   assert [one.label for one in groups] == ["LoRA, rank 2, q,v", "LoRA, rank 4, all linear"]
 
 
+def test_methods_by_the_pretraining_of_their_base(runs, tmp_path):
+  made = {}
+  for tokens, lora, full in ((0, 9.0, 8.0), (1000, 7.5, 7.25), (2000, 6.0, 6.5)):
+    start = {"model.start": "pretrained" if tokens else "random", "model.folder": f"base{tokens}"}
+    for source, rate, loss in (("lora1", 1e-2, lora), ("lora1", 3e-2, 9.9), ("full", 1e-2, full)):
+      name = f"{source}{tokens}{rate}"
+      of_result = {"pretraining_tokens": tokens, "valid_loss": loss}
+      made[name] = changed(
+        runs / source, tmp_path / name, {**start, "optimizer.learning_rate": rate}, of_result
+      )
+  text = report([*made.values(), runs / "frozen"], tmp_path / "r")
+  lora, full = "LoRA, rank 4, all linear", "full fine-tuning"
+  found = rows(text, "By pretraining")
+  assert list(found["0"]) == ["pretraining tokens"] + [
+    f"{label}: {value}" for value in ("valid loss", "BLEU") for label in (lora, full)
+  ]
+  losses = [[row[f"{label}: valid loss"] for label in (lora, full)] for row in found.values()]
+  assert losses == [["9.000", "8.000"], ["7.500", "7.250"], ["6.000", "6.500"]]
+  (gap,) = compare(read_runs([made["full10000.01"]])[0], read_runs([made["lora110000.01"]])[0][0])
+  assert gap["bleu"] is not None
+  gaps = rows(text, "Full fine-tuning against the other methods, by pretraining")
+  assert gaps["1,000 tokens"][lora].startswith(f"{gap['bleu'].difference:+.2f} [")
+
+
 def test_a_rank_is_shown_at_its_best_rate(runs, tmp_path):
   made = {  # alpha / rank is the same in all of them
     "slow": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 1e-3}, 7.5),
