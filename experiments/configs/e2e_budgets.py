@@ -15,12 +15,12 @@ from experiments.workdir import Config
 
 Changes = dict[str, object]
 
-FOLDER = "runs/bases/data.num_train_tokens={}/base"
+FOLDER = "runs/bases/data.num_train_tokens={},optimizer.warmup_steps={}/base"
 BASES: dict[str, Changes] = {
-  "new weights": {"model.start": "random", "model.folder": FOLDER.format(20_000_000)},
-  "0.2 M tokens": {"model.folder": FOLDER.format(200_000)},
-  "2 M tokens": {"model.folder": FOLDER.format(2_000_000)},
-  "20 M tokens": {"model.folder": FOLDER.format(20_000_000)},
+  "new weights": {"model.start": "random", "model.folder": FOLDER.format(20_000_000, 100)},
+  "0.2 M tokens": {"model.folder": FOLDER.format(200_000, 1)},
+  "2 M tokens": {"model.folder": FOLDER.format(2_000_000, 10)},
+  "20 M tokens": {"model.folder": FOLDER.format(20_000_000, 100)},
 }
 METHODS: dict[str, Changes] = {
   "LoRA": {"lora.rank": 4},

@@ -66,6 +66,9 @@ def get_config() -> Config:
 
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
-  """Yields the budgets: 1 %, 10 % and all of the config's, each with its own schedule."""
+  """Yields the budgets: 1 %, 10 % and all of the config's, each with a schedule of its own."""
   for part in (100, 10, 1):
-    yield {"data.num_train_tokens": config.data.num_train_tokens // part}
+    yield {
+      "data.num_train_tokens": config.data.num_train_tokens // part,
+      "optimizer.warmup_steps": config.optimizer.warmup_steps // part,
+    }
