@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.hub import (
   Index,
+  StoredTensor,
   Tensors,
   check_tensors,
   find_folder,
@@ -184,6 +185,25 @@ def save_gpt2(
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
   }
   save_folder(folder, written, _tensors(config, params), tokenizer_from, max_shard_bytes)
+
+
+def stored_tensors(config: GPT2Config) -> list[StoredTensor]:
+  """Returns the tensors of a GPT-2 in `transformers`, and which of our leaves they hold."""
+  stored = [
+    StoredTensor(f"transformer.{name}", (path,), is_embedding=path.endswith("embedding"))
+    for path, name in OUTSIDE.items()
+  ]
+  parts: dict[str, list[str]] = {}
+  for path, (name, _) in LAYER.items():
+    parts.setdefault(name, []).append(path)
+  for i in range(config.num_layers):
+    layer, stack = (i, "h") if config.scan_layers else (None, f"h_{i}")
+    for name, paths in parts.items():
+      ours = tuple(f"{stack}/{path}" for path in paths)
+      stored.append(StoredTensor(f"transformer.h.{i}.{name}", ours, layer))
+  if not config.tie_head:
+    stored.append(StoredTensor("lm_head.weight", ("lm_head/kernel",), transposed=True))
+  return stored
 
 
 def _check_params(config: GPT2Config, params: PyTree) -> None:

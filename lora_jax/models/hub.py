@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,25 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 END_OF_TEXT = "<|endoftext|>"
 
 Index = tuple[slice, ...]
+
+
+class StoredTensor(NamedTuple):
+  """A tensor of a Hugging Face model, and the leaves of ours that it holds.
+
+  Attributes:
+    name: as in the safetensors files, with the model's prefix.
+    paths: of our leaves that stand one after another along its output axis: one, or the three
+      of a fused query, key and value.
+    layer: the index into leaves that are stacked; None if they are not.
+    transposed: whether it is (out, in), as of torch's Linear, where ours is (in, out).
+    is_embedding: whether rows of it are looked up.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  layer: int | None = None
+  transposed: bool = False
+  is_embedding: bool = False
 
 
 def find_folder(name: str | Path) -> Path:

@@ -1,0 +1,218 @@
+"""Reads adapters that PEFT has saved."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter import LoraAxes, LoraWeight
+from lora_jax.config import LoraConfig, LoraRule
+from lora_jax.interop.peft_config import PeftConfig, parse, pattern_of
+from lora_jax.interop.peft_modules import (
+  CONFIG,
+  PREFIX,
+  WEIGHTS,
+  Arrays,
+  Module,
+  check_tied,
+  find_modules,
+)
+from lora_jax.models.hub import StoredTensor, read_json
+from lora_jax.trees import leaves_with_path, nest
+
+PyTree = Any
+
+
+def load_peft(
+  folder: str | Path, tensors: Sequence[StoredTensor], params: PyTree
+) -> tuple[LoraConfig, PyTree]:
+  """Reads an adapter that PEFT has saved.
+
+  Args:
+    folder: with adapter_config.json and adapter_model.safetensors.
+    tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
+    params: of the base, from which biases of B are added to the layers' own.
+
+  Returns:
+    The config and the trainable tree of `lora_jax.lora`.
+  Raises:
+    FileNotFoundError: if a file is missing.
+    ValueError: if the adapter is of another method or another model, or a tensor is missing,
+      unexpected, mis-shaped or truncated; each is named.
+  """
+  folder = Path(folder)
+  config = parse(read_json(folder / CONFIG), folder / CONFIG)
+  if config.target_parameters:
+    raise ValueError(f"{folder}: target_parameters {config.target_parameters}: this model has none")
+  leaves = dict(leaves_with_path(params))
+  modules = [
+    module
+    for module in find_modules(tensors, leaves)
+    if config.targets(module.name, module.is_body)
+  ]
+  if not modules:
+    raise ValueError(
+      f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
+      f"{', '.join(sorted({m.name.rpartition('.')[2] for m in find_modules(tensors, leaves)}))}"
+    )
+  check_tied(folder, [m for m in modules if m.stored.is_embedding], tensors)
+  arrays = _read(folder, config, modules, tensors, leaves)
+  targets: dict[str, dict[int | None, LoraWeight]] = {}
+  settings: dict[str, tuple[int, float]] = {}
+  for module in modules:
+    a, b = (arrays[key].T for key in module.factor_names())
+    offsets = np.cumsum([0, *module.outputs])
+    for path, start, stop in zip(module.stored.paths, offsets, offsets[1:], strict=False):
+      weight = LoraWeight(a, b[:, start:stop], LoraAxes((), (0,), (1,)))
+      targets.setdefault(path, {})[module.stored.layer] = weight
+      setting = weight.rank, config.scaling_of(module.name) * weight.rank
+      if settings.setdefault(path, setting) != setting:
+        raise ValueError(
+          f"{folder}: the layers stacked in {path} have different ranks or alphas; load the model "
+          "with scan_layers=False"
+        )
+  weights = {path: _stacked(of_layers) for path, of_layers in targets.items()}
+  extra = _extra(config, modules, arrays, tensors, leaves)
+  items = [(tuple(path.split("/")), leaf) for path, leaf in (weights | extra).items()]
+  return _lora_config(settings, weights, extra), jax.tree.map(jnp.asarray, nest(items))
+
+
+def _read(
+  folder: Path,
+  config: PeftConfig,
+  modules: Sequence[Module],
+  tensors: Sequence[StoredTensor],
+  leaves: Mapping[str, Any],
+) -> Arrays:
+  """Returns the file's tensors by name, once they are exactly those of the config."""
+  expected: dict[str, tuple[int, ...]] = {}
+  for module in modules:
+    rank, (a, b) = config.rank_of(module.name), module.factor_names()
+    expected |= {a: (rank, module.inputs), b: (sum(module.outputs), rank)}
+    if config.lora_bias:
+      expected[f"{PREFIX}{module.name}.lora_B.bias"] = (sum(module.outputs),)
+  adapted = {module.name for module in modules}
+  for stored in tensors:
+    if _trained_whole(config, stored, adapted):
+      expected[_whole_key(stored, adapted)] = _shape(stored, leaves)
+  arrays = _load(folder / WEIGHTS)
+  faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
+  faults += [f"unexpected {n} {x.shape}" for n, x in arrays.items() if n not in expected]
+  faults += [
+    f"{n} has shape {arrays[n].shape}, expected {shape}"
+    for n, shape in expected.items()
+    if n in arrays and arrays[n].shape != shape
+  ]
+  if faults:
+    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+    raise ValueError(
+      f"{folder}: the tensors are not those of its {CONFIG} and this model: "
+      f"{'; '.join(faults[:8])}{more}"
+    )
+  return arrays
+
+
+def _load(path: Path) -> Arrays:
+  from safetensors import SafetensorError, safe_open
+
+  if not path.is_file():
+    pickles = sorted(p.name for kind in ("*.bin", "*.pt") for p in path.parent.glob(kind))
+    hint = f"; {', '.join(pickles)} may be a pickle and is not read" if pickles else ""
+    raise FileNotFoundError(f"{path} does not exist{hint}. Save the adapter as safetensors")
+  try:
+    with safe_open(path, "numpy") as file:
+      return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+  except SafetensorError as error:
+    raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
+  module, _, kind = stored.name.rpartition(".")
+  if config.saves(module):
+    return True
+  return kind == "bias" and (
+    config.bias == "all" or (config.bias == "lora_only" and module in adapted)
+  )
+
+
+def _whole_key(stored: StoredTensor, adapted: set[str]) -> str:
+  """Returns a whole tensor's name in the file; an adapted module's own are one level deeper."""
+  module, _, kind = stored.name.rpartition(".")
+  return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
+
+
+def _shape(stored: StoredTensor, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+  shapes = [tuple(leaves[path].shape)[stored.layer is not None :] for path in stored.paths]
+  shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+  return shape[::-1] if stored.transposed else shape
+
+
+def _stacked(of_layers: Mapping[int | None, LoraWeight]) -> LoraWeight:
+  """Returns the factors of a leaf, those of stacked layers as one."""
+  if None in of_layers:
+    return of_layers[None]
+  layers = tuple(sorted(layer for layer in of_layers if layer is not None))
+  a, b = (np.stack([getattr(of_layers[i], name) for i in layers]) for name in ("lora_a", "lora_b"))
+  return LoraWeight(a, b, LoraAxes((0,), (1,), (2,)), layers)
+
+
+def _extra(
+  config: PeftConfig,
+  modules: Sequence[Module],
+  arrays: Arrays,
+  tensors: Sequence[StoredTensor],
+  leaves: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+  """Returns our leaves that are trained whole: saved modules, biases, and biases of B added."""
+  adapted = {module.name for module in modules}
+  new: dict[str, np.ndarray] = {}
+
+  def parts(stored: StoredTensor, array: np.ndarray) -> None:
+    array = array.T if stored.transposed else array
+    sizes = [leaves[path].shape[-1] for path in stored.paths]
+    pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
+    for path, piece in zip(stored.paths, pieces, strict=True):
+      if stored.layer is None:
+        new[path] = piece
+      else:  # the layers that are not named stay as they are
+        new.setdefault(path, np.array(leaves[path], np.float32))[stored.layer] = piece
+
+  for stored in tensors:
+    if _trained_whole(config, stored, adapted):
+      parts(stored, arrays[_whole_key(stored, adapted)])
+  if config.lora_bias:
+    biases = {stored.name: stored for stored in tensors if stored.name.endswith(".bias")}
+    for module in modules:
+      if f"{module.name}.bias" not in biases:
+        raise ValueError(f"lora_bias: {module.name} has no bias of its own to add that of B to")
+      stored = biases[f"{module.name}.bias"]
+      index = () if stored.layer is None else (stored.layer,)
+      own = [new.get(p, np.asarray(leaves[p], np.float32))[index] for p in stored.paths]
+      of_b = config.scaling_of(module.name) * arrays[f"{PREFIX}{module.name}.lora_B.bias"]
+      parts(stored, np.concatenate(own, axis=-1) + of_b)
+  return new
+
+
+def _lora_config(
+  settings: Mapping[str, tuple[int, float]],
+  weights: Mapping[str, LoraWeight],
+  extra: Mapping[str, Any],
+) -> LoraConfig:
+  (rank, alpha), others = pattern_of(settings)
+  some = {path: weight.layers for path, weight in weights.items() if weight.layers is not None}
+  rules = [
+    LoraRule(
+      re.escape(path),
+      rank=settings[path][0],
+      alpha=settings[path][1],
+      stacked_layers=some.get(path),
+    )
+    for path in weights
+    if path in others or path in some
+  ]
+  paths = [re.escape(path) for path in weights]
+  return LoraConfig(rank, alpha, paths, rules=rules, extra=[re.escape(path) for path in extra])

@@ -1,0 +1,94 @@
+"""Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden
+
+Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
+the small GPT-2s of tests/golden/gpt2; beside it stand the logits of the adapted model.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+GPT2 = Path(__file__).parent / "golden" / "gpt2"
+GOLDEN = Path(__file__).parent / "golden" / "peft"
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+  "fused": ("tied", {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}),
+  "rslora": ("tied", {"r": 3, "use_rslora": True, "target_modules": "all-linear"}),
+  "expression": (
+    "tied",
+    {
+      "r": 4,
+      "lora_alpha": 6,
+      "target_modules": r".*\.h\.\d+\.(attn|mlp)\.c_(attn|proj)",
+      "exclude_modules": ["h.0.attn.c_proj"],
+      "rank_pattern": {"mlp.c_proj": 2, r"h\.1\.attn\.c_attn": 5},
+      "alpha_pattern": {"mlp.c_proj": 12},
+    },
+  ),
+  "layers": (
+    "tied",
+    {"r": 2, "target_modules": ["c_attn", "c_fc"], "layers_to_transform": [1], "lora_bias": True},
+  ),
+  "biases": ("tied", {"r": 2, "target_modules": ["c_attn"], "bias": "all"}),
+  "own_biases": ("tied", {"r": 2, "target_modules": ["attn.c_proj"], "bias": "lora_only"}),
+  "saved": (
+    "untied",
+    {"r": 2, "target_modules": ["wte", "c_fc"], "modules_to_save": ["lm_head", "ln_f"]},
+  ),
+}
+
+
+def base_model(name: str) -> Any:
+  """Returns a small GPT-2 of tests/golden/gpt2 in `transformers`."""
+  import transformers
+
+  return transformers.GPT2LMHeadModel.from_pretrained(GPT2 / name).eval()
+
+
+def tokens_of(name: str) -> np.ndarray:
+  """Returns the tokens that the logits are of, (rows, time)."""
+  return load_file(GPT2 / f"{name}.safetensors")["whole/tokens"]
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+  """Returns the logits of PEFT's model."""
+  import torch
+
+  with torch.no_grad():
+    return model(input_ids=torch.tensor(tokens.astype(np.int64))).logits.numpy()
+
+
+def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
+  """Returns PEFT's model with random factors, biases and saved modules."""
+  import peft
+  import torch
+
+  torch.manual_seed(seed)
+  config = peft.LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings})
+  model = peft.get_peft_model(base_model(base), config)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.requires_grad:
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+  return model.eval()
+
+
+def main() -> None:
+  from safetensors.numpy import save_file
+
+  shutil.rmtree(GOLDEN, ignore_errors=True)
+  for seed, (name, (base, settings)) in enumerate(ADAPTERS.items()):
+    model = make_adapter(base, settings, seed)
+    model.save_pretrained(GOLDEN / name, save_embedding_layers=False)
+    (GOLDEN / name / "README.md").unlink(missing_ok=True)
+    config = GOLDEN / name / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(GPT2), "golden") + "\n")
+    save_file({"logits": logits(model, tokens_of(base))}, GOLDEN / f"{name}.safetensors")
+    for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "adapter_model.safetensors"):
+      path.chmod(0o644)
+
+
+if __name__ == "__main__":
+  main()

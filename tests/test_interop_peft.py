@@ -1,0 +1,272 @@
+"""Adapters from and to PEFT: the same logits, names and shapes, and nothing read loosely."""
+
+import dataclasses
+import functools
+import json
+import pickle
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from lora_jax.adapter import adapter_weights
+from lora_jax.interop import load_peft, save_peft
+from lora_jax.interop.peft_config import parse, shortest_endings
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
+from lora_jax.trees import leaves_with_path
+
+from tests import make_peft_golden as golden
+from tests.models import randomized, relative_difference
+
+QUERY_VALUE = r"h(_\d+)?/attn/(query|value)/kernel"
+ALL = [pytest.param(name, id=name) for name in golden.ADAPTERS]
+
+
+@functools.cache
+def base(name, scan_layers=False):
+  config, params = load_gpt2(golden.GPT2 / name, scan_layers=scan_layers)
+  return config, params, stored_tensors(config)
+
+
+def model(config):
+  return lambda params, tokens: GPT2(config).apply({"params": params}, tokens)
+
+
+def logits(name, adapter, scan_layers=False):
+  """Returns the logits of an adapted base, branch by branch and merged."""
+  config, params, _ = base(name, scan_layers)
+  adapted = lj.lora(model(config), adapter[0])
+  tokens = jnp.asarray(golden.tokens_of(name))
+  merged = model(config)(adapted.merge(params, adapter[1]), tokens)
+  return jax.jit(adapted.apply)(params, adapter[1], tokens), merged
+
+
+def expected(name):
+  return load_file(golden.GOLDEN / f"{name}.safetensors")["logits"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_pefts(name):
+  of, _ = golden.ADAPTERS[name]
+  config, params, tensors = base(of)
+  adapter = load_peft(golden.GOLDEN / name, tensors, params)
+  plain = model(config)(params, jnp.asarray(golden.tokens_of(of)))
+  assert relative_difference(plain, expected(name)) > 0.05, "the adapter changes next to nothing"
+  for got in logits(of, adapter):
+    assert relative_difference(got, expected(name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["fused", "layers", "biases"])
+def test_logits_are_pefts_with_stacked_layers(name):
+  _, params, tensors = base("tied", scan_layers=True)
+  adapter = load_peft(golden.GOLDEN / name, tensors, params)
+  for got in logits("tied", adapter, scan_layers=True):
+    assert relative_difference(got, expected(name)) < 1e-5
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("name", ["fused", "rslora", "saved"])
+def test_there_and_back(name, scan_layers, tmp_path):
+  """Parts of a fused weight that share A become one again: PEFT's own file."""
+  of, _ = golden.ADAPTERS[name]
+  _, params, tensors = base(of, scan_layers)
+  adapter = load_peft(golden.GOLDEN / name, tensors, params)
+  save_peft(tmp_path / "new", *adapter, tensors, params)
+  first, second = (
+    load_file(folder / "adapter_model.safetensors")
+    for folder in (golden.GOLDEN / name, tmp_path / "new")
+  )
+  assert list(first) == list(second)
+  for key, array in first.items():
+    np.testing.assert_array_equal(second[key], array)
+  for got in logits(of, load_peft(tmp_path / "new", tensors, params), scan_layers):
+    assert relative_difference(got, expected(name)) < 1e-5
+
+
+def ours(scan_layers=False, **settings):
+  """Returns an adapter of q and v made here, whose factors are all different."""
+  config, params, _ = base("tied", scan_layers)
+  settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings
+  lora_config = lj.LoraConfig(**settings)
+  adapted = lj.lora(model(config), lora_config)
+  tokens = jnp.asarray(golden.tokens_of("tied"))
+  return lora_config, randomized(adapted.init(jax.random.key(0), params, tokens))
+
+
+CASES = {
+  "q and v": {},
+  "rules": {"rules": [lj.LoraRule(r"h_1/attn/value/kernel", rank=3, alpha=1.0)]},
+  "layers": {"layers": [1]},
+  "stack": {"scan_layers": True},
+  "part of a stack": {"scan_layers": True, "stacked_layers": [1]},
+  "with the last norm": {"extra": "ln_f/.*"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ours_as_pefts(case, tmp_path):
+  """Of separate q and v, ranks add up on the fused weight: q's rows, k's zeros, v's rows."""
+  scan_layers = CASES[case].get("scan_layers", False)
+  adapter = ours(**CASES[case])
+  _, params, tensors = base("tied", scan_layers)
+  save_peft(tmp_path / "new", *adapter, tensors, params, base_model="golden/tied")
+  back = load_peft(tmp_path / "new", tensors, params)
+  for got, before in zip(
+    logits("tied", back, scan_layers), logits("tied", adapter, scan_layers), strict=True
+  ):
+    assert relative_difference(got, before) < 1e-5
+  arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
+  name = "base_model.model.transformer.h.1.attn.c_attn.lora_{}.weight"
+  rank = 5 if case == "rules" else 4
+  assert arrays[name.format("A")].shape == (rank, 32)
+  assert arrays[name.format("B")].shape == (96, rank)
+  assert not arrays[name.format("B")][32:64].any()
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  whole = case not in ("layers", "part of a stack")
+  assert written["target_modules"] == (["c_attn"] if whole else ["h.1.attn.c_attn"])
+  assert written["base_model_name_or_path"] == "golden/tied"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
+@pytest.mark.parametrize("case", ["q and v", "rules", "with the last norm"])
+def test_peft_itself_agrees(case, tmp_path):
+  peft = pytest.importorskip("peft", reason="peft is not installed")
+  _, params, tensors = base("tied")
+  adapter = ours(**CASES[case])
+  for name, for_server in (("new", False), ("server", True)):
+    if for_server and "extra" in CASES[case]:
+      continue
+    save_peft(tmp_path / name, *adapter, tensors, params, for_server=for_server)
+    theirs = peft.PeftModel.from_pretrained(golden.base_model("tied"), tmp_path / name).eval()
+    got = golden.logits(theirs, golden.tokens_of("tied"))
+    assert relative_difference(got, logits("tied", adapter)[0]) < 1e-5
+
+
+def test_the_form_for_servers(tmp_path):
+  """One rank and one alpha, and the fields of the published form alone."""
+  _, params, tensors = base("tied")
+  adapter = ours(**CASES["rules"])
+  save_peft(tmp_path / "new", *adapter, tensors, params, for_server=True)
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  assert (written["r"], written["lora_alpha"]) == (5, 5.0)
+  assert not {"rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"} & set(written)
+  arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
+  assert {key.split(".")[-2] for key in arrays} == {"lora_A", "lora_B"}
+  assert {min(array.shape) for array in arrays.values()} == {5}
+  got = logits("tied", load_peft(tmp_path / "new", tensors, params))[0]
+  assert relative_difference(got, logits("tied", adapter)[0]) < 1e-5
+  adapter = ours(extra="ln_f/.*")
+  with pytest.raises(ValueError, match=r"servers read no leaves that are trained whole: ln_f/bias"):
+    save_peft(tmp_path / "other", *adapter, tensors, params, for_server=True)
+
+
+def test_what_peft_has_no_form_for(tmp_path):
+  _, params, tensors = base("tied")
+  with pytest.raises(ValueError, match=r"transformer.ln_f has ln_f/bias, ln_f/scale, of which"):
+    save_peft(tmp_path / "new", *ours(extra="ln_f/scale"), tensors, params)
+  with pytest.raises(ValueError, match=r"wte is the head too\. PEFT adapts its lookup alone"):
+    save_peft(tmp_path / "new", *ours(target="wte/embedding"), tensors, params)
+  (tmp_path / "there").mkdir()
+  with pytest.raises(FileExistsError, match="nothing is overwritten"):
+    save_peft(tmp_path / "there", *ours(), tensors, params)
+  assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+  shutil.copytree(golden.GOLDEN / "fused", tmp_path / "adapter")
+  return tmp_path / "adapter"
+
+
+def edit_config(folder, **fields):
+  path = folder / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"r": 8}, r"lora_A.weight has shape \(4, 32\), expected \(8, 32\)"),
+    ({"r": "8"}, r"the rank 'r' is|r is '8', expected int"),
+    ({"use_dora": True}, r"use_dora=True: DoRA does not exist here yet"),
+    ({"peft_type": "IA3"}, r"expected peft_type LORA, got 'IA3'"),
+    ({"target_modules": ["q_proj"]}, r"\['q_proj'\]|\('q_proj',\) are none of this model's"),
+    ({"target_modules": ["c_attn", "c_fc"]}, r"missing base_model.*c_fc.lora_A.weight \(4, 32\)"),
+    ({"layers_to_transform": [0]}, r"unexpected base_model.*h\.1\.attn\.c_attn\.lora_A"),
+    ({"bias": "some"}, r"bias is 'some', expected none, all or lora_only"),
+    ({"new_thing": 3}, r"the field new_thing=3 is not known here"),
+    ({"target_parameters": ["experts"]}, r"target_parameters \('experts',\): this model has none"),
+    ({"target_modules": ["wte"]}, r"wte is the head too"),
+    ({"target_modules": None}, r"target_modules is missing"),
+  ],
+)
+def test_configs_that_do_not_fit_are_refused(adapter, fields, message):
+  edit_config(adapter, **fields)
+  _, params, tensors = base("tied")
+  with pytest.raises(ValueError, match=message):
+    load_peft(adapter, tensors, params)
+
+
+def test_files_that_do_not_fit_are_refused(adapter):
+  config, params, tensors = base("tied")
+  weights = adapter / "adapter_model.safetensors"
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[: len(whole) // 2])
+  with pytest.raises(ValueError, match="truncated or no safetensors file"):
+    load_peft(adapter, tensors, params)
+  weights.unlink()
+  (adapter / "adapter_model.bin").write_bytes(pickle.dumps({}))
+  with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin may be a pickle"):
+    load_peft(adapter, tensors, params)
+  weights.write_bytes(whole)
+  arrays = load_file(weights)
+  save_file({f"{name}.default": array for name, array in arrays.items()}, weights)
+  with pytest.raises(ValueError, match=r"missing base_model.*; unexpected|and 4 more"):
+    load_peft(adapter, tensors, params)
+  smaller = stored_tensors(dataclasses.replace(config, num_layers=1))
+  weights.write_bytes(whole)
+  with pytest.raises(ValueError, match=r"unexpected .*h\.1\.attn"):
+    load_peft(adapter, smaller, params)
+
+
+@pytest.mark.parametrize(
+  ("fields", "chosen"),
+  [
+    ({"target_modules": ["c_proj"]}, ["h.0.attn.c_proj", "h.0.mlp.c_proj"]),
+    ({"target_modules": ["mlp.c_proj"]}, ["h.0.mlp.c_proj"]),
+    ({"target_modules": "all-linear", "exclude_modules": r".*mlp.*"}, ["h.0.attn.c_proj"]),
+    ({"target_modules": ["c_proj"], "layers_to_transform": [1]}, []),
+    ({"target_modules": ["h.0.mlp.c_proj"], "layers_to_transform": [1]}, ["h.0.mlp.c_proj"]),
+    ({"target_modules": ["c_proj"], "layers_to_transform": 0, "layers_pattern": "h"}, "both"),
+    ({"target_modules": ["c_proj"], "modules_to_save": ["mlp"]}, ["h.0.attn.c_proj"]),
+  ],
+)
+def test_which_modules_are_meant(fields, chosen, tmp_path):
+  modules = ["h.0.attn.c_proj", "h.0.mlp.c_proj"]
+  config = parse({"peft_type": "LORA", "r": 2, **fields}, tmp_path)
+  wanted = modules if chosen == "both" else chosen
+  assert [name for name in modules if config.targets(name)] == wanted
+
+
+def test_the_shortest_endings():
+  modules = ["h.0.attn.proj", "h.0.mlp.proj", "h.1.attn.proj", "h.1.mlp.proj"]
+  assert shortest_endings(modules, modules) == ["proj"]
+  assert shortest_endings(["h.0.mlp.proj", "h.1.mlp.proj"], modules) == ["mlp.proj"]
+  assert shortest_endings(["h.1.mlp.proj"], modules) == ["h.1.mlp.proj"]
+
+
+def test_the_adapter_is_read_where_its_base_is_not_needed():
+  """Shapes alone do, unless biases of B are to be added to the base's."""
+  _, params, tensors = base("tied")
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+  _, trainable = load_peft(golden.GOLDEN / "fused", tensors, shapes)
+  assert set(adapter_weights(trainable)) == {
+    path
+    for path, _ in leaves_with_path(params)
+    if path.split("/")[-2] in ("query", "key", "value") and path.endswith("kernel")
+  }
