@@ -22,7 +22,7 @@ x = jnp.ones(4096)
 for _ in range(10):
   step(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(30):
   step(x).block_until_ready()
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -38,10 +38,10 @@ def _run(how: str, **environment: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_a_steps_memory_is_kept_for_the_next():
-  pages = 5 * 4096 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")
+  pages = 30 * 4096 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")
   kept, faults = _run("kept")
   assert kept == "True"
-  assert faults < pages / 20
+  assert faults < pages / 4  # the heap may grow by some steps more before it is large enough
   kept, faults = _run("given back")
   assert kept == "False"
   assert faults > pages / 2
