@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from experiments.gpt2 import Base, load_base, make_optimizer, method
 from experiments.gpt2_e2e import generate
 from experiments.workdir import Config, read_config, read_result
+from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import fill
 from lora_jax.training.checkpoint import Checkpoints, Restored, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
@@ -73,17 +74,34 @@ def restore_params(
     raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
   if config.method == "frozen_base":
     return base.params, result["valid_loss"]
-  adaptation = method(config)(language_model_loss(base.module))
-  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  key = jax.random.key(0)
-  trainable = adaptation.init(key, base.params, batch)
+  adaptation, trainable = _begun(config, base)
   if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
     adapter = restore_adapter(folder / "adapter", trainable)
     return adaptation.merge(base.params, adapter), result["valid_loss"]
   optimizer, _ = make_optimizer(config, result["num_train_steps"])
-  state, _, _ = start(base.params, trainable, optimizer, key, mesh)
+  state, _, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
   found = _read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
   return adaptation.merge(base.params, found.state.trainable["adapter"]), found.loss
+
+
+def load_adapter(folder: str | Path, base: Base) -> PyTree:
+  """Returns the trainable tree of a finished LoRA run.
+
+  Raises:
+    FileNotFoundError: if there is no adapter.
+    ValueError: if the run was of another method.
+  """
+  config: Config = read_config(folder)
+  if config.method != "lora":
+    raise ValueError(f"{folder} is a run of {config.method}, which has no adapter")
+  return restore_adapter(Path(folder) / "adapter", _begun(config, base)[1])
+
+
+def _begun(config: Config, base: Base) -> tuple[Adaptation, PyTree]:
+  """Returns a run's method, applied to the loss, and the trainable tree as it began."""
+  adaptation = method(config)(language_model_loss(base.module))
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
+  return adaptation, adaptation.init(jax.random.key(0), base.params, batch)
 
 
 def _read_checkpoint(

@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +260,16 @@ def test_the_shortest_endings():
   assert shortest_endings(modules, modules) == ["proj"]
   assert shortest_endings(["h.0.mlp.proj", "h.1.mlp.proj"], modules) == ["mlp.proj"]
   assert shortest_endings(["h.1.mlp.proj"], modules) == ["h.1.mlp.proj"]
+
+
+def test_the_docs_example_runs(adapter):
+  text = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
+  (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+  block = block.replace('"BASE"', repr(str(golden.GPT2 / "tied"))).replace("ADAPTER", str(adapter))
+  names = {"load_gpt2": load_gpt2, "load_peft": load_peft, "stored_tensors": stored_tensors}
+  names |= {"lora_jax": lj, "GPT2": GPT2, "tokens": jnp.asarray(golden.tokens_of("tied"))}
+  exec(block, names)
+  assert relative_difference(names["logits"], expected("fused")) < 1e-5
 
 
 def test_the_adapter_is_read_where_its_base_is_not_needed():

@@ -195,10 +195,23 @@ def shortest_endings(chosen: Iterable[str], modules: Sequence[str]) -> list[str]
   return chosen
 
 
+def usual(values: Iterable[Any]) -> Any:
+  """Returns the commonest of several values."""
+  return Counter(values).most_common(1)[0][0]
+
+
 def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  """Returns the commonest value of the modules, and the others by module."""
-  usual = Counter(values.values()).most_common(1)[0][0]
-  return usual, {name: value for name, value in values.items() if value != usual}
+  """Returns the commonest value of the modules, and the others by the endings of their names.
+
+  >>> pattern_of({"h.0.q": 2, "h.0.v": 2, "h.1.q": 2, "h.0.up": 8, "h.1.up": 8})
+  (2, {'up': 8})
+  """
+  most, by_ending = usual(values.values()), {}
+  for value in dict.fromkeys(values.values()):
+    if value != most:
+      having = [name for name, own in values.items() if own == value]
+      by_ending |= dict.fromkeys(shortest_endings(having, list(values)), value)
+  return most, by_ending
 
 
 def _named(module: str, names: str | Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.adapter import LoraAxes, LoraWeight
 from lora_jax.config import LoraConfig, LoraRule
-from lora_jax.interop.peft_config import PeftConfig, parse, pattern_of
+from lora_jax.interop.peft_config import PeftConfig, parse, usual
 from lora_jax.interop.peft_modules import (
   CONFIG,
   PREFIX,
@@ -202,7 +202,7 @@ def _lora_config(
   weights: Mapping[str, LoraWeight],
   extra: Mapping[str, Any],
 ) -> LoraConfig:
-  (rank, alpha), others = pattern_of(settings)
+  rank, alpha = most = usual(settings.values())
   some = {path: weight.layers for path, weight in weights.items() if weight.layers is not None}
   rules = [
     LoraRule(
@@ -212,7 +212,7 @@ def _lora_config(
       stacked_layers=some.get(path),
     )
     for path in weights
-    if path in others or path in some
+    if settings[path] != most or path in some
   ]
   paths = [re.escape(path) for path in weights]
   return LoraConfig(rank, alpha, paths, rules=rules, extra=[re.escape(path) for path in extra])

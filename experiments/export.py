@@ -1,0 +1,79 @@
+"""A finished run in the forms of other packages.
+
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, as PEFT has it
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # as adapter servers read it
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER --merged   # a model for `transformers`
+
+The adapter of separate query, key and value goes onto GPT-2's fused c_attn exactly; ranks add up
+there. A merged model works without any adapter, and without LoRA: its method may be any.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.finished import load_adapter, load_run
+from experiments.gpt2 import load_base, lora_config, model_folder
+from experiments.launch import explained
+from experiments.workdir import Config, read_config
+from lora_jax.interop import save_peft
+from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors
+from lora_jax.training.mesh import make_mesh
+
+
+def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False) -> None:
+  """Writes the adapter of a finished LoRA run in PEFT's form.
+
+  Raises:
+    FileExistsError: if there is such a folder.
+    ValueError: if the run was of another method, or PEFT has no form for its adapter.
+  """
+  config: Config = read_config(folder)
+  base = load_base(config, make_mesh())
+  save_peft(
+    out,
+    lora_config(config),
+    load_adapter(folder, base),
+    stored_tensors(base.config),
+    base.params,
+    base_model=config.model.folder or None,
+    for_server=for_server,
+  )
+
+
+def export_merged(folder: str | Path, out: str | Path) -> None:
+  """Writes a finished run's model, what was trained merged into it, for `transformers`.
+
+  Raises:
+    FileExistsError: if there is such a folder.
+    ValueError: if the run is not finished.
+  """
+  run = load_run(folder)
+  source, end = model_folder(run.config), run.base.end_of_text
+  save_gpt2(out, run.base.config, run.params, tokenizer_from=source, end_of_text_id=end)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.export",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("folder", help="of a finished run")
+  parser.add_argument("out", help="the folder to make")
+  form = parser.add_mutually_exclusive_group()
+  form.add_argument("--merged", action="store_true", help="the whole model, for transformers")
+  form.add_argument("--server", action="store_true", help="one rank and one alpha for all")
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  given = parser.parse_args(arguments)
+  with explained():
+    if given.merged:
+      export_merged(given.folder, given.out)
+    else:
+      export_adapter(given.folder, given.out, given.server)
+  print(f"wrote {given.out}")
+
+
+if __name__ == "__main__":
+  main()

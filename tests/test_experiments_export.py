@@ -1,0 +1,68 @@
+"""Finished runs in other packages' forms: they compute what the run's own model does."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from experiments import export, gpt2_e2e
+from experiments.finished import load_run
+from experiments.launch import apply
+from lora_jax.interop import load_peft
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
+from lora_jax.models.hub import load_tokenizer
+
+from tests.models import relative_difference
+from tests.tiny_e2e import tiny_config, tiny_folder
+
+TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """A LoRA run and one of full fine-tuning, both short, and the logits of the first."""
+  root = tmp_path_factory.mktemp("runs")
+  short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
+  for name, changes in {"lora": {}, "full": {"method": "full_finetuning"}}.items():
+    gpt2_e2e.run(apply(tiny_config(root / name), {**short, **changes}))
+  return root
+
+
+def logits_of(run):
+  return run.base.module.apply({"params": run.params}, TOKENS)
+
+
+@pytest.mark.parametrize("form", [[], ["--server"]])
+def test_an_adapter_for_peft(runs, form, tmp_path, capsys):
+  export.main([str(runs / "lora"), str(tmp_path / "new"), *form])
+  assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
+  config, params = load_gpt2(tiny_folder())
+  lora_config, trainable = load_peft(tmp_path / "new", stored_tensors(config), params)
+  adapted = lj.lora(lambda p, tokens: GPT2(config).apply({"params": p}, tokens), lora_config)
+  expected = logits_of(load_run(runs / "lora"))
+  assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
+  base = GPT2(config).apply({"params": params}, TOKENS)
+  assert relative_difference(base, expected) > 1e-2
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  assert written["target_modules"] == ["c_attn", "c_proj", "c_fc"]
+  assert ("rank_pattern" in written) == (not form)  # 3 x 4 on the fused weight, 4 elsewhere
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_merged_model_for_transformers(runs, name, tmp_path):
+  export.main([str(runs / name), str(tmp_path / "new"), "--merged"])
+  config, params = load_gpt2(tmp_path / "new")
+  got = GPT2(config).apply({"params": params}, TOKENS)
+  assert relative_difference(got, logits_of(load_run(runs / name))) < 1e-6
+  assert load_tokenizer(tmp_path / "new").get_vocab_size() == 4096
+
+
+def test_what_cannot_be_exported(runs, tmp_path):
+  with pytest.raises(SystemExit, match="is a run of full_finetuning, which has no adapter"):
+    export.main([str(runs / "full"), str(tmp_path / "new")])
+  with pytest.raises(SystemExit, match="is not the folder of a run"):
+    export.main([str(tmp_path), str(tmp_path / "new")])
+  with pytest.raises(SystemExit, match="exists; nothing is overwritten"):
+    export.main([str(runs / "lora"), str(tmp_path)])
