@@ -5,29 +5,32 @@
     logits = ln_f(x) wte^T
 
 Query, key and value have kernels of their own, so that LoRA of `attn/(query|value)/kernel` is
-the paper's. `hub.py` reads and writes Hugging Face folders. There is no dropout in the model:
-the paper fine-tunes with LoRA's own alone.
+the paper's. `gpt2_folder.py` reads and writes Hugging Face folders. There is no dropout in the
+model: the paper fine-tunes with LoRA's own alone.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from lora_jax.models.attention import cached_attention, causal_attention, write_cache
-
-Cache = tuple[Any, ...] | tuple[Array, Array]
-REMAT_POLICIES = (
-  "nothing_saveable",
-  "dots_saveable",
-  "dots_with_no_batch_dims_saveable",
-  "everything_saveable",
+from lora_jax.models.causal_lm import (
+  CausalLM,
+  Seen,
+  attend,
+  check_choice,
+  check_computation,
+  dense,
+  head,
+  init_cache,
+  make_head,
+  make_layers,
+  take,
 )
+
+__all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu_new": nn.gelu,
@@ -82,11 +85,16 @@ class GPT2Config:
       raise ValueError(
         f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
       )
-    _check_choice("activation", self.activation, tuple(ACTIVATIONS))
-    _check_choice("attention", self.attention, ("compact", "xla", "cudnn"))
-    _check_choice("remat", self.remat, (None, *REMAT_POLICIES))
-    for name in ("dtype", "param_dtype"):
-      _check_choice(name, jnp.dtype(getattr(self, name)).name, ("float32", "bfloat16", "float16"))
+    check_choice("activation", self.activation, tuple(ACTIVATIONS))
+    check_computation(self)
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def head_size(self) -> int:
+    return self.embed_dim // self.num_heads
 
 
 class Attention(nn.Module):
@@ -96,33 +104,17 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self,
-    x: Float[Array, "B S D"],
-    mask: Bool[Array, "#B 1 T K"] | None,
-    cache: Any,
-    index: Any,
-    at: Int[Array, "B T"] | None = None,
+    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
 
     def heads(name: str, x: Array) -> Array:
-      size = config.embed_dim // config.num_heads
-      return _dense(config, config.embed_dim, name, x).reshape(*x.shape[:2], -1, size)
+      return dense(config, config.embed_dim, name, x).reshape(*x.shape[:2], -1, config.head_size)
 
-    query, key, value = heads("query", _take(x, at)), heads("key", x), heads("value", x)
-    if cache is not None:
-      keys, values = cache = write_cache(cache, key, value, index)
-      assert mask is not None, "a cache is read by a mask"
-      out = cached_attention(query, keys, values, mask)
-    elif config.attention == "compact":
-      out = causal_attention(query, key, value, mask)
-    else:
-      implementation: Any = config.attention
-      out = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=at is None, implementation=implementation
-      )
+    query, key, value = heads("query", take(x, seen.at)), heads("key", x), heads("value", x)
+    out, cache = attend(config, query, key, value, cache, seen)
     out = out.reshape(*out.shape[:2], -1)
-    return _dense(config, config.embed_dim, "out", out, _residual_std(config)), cache
+    return dense(config, config.embed_dim, "out", out, _residual_std(config)), cache
 
 
 class MLP(nn.Module):
@@ -133,9 +125,9 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     config = self.config
-    x = _dense(config, config.mlp_dim or 4 * config.embed_dim, "up", x)
+    x = dense(config, config.mlp_dim or 4 * config.embed_dim, "up", x)
     x = ACTIVATIONS[config.activation](x)
-    return _dense(config, config.embed_dim, "down", x, _residual_std(config))
+    return dense(config, config.embed_dim, "down", x, _residual_std(config))
 
 
 class Block(nn.Module):
@@ -145,18 +137,17 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], cache: Any, mask: Any, index: Any, at: Any = None
+    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
-    attended, cache = Attention(config, name="attn")(
-      _layer_norm(config, "ln_1")(x), mask, cache, index, at
-    )
-    x = _take(x, at) + attended
+    attention = Attention(config, name="attn")
+    attended, cache = attention(_layer_norm(config, "ln_1")(x), cache, seen)
+    x = take(x, seen.at) + attended
     return x + MLP(config, name="mlp")(_layer_norm(config, "ln_2")(x)), cache
 
 
-class GPT2(nn.Module):
-  """A GPT-2 language model."""
+class GPT2(CausalLM):
+  """A GPT-2 language model; `CausalLM` has what it is called by."""
 
   config: GPT2Config
 
@@ -166,179 +157,25 @@ class GPT2(nn.Module):
     init = nn.initializers.normal(0.02)
     self.wte = nn.Embed(config.vocab_size, config.embed_dim, embedding_init=init, **embed)
     self.wpe = nn.Embed(config.num_positions, config.embed_dim, embedding_init=init, **embed)
-    block = Block
-    if config.remat is not None:
-      policy = getattr(jax.checkpoint_policies, config.remat)
-      block = nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
-    if config.scan_layers:
-      in_axes: Any = (0, nn.broadcast, nn.broadcast)  # of the cache, the mask and the index
-      self.h: Any = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=in_axes,
-        length=config.num_layers,
-      )(config)
-    else:
-      self.h = [block(config) for _ in range(config.num_layers)]
+    self.h = make_layers(config, Block)
     self.ln_f = _layer_norm(config, None)
     if not config.tie_head:
-      self.lm_head = nn.Dense(
-        config.vocab_size, use_bias=False, kernel_init=init, dot_general=_float32_dot, **embed
-      )
+      self.lm_head = make_head(config)
 
-  def __call__(
-    self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-  ) -> Float[Array, "B T V"]:
-    """Returns the logits of each next token, float32.
+  def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return self.wte(tokens) + self.wpe(positions)
 
-    Args:
-      tokens: ids.
-      positions: of each token in its sequence, from 0; None counts along each row.
-      segment_ids: tokens attend within their own segment only: packed examples are 1, 2, ...,
-        and padding is 0. None is one segment a row.
-    """
-    return self.logits(self.hidden(tokens, positions, segment_ids))
+  def layers(self) -> Any:
+    return self.h
 
-  def hidden(
-    self,
-    tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"] | None = None,
-    segment_ids: Int[Array, "B S"] | None = None,
-    at: Int[Array, "B T"] | None = None,
-  ) -> Float[Array, "B T D"]:
-    """Returns the normalized output of the last layer; arguments as of a call.
-
-    Args:
-      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
-        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
-        that are not scanned).
-    """
-    mask = None
-    if segment_ids is not None:
-      mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return self._layers(tokens, positions, None, mask, None, at)[0]
+  def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.ln_f(x)
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Returns the head's output, float32, for any of the hidden states.
-
-    It sees one axis of tokens, for the reason given in `_dense`.
-    """
-    tokens = hidden.reshape(-1, hidden.shape[-1])
+    """Returns the head's output, float32, for any of the hidden states."""
     if self.config.tie_head:
-      embedding = self.wte.embedding.astype(self.config.dtype)
-      logits = _float32_dot(tokens, embedding, (((1,), (1,)), ((), ())))
-    else:
-      logits = self.lm_head(tokens)
-    return logits.reshape(*hidden.shape[:-1], -1)
-
-  def extend(
-    self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    index: Int[Array, ""] | int,
-    mask: Bool[Array, "#B T S"],
-  ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Processes further tokens, whose keys and values it writes into the cache.
-
-    The mask alone decides what a token sees: it holds the causal order, padding, and which
-    slots a beam descends from.
-
-    Args:
-      tokens: ids.
-      positions: of each token in its sequence.
-      cache: as `init_cache` makes it, with S slots.
-      index: the first of the T slots that are written.
-      mask: True where a token attends to a slot; a token's own slot included.
-
-    Returns:
-      The normalized output of the last layer, for `logits`, and the cache.
-    """
-    slots = jax.tree.leaves(cache)[0].shape[-1]
-    if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
-      raise ValueError(
-        f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
-      )
-    return self._layers(tokens, positions, cache, mask[:, None], index)
-
-  def _layers(self, tokens, positions, cache, mask, index, at=None) -> tuple[Array, Any]:
-    limit = self.config.num_positions
-    if positions is None:
-      if tokens.shape[1] > limit:
-        raise ValueError(
-          f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; "
-          "cut the rows, or give positions of packed examples"
-        )
-      positions = jnp.arange(tokens.shape[1])[None]
-    x = self.wte(tokens) + self.wpe(jnp.broadcast_to(positions, tokens.shape))
-    if self.config.scan_layers:
-      x, cache = self.h(x, cache, mask, index)
-      return self.ln_f(_take(x, at)), cache
-    layers = []
-    for i, block in enumerate(self.h):
-      before = None if cache is None else cache[i]
-      if at is not None and block is self.h[-1] and at.shape[1] < tokens.shape[1]:
-        x, layer = block(x, before, _causal_mask(mask, at, tokens.shape[1]), index, at)
-        at = None  # the others are gone
-      else:
-        x, layer = block(x, before, mask, index)
-      layers.append(layer)
-    return self.ln_f(_take(x, at)), None if cache is None else tuple(layers)
-
-
-def init_cache(config: GPT2Config, batch_size: int, num_slots: int) -> Cache:
-  """Returns an empty cache of keys and values for `GPT2.extend`.
-
-  Each layer has keys (batch_size, heads, head size, num_slots) and values (batch_size, heads,
-  num_slots, head size) of the model's dtype; the axis of scanned layers comes first.
-  """
-  heads, size = config.num_heads, config.embed_dim // config.num_heads
-  shapes = (batch_size, heads, size, num_slots), (batch_size, heads, num_slots, size)
-  if config.scan_layers:
-    keys, values = (jnp.zeros((config.num_layers, *shape), config.dtype) for shape in shapes)
-    return keys, values
-  return tuple(
-    tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(config.num_layers)
-  )
-
-
-_float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
-
-
-def _dense(
-  config: GPT2Config, features: int, name: str, x: Float[Array, "B T D"], std: float = 0.02
-) -> Float[Array, "B T F"]:
-  """Applies a dense layer that sees one axis of tokens instead of rows and positions.
-
-  With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
-  first copies the transposed gradient of the output, at the cost of several such products.
-  """
-  layer = nn.Dense(
-    features,
-    dtype=config.dtype,
-    param_dtype=config.param_dtype,
-    kernel_init=nn.initializers.normal(std),
-    name=name,
-  )
-  return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
-
-
-def _take(x: Float[Array, "B S D"], at: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
-  """Returns some tokens of each row; all of them if `at` is None."""
-  return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
-
-
-def _causal_mask(
-  mask: Bool[Array, "B 1 S S"] | None, at: Int[Array, "B T"], length: int
-) -> Bool[Array, "B 1 T S"]:
-  """Returns what some tokens of each row see: up to themselves, and by the mask."""
-  causal = (at[:, :, None] >= jnp.arange(length)[None, None])[:, None]
-  return causal if mask is None else causal & jnp.take_along_axis(mask, at[:, None, :, None], 2)
+      return head(hidden, None, self.wte.embedding.astype(self.config.dtype))
+    return head(hidden, self.lm_head, None)
 
 
 def _residual_std(config: GPT2Config) -> float:
@@ -354,8 +191,3 @@ def _layer_norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
     use_fast_variance=False,
     name=name,
   )
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-  if value not in choices:
-    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
