@@ -121,19 +121,28 @@ def write_cache(
 
 def cached_attention(
   query: Float[Array, "B T N H"],
-  keys: Float[Array, "B N H S"],
-  values: Float[Array, "B N S H"],
+  keys: Float[Array, "B K H S"],
+  values: Float[Array, "B K S H"],
   mask: Bool[Array, "#B 1 T S"],
 ) -> Float[Array, "B T N H"]:
   """Returns the attention of new tokens over a cache, softmax in float32.
 
-  Both products are plain ones of row-major matrices as the keys and values stand in the cache:
-  XLA on CPUs is several times slower otherwise.
+  N / K heads of the queries share one of the cache. Both products are plain ones of row-major
+  matrices as the keys and values stand in the cache: XLA on CPUs is several times slower
+  otherwise.
 
   Args:
     mask: True where a query sees a slot.
   """
+  (batch, length, heads, size), groups = query.shape, keys.shape[1]
+  if heads != groups:  # those that share keys become tokens of one head
+    query = query.reshape(batch, length, groups, -1, size).swapaxes(2, 3)
+    out = cached_attention(
+      query.reshape(batch, -1, groups, size), keys, values, jnp.repeat(mask, heads // groups, 2)
+    )
+    out = out.reshape(batch, length, -1, groups, size).swapaxes(2, 3)
+    return out.reshape(batch, length, heads, size)
   logits = jnp.einsum("BTNH,BNHS->BNTS", query, keys, preferred_element_type=jnp.float32)
-  logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+  logits = jnp.where(mask, logits * size**-0.5, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
   return _swap_heads(jnp.einsum("BNTS,BNSH->BNTH", weights, values))

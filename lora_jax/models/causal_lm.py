@@ -48,6 +48,8 @@ class Shape(Protocol):
   def remat(self) -> str | None: ...
   @property
   def attention(self) -> str: ...
+  @property
+  def sliding_window(self) -> int | None: ...
 
 
 class Seen(NamedTuple):
@@ -67,14 +69,14 @@ class Seen(NamedTuple):
 
 
 class CausalLM(nn.Module):
-  """A language model; a subclass has `embed`, `layers`, `norm`, `logits`, and maybe `rotation`."""
+  """A language model; a subclass has `embed`, `stack`, `norm`, `logits`, and maybe `rotation`."""
 
   config: Any
 
   def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     raise NotImplementedError
 
-  def layers(self) -> Any:
+  def stack(self) -> Any:
     """Returns what `make_layers` has returned."""
     raise NotImplementedError
 
@@ -121,6 +123,10 @@ class CausalLM(nn.Module):
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    if self.config.sliding_window is not None and self.config.sliding_window < tokens.shape[1]:
+      place = jnp.arange(tokens.shape[1])
+      near = (place[:, None] - place[None] < self.config.sliding_window)[None, None]
+      mask = near if mask is None else mask & near
     return self._run(tokens, positions, None, Seen(mask, at=at))[0]
 
   def extend(
@@ -146,7 +152,12 @@ class CausalLM(nn.Module):
     Returns:
       The normalized output of the last layer, for `logits`, and the cache.
     """
-    slots = jax.tree.leaves(cache)[0].shape[-1]
+    slots, window = jax.tree.leaves(cache)[0].shape[-1], self.config.sliding_window
+    if window is not None and slots > window:
+      raise ValueError(
+        f"the model's sliding window is {window} tokens; a cache of {slots} slots needs one that "
+        "slides, which there is none of yet. Generate less"
+      )
     if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
       raise ValueError(
         f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
@@ -165,7 +176,7 @@ class CausalLM(nn.Module):
     positions = jnp.broadcast_to(positions, tokens.shape)
     x, at = self.embed(tokens, positions), seen.at
     seen = seen._replace(at=None, rotation=self.rotation(positions))
-    stack = self.layers()
+    stack = self.stack()
     if self.config.scan_layers:
       x, cache = stack(x, cache, seen)
       return self.norm(take(x, at)), cache
@@ -304,7 +315,7 @@ def take(x: Float[Array, "B S *D"], at: Int[Array, "B T"] | None) -> Float[Array
 
 
 def causal_mask(
-  mask: Bool[Array, "B 1 S S"] | None, at: Int[Array, "B T"], length: int
+  mask: Bool[Array, "#B 1 S S"] | None, at: Int[Array, "B T"], length: int
 ) -> Bool[Array, "B 1 T S"]:
   """Returns what some tokens of each row see: up to themselves, and by the mask."""
   causal = (at[:, :, None] >= jnp.arange(length)[None, None])[:, None]

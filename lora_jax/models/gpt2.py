@@ -93,6 +93,10 @@ class GPT2Config:
     return self.num_heads
 
   @property
+  def sliding_window(self) -> None:
+    return None
+
+  @property
   def head_size(self) -> int:
     return self.embed_dim // self.num_heads
 
@@ -165,7 +169,7 @@ class GPT2(CausalLM):
   def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     return self.wte(tokens) + self.wpe(positions)
 
-  def layers(self) -> Any:
+  def stack(self) -> Any:
     return self.h
 
   def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
