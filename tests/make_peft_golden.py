@@ -1,7 +1,8 @@
 """Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden
 
 Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
-the small GPT-2s of tests/golden/gpt2; beside it stand the logits of the adapted model.
+the small models of tests/golden/gpt2 and tests/golden/llama; beside it stand the logits of the
+adapted model.
 """
 
 import shutil
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-GPT2 = Path(__file__).parent / "golden" / "gpt2"
-GOLDEN = Path(__file__).parent / "golden" / "peft"
+MODELS = Path(__file__).parent / "golden"
+GOLDEN = MODELS / "peft"
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
-  "fused": ("tied", {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}),
-  "rslora": ("tied", {"r": 3, "use_rslora": True, "target_modules": "all-linear"}),
+  "fused": ("gpt2/tied", {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"]}),
+  "rslora": ("gpt2/tied", {"r": 3, "use_rslora": True, "target_modules": "all-linear"}),
   "expression": (
-    "tied",
+    "gpt2/tied",
     {
       "r": 4,
       "lora_alpha": 6,
@@ -28,28 +29,35 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     },
   ),
   "layers": (
-    "tied",
+    "gpt2/tied",
     {"r": 2, "target_modules": ["c_attn", "c_fc"], "layers_to_transform": [1], "lora_bias": True},
   ),
-  "biases": ("tied", {"r": 2, "target_modules": ["c_attn"], "bias": "all"}),
-  "own_biases": ("tied", {"r": 2, "target_modules": ["attn.c_proj"], "bias": "lora_only"}),
+  "biases": ("gpt2/tied", {"r": 2, "target_modules": ["c_attn"], "bias": "all"}),
+  "own_biases": ("gpt2/tied", {"r": 2, "target_modules": ["attn.c_proj"], "bias": "lora_only"}),
   "saved": (
-    "untied",
+    "gpt2/untied",
     {"r": 2, "target_modules": ["wte", "c_fc"], "modules_to_save": ["lm_head", "ln_f"]},
+  ),
+  "llama": ("llama/llama3", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
+  "qwen": ("llama/qwen3", {"r": 3, "target_modules": "all-linear", "use_rslora": True}),
+  "llama_saved": (
+    "llama/llama_biased",
+    {"r": 2, "target_modules": ["embed_tokens", "down_proj"], "modules_to_save": ["lm_head"]},
   ),
 }
 
 
 def base_model(name: str) -> Any:
-  """Returns a small GPT-2 of tests/golden/gpt2 in `transformers`."""
+  """Returns a small model of tests/golden in `transformers`."""
   import transformers
 
-  return transformers.GPT2LMHeadModel.from_pretrained(GPT2 / name).eval()
+  return transformers.AutoModelForCausalLM.from_pretrained(MODELS / name).eval()
 
 
 def tokens_of(name: str) -> np.ndarray:
   """Returns the tokens that the logits are of, (rows, time)."""
-  return load_file(GPT2 / f"{name}.safetensors")["whole/tokens"]
+  arrays = load_file(MODELS / f"{name}.safetensors")
+  return arrays["tokens" if "tokens" in arrays else "whole/tokens"]
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -84,7 +92,7 @@ def main() -> None:
     model.save_pretrained(GOLDEN / name, save_embedding_layers=False)
     (GOLDEN / name / "README.md").unlink(missing_ok=True)
     config = GOLDEN / name / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(GPT2), "golden") + "\n")
+    config.write_text(config.read_text().replace(str(MODELS), "golden") + "\n")
     save_file({"logits": logits(model, tokens_of(base))}, GOLDEN / f"{name}.safetensors")
     for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "adapter_model.safetensors"):
       path.chmod(0o644)

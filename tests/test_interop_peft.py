@@ -18,8 +18,10 @@ import lora_jax as lj
 from lora_jax.adapter import adapter_weights
 from lora_jax.interop import load_peft, save_peft
 from lora_jax.interop.peft_config import parse, shortest_endings
-from lora_jax.models.gpt2 import GPT2
+from lora_jax.models import gpt2_folder, llama_folder
+from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
+from lora_jax.models.llama import Llama
 from lora_jax.trees import leaves_with_path
 
 from tests import make_peft_golden as golden
@@ -31,12 +33,15 @@ ALL = [pytest.param(name, id=name) for name in golden.ADAPTERS]
 
 @functools.cache
 def base(name, scan_layers=False):
-  config, params = load_gpt2(golden.GPT2 / name, scan_layers=scan_layers)
-  return config, params, stored_tensors(config)
+  family = gpt2_folder if name.startswith("gpt2") else llama_folder
+  load = load_gpt2 if name.startswith("gpt2") else llama_folder.load_llama
+  config, params = load(golden.MODELS / name, scan_layers=scan_layers)
+  return config, params, family.stored_tensors(config)
 
 
 def model(config):
-  return lambda params, tokens: GPT2(config).apply({"params": params}, tokens)
+  module = (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
+  return lambda params, tokens: module.apply({"params": params}, tokens)
 
 
 def logits(name, adapter, scan_layers=False):
@@ -65,14 +70,14 @@ def test_logits_are_pefts(name):
 
 @pytest.mark.parametrize("name", ["fused", "layers", "biases"])
 def test_logits_are_pefts_with_stacked_layers(name):
-  _, params, tensors = base("tied", scan_layers=True)
+  _, params, tensors = base("gpt2/tied", scan_layers=True)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
-  for got in logits("tied", adapter, scan_layers=True):
+  for got in logits("gpt2/tied", adapter, scan_layers=True):
     assert relative_difference(got, expected(name)) < 1e-5
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("name", ["fused", "rslora", "saved"])
+@pytest.mark.parametrize("name", ["fused", "rslora", "saved", "llama", "qwen", "llama_saved"])
 def test_there_and_back(name, scan_layers, tmp_path):
   """Parts of a fused weight that share A become one again: PEFT's own file."""
   of, _ = golden.ADAPTERS[name]
@@ -92,11 +97,11 @@ def test_there_and_back(name, scan_layers, tmp_path):
 
 def ours(scan_layers=False, **settings):
   """Returns an adapter of q and v made here, whose factors are all different."""
-  config, params, _ = base("tied", scan_layers)
+  config, params, _ = base("gpt2/tied", scan_layers)
   settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings
   lora_config = lj.LoraConfig(**settings)
   adapted = lj.lora(model(config), lora_config)
-  tokens = jnp.asarray(golden.tokens_of("tied"))
+  tokens = jnp.asarray(golden.tokens_of("gpt2/tied"))
   return lora_config, randomized(adapted.init(jax.random.key(0), params, tokens))
 
 
@@ -115,11 +120,11 @@ def test_ours_as_pefts(case, tmp_path):
   """Of separate q and v, ranks add up on the fused weight: q's rows, k's zeros, v's rows."""
   scan_layers = CASES[case].get("scan_layers", False)
   adapter = ours(**CASES[case])
-  _, params, tensors = base("tied", scan_layers)
+  _, params, tensors = base("gpt2/tied", scan_layers)
   save_peft(tmp_path / "new", *adapter, tensors, params, base_model="golden/tied")
   back = load_peft(tmp_path / "new", tensors, params)
   for got, before in zip(
-    logits("tied", back, scan_layers), logits("tied", adapter, scan_layers), strict=True
+    logits("gpt2/tied", back, scan_layers), logits("gpt2/tied", adapter, scan_layers), strict=True
   ):
     assert relative_difference(got, before) < 1e-5
   arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
@@ -138,20 +143,20 @@ def test_ours_as_pefts(case, tmp_path):
 @pytest.mark.parametrize("case", ["q and v", "rules", "with the last norm"])
 def test_peft_itself_agrees(case, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
-  _, params, tensors = base("tied")
+  _, params, tensors = base("gpt2/tied")
   adapter = ours(**CASES[case])
   for name, for_server in (("new", False), ("server", True)):
     if for_server and "extra" in CASES[case]:
       continue
     save_peft(tmp_path / name, *adapter, tensors, params, for_server=for_server)
-    theirs = peft.PeftModel.from_pretrained(golden.base_model("tied"), tmp_path / name).eval()
-    got = golden.logits(theirs, golden.tokens_of("tied"))
-    assert relative_difference(got, logits("tied", adapter)[0]) < 1e-5
+    theirs = peft.PeftModel.from_pretrained(golden.base_model("gpt2/tied"), tmp_path / name).eval()
+    got = golden.logits(theirs, golden.tokens_of("gpt2/tied"))
+    assert relative_difference(got, logits("gpt2/tied", adapter)[0]) < 1e-5
 
 
 def test_the_form_for_servers(tmp_path):
   """One rank and one alpha, and the fields of the published form alone."""
-  _, params, tensors = base("tied")
+  _, params, tensors = base("gpt2/tied")
   adapter = ours(**CASES["rules"])
   save_peft(tmp_path / "new", *adapter, tensors, params, for_server=True)
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
@@ -160,15 +165,15 @@ def test_the_form_for_servers(tmp_path):
   arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
   assert {key.split(".")[-2] for key in arrays} == {"lora_A", "lora_B"}
   assert {min(array.shape) for array in arrays.values()} == {5}
-  got = logits("tied", load_peft(tmp_path / "new", tensors, params))[0]
-  assert relative_difference(got, logits("tied", adapter)[0]) < 1e-5
+  got = logits("gpt2/tied", load_peft(tmp_path / "new", tensors, params))[0]
+  assert relative_difference(got, logits("gpt2/tied", adapter)[0]) < 1e-5
   adapter = ours(extra="ln_f/.*")
   with pytest.raises(ValueError, match=r"servers read no leaves that are trained whole: ln_f/bias"):
     save_peft(tmp_path / "other", *adapter, tensors, params, for_server=True)
 
 
 def test_what_peft_has_no_form_for(tmp_path):
-  _, params, tensors = base("tied")
+  _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=r"transformer.ln_f has ln_f/bias, ln_f/scale, of which"):
     save_peft(tmp_path / "new", *ours(extra="ln_f/scale"), tensors, params)
   with pytest.raises(ValueError, match=r"wte is the head too\. PEFT adapts its lookup alone"):
@@ -209,13 +214,13 @@ def edit_config(folder, **fields):
 )
 def test_configs_that_do_not_fit_are_refused(adapter, fields, message):
   edit_config(adapter, **fields)
-  _, params, tensors = base("tied")
+  _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=message):
     load_peft(adapter, tensors, params)
 
 
 def test_files_that_do_not_fit_are_refused(adapter):
-  config, params, tensors = base("tied")
+  config, params, tensors = base("gpt2/tied")
   weights = adapter / "adapter_model.safetensors"
   whole = weights.read_bytes()
   weights.write_bytes(whole[: len(whole) // 2])
@@ -265,16 +270,18 @@ def test_the_shortest_endings():
 def test_the_docs_example_runs(adapter):
   text = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
   (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-  block = block.replace('"BASE"', repr(str(golden.GPT2 / "tied"))).replace("ADAPTER", str(adapter))
+  block = block.replace('"BASE"', repr(str(golden.MODELS / "gpt2/tied"))).replace(
+    "ADAPTER", str(adapter)
+  )
   names = {"load_gpt2": load_gpt2, "load_peft": load_peft, "stored_tensors": stored_tensors}
-  names |= {"lora_jax": lj, "GPT2": GPT2, "tokens": jnp.asarray(golden.tokens_of("tied"))}
+  names |= {"lora_jax": lj, "GPT2": GPT2, "tokens": jnp.asarray(golden.tokens_of("gpt2/tied"))}
   exec(block, names)
   assert relative_difference(names["logits"], expected("fused")) < 1e-5
 
 
 def test_the_adapter_is_read_where_its_base_is_not_needed():
   """Shapes alone do, unless biases of B are to be added to the base's."""
-  _, params, tensors = base("tied")
+  _, params, tensors = base("gpt2/tied")
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
   _, trainable = load_peft(golden.GOLDEN / "fused", tensors, shapes)
   assert set(adapter_weights(trainable)) == {
