@@ -29,6 +29,8 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
     ValueError: if the run was of another method, or PEFT has no form for its adapter.
   """
   config: Config = read_config(folder)
+  if config.model.start == "random":
+    raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
   base = load_base(config, make_mesh())
   save_peft(
     out,

@@ -107,13 +107,13 @@ def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
   order = list(dict.fromkeys(one.method_label for one in groups))
   named = sorted(families.items(), key=lambda item: order.index(item[0][0]))
   several = Counter(label for (label, _), members in named if len(members) > 1)
-  return {
-    label + (f", {_lines(members)} lines" if several[label] > 1 else ""): dict(
-      sorted(members.items())
-    )
-    for (label, _), members in named
-    if len(members) > 1
-  }
+  found: dict[str, dict[int, Group]] = {}
+  for (label, _), members in named:
+    if len(members) > 1:
+      name = label + (f", {_lines(members)} lines" if several[label] > 1 else "")
+      same = sum(other.startswith(name) for other in found)
+      found[name + (f" ({same + 1})" if same else "")] = dict(sorted(members.items()))
+  return found
 
 
 def _lines(members: dict[int, Group]) -> str:
@@ -339,7 +339,12 @@ def _budgets(families: dict[str, dict[int, Group]]) -> str:
 
 def _gaps(families: dict[str, dict[int, Group]], budgets: Sequence[int]) -> str:
   """Returns full fine-tuning less the other methods on each base, over the inputs."""
-  full = families.get(table.METHODS["full_finetuning"], {})
+  of_full = (
+    members
+    for members in families.values()
+    if all(one.method == "full_finetuning" for one in members.values())
+  )
+  full = next(of_full, {})
   others = {label: members for label, members in families.items() if members is not full}
   rows = [["BLEU of full fine-tuning less that of", *others]]
   for tokens in budgets:

@@ -176,7 +176,7 @@ def test_what_peft_has_no_form_for(tmp_path):
   _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=r"transformer.ln_f has ln_f/bias, ln_f/scale, of which"):
     save_peft(tmp_path / "new", *ours(extra="ln_f/scale"), tensors, params)
-  with pytest.raises(ValueError, match=r"wte is the head too\. PEFT adapts its lookup alone"):
+  with pytest.raises(ValueError, match=r"wte is the head too\. PEFT trains its lookup alone"):
     save_peft(tmp_path / "new", *ours(target="wte/embedding"), tensors, params)
   (tmp_path / "there").mkdir()
   with pytest.raises(FileExistsError, match="nothing is overwritten"):
@@ -210,6 +210,8 @@ def edit_config(folder, **fields):
     ({"target_parameters": ["experts"]}, r"target_parameters \('experts',\): this model has none"),
     ({"target_modules": ["wte"]}, r"wte is the head too"),
     ({"target_modules": None}, r"target_modules is missing"),
+    ({"init_lora_weights": "pissa"}, r"'pissa' changes the base when PEFT loads the adapter"),
+    ({"modules_to_save": ["wte"]}, r"wte is the head too"),
   ],
 )
 def test_configs_that_do_not_fit_are_refused(adapter, fields, message):
@@ -217,6 +219,21 @@ def test_configs_that_do_not_fit_are_refused(adapter, fields, message):
   _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=message):
     load_peft(adapter, tensors, params)
+
+
+def test_the_bases_embedding_beside_its_adapter_is_compared(tmp_path):
+  """PEFT saves it by default where the embedding or the head is adapted."""
+  _, params, tensors = base("llama/llama_biased")
+  shutil.copytree(golden.GOLDEN / "llama_saved", tmp_path / "adapter")
+  path = tmp_path / "adapter" / "adapter_model.safetensors"
+  arrays, name = load_file(path), "base_model.model.model.embed_tokens.base_layer.weight"
+  table = np.asarray(params["token_embedding"]["embedding"])
+  save_file(arrays | {name: table}, path)
+  got = logits("llama/llama_biased", load_peft(tmp_path / "adapter", tensors, params))[0]
+  assert relative_difference(got, expected("llama_saved")) < 1e-5
+  save_file(arrays | {name: table + 1}, path)
+  with pytest.raises(ValueError, match=r"embed_tokens that is saved with the adapter is not this"):
+    load_peft(tmp_path / "adapter", tensors, params)
 
 
 def test_files_that_do_not_fit_are_refused(adapter):

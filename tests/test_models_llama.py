@@ -146,7 +146,12 @@ def test_a_mesh_gets_its_shards_while_loading():
   assert relative_difference(run(config, params, tokens), logits) < 1e-5
 
 
-MIXED = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None}
+MIXED = {
+  "sliding_window": 4,
+  "use_sliding_window": True,
+  "max_window_layers": 1,
+  "layer_types": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,10 @@ MIXED = {"use_sliding_window": True, "max_window_layers": 1, "layer_types": None
   [
     ("llama2", {"model_type": "falcon"}, "expected model_type llama, mistral, .*got 'falcon'"),
     ("llama2", {"hidden_size": "32"}, "positive integer for hidden_size, got '32'"),
-    ("llama2", {"hidden_act": "relu"}, "the activation 'relu' is none of"),
+    ("llama2", {"hidden_act": "gelu"}, "activation must be one of silu, .* got 'gelu'"),
+    ("llama2", {"head_dim": "8"}, "positive integer for head_dim, got '8'"),
+    ("llama2", {"rope_parameters": {"rope_type": "linear"}}, "the rotation's factor, got None"),
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
     ("llama2", {"num_key_value_heads": 3}, "num_kv_heads must divide num_heads, got 3 for 4"),
     ("llama2", {"intermediate_size": 48}, r"gate_proj.weight has shape \(56, 32\), expected"),
     ("llama2", {"num_hidden_layers": 1}, r"unexpected model\.layers\.1\."),
@@ -171,6 +179,45 @@ def test_folders_that_are_computed_otherwise_are_refused(name, fields, message, 
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
   with pytest.raises(ValueError, match=message):
     load_llama(tmp_path / "model")
+
+
+def test_a_head_that_is_said_to_be_tied_must_be(tmp_path):
+  shutil.copytree(golden.GOLDEN / "llama3", tmp_path / "model")
+  path = tmp_path / "model" / "model.safetensors"
+  arrays = load_file(path)
+  save_file(arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"]}, path)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    load_llama(tmp_path / "model")[1],
+    load_llama(golden.GOLDEN / "llama3")[1],
+  )
+  save_file(arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"] + 1}, path)
+  with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+    load_llama(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "same"),
+  [
+    ("llama2", {"num_key_value_heads": None, "head_dim": None}, {}),
+    ("llama2", {"use_sliding_window": True, "sliding_window": 3}, {}),
+    ("mistral", {"use_sliding_window": False, "layer_types": None}, {}),
+    ("mistral", {"sliding_window": None}, {"sliding_window": None}),
+    ("qwen2", {"attention_bias": True, "mlp_bias": True}, {}),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, {}),
+  ],
+)
+def test_fields_mean_what_they_do_in_transformers(name, fields, same, tmp_path):
+  shutil.copytree(golden.GOLDEN / name, tmp_path / "model")
+  path = tmp_path / "model" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+  config, expected_config = (
+    load_llama(folder)[0] for folder in (tmp_path / "model", golden.GOLDEN / name)
+  )
+  head_dim = config.head_size
+  assert dataclasses.replace(config, head_dim=head_dim) == dataclasses.replace(
+    expected_config, head_dim=head_dim, **same
+  )
 
 
 def test_a_cache_longer_than_the_window_is_refused():

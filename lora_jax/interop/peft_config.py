@@ -21,7 +21,6 @@ OF_NO_MATTER = {
   "corda_config",
   "fan_in_fan_out",
   "inference_mode",
-  "init_lora_weights",
   "loftq_config",
   "lora_dropout",
   "lora_ga_config",
@@ -33,6 +32,7 @@ OF_NO_MATTER = {
   "runtime_config",
   "task_type",
 }
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
 OTHER_METHODS = {  # fields that make an adapter of another method
   "use_dora": "DoRA",
   "use_qalora": "QALoRA",
@@ -87,7 +87,8 @@ class PeftConfig:
       module: its name.
       is_linear: whether it is a linear layer other than the head, as `all-linear` means them.
     """
-    if _named(module, self.exclude_modules) or self.saves(module):
+    inside = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+    if inside or _named(module, self.exclude_modules):
       return False
     if self.target_modules == "all-linear":
       return is_linear
@@ -113,8 +114,13 @@ class PeftConfig:
     return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
   def saves(self, module: str) -> bool:
-    """Returns whether a module, or one that it is a part of, is trained whole."""
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
+    """Returns whether a module, or one that it is a part of, is trained whole.
+
+    As in PEFT, a name also means modules whose own names end with it: `norm`, `input_layernorm`.
+    """
+    parts = module.split(".")
+    whole = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(name.endswith(tuple(self.modules_to_save)) for name in whole)
 
 
 def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
@@ -132,7 +138,13 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
     if given.get(key):
       raise ValueError(f"{path}: {key}={given[key]!r}: {method} does not exist here yet")
   known = {own.name for own in dataclasses.fields(PeftConfig)} - {"rank", "alpha"}
-  known |= {"r", "lora_alpha", "peft_type"}
+  known |= {"r", "lora_alpha", "peft_type", "init_lora_weights"}
+  init = given.get("init_lora_weights")
+  if init not in PLAIN_INITS:
+    raise ValueError(
+      f"{path}: init_lora_weights={init!r} changes the base when PEFT loads the adapter. Save it "
+      "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain one"
+    )
   for key in sorted(set(given) - known - OF_NO_MATTER - set(OTHER_METHODS)):
     if given[key] not in (None, False, [], {}):
       raise ValueError(

@@ -49,17 +49,15 @@ def load_peft(
   if config.target_parameters:
     raise ValueError(f"{folder}: target_parameters {config.target_parameters}: this model has none")
   leaves = dict(leaves_with_path(params))
-  modules = [
-    module
-    for module in find_modules(tensors, leaves)
-    if config.targets(module.name, module.is_body)
-  ]
+  own = find_modules(tensors, leaves)
+  modules = [module for module in own if config.targets(module.name, module.is_body)]
   if not modules:
     raise ValueError(
       f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
-      f"{', '.join(sorted({m.name.rpartition('.')[2] for m in find_modules(tensors, leaves)}))}"
+      f"{', '.join(sorted({module.name.rpartition('.')[2] for module in own}))}"
     )
-  check_tied(folder, [m for m in modules if m.stored.is_embedding], tensors)
+  trained = [module for module in own if module in modules or config.saves(module.name)]
+  check_tied(folder, [module for module in trained if module.stored.is_embedding], tensors)
   arrays = _read(folder, config, modules, tensors, leaves)
   targets: dict[str, dict[int | None, LoraWeight]] = {}
   settings: dict[str, tuple[int, float]] = {}
@@ -100,6 +98,7 @@ def _read(
     if _trained_whole(config, stored, adapted):
       expected[_whole_key(stored, adapted)] = _shape(stored, leaves)
   arrays = _load(folder / WEIGHTS)
+  _drop_base_copies(folder, arrays, modules, leaves)
   faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
   faults += [f"unexpected {n} {x.shape}" for n, x in arrays.items() if n not in expected]
   faults += [
@@ -114,6 +113,27 @@ def _read(
       f"{'; '.join(faults[:8])}{more}"
     )
   return arrays
+
+
+def _drop_base_copies(
+  folder: Path, arrays: Arrays, modules: Sequence[Module], leaves: Mapping[str, Any]
+) -> None:
+  """Leaves out the base's embedding or head, which PEFT saves beside an adapter of it.
+
+  Raises:
+    ValueError: if it is not this base's.
+  """
+  for module in modules:
+    copy = arrays.pop(f"{PREFIX}{module.name}.base_layer.weight", None)
+    if copy is None:
+      continue
+    (path,) = module.stored.paths
+    own = np.asarray(leaves[path], np.float32)
+    if not np.array_equal(copy.T if module.stored.transposed else copy, own):
+      raise ValueError(
+        f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
+        "Load the base that it was trained on"
+      )
 
 
 def _load(path: Path) -> Arrays:

@@ -71,11 +71,11 @@ def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> 
 
 
 def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
-  """Raises ValueError if an adapted embedding is the head too, where PEFT adapts one use alone."""
+  """Raises ValueError if a trained embedding is the head too, where PEFT trains one use alone."""
   untied = any(stored.name == "lm_head.weight" for stored in tensors)
   tied = [m.name for m in embeddings if re.search(r"(wte|embed_tokens|word_embeddings)$", m.name)]
   if tied and not untied:
     raise ValueError(
-      f"{where}: {tied[0]} is the head too. PEFT adapts its lookup alone, lora_jax both uses: they "
+      f"{where}: {tied[0]} is the head too. PEFT trains its lookup alone, lora_jax both uses: they "
       "would compute different things. Leave it out, or untie the head"
     )

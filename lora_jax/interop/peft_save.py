@@ -22,7 +22,7 @@ from lora_jax.interop.peft_modules import (
   check_tied,
   find_modules,
 )
-from lora_jax.models.hub import StoredTensor
+from lora_jax.models.hub import StoredTensor, save_tensors
 from lora_jax.trees import leaves_with_path
 
 PyTree = Any
@@ -64,7 +64,10 @@ def save_peft(
   placed = {path for module in chosen for path in module.stored.paths}
   if lost := sorted(set(weights) - placed):
     raise ValueError(f"the model has no module for the adapted {', '.join(lost)}")
-  check_tied(Path(folder), [m for m in chosen if m.stored.is_embedding], tensors)
+  if not fused:
+    raise ValueError("the trainable tree adapts no weight, and PEFT's form is for LoRA")
+  trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
+  check_tied(Path(folder), [m for m in trained if m.stored.is_embedding], tensors)
   if for_server:
     rank = max(one.rank for one in fused.values())
     fused = {name: one.with_rank(rank) for name, one in fused.items()}
@@ -183,7 +186,7 @@ def _modules_to_save(
     for stored in of_module:
       array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
       arrays[f"{PREFIX}{stored.name}"] = array.T if stored.transposed else array
-  return shortest_endings(names, list(by_module)), arrays
+  return names, arrays  # whole names: PEFT means all that end with a short one
 
 
 def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
@@ -193,13 +196,10 @@ def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
   """Writes a folder, whole or not at all."""
-  from safetensors.numpy import save_file
-
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
     new = Path(name) / "folder"
     new.mkdir()
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-    save_file(contiguous, new / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(new / WEIGHTS, arrays)
     os.rename(new, folder)

@@ -321,7 +321,7 @@ def _save_shards(
 
   def write() -> None:
     shards.append(list(shard))
-    _save_file(folder / f"{len(shards)}.safetensors", shard)
+    save_tensors(folder / f"{len(shards)}.safetensors", shard)
     shard.clear()
 
   for name, array in tensors:
@@ -342,13 +342,20 @@ def _save_shards(
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _save_file(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file with the mode of the JSON file beside it.
+
+  safetensors makes files that the owner alone can read; ours are as the umask has it.
+
+  Raises:
+    OSError: if it cannot be written, as on a full disk.
+  """
   from safetensors import SafetensorError
   from safetensors.numpy import save_file
 
   try:
-    save_file(tensors, path, metadata={"format": "pt"})
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
   except SafetensorError as error:
     raise OSError(f"could not write {path}: {error}. Nothing is left behind") from error
-  # safetensors makes files that the owner alone can read; ours are as the umask has it.
-  shutil.copymode(path.parent / "config.json", path)
+  shutil.copymode(next(path.parent.glob("*config.json")), path)

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax.models.hub import StoredTensor, find_folder, read_json, save_folder
+from lora_jax.models.hub import StoredTensor, find_folder, open_tensors, read_json, save_folder
 from lora_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_jax.models.stored import load_params, tensors_of
 
@@ -29,11 +30,15 @@ FIELDS = {  # ours: Hugging Face's
   "num_kv_heads": "num_key_value_heads",
   "mlp_dim": "intermediate_size",
 }
-ACTIVATIONS = {
-  "silu": "silu",
-  "gelu_pytorch_tanh": "gelu_pytorch_tanh",
-  "gelu": "gelu_pytorch_tanh",
+TANH = "gelu_pytorch_tanh"
+DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config leaves them out
+  "llama": {},
+  "mistral": {"sliding_window": 4096},
+  "qwen2": {"max_window_layers": 28},
+  "qwen3": {"max_window_layers": 28, "head_dim": 128},
+  "gemma": {"hidden_act": TANH, "head_dim": 256, "tie_word_embeddings": True},
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = {  # our leaf: the tensor, and whether it is transposed
   "attn_norm/scale": ("input_layernorm.weight", False),
   "attn/query/kernel": ("self_attn.q_proj.weight", True),
@@ -84,14 +89,25 @@ def load_llama(
   folder = find_folder(name)
   config = read_config(folder, param_dtype=param_dtype, **computation)
 
-  def ignored(tensor: str) -> bool:  # constants, and a tied head that is written out
-    return tensor.endswith("rotary_emb.inv_freq") or (
-      config.tie_head and tensor == "lm_head.weight"
-    )
+  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+    return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
 
+  if config.tie_head:
+    _check_tied(folder)
   return config, load_params(
     folder, stored_tensors(config), params_shapes(config), shardings, ignored
   )
+
+
+def _check_tied(folder: Path) -> None:
+  """Raises ValueError if a head stands in the files and is not the embedding."""
+  with open_tensors(folder) as tensors:
+    written_out = {HEAD, EMBEDDING} <= set(tensors)
+    if written_out and not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
+      raise ValueError(
+        f"{folder}: {HEAD} differs from {EMBEDDING}, but config.json says that they are tied. Set "
+        "tie_word_embeddings to false there"
+      )
 
 
 def params_shapes(config: LlamaConfig) -> PyTree:
@@ -104,9 +120,7 @@ def stored_tensors(config: LlamaConfig) -> list[StoredTensor]:
   """Returns the tensors of a model in `transformers`, and which of our leaves they hold."""
   shapes = jax.tree_util.tree_leaves_with_path(params_shapes(config))
   paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in shapes}
-  stored = [
-    StoredTensor("model.embed_tokens.weight", ("token_embedding/embedding",), is_embedding=True)
-  ]
+  stored = [StoredTensor(EMBEDDING, ("token_embedding/embedding",), is_embedding=True)]
   for i in range(config.num_layers):
     layer, stack = (i, "layers") if config.scan_layers else (None, f"layers_{i}")
     for leaf, (name, transposed) in LAYER.items():
@@ -115,7 +129,7 @@ def stored_tensors(config: LlamaConfig) -> list[StoredTensor]:
         stored.append(StoredTensor(f"model.layers.{i}.{name}", ours, layer, transposed))
   stored.append(StoredTensor("model.norm.weight", ("final_norm/scale",)))
   if not config.tie_head:
-    stored.append(StoredTensor("lm_head.weight", ("lm_head/kernel",), transposed=True))
+    stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))
   return stored
 
 
@@ -130,63 +144,83 @@ def read_config(folder: str | Path, **computation: Any) -> LlamaConfig:
   kind = given.get("model_type")
   if kind not in FAMILIES:
     raise ValueError(f"{path}: expected model_type {', '.join(FAMILIES)}, got {kind!r}")
-  given = {"num_key_value_heads": given.get("num_attention_heads"), **given}
+  given = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **DEFAULTS[kind], **given}
+  if given.get("num_key_value_heads") is None:
+    given["num_key_value_heads"] = given.get("num_attention_heads")
   missing = [key for key in FIELDS.values() if key not in given]
   if missing:
     raise ValueError(f"{path}: missing {', '.join(missing)}")
-  for key in FIELDS.values():
-    if type(given[key]) is not int or given[key] < 1:
-      raise ValueError(f"{path}: expected a positive integer for {key}, got {given[key]!r}")
-  activation = given.get("hidden_activation") or given.get("hidden_act", "silu")
-  if activation not in ACTIVATIONS:
-    raise ValueError(f"{path}: the activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
-  fields: dict[str, Any] = {ours: given[theirs] for ours, theirs in FIELDS.items()}
-  bias = bool(given.get("attention_bias", False))
-  fields |= {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(given.get("mlp_bias", False))}
+  for key in (*FIELDS.values(), "head_dim"):
+    value = given.get(key)
+    if (type(value) is not int or value < 1) and not (key == "head_dim" and value is None):
+      raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
+  if given.get("use_bidirectional_attention"):
+    raise ValueError(f"{path}: use_bidirectional_attention is not supported")
+  bias = kind in ("llama", "qwen3", "gemma") and bool(given.get("attention_bias"))
+  biases = {"qkv_bias": bias, "out_bias": bias}
+  biases["mlp_bias"] = kind == "llama" and bool(given.get("mlp_bias"))
   try:
     theta, scaling = _rotation(given)
     return LlamaConfig(
-      **fields | FAMILIES[kind][1],
+      **{ours: given[theirs] for ours, theirs in FIELDS.items()},
+      **biases | FAMILIES[kind][1],
       head_dim=given.get("head_dim"),
-      activation=ACTIVATIONS[activation],
-      rms_norm_epsilon=given.get("rms_norm_eps", 1e-6),
+      activation=_activation(given),
+      rms_norm_epsilon=given["rms_norm_eps"],
       rope_theta=theta,
       rope_scaling=scaling,
       sliding_window=_window(given),
-      tie_head=bool(given.get("tie_word_embeddings", kind == "gemma")),
+      tie_head=bool(given.get("tie_word_embeddings", False)),
       **computation,
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
+def _activation(given: Mapping[str, Any]) -> str:
+  """Returns the activation's name; `gelu` in Gemma's first files means its tanh form."""
+  gemma = given["model_type"] == "gemma"
+  name = (given.get("hidden_activation") if gemma else None) or given["hidden_act"]
+  return TANH if gemma and name == "gelu" else name
+
+
 def _window(given: Mapping[str, Any]) -> int | None:
   """Returns the sliding window of all layers. Raises ValueError if only some have one."""
-  if not given.get("use_sliding_window", given["model_type"] == "mistral"):
+  kind, window = given["model_type"], given.get("sliding_window")
+  if kind == "mistral":
+    return window
+  if kind not in ("qwen2", "qwen3") or window is None or not given.get("use_sliding_window"):
     return None
-  first, count = given.get("max_window_layers", 0), given["num_hidden_layers"]
+  first, count = given["max_window_layers"], given["num_hidden_layers"]
   by_number = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
   kinds = set(given.get("layer_types") or by_number)
   if len(kinds) > 1:
     raise ValueError("layers with and without a sliding window in one model are not supported yet")
-  return given.get("sliding_window") if kinds == {"sliding_attention"} else None
+  return window if kinds == {"sliding_attention"} else None
 
 
 def _rotation(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """Returns the base of the rotation and its scaling, by new and old names."""
-  rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-  theta = float(rope.get("rope_theta", given.get("rope_theta", 10000.0)))
+  rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+
+  def number(name: str) -> float:
+    value = rope.get(name, given.get(name, 10000.0) if name == "rope_theta" else None)
+    if not isinstance(value, int | float) or value <= 0:
+      raise ValueError(f"expected a positive number for the rotation's {name}, got {value!r}")
+    return value
+
+  theta = float(number("rope_theta"))
   kind = rope.get("rope_type", rope.get("type", "default"))
   if rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1.0:
     raise ValueError("a rotation of a part of each head is not supported")
   if kind == "default":
     return theta, None
   if kind == "linear":
-    return theta, RopeScaling("linear", rope["factor"])
+    return theta, RopeScaling("linear", number("factor"))
   if kind == "llama3":
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    first = rope["original_max_position_embeddings"]
-    return theta, RopeScaling("llama3", rope["factor"], low, high, first)
+    low, high = number("low_freq_factor"), number("high_freq_factor")
+    first = int(number("original_max_position_embeddings"))
+    return theta, RopeScaling("llama3", number("factor"), low, high, first)
   raise ValueError(f"rope_type {kind!r} is not supported; expected default, linear or llama3")
 
 
@@ -218,7 +252,7 @@ def save_llama(
     "architectures": [FAMILIES[kind][0]],
     **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
     "head_dim": config.head_size,
-    ("hidden_activation" if kind == "gemma" else "hidden_act"): config.activation,
+    "hidden_act": config.activation,
     "rms_norm_eps": config.rms_norm_epsilon,
     "rope_theta": config.rope_theta,
     "rope_parameters": rope | {"rope_theta": config.rope_theta},
@@ -248,7 +282,7 @@ def _family(config: LlamaConfig) -> str:
   elif config.qk_norm:
     kind, fits = "qwen3", config.qkv_bias == config.out_bias and not config.mlp_bias
   elif config.qkv_bias and not config.out_bias:
-    kind, fits = "qwen2", not config.mlp_bias and config.head_dim in (None, config.head_size)
+    kind, fits = "qwen2", not config.mlp_bias
   elif config.sliding_window is not None:
     kind, fits = "mistral", not any(biases)
   else:
