@@ -37,6 +37,8 @@ class StoredTensor(NamedTuple):
     transposed: whether it is (..., out, in), as of torch's Linear, where ours is (..., in, out).
     is_embedding: whether rows of it are looked up.
     expert: the index into leaves whose experts are stacked; None if it holds all of them.
+    is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
+      parameter of its own: fused experts, a router.
   """
 
   name: str
@@ -45,9 +47,10 @@ class StoredTensor(NamedTuple):
   transposed: bool = False
   is_embedding: bool = False
   expert: int | None = None
+  is_parameter: bool = False
 
   @property
-  def index(self) -> tuple[int, ...]:
+  def place(self) -> tuple[int, ...]:
     """Which part it holds of leaves that are stacked."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
 

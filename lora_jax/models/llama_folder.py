@@ -124,7 +124,13 @@ def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[Stor
   for i in range(config.num_layers):
     layer, stack = (i, "layers") if config.scan_layers else (None, f"layers_{i}")
     of_layer = [
-      StoredTensor(name, (f"{stack}/{leaf}",), layer, transposed)
+      StoredTensor(
+        name,
+        (f"{stack}/{leaf}",),
+        layer,
+        transposed,
+        is_parameter=leaf == "mlp/router/kernel" and not published,
+      )
       for leaf, (name, transposed) in LAYER.items()
       if f"{stack}/{leaf}" in paths
     ]
@@ -148,7 +154,13 @@ def _experts(
   assert config.mixture is not None, "a model with experts"
   if not published:
     return [
-      StoredTensor(f"mlp.experts.{name}", tuple(f"{path}/{leaf}" for leaf in leaves), layer, True)
+      StoredTensor(
+        f"mlp.experts.{name}",
+        tuple(f"{path}/{leaf}" for leaf in leaves),
+        layer,
+        transposed=True,
+        is_parameter=True,
+      )
       for name, leaves in FUSED.items()
     ]
   return [

@@ -41,7 +41,7 @@ def load_params(
   for one in stored:
     start = 0
     for path in one.paths:
-      holding.setdefault(path, {})[one.index] = one, start
+      holding.setdefault(path, {})[one.place] = one, start
       start += sizes[path].shape[-1]
   places = shardings(shapes) if callable(shardings) else shardings
   places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
@@ -69,7 +69,7 @@ def expected_shapes(
 
 def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
   """Returns the shape of a tensor, from those of the leaves by path."""
-  parts = [tuple(shapes[path].shape)[len(one.index) :] for path in one.paths]
+  parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
   return _turned(one, (*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
@@ -108,7 +108,7 @@ def tensors_of(
       f"{sorted(expected - found)[:3]}, got {sorted(found - expected)[:3]}"
     )
   for one in stored:
-    parts = [np.asarray(leaves[path][one.index]) for path in one.paths]
+    parts = [np.asarray(leaves[path][one.place]) for path in one.paths]
     yield one.name, one.turned(np.concatenate(parts, axis=-1))
 
 
