@@ -80,8 +80,8 @@ def save_peft(
   linear = [module.name for module in chosen if not module.stored.is_parameter]
   if for_server and parameters:
     raise ValueError(
-      f"servers read no adapters of fused experts: {', '.join(parameters)}. Give the tensors by "
-      "which each expert has its own, stored_tensors(config, published=True)"
+      f"the form for servers has no target_parameters: {', '.join(parameters)}. Give the tensors "
+      "where each expert has its own, stored_tensors(config, published=True)"
     )
   rank, ranks = pattern_of({name: one.rank for name, one in fused.items()})
   alpha, alphas = pattern_of({name: one.alpha for name, one in fused.items()})
