@@ -1,0 +1,96 @@
+"""The language models of the zoo by the `model_type` of a folder's config.json."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.models import gpt2_folder, llama_folder
+from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.hub import StoredTensor, find_folder, read_json
+from lora_jax.models.llama import Llama
+
+PyTree = Any
+
+
+class LanguageModel(NamedTuple):
+  """A language model as it was loaded.
+
+  Attributes:
+    module: `module.apply({"params": params}, tokens)` returns logits.
+    params: its weights.
+    stored: its tensors in `transformers`, and which of our leaves they hold.
+    folder: where it was found.
+    model_type: by config.json.
+    init_cache: `init_cache(batch_size, num_slots)` returns an empty cache for decoding.
+    num_positions: the longest sequence, tokens.
+    save: `save(folder, params, tokenizer_from=None, end_of_text_id=None, max_shard_bytes=...)`
+      writes a new folder with other weights of this shape.
+  """
+
+  module: CausalLM
+  params: PyTree
+  stored: list[StoredTensor]
+  folder: Path
+  model_type: str
+  init_cache: Callable[[int, int], Cache]
+  num_positions: int
+  save: Callable[..., None]
+
+
+class Family(NamedTuple):
+  """What reads, computes and writes the models of some types."""
+
+  module: Callable[[Any], CausalLM]
+  load: Callable[..., tuple[Any, PyTree]]
+  stored_tensors: Callable[[Any], list[StoredTensor]]
+  save: Callable[..., None]
+
+
+_GPT2 = Family(GPT2, gpt2_folder.load_gpt2, gpt2_folder.stored_tensors, gpt2_folder.save_gpt2)
+_LLAMA = Family(
+  Llama, llama_folder.load_llama, llama_folder.stored_tensors, llama_folder.save_llama
+)
+CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_folder.FAMILIES, _LLAMA)}
+
+
+def load_causal_lm(
+  name: str | Path, *, shardings: Any = None, param_dtype: Any = "float32", **computation: Any
+) -> LanguageModel:
+  """Loads a language model of any family of the zoo.
+
+  Args:
+    name: a folder with config.json and safetensors, or a hub repository.
+    shardings: as of `load_gpt2`.
+    param_dtype: that the weights are brought to.
+    **computation: fields of the family's config that the folder does not give: `dtype`,
+      `scan_layers`, `remat`, `attention`.
+  Raises:
+    FileNotFoundError: if there is no such folder or repository, or files are missing.
+    ValueError: if the zoo has no such model, or the folder's files do not fit together.
+  """
+  folder = find_folder(name)
+  model_type = read_json(folder / "config.json").get("model_type")
+  if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
+    raise ValueError(
+      f"{folder / 'config.json'}: the zoo has no language model of type {model_type!r}; it has "
+      f"{', '.join(sorted(CAUSAL_LMS))}. Any other model in JAX can be adapted as it is: "
+      "lora_jax.lora(fn, config), where fn(params, *args) is your own function"
+    )
+  family = CAUSAL_LMS[model_type]
+  config, params = family.load(folder, shardings=shardings, param_dtype=param_dtype, **computation)
+
+  def save(folder: str | Path, params: PyTree, **options: Any) -> None:
+    family.save(folder, config, params, **options)
+
+  return LanguageModel(
+    module=family.module(config),
+    params=params,
+    stored=family.stored_tensors(config),
+    folder=folder,
+    model_type=model_type,
+    init_cache=functools.partial(init_cache, config),
+    num_positions=config.num_positions,
+    save=save,
+  )

@@ -1,0 +1,57 @@
+"""The zoo loads any of its families by the folder's model_type, and says what it has not."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.zoo import CAUSAL_LMS, load_causal_lm
+from lora_jax.trees import leaves_with_path
+
+from tests import make_gpt2_golden, make_llama_golden
+from tests.models import relative_difference
+
+FOLDERS = {
+  "gpt2": make_gpt2_golden.GOLDEN / "tied",
+  "mistral": make_llama_golden.GOLDEN / "mistral",
+  "gemma": make_llama_golden.GOLDEN / "gemma",
+}
+
+
+@pytest.mark.parametrize("model_type", FOLDERS)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_folder_says_which_model_it_is(model_type, scan_layers, tmp_path):
+  model = load_causal_lm(FOLDERS[model_type], scan_layers=scan_layers)
+  assert (model.model_type, model.folder) == (model_type, FOLDERS[model_type])
+  held = {path for one in model.stored for path in one.paths}
+  assert held == {path for path, _ in leaves_with_path(model.params)}
+  tokens = jnp.asarray([[3, 1, 4, 1, 5]])
+  logits = model.module.apply({"params": model.params}, tokens)
+  cache = model.init_cache(1, 5)
+  mask = jnp.tril(jnp.ones((1, 5, 5), bool))
+  hidden, _ = model.module.apply(
+    {"params": model.params}, tokens, jnp.arange(5)[None], cache, 0, mask, method="extend"
+  )
+  cached = model.module.apply({"params": model.params}, hidden, method="logits")
+  assert relative_difference(cached, logits) < 1e-5
+  model.save(tmp_path / "new", model.params, end_of_text_id=0)
+  again = load_causal_lm(tmp_path / "new", scan_layers=scan_layers)
+  assert again.model_type == model_type
+  assert again.num_positions == model.num_positions
+  jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_weights_come_in_the_dtype_asked_for():
+  model = load_causal_lm(FOLDERS["gpt2"], param_dtype="bfloat16")
+  assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("model_type", ["falcon", None, ["gpt2"]])
+def test_a_model_that_the_zoo_has_not(model_type, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+  with pytest.raises(ValueError, match=r"lora_jax\.lora\(fn, config\)") as raised:
+    load_causal_lm(tmp_path)
+  assert f"no language model of type {model_type!r}" in str(raised.value)
+  assert all(name in str(raised.value) for name in CAUSAL_LMS)
