@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.models import gpt2_folder, llama_folder
+from lora_jax.models import gpt2_folder, llama_folder, llama_json
 from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.hub import StoredTensor, find_folder, read_json
@@ -52,7 +52,7 @@ _GPT2 = Family(GPT2, gpt2_folder.load_gpt2, gpt2_folder.stored_tensors, gpt2_fol
 _LLAMA = Family(
   Llama, llama_folder.load_llama, llama_folder.stored_tensors, llama_folder.save_llama
 )
-CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_folder.FAMILIES, _LLAMA)}
+CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_json.FAMILIES, _LLAMA)}
 
 
 def load_causal_lm(
