@@ -39,6 +39,7 @@ MIXTURE = {
   "moe_intermediate_size": 12,
   "num_experts_per_tok": 2,
 }
+MIXED = {"use_sliding_window": True, "max_window_layers": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
   "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -54,6 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   "mixtral_fused": ("Mixtral", MIXTURE | {"num_local_experts": 3, "num_experts_per_tok": 1}),
   "qwen2_moe": ("Qwen2Moe", MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 20}),
   "qwen3_moe": ("Qwen3Moe", MIXTURE | {"num_experts": 4, "head_dim": 8, "norm_topk_prob": True}),
+  "qwen2_mixed": ("Qwen2", MIXTURE | {"sliding_window": 4, **MIXED}),
 }
 
 

@@ -85,6 +85,7 @@ class LlamaConfig:
     mlp_bias: whether the MLP has biases.
     qk_norm: whether queries and keys are normalized, head by head (Qwen 3).
     sliding_window: how many tokens, itself included, a token sees; None is all before it.
+    window_layers: numbers of the layers that have it, where the others see all; None is all.
     norm_offset: added to the norms' scales (Gemma: 1).
     scale_embedding: whether embeddings are multiplied by sqrt(D) (Gemma).
     tie_head: whether the head is the token embedding.
@@ -114,6 +115,7 @@ class LlamaConfig:
   mlp_bias: bool = False
   qk_norm: bool = False
   sliding_window: int | None = None
+  window_layers: tuple[int, ...] | None = None
   norm_offset: float = 0.0
   scale_embedding: bool = False
   tie_head: bool = False
@@ -137,6 +139,11 @@ class LlamaConfig:
       raise ValueError(f"the rotation needs an even size of a head, got {self.head_size}")
     if self.mixture is not None and self.mlp_bias:
       raise ValueError("experts have no biases; set mlp_bias to False")
+    if self.window_layers is not None and self.scan_layers:
+      raise ValueError(
+        "scanned layers are all alike: layers with and without a sliding window need "
+        "scan_layers=False"
+      )
     check_choice("activation", self.activation, tuple(ACTIVATIONS))
     check_computation(self)
 
@@ -242,6 +249,9 @@ class Llama(CausalLM):
     if self.config.tie_head:
       return head(hidden, None, self.token_embedding.embedding.astype(self.config.dtype))
     return head(hidden, self.lm_head, None)
+
+  def slides(self, layer: int) -> bool:
+    return self.config.window_layers is None or layer in self.config.window_layers
 
   def rotation(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Returns the cosines and sines of each token's rotation, (B, T, H), float32."""

@@ -32,6 +32,7 @@ EXPERT_FIELDS = (
   "moe_intermediate_size",
   "shared_expert_intermediate_size",
 )
+SLIDING, FULL = "sliding_attention", "full_attention"
 TANH = "gelu_pytorch_tanh"
 DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config leaves them out
   "llama": {},
@@ -107,7 +108,7 @@ def read_config(folder: str | Path, **computation: Any) -> LlamaConfig:
       rms_norm_epsilon=given["rms_norm_eps"],
       rope_theta=theta,
       rope_scaling=scaling,
-      sliding_window=_window(given),
+      **_window(given),
       tie_head=bool(given.get("tie_word_embeddings", False)),
       **computation,
     )
@@ -141,22 +142,25 @@ def _activation(given: Mapping[str, Any]) -> str:
   return TANH if gemma and name == "gelu" else name
 
 
-def _window(given: Mapping[str, Any]) -> int | None:
-  """Returns the sliding window of all layers. Raises ValueError if only some have one."""
+def _window(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the sliding window and the layers that have it, as fields of `LlamaConfig`."""
   kind, window = given["model_type"], given.get("sliding_window")
   if kind in ("mistral", "mixtral"):
-    return window
+    return {"sliding_window": window}
   if not kind.startswith("qwen") or not window or not given.get("use_sliding_window"):
-    return None
+    return {}
   if kind == "qwen3_moe":
-    return window
+    return {"sliding_window": window}
   first, count = given["max_window_layers"], given["num_hidden_layers"]
   slides = [i < first and i % 2 == 0 if kind == "qwen2_moe" else i >= first for i in range(count)]
-  by_number = ["sliding_attention" if sliding else "full_attention" for sliding in slides]
-  kinds = set(given.get("layer_types") or by_number)
-  if len(kinds) > 1:
-    raise ValueError("layers with and without a sliding window in one model are not supported yet")
-  return window if kinds == {"sliding_attention"} else None
+  if (types := given.get("layer_types")) is not None:
+    if len(types) != count or not set(types) <= {SLIDING, FULL}:
+      raise ValueError(f"expected layer_types to be {count} of {SLIDING}, {FULL}; got {types}")
+    slides = [one == SLIDING for one in types]
+  layers = tuple(i for i in range(count) if slides[i])
+  if not layers:
+    return {}
+  return {"sliding_window": window, "window_layers": None if all(slides) else layers}
 
 
 def _rotation(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -208,8 +212,12 @@ def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str,
     "bos_token_id": end_of_text_id,
     "eos_token_id": end_of_text_id,
   }
-  if kind in ("qwen2", "qwen3"):
-    written |= {"max_window_layers": 0 if window is not None else config.num_layers}
+  if kind in ("qwen2", "qwen2_moe", "qwen3"):
+    slides = config.window_layers or (() if window is None else range(config.num_layers))
+    written |= {
+      "layer_types": [SLIDING if i in slides else FULL for i in range(config.num_layers)],
+      "max_window_layers": min(slides, default=config.num_layers),
+    }
   if (mixture := config.mixture) is not None:
     written |= {
       "num_local_experts" if kind == "mixtral" else "num_experts": mixture.num_experts,
@@ -262,7 +270,6 @@ def family_of(config: LlamaConfig) -> str:
     fits = fits and not config.qk_norm and config.sliding_window is None and mixture is None
   elif mixture is not None and mixture.shared_dim is not None:
     kind, fits = "qwen2_moe", not config.qk_norm and not config.out_bias
-    fits = fits and config.sliding_window is None
   elif mixture is not None and not config.qk_norm:
     kind, fits = "mixtral", mixture.renormalize and not any(biases)
   elif config.qk_norm:
@@ -274,6 +281,7 @@ def family_of(config: LlamaConfig) -> str:
     kind, fits = "mistral", not any(biases)
   else:
     kind, fits = "llama", config.qkv_bias == config.out_bias
+  fits = fits and (config.window_layers is None or kind in ("qwen2", "qwen2_moe", "qwen3"))
   if not fits:
     raise ValueError(f"`transformers` has no model that computes as {config} says")
   return kind
