@@ -134,7 +134,7 @@ def test_text_that_changes_during_a_run_is_refused(finished, tmp_path):
   (tmp_path / "run" / "result.json").unlink()
   with (folder / "a.txt").open("r+") as file:
     file.write("X")  # the size is the same
-  with pytest.raises(ValueError, match=r"was begun with other text .* its files have changed"):
+  with pytest.raises(ValueError, match=r"was begun with other text .* it has changed since"):
     gpt2_pretrain.run(config)
   assert len(list((root / "runs").glob("text-*"))) == 2
 
