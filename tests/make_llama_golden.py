@@ -1,7 +1,8 @@
 """Makes tests/golden/llama with `transformers`: python -m tests.make_llama_golden
 
-Each folder is a small random model of the Llama family as `save_pretrained` writes it; beside it
-stand tokens and the logits that `transformers` has for them.
+Each folder is a small random model of the Llama family as `save_pretrained` writes it, the `_fused`
+ones with all experts of a layer in one tensor; beside it stand tokens and the logits that
+`transformers` has for them.
 """
 
 import shutil
@@ -32,6 +33,13 @@ LLAMA3 = {
   "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+MIXTURE = {
+  "hidden_size": 16,
+  "intermediate_size": 12,
+  "moe_intermediate_size": 12,
+  "num_experts_per_tok": 2,
+}
+MIXED = {"use_sliding_window": True, "max_window_layers": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
   "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -43,6 +51,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
   "qwen3": ("Qwen3", {"head_dim": 16}),
   "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+  "mixtral": ("Mixtral", MIXTURE | {"num_local_experts": 4, "sliding_window": 7}),
+  "mixtral_fused": ("Mixtral", MIXTURE | {"num_local_experts": 3, "num_experts_per_tok": 1}),
+  "qwen2_moe": ("Qwen2Moe", MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 20}),
+  "qwen3_moe": ("Qwen3Moe", MIXTURE | {"num_experts": 4, "head_dim": 8, "norm_topk_prob": True}),
+  "qwen2_mixed": ("Qwen2", MIXTURE | {"sliding_window": 4, **MIXED}),
 }
 
 
@@ -57,7 +70,7 @@ def make_model(name: str, seed: int) -> Any:
   model = getattr(transformers, f"{family}ForCausalLM")(config)
   with torch.no_grad():
     for parameter in model.parameters():
-      if parameter.ndim == 2:
+      if parameter.ndim > 1:
         parameter.copy_(torch.randn(parameter.shape) * 1.5 / parameter.shape[-1] ** 0.5)
       else:
         parameter.add_(0.2 * torch.randn(parameter.shape))
@@ -78,7 +91,7 @@ def main() -> None:
   shutil.rmtree(GOLDEN, ignore_errors=True)
   for seed, name in enumerate(MODELS):
     model = make_model(name, seed)
-    model.save_pretrained(GOLDEN / name)
+    model.save_pretrained(GOLDEN / name, save_original_format=not name.endswith("_fused"))
     (GOLDEN / name / "generation_config.json").unlink(missing_ok=True)
     tokens = np.random.default_rng(seed).integers(1, 64, (2, 13))
     arrays = {"tokens": tokens.astype(np.int32), "logits": logits(model, tokens)}

@@ -44,6 +44,29 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama/llama_biased",
     {"r": 2, "target_modules": ["embed_tokens", "down_proj"], "modules_to_save": ["lm_head"]},
   ),
+  "mixtral": ("llama/mixtral", {"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+  "experts": (
+    "llama/mixtral",
+    {
+      "r": 3,
+      "target_modules": ["k_proj"],
+      "target_parameters": ["experts.gate_up_proj", "down_proj"],
+      "rank_pattern": {"gate_up_proj": 2},
+    },
+  ),
+  "one_parameter": (
+    "llama/mixtral_fused",
+    {
+      "r": 2,
+      "target_modules": [],
+      "target_parameters": ["layers.1.mlp.experts.down_proj"],
+      "use_rslora": True,
+    },
+  ),
+  "router": (
+    "llama/qwen3_moe",
+    {"r": 2, "target_modules": [], "target_parameters": ["gate.weight", "gate_up_proj"]},
+  ),
 }
 
 

@@ -77,7 +77,13 @@ def test_logits_are_pefts_with_stacked_layers(name):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("name", ["fused", "rslora", "saved", "llama", "qwen", "llama_saved"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("fused", "rslora", "saved", "llama", "qwen", "llama_saved"),
+    *("mixtral", "experts", "one_parameter", "router"),
+  ],
+)
 def test_there_and_back(name, scan_layers, tmp_path):
   """Parts of a fused weight that share A become one again: PEFT's own file."""
   of, _ = golden.ADAPTERS[name]
@@ -95,13 +101,13 @@ def test_there_and_back(name, scan_layers, tmp_path):
     assert relative_difference(got, expected(name)) < 1e-5
 
 
-def ours(scan_layers=False, **settings):
-  """Returns an adapter of q and v made here, whose factors are all different."""
-  config, params, _ = base("gpt2/tied", scan_layers)
+def ours(name="gpt2/tied", scan_layers=False, **settings):
+  """Returns an adapter made here, of q and v by default, whose factors are all different."""
+  config, params, _ = base(name, scan_layers)
   settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings
   lora_config = lj.LoraConfig(**settings)
   adapted = lj.lora(model(config), lora_config)
-  tokens = jnp.asarray(golden.tokens_of("gpt2/tied"))
+  tokens = jnp.asarray(golden.tokens_of(name))
   return lora_config, randomized(adapted.init(jax.random.key(0), params, tokens))
 
 
@@ -152,6 +158,69 @@ def test_peft_itself_agrees(case, tmp_path):
     theirs = peft.PeftModel.from_pretrained(golden.base_model("gpt2/tied"), tmp_path / name).eval()
     got = golden.logits(theirs, golden.tokens_of("gpt2/tied"))
     assert relative_difference(got, logits("gpt2/tied", adapter)[0]) < 1e-5
+
+
+EXPERTS = {"alpha": 6.0, "target": r".*(/experts/\w+|/attn/query/kernel)"}
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_experts_there_and_back(scan_layers, published, tmp_path):
+  """Gate and up stand in PEFT's fused parameter, or by the names of published folders alone."""
+  name = "llama/mixtral"
+  config, params, _ = base(name, scan_layers)
+  adapter = ours(name, scan_layers, rules=[lj.LoraRule(".*/up", rank=3)], **EXPERTS)
+  tensors = llama_folder.stored_tensors(config, published=published)
+  save_peft(tmp_path / "new", *adapter, tensors, params, for_server=published)
+  back = load_peft(tmp_path / "new", tensors, params)
+  for got, before in zip(
+    logits(name, back, scan_layers), logits(name, adapter, scan_layers), strict=True
+  ):
+    assert relative_difference(got, before) < 1e-5
+  arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  prefix = "base_model.model.model.layers.1"
+  if published:
+    assert arrays[f"{prefix}.block_sparse_moe.experts.3.w1.lora_A.weight"].shape == (3, 16)
+    assert written["target_modules"] == ["q_proj", "w1", "w3", "w2"]
+  else:
+    assert arrays[f"{prefix}.mlp.experts.base_layer.lora_A.weight"].shape == (4 * (2 + 3), 16)
+    assert arrays[f"{prefix}.mlp.experts.lora_B.weight"].shape == (16, 2 * 4)
+    assert written["target_parameters"] == ["gate_up_proj", "down_proj"]
+    with pytest.raises(ValueError, match="the form for servers has no target_parameters"):
+      save_peft(tmp_path / "server", *adapter, tensors, params, for_server=True)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_an_adapter_of_some_experts(published, tmp_path):
+  name = "llama/mixtral"
+  config, params, _ = base(name)
+  rule = lj.LoraRule(".*/down", stacked_layers=[1, 2])
+  adapter = ours(name, rules=[rule], **EXPERTS | {"target": "layers_0/mlp/experts/down"})
+  tensors = llama_folder.stored_tensors(config, published=published)
+  save_peft(tmp_path / "new", *adapter, tensors, params)
+  back = load_peft(tmp_path / "new", tensors, params)
+  assert relative_difference(logits(name, back)[0], logits(name, adapter)[0]) < 1e-5
+  if published:
+    stacked, layers, tensors = base(name, scan_layers=True)
+    with pytest.raises(ValueError, match=r"some experts of stacked layers; load .*scan_layers=Fal"):
+      load_peft(tmp_path / "new", llama_folder.stored_tensors(stacked, published=True), layers)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # they did match
+@pytest.mark.parametrize("published", [False, True])
+def test_peft_itself_agrees_about_experts(published, tmp_path):
+  peft = pytest.importorskip("peft", reason="peft is not installed")
+  name = "llama/mixtral"
+  config, params, _ = base(name)
+  adapter = ours(name, **EXPERTS)
+  tensors = llama_folder.stored_tensors(config, published=published)
+  save_peft(tmp_path / "new", *adapter, tensors, params)
+  theirs = peft.PeftModel.from_pretrained(golden.base_model(name), tmp_path / "new").eval()
+  tokens = golden.tokens_of(name)
+  for got in (golden.logits(theirs, tokens), golden.logits(theirs.merge_and_unload(), tokens)):
+    assert relative_difference(got, logits(name, adapter)[0]) < 1e-5
 
 
 def test_the_form_for_servers(tmp_path):
@@ -207,7 +276,7 @@ def edit_config(folder, **fields):
     ({"layers_to_transform": [0]}, r"unexpected base_model.*h\.1\.attn\.c_attn\.lora_A"),
     ({"bias": "some"}, r"bias is 'some', expected none, all or lora_only"),
     ({"new_thing": 3}, r"the field new_thing=3 is not known here"),
-    ({"target_parameters": ["experts"]}, r"target_parameters \('experts',\): this model has none"),
+    ({"target_parameters": ["experts"]}, r"\('experts',\): this model has no experts, but none"),
     ({"target_modules": ["wte"]}, r"wte is the head too"),
     ({"target_modules": None}, r"target_modules is missing"),
     ({"init_lora_weights": "pissa"}, r"'pissa' changes the base when PEFT loads the adapter"),

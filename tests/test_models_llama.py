@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from lora_jax.decoding import BeamConfig, beam_search, from_linen
-from lora_jax.models.llama import Llama, LlamaConfig, RopeScaling, init_cache
+from lora_jax.decoding import BeamConfig, CachedModel, beam_search, from_linen
+from lora_jax.models.llama import Llama, LlamaConfig, MixtureConfig, RopeScaling, init_cache
 from lora_jax.models.llama_folder import load_llama, params_shapes, save_llama
 from lora_jax.training.mesh import make_mesh, params_shardings
 
@@ -44,7 +44,9 @@ def expected(name):
 
 @pytest.mark.parametrize(
   ("name", "computation"),
-  [(name, "unrolled") for name in golden.MODELS] + [("llama3", other) for other in COMPUTATIONS],
+  [(name, "unrolled") for name in golden.MODELS]
+  + [("llama3", other) for other in COMPUTATIONS]
+  + [("mixtral", "scanned_remat"), ("mixtral_fused", "scanned"), ("qwen2_moe", "remat")],
 )
 def test_logits_are_those_of_transformers(name, computation):
   config, params = load_llama(golden.GOLDEN / name, **COMPUTATIONS[computation])
@@ -60,11 +62,20 @@ def test_folders_go_there_and_back(name, tmp_path):
   again, same = load_llama(tmp_path / "new")
   assert dataclasses.replace(again, head_dim=config.head_dim) == config
   jax.tree.map(np.testing.assert_array_equal, same, params)
+  if config.window_layers is not None:
+    with pytest.raises(
+      ValueError, match="with and without a sliding window need scan_layers=False"
+    ):
+      load_llama(golden.GOLDEN / name, scan_layers=True)
+    return
   stacked, layers = load_llama(golden.GOLDEN / name, scan_layers=True)
   save_llama(tmp_path / "stacked", stacked, layers)
   jax.tree.map(np.testing.assert_array_equal, load_llama(tmp_path / "stacked")[1], params)
-  names = set(load_file(golden.GOLDEN / name / "model.safetensors"))
-  assert names == set(load_file(tmp_path / "stacked" / "model.safetensors"))
+  names = set(load_file(tmp_path / "stacked" / "model.safetensors"))
+  if name.endswith("_fused"):  # experts are written one by one, as published models' are
+    assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in names
+  else:
+    assert names == set(load_file(golden.GOLDEN / name / "model.safetensors"))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
@@ -79,7 +90,7 @@ def test_transformers_reads_our_folders(name, tmp_path):
   assert relative_difference(golden.logits(model, np.asarray(tokens, np.int64)), logits) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma", "qwen2_moe"])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
   config, params = load_llama(golden.GOLDEN / name, scan_layers=scan_layers)
@@ -97,7 +108,7 @@ def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
   assert relative_difference(jnp.concatenate(found, axis=1), logits) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen2_mixed"])
 def test_packed_rows_and_some_outputs_are_those_of_each_sequence(name):
   config, params = load_llama(golden.GOLDEN / name)
   tokens, _ = expected(name)
@@ -130,6 +141,54 @@ def test_lora_of_all_linear_layers(computation):
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("computation", ["unrolled", "scanned"])
+def test_lora_of_experts(computation):
+  """Each expert has factors of its own; the router and the shared expert have theirs."""
+  config, params = load_llama(golden.GOLDEN / "qwen2_moe", **COMPUTATIONS[computation])
+  tokens, logits = expected("qwen2_moe")
+  target = r"layers(_\d+)?/mlp/(experts/\w+|router/kernel|shared/\w+/kernel)"
+  adapted = lj.lora(functools.partial(run, config), lj.LoraConfig(2, 4.0, target))
+  trainable = adapted.init(jax.random.key(0), params, tokens)
+  layer = trainable["layers" if config.scan_layers else "layers_0"]["mlp"]["experts"]
+  stack = (2,) if config.scan_layers else ()
+  assert layer["gate"].lora_a.shape == (*stack, 4, 16, 2)
+  assert layer["down"].lora_b.shape == (*stack, 4, 2, 16)
+  apply = jax.jit(adapted.apply)
+  np.testing.assert_array_equal(apply(params, trainable, tokens), run(config, params, tokens))
+  trainable = randomized(trainable)
+  out = apply(params, trainable, tokens)
+  assert relative_difference(run(config, adapted.merge(params, trainable), tokens), out) < 1e-5
+  assert relative_difference(out, logits) > 0.1
+  loss = lambda params, tune: apply(params, tune, tokens).var()  # noqa: E731
+  merged = lambda params, tune: run(config, adapted.merge(params, tune), tokens).var()  # noqa: E731
+  gradients, same = (jax.grad(f, argnums=1)(params, trainable) for f in (loss, merged))
+  assert relative_difference(gradients, same) < 1e-5
+
+
+def test_decoding_with_an_adapter_of_experts():
+  """Greedily by the cache, the same as whole sequences have it."""
+  config, params = load_llama(golden.GOLDEN / "qwen3_moe")
+  tokens, _ = expected("qwen3_moe")
+  lora_config = lj.LoraConfig(2, 4.0, r".*/experts/\w+")
+  adapted = lj.lora(functools.partial(run, config), lora_config)
+  trainable = randomized(adapted.init(jax.random.key(0), params, tokens))
+  base = from_linen(Llama(config), functools.partial(init_cache, config), config.num_positions)
+  extend = lj.lora(base.extend, lora_config).apply
+  model = CachedModel(
+    lambda both, *args: extend(*both, *args),
+    lambda both, hidden: base.logits(both[0], hidden),
+    base.make_cache,
+    base.max_positions,
+  )
+  search = BeamConfig(eos_ids=(0,), num_beams=1, max_new_tokens=8, pad_id=0)
+  prompt = [int(token) for token in tokens[0, :5]]
+  (ids,) = beam_search(model, (params, trainable), [prompt], search).best()
+  row = list(prompt)
+  for _ in ids:
+    row.append(int(adapted.apply(params, trainable, jnp.asarray([row]))[0, -1].argmax()))
+  assert list(ids) == row[5:]
+
+
 def test_a_mesh_gets_its_shards_while_loading():
   mesh = make_mesh(2, 2, 2)
   rules = (
@@ -146,12 +205,22 @@ def test_a_mesh_gets_its_shards_while_loading():
   assert relative_difference(run(config, params, tokens), logits) < 1e-5
 
 
-MIXED = {
-  "sliding_window": 4,
-  "use_sliding_window": True,
-  "max_window_layers": 1,
-  "layer_types": None,
-}
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_mesh_gets_its_shards_of_experts(scan_layers):
+  mesh = make_mesh(2, 2, 2)
+  stack = (None,) * scan_layers
+  rules = (
+    (r".*/experts/(gate|up)", jax.P(*stack, "fsdp", None, "tensor")),
+    (r".*/experts/down", jax.P(*stack, "fsdp", "tensor")),
+    (r".*", jax.P()),
+  )
+  places = functools.partial(params_shardings, mesh, rules=rules)
+  for name, count in (("mixtral", 4), ("qwen2_moe", 4)):
+    config, params = load_llama(golden.GOLDEN / name, shardings=places, scan_layers=scan_layers)
+    kernel = params["layers" if scan_layers else "layers_1"]["mlp"]["experts"]["gate"]
+    assert kernel.addressable_shards[0].data.shape == (*(2,) * scan_layers, count // 2, 16, 6)
+    tokens, logits = expected(name)
+    assert relative_difference(run(config, params, tokens), logits) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -169,8 +238,17 @@ MIXED = {
     ("llama2", {"num_hidden_layers": 3}, r"missing model\.layers\.2\."),
     ("llama2", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
     ("llama2", {"partial_rotary_factor": 0.5}, "rotation of a part of each head"),
-    ("qwen3", MIXED, "layers with and without a sliding window"),
-    ("qwen3", MIXED | {"layer_types": ["full_attention", "sliding_attention"]}, "layers with and"),
+    ("mixtral", {"num_experts_per_tok": 5}, "from 1 to num_experts = 4, got 5"),
+    ("mixtral", {"num_local_experts": 3}, r"unexpected model.*block_sparse_moe\.experts\.3\.w1"),
+    ("mixtral_fused", {"num_local_experts": 4}, r"gate_up_proj has shape \(3, 24, 16\), expected"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "layers with and without experts in one model"),
+    ("qwen2_moe", {"decoder_sparse_step": 2}, "layers with and without experts in one model"),
+    ("qwen3_moe", {"moe_intermediate_size": "12"}, "integer for moe_intermediate_size, got '12'"),
+    (
+      "qwen2_mixed",
+      {"layer_types": ["full_attention"]},
+      "layer_types to be 2 of sliding_attention",
+    ),
   ],
 )
 def test_folders_that_are_computed_otherwise_are_refused(name, fields, message, tmp_path):
@@ -205,6 +283,11 @@ def test_a_head_that_is_said_to_be_tied_must_be(tmp_path):
     ("mistral", {"sliding_window": None}, {"sliding_window": None}),
     ("qwen2", {"attention_bias": True, "mlp_bias": True}, {}),
     ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, {}),
+    ("qwen2_mixed", {"layer_types": None}, {}),
+    ("qwen2_mixed", {"max_window_layers": 0}, {}),  # layer_types count
+    ("qwen3_moe", {"num_experts": 4, "num_local_experts": 4}, {}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 3}, {"sliding_window": 3}),
+    ("mixtral", {"rope_parameters": None}, {}),
   ],
 )
 def test_fields_mean_what_they_do_in_transformers(name, fields, same, tmp_path):
@@ -253,6 +336,23 @@ PUBLISHED = {  # parameters, from the models' cards
       tie_head=True,
     ),
     494_032_768,
+  ),
+  "Mixtral 8x7B": (
+    LlamaConfig(num_kv_heads=8, mlp_dim=14336, mixture=MixtureConfig(8, 2)),
+    46_702_792_704,
+  ),
+  "Qwen3 30B-A3B": (
+    LlamaConfig(
+      vocab_size=151936,
+      embed_dim=2048,
+      num_layers=48,
+      num_kv_heads=4,
+      head_dim=128,
+      mlp_dim=768,
+      mixture=MixtureConfig(128, 8),
+      qk_norm=True,
+    ),
+    30_532_122_624,
   ),
   "Gemma 2B": (
     LlamaConfig(

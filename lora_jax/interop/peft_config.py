@@ -98,6 +98,10 @@ class PeftConfig:
       return True  # as in PEFT, an expression or a whole name says the layer itself
     return self.layers_to_transform is None or self._layer(module) in self.layers_to_transform
 
+  def targets_parameter(self, parameter: str) -> bool:
+    """Returns whether a parameter is adapted itself; its module is no layer of a common kind."""
+    return _named(parameter, self.target_parameters)
+
   def _layer(self, module: str) -> int | None:
     """Returns the number in a module's name; as in PEFT, the first one in the lists named."""
     for name in self.layers_pattern or (r"[^.]*",):
@@ -187,6 +191,8 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
   )
   if config.bias not in ("none", "all", "lora_only"):
     raise ValueError(f"{path}: bias is {config.bias!r}, expected none, all or lora_only")
+  if config.target_parameters and config.lora_bias:
+    raise ValueError(f"{path}: PEFT has no lora_bias with target_parameters")
   if not config.target_modules and not config.target_parameters:
     raise ValueError(f"{path}: target_modules is missing; expected the names of modules")
   return config

@@ -19,9 +19,11 @@ from lora_jax.interop.peft_modules import (
   Arrays,
   Module,
   check_tied,
+  factor_names,
   find_modules,
 )
 from lora_jax.models.hub import StoredTensor, read_json
+from lora_jax.models.stored import stored_shape
 from lora_jax.trees import leaves_with_path, nest
 
 PyTree = Any
@@ -46,37 +48,62 @@ def load_peft(
   """
   folder = Path(folder)
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
-  if config.target_parameters:
-    raise ValueError(f"{folder}: target_parameters {config.target_parameters}: this model has none")
   leaves = dict(leaves_with_path(params))
   own = find_modules(tensors, leaves)
-  modules = [module for module in own if config.targets(module.name, module.is_body)]
-  if not modules:
-    raise ValueError(
-      f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
-      f"{', '.join(sorted({module.name.rpartition('.')[2] for module in own}))}"
-    )
+  modules = _targeted(folder, config, own)
   trained = [module for module in own if module in modules or config.saves(module.name)]
   check_tied(folder, [module for module in trained if module.stored.is_embedding], tensors)
   arrays = _read(folder, config, modules, tensors, leaves)
-  targets: dict[str, dict[int | None, LoraWeight]] = {}
+  targets: dict[str, dict[tuple[int, ...], LoraWeight]] = {}
   settings: dict[str, tuple[int, float]] = {}
   for module in modules:
-    a, b = (arrays[key].T for key in module.factor_names())
+    a, b = module.from_file(*(arrays[key] for key in factor_names(module, modules)))
     offsets = np.cumsum([0, *module.outputs])
     for path, start, stop in zip(module.stored.paths, offsets, offsets[1:], strict=False):
-      weight = LoraWeight(a, b[:, start:stop], LoraAxes((), (0,), (1,)))
-      targets.setdefault(path, {})[module.stored.layer] = weight
+      weight = LoraWeight(a, b[..., start:stop], _axes(a.ndim))
+      targets.setdefault(path, {})[module.stored.place] = weight
       setting = weight.rank, config.scaling_of(module.name) * weight.rank
       if settings.setdefault(path, setting) != setting:
         raise ValueError(
           f"{folder}: the layers stacked in {path} have different ranks or alphas; load the model "
           "with scan_layers=False"
         )
-  weights = {path: _stacked(of_layers) for path, of_layers in targets.items()}
+  weights = {path: _stacked(of, tuple(leaves[path].shape)) for path, of in targets.items()}
   extra = _extra(config, modules, arrays, tensors, leaves)
   items = [(tuple(path.split("/")), leaf) for path, leaf in (weights | extra).items()]
   return _lora_config(settings, weights, extra), jax.tree.map(jnp.asarray, nest(items))
+
+
+def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[Module]:
+  """Returns the modules and parameters that are adapted.
+
+  Raises:
+    ValueError: if there are none, or a target_parameter is none of the model's.
+  """
+  parameters = [module for module in own if module.stored.is_parameter]
+  for name in config.target_parameters:
+    if not any(module.name == name or module.name.endswith(f".{name}") for module in parameters):
+      raise ValueError(
+        f"{folder}: target_parameters {config.target_parameters}: this model has no {name}, but "
+        f"{', '.join(sorted({_short(module) for module in parameters})) or 'none'}"
+      )
+  modules = [
+    module
+    for module in own
+    if config.targets_parameter(module.name)
+    or (not module.stored.is_parameter and config.targets(module.name, module.is_body))
+  ]
+  if not modules:
+    raise ValueError(
+      f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
+      f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}"
+    )
+  return modules
+
+
+def _short(module: Module) -> str:
+  """Returns the end of a module's name; of a parameter, with its module's."""
+  return ".".join(module.name.split(".")[-2 if module.stored.is_parameter else -1 :])
 
 
 def _read(
@@ -89,14 +116,14 @@ def _read(
   """Returns the file's tensors by name, once they are exactly those of the config."""
   expected: dict[str, tuple[int, ...]] = {}
   for module in modules:
-    rank, (a, b) = config.rank_of(module.name), module.factor_names()
-    expected |= {a: (rank, module.inputs), b: (sum(module.outputs), rank)}
+    shapes = module.factor_shapes(config.rank_of(module.name))
+    expected |= dict(zip(factor_names(module, modules), shapes, strict=True))
     if config.lora_bias:
       expected[f"{PREFIX}{module.name}.lora_B.bias"] = (sum(module.outputs),)
-  adapted = {module.name for module in modules}
+  adapted = {module.module for module in modules}
   for stored in tensors:
     if _trained_whole(config, stored, adapted):
-      expected[_whole_key(stored, adapted)] = _shape(stored, leaves)
+      expected[_whole_key(stored, adapted)] = stored_shape(stored, leaves)
   arrays = _load(folder / WEIGHTS)
   _drop_base_copies(folder, arrays, modules, leaves)
   faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
@@ -129,7 +156,7 @@ def _drop_base_copies(
       continue
     (path,) = module.stored.paths
     own = np.asarray(leaves[path], np.float32)
-    if not np.array_equal(copy.T if module.stored.transposed else copy, own):
+    if not np.array_equal(module.stored.turned(copy), own):
       raise ValueError(
         f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
         "Load the base that it was trained on"
@@ -165,19 +192,31 @@ def _whole_key(stored: StoredTensor, adapted: set[str]) -> str:
   return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
 
 
-def _shape(stored: StoredTensor, leaves: Mapping[str, Any]) -> tuple[int, ...]:
-  shapes = [tuple(leaves[path].shape)[stored.layer is not None :] for path in stored.paths]
-  shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
-  return shape[::-1] if stored.transposed else shape
+def _axes(ndim: int) -> LoraAxes:
+  """Returns the axes of a weight's factors, of which the last two are no stacks."""
+  return LoraAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
 
 
-def _stacked(of_layers: Mapping[int | None, LoraWeight]) -> LoraWeight:
-  """Returns the factors of a leaf, those of stacked layers as one."""
-  if None in of_layers:
-    return of_layers[None]
-  layers = tuple(sorted(layer for layer in of_layers if layer is not None))
-  a, b = (np.stack([getattr(of_layers[i], name) for i in layers]) for name in ("lora_a", "lora_b"))
-  return LoraWeight(a, b, LoraAxes((0,), (1,), (2,)), layers)
+def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, ...]) -> LoraWeight:
+  """Returns the factors of a leaf, those of stacked layers and experts as one.
+
+  Args:
+    of_places: by their index into the leaf.
+    shape: of the leaf.
+  """
+  if () in of_places:
+    return of_places[()]
+  by_first: dict[int, dict[tuple[int, ...], LoraWeight]] = {}
+  for (first, *rest), weight in of_places.items():
+    by_first.setdefault(first, {})[tuple(rest)] = weight
+  layers = tuple(sorted(by_first))
+  parts = [_stacked(by_first[i], shape[1:]) for i in layers]
+  if any(part.layers not in (None, tuple(range(shape[1]))) for part in parts):
+    raise ValueError(
+      "the adapter is for some experts of stacked layers; load the model with scan_layers=False"
+    )
+  a, b = (np.stack([getattr(part, name) for part in parts]) for name in ("lora_a", "lora_b"))
+  return LoraWeight(a, b, _axes(a.ndim), layers)
 
 
 def _extra(
@@ -188,18 +227,18 @@ def _extra(
   leaves: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
   """Returns our leaves that are trained whole: saved modules, biases, and biases of B added."""
-  adapted = {module.name for module in modules}
+  adapted = {module.module for module in modules}
   new: dict[str, np.ndarray] = {}
 
   def parts(stored: StoredTensor, array: np.ndarray) -> None:
-    array = array.T if stored.transposed else array
+    array = stored.turned(array)
     sizes = [leaves[path].shape[-1] for path in stored.paths]
     pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
     for path, piece in zip(stored.paths, pieces, strict=True):
-      if stored.layer is None:
+      if not stored.place:
         new[path] = piece
       else:  # the layers that are not named stay as they are
-        new.setdefault(path, np.array(leaves[path], np.float32))[stored.layer] = piece
+        new.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
 
   for stored in tensors:
     if _trained_whole(config, stored, adapted):
@@ -210,8 +249,7 @@ def _extra(
       if f"{module.name}.bias" not in biases:
         raise ValueError(f"lora_bias: {module.name} has no bias of its own to add that of B to")
       stored = biases[f"{module.name}.bias"]
-      index = () if stored.layer is None else (stored.layer,)
-      own = [new.get(p, np.asarray(leaves[p], np.float32))[index] for p in stored.paths]
+      own = [new.get(p, np.asarray(leaves[p], np.float32))[stored.place] for p in stored.paths]
       of_b = config.scaling_of(module.name) * arrays[f"{PREFIX}{module.name}.lora_B.bias"]
       parts(stored, np.concatenate(own, axis=-1) + of_b)
   return new

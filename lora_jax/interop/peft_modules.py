@@ -4,6 +4,8 @@
     base_model.model.transformer.h.0.attn.c_attn.lora_B.weight   (out, rank)   likewise
     base_model.model.transformer.wte.lora_embedding_A            (rank, V)
     base_model.model.transformer.wte.lora_embedding_B            (D, rank)
+    base_model.model.model.layers.0.mlp.experts.lora_A.weight    (experts * rank, in)
+    base_model.model.model.layers.0.mlp.experts.lora_B.weight    (out, rank * experts)
 
 Where PEFT adapts a fused weight and our leaves are its parts, an adapter goes over exactly. From
 PEFT, all parts share A, and each has its rows of B. To PEFT, the As of the parts stand one below
@@ -11,6 +13,7 @@ another, with zeros in B where a part has no share in them, so that ranks add up
 stand there once.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +30,13 @@ PREFIX = "base_model.model."
 
 
 class Module:
-  """A module with a weight: where it is in PEFT, and which leaves of ours it is."""
+  """A module with a weight, or a parameter: where it is in PEFT, and which leaves of ours it is."""
 
   def __init__(self, stored: StoredTensor, params: Mapping[str, Any]):
     self.stored = stored
-    self.name = stored.name.removesuffix(".weight")
-    stacked = stored.layer is not None
-    self.shapes = [tuple(params[path].shape)[stacked:] for path in stored.paths]
+    self.name = stored.name if stored.is_parameter else stored.name.removesuffix(".weight")
+    self.module = stored.name.rpartition(".")[0]
+    self.shapes = [tuple(params[path].shape)[len(stored.place) :] for path in stored.paths]
 
   @property
   def is_linear(self) -> bool:
@@ -45,28 +48,70 @@ class Module:
     return self.is_linear and self.name != "lm_head"
 
   @property
+  def experts(self) -> tuple[int, ...]:
+    """Their number, if it is a parameter of several; else ()."""
+    return self.shapes[0][:-2]
+
+  @property
   def inputs(self) -> int:
-    return self.shapes[0][0]
+    return self.shapes[0][-2]
 
   @property
   def outputs(self) -> list[int]:
-    return [shape[1] for shape in self.shapes]
+    return [shape[-1] for shape in self.shapes]
 
-  def factor_names(self) -> tuple[str, str]:
-    """Returns the names of A and B in the file."""
-    name = PREFIX + self.name
-    if self.stored.is_embedding:
-      return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
-    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+  def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of A and B in the file, whose ranks of all experts are one axis."""
+    ranks = math.prod((rank, *self.experts))
+    return (ranks, self.inputs), (sum(self.outputs), ranks)
+
+  def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A (..., in, rank) and B (..., rank, out) from those in the file.
+
+    There each expert has its own rows of A, one expert after another; in B, however, the experts
+    alternate.
+    """
+    if not self.experts:
+      return a.T, b.T
+    a = a.reshape(*self.experts, -1, self.inputs)
+    return a.swapaxes(-1, -2), b.reshape(len(b), -1, *self.experts).transpose(2, 1, 0)
+
+  def to_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of the file from A (..., rank, in) and B (..., out, rank)."""
+    if not self.experts:
+      return a, b
+    return a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
+  """Returns the names of A and B in the file.
+
+  PEFT wraps a module once for each parameter of it that is adapted, so that the wrapper of the
+  last one is outside.
+
+  Args:
+    module: that is adapted.
+    adapted: all that are, in the order of the model's tensors.
+  """
+  name = PREFIX + module.name
+  if module.stored.is_embedding:
+    return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+  if module.stored.is_parameter:
+    same = [other.name for other in adapted if other.module == module.module]
+    name = PREFIX + module.module + ".base_layer" * (len(same) - 1 - same.index(module.name))
+  return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
 
 
 def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> list[Module]:
-  """Returns the linear layers and embeddings of a model."""
+  """Returns the linear layers and embeddings of a model, and the parameters like them."""
   return [
     Module(stored, leaves)
     for stored in tensors
-    if stored.name.endswith(".weight")
-    and len(leaves[stored.paths[0]].shape) - (stored.layer is not None) == 2
+    if stored.is_parameter
+    or (
+      stored.name.endswith(".weight")
+      and len(leaves[stored.paths[0]].shape) - len(stored.place) == 2
+    )
   ]
 
 

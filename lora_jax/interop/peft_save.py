@@ -20,6 +20,7 @@ from lora_jax.interop.peft_modules import (
   Arrays,
   Module,
   check_tied,
+  factor_names,
   find_modules,
 )
 from lora_jax.models.hub import StoredTensor, save_tensors
@@ -73,8 +74,15 @@ def save_peft(
     fused = {name: one.with_rank(rank) for name, one in fused.items()}
   arrays = {}
   for module in chosen:
-    one = fused[module.name]
-    arrays |= dict(zip(module.factor_names(), (one.a, one.b), strict=True))
+    factors = module.to_file(fused[module.name].a, fused[module.name].b)
+    arrays |= dict(zip(factor_names(module, chosen), factors, strict=True))
+  parameters = [module.name for module in chosen if module.stored.is_parameter]
+  linear = [module.name for module in chosen if not module.stored.is_parameter]
+  if for_server and parameters:
+    raise ValueError(
+      f"the form for servers has no target_parameters: {', '.join(parameters)}. Give the tensors "
+      "where each expert has its own, stored_tensors(config, published=True)"
+    )
   rank, ranks = pattern_of({name: one.rank for name, one in fused.items()})
   alpha, alphas = pattern_of({name: one.alpha for name, one in fused.items()})
   written = {
@@ -84,45 +92,52 @@ def save_peft(
     "inference_mode": True,
     "r": rank,
     "lora_alpha": alpha,
-    "lora_dropout": config.dropout,
-    "target_modules": shortest_endings(fused, [module.name for module in modules]),
+    "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
+    "target_modules": _endings(linear, [m.name for m in modules if not m.stored.is_parameter]),
     "bias": "none",
     "fan_in_fan_out": not any(module.stored.transposed for module in chosen if module.is_linear),
   }
+  if parameters:
+    written["target_parameters"] = _endings(parameters, [stored.name for stored in tensors])
   if ranks or alphas:
     written |= {"rank_pattern": ranks, "alpha_pattern": alphas}
   if whole:
     if for_server:
       raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
-    names, of_whole = _modules_to_save(whole, tensors, leaves, set(fused))
+    names, of_whole = _modules_to_save(whole, tensors, leaves, {m.module for m in chosen})
     written["modules_to_save"], arrays = names, arrays | of_whole
   _write(Path(folder), written, arrays)
+
+
+def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+  return shortest_endings(chosen, names) if chosen else []
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fused:
   """One module's factors as PEFT has them: `alpha / rank * b @ a`."""
 
-  a: np.ndarray  # (rank, in)
-  b: np.ndarray  # (out, rank)
+  a: np.ndarray  # (rank, in), of stacked experts (experts, rank, in)
+  b: np.ndarray  # (out, rank), likewise
   alpha: float
 
   @property
   def rank(self) -> int:
-    return len(self.a)
+    return self.a.shape[-2]
 
   def with_rank(self, rank: int) -> "_Fused":
     """Returns the same with zeros up to a rank, and alpha equal to it."""
-    more = rank - self.rank
+    more, experts = (0, rank - self.rank), [(0, 0)] * (self.a.ndim - 2)
     b = self.b * np.float32(self.alpha / self.rank)
-    return _Fused(np.pad(self.a, ((0, more), (0, 0))), np.pad(b, ((0, 0), (0, more))), float(rank))
+    a, b = np.pad(self.a, (*experts, more, (0, 0))), np.pad(b, (*experts, (0, 0), more))
+    return _Fused(a, b, float(rank))
 
 
 def _fused(
   module: Module, weights: Mapping[str, LoraWeight], scalings: Mapping[str, float]
 ) -> _Fused | None:
   """Returns the factors of a module from those of its parts; None if none is adapted."""
-  found = [_of_layer(weights.get(path), module.stored.layer) for path in module.stored.paths]
+  found = [_of_place(weights.get(path), module) for path in module.stored.paths]
   if all(part is None for part in found):
     return None
   used = [scalings[p] for p, part in zip(module.stored.paths, found, strict=True) if part]
@@ -140,25 +155,29 @@ def _fused(
     if place is None:
       place = len(factors)
       factors.append(a)
-      blocks.append(np.zeros((sum(module.outputs), len(a)), np.float32))
-    blocks[place][start : start + len(b)] = b
-  a, b = np.concatenate(factors), np.concatenate(blocks, axis=1)
-  return _Fused(a, b, scaling * len(a))
+      zeros = np.zeros((*module.experts, sum(module.outputs), a.shape[-2]), np.float32)
+      blocks.append(zeros)
+    blocks[place][..., start : start + b.shape[-2], :] = b
+  a, b = np.concatenate(factors, axis=-2), np.concatenate(blocks, axis=-1)
+  return _Fused(a, b, scaling * a.shape[-2])
 
 
-def _of_layer(weight: LoraWeight | None, layer: int | None) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns A (rank, in) and B (out, rank) of one layer; None if it is not adapted."""
+def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns A (..., rank, in) and B (..., out, rank) of a module; None if it is not adapted."""
   if weight is None:
     return None
-  a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
-  if layer is not None:
-    layers = range(len(a)) if weight.layers is None else weight.layers
-    if layer not in layers:
-      return None
-    a, b = a[list(layers).index(layer)], b[list(layers).index(layer)]
   if weight.axes.inputs > weight.axes.outputs:
     raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
-  return a.T, b.T
+  a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
+  place, layers = module.stored.place, weight.layers
+  if layers is not None and not place:  # some experts; the others are zero
+    some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))
+    a[list(layers)], b[list(layers)] = some
+  elif layers is not None:
+    if place[0] not in layers:
+      return None
+    place = (layers.index(place[0]), *place[1:])
+  return a[place].swapaxes(-1, -2), b[place].swapaxes(-1, -2)
 
 
 def _modules_to_save(
@@ -185,13 +204,12 @@ def _modules_to_save(
     names.append(module)
     for stored in of_module:
       array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
-      arrays[f"{PREFIX}{stored.name}"] = array.T if stored.transposed else array
+      arrays[f"{PREFIX}{stored.name}"] = stored.turned(array)
   return names, arrays  # whole names: PEFT means all that end with a short one
 
 
 def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
-  array = np.asarray(leaf, np.float32)
-  return array if stored.layer is None else array[stored.layer]
+  return np.asarray(leaf, np.float32)[stored.place]
 
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:

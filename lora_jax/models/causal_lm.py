@@ -69,7 +69,7 @@ class Seen(NamedTuple):
 
 
 class CausalLM(nn.Module):
-  """A language model; a subclass has `embed`, `stack`, `norm`, `logits`, and maybe `rotation`."""
+  """A language model; a subclass has `embed`, `stack`, `norm`, `logits`, and maybe the others."""
 
   config: Any
 
@@ -89,6 +89,11 @@ class CausalLM(nn.Module):
 
   def rotation(self, positions: Int[Array, "B T"]) -> Any:
     del positions
+
+  def slides(self, layer: int) -> bool:
+    """Returns whether a layer has the config's sliding window, if there is one."""
+    del layer
+    return True
 
   def __call__(
     self,
@@ -123,10 +128,6 @@ class CausalLM(nn.Module):
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    if self.config.sliding_window is not None and self.config.sliding_window < tokens.shape[1]:
-      place = jnp.arange(tokens.shape[1])
-      near = (place[:, None] - place[None] < self.config.sliding_window)[None, None]
-      mask = near if mask is None else mask & near
     return self._run(tokens, positions, None, Seen(mask, at=at))[0]
 
   def extend(
@@ -175,20 +176,24 @@ class CausalLM(nn.Module):
       positions = jnp.arange(tokens.shape[1])[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
     x, at = self.embed(tokens, positions), seen.at
+    near, window = seen.mask, self.config.sliding_window
+    if cache is None and window is not None and window < tokens.shape[1]:
+      near = near_mask(near, window, tokens.shape[1])
     seen = seen._replace(at=None, rotation=self.rotation(positions))
     stack = self.stack()
     if self.config.scan_layers:
-      x, cache = stack(x, cache, seen)
+      x, cache = stack(x, cache, seen._replace(mask=near))
       return self.norm(take(x, at)), cache
     written = []
     for i, block in enumerate(stack):
       before = None if cache is None else cache[i]
+      own = seen._replace(mask=near) if self.slides(i) else seen
       if at is not None and block is stack[-1] and at.shape[1] < tokens.shape[1]:
-        mask = causal_mask(seen.mask, at, tokens.shape[1])
-        x, layer = block(x, before, seen._replace(mask=mask, at=at))
+        mask = causal_mask(own.mask, at, tokens.shape[1])
+        x, layer = block(x, before, own._replace(mask=mask, at=at))
         at = None  # the others are gone
       else:
-        x, layer = block(x, before, seen)
+        x, layer = block(x, before, own)
       written.append(layer)
     return self.norm(take(x, at)), None if cache is None else tuple(written)
 
@@ -312,6 +317,15 @@ def head(
 def take(x: Float[Array, "B S *D"], at: Int[Array, "B T"] | None) -> Float[Array, "B T *D"]:
   """Returns some tokens of each row; all of them if `at` is None."""
   return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def near_mask(
+  mask: Bool[Array, "#B 1 T T"] | None, window: int, length: int
+) -> Bool[Array, "#B 1 T T"]:
+  """Returns a mask by which a token sees none that is `window` or more before it."""
+  place = jnp.arange(length)
+  near = (place[:, None] - place[None] < window)[None, None]
+  return near if mask is None else mask & near
 
 
 def causal_mask(

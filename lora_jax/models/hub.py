@@ -31,11 +31,14 @@ class StoredTensor(NamedTuple):
 
   Attributes:
     name: as in the safetensors files, with the model's prefix.
-    paths: of our leaves that stand one after another along its output axis: one, or the three
-      of a fused query, key and value.
-    layer: the index into leaves that are stacked; None if they are not.
-    transposed: whether it is (out, in), as of torch's Linear, where ours is (in, out).
+    paths: of our leaves that stand one after another along its output axis: one, or the parts
+      of a fused one, as query, key and value.
+    layer: the index into leaves whose layers are stacked; None if they are not.
+    transposed: whether it is (..., out, in), as of torch's Linear, where ours is (..., in, out).
     is_embedding: whether rows of it are looked up.
+    expert: the index into leaves whose experts are stacked; None if it holds all of them.
+    is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
+      parameter of its own: fused experts, a router.
   """
 
   name: str
@@ -43,6 +46,17 @@ class StoredTensor(NamedTuple):
   layer: int | None = None
   transposed: bool = False
   is_embedding: bool = False
+  expert: int | None = None
+  is_parameter: bool = False
+
+  @property
+  def place(self) -> tuple[int, ...]:
+    """Which part it holds of leaves that are stacked."""
+    return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+  def turned(self, array: np.ndarray) -> np.ndarray:
+    """Returns an array of its form in the form of our leaves, and the other way round."""
+    return array.swapaxes(-1, -2) if self.transposed else array
 
 
 def find_folder(name: str | Path) -> Path:

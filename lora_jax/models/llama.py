@@ -1,4 +1,4 @@
-"""The Llama family in Flax Linen: Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma.
+"""The Llama family in Flax Linen: Llama 2 and 3, Mistral, Mixtral, Qwen 2 and 3, Gemma.
 
     x = embed[token]
     for each layer:  x = x + attn(norm(x));  x = x + mlp(norm(x))
@@ -7,7 +7,7 @@
     norm(x) = x / rms(x) * scale                  (Zhang and Sennrich 2019)
     attn    queries and keys are rotated by their position (Su et al. 2021, RoPE); several heads
             of the queries share one of the keys and values (Ainslie et al. 2023)
-    mlp     down(activation(gate(x)) * up(x))     (Shazeer 2020)
+    mlp     a gated one, or a mixture of such: `mixture.py`
 
 `llama_folder.py` reads and writes Hugging Face folders.
 """
@@ -34,10 +34,9 @@ from lora_jax.models.causal_lm import (
   make_layers,
   take,
 )
+from lora_jax.models.mixture import ACTIVATIONS, MLP, Mixture, MixtureConfig, residual_std
 
-__all__ = ["Llama", "LlamaConfig", "RopeScaling", "init_cache"]
-
-ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
+__all__ = ["Llama", "LlamaConfig", "MixtureConfig", "RopeScaling", "init_cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,8 @@ class LlamaConfig:
     num_heads: N, of the queries.
     num_kv_heads: K, of the keys and values; divides N.
     head_dim: of each head; None is D / N.
-    mlp_dim: inner width of the MLP.
+    mlp_dim: inner width of the MLP, or of each expert.
+    mixture: the experts instead of one MLP (Mixtral, Qwen-MoE); None is none.
     activation: of the MLP's gate, by Hugging Face's name: `silu` or `gelu_pytorch_tanh`.
     rms_norm_epsilon: added to the mean square.
     rope_theta: the base of the rotation's wavelengths.
@@ -85,6 +85,7 @@ class LlamaConfig:
     mlp_bias: whether the MLP has biases.
     qk_norm: whether queries and keys are normalized, head by head (Qwen 3).
     sliding_window: how many tokens, itself included, a token sees; None is all before it.
+    window_layers: numbers of the layers that have it, where the others see all; None is all.
     norm_offset: added to the norms' scales (Gemma: 1).
     scale_embedding: whether embeddings are multiplied by sqrt(D) (Gemma).
     tie_head: whether the head is the token embedding.
@@ -104,6 +105,7 @@ class LlamaConfig:
   num_kv_heads: int = 32
   head_dim: int | None = None
   mlp_dim: int = 11008
+  mixture: MixtureConfig | None = None
   activation: str = "silu"
   rms_norm_epsilon: float = 1e-5
   rope_theta: float = 10000.0
@@ -113,6 +115,7 @@ class LlamaConfig:
   mlp_bias: bool = False
   qk_norm: bool = False
   sliding_window: int | None = None
+  window_layers: tuple[int, ...] | None = None
   norm_offset: float = 0.0
   scale_embedding: bool = False
   tie_head: bool = False
@@ -134,6 +137,13 @@ class LlamaConfig:
       )
     if self.head_size % 2:
       raise ValueError(f"the rotation needs an even size of a head, got {self.head_size}")
+    if self.mixture is not None and self.mlp_bias:
+      raise ValueError("experts have no biases; set mlp_bias to False")
+    if self.window_layers is not None and self.scan_layers:
+      raise ValueError(
+        "scanned layers are all alike: layers with and without a sliding window need "
+        "scan_layers=False"
+      )
     check_choice("activation", self.activation, tuple(ACTIVATIONS))
     check_computation(self)
 
@@ -183,21 +193,8 @@ class Attention(nn.Module):
     key = rotate(key, *seen.rotation)
     out, cache = attend(config, query, key, value, cache, seen)
     out = out.reshape(*out.shape[:2], -1)
-    out = dense(config, config.embed_dim, "out", out, _residual_std(config), config.out_bias)
+    out = dense(config, config.embed_dim, "out", out, residual_std(config), config.out_bias)
     return out, cache
-
-
-class MLP(nn.Module):
-  """A dense layer whose output is gated by another's, and one down."""
-
-  config: LlamaConfig
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    config, bias = self.config, self.config.mlp_bias
-    gate = ACTIVATIONS[config.activation](dense(config, config.mlp_dim, "gate", x, use_bias=bias))
-    x = gate * dense(config, config.mlp_dim, "up", x, use_bias=bias)
-    return dense(config, config.embed_dim, "down", x, _residual_std(config), bias)
 
 
 class Block(nn.Module):
@@ -213,7 +210,8 @@ class Block(nn.Module):
     attention = Attention(config, name="attn")
     attended, cache = attention(RMSNorm(config, name="attn_norm")(x), cache, seen)
     x = take(x, seen.at) + attended
-    return x + MLP(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x)), cache
+    mlp = (MLP if config.mixture is None else Mixture)(config, name="mlp")
+    return x + mlp(RMSNorm(config, name="mlp_norm")(x)), cache
 
 
 class Llama(CausalLM):
@@ -252,6 +250,9 @@ class Llama(CausalLM):
       return head(hidden, None, self.token_embedding.embedding.astype(self.config.dtype))
     return head(hidden, self.lm_head, None)
 
+  def slides(self, layer: int) -> bool:
+    return self.config.window_layers is None or layer in self.config.window_layers
+
   def rotation(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Returns the cosines and sines of each token's rotation, (B, T, H), float32."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(self.config)[None, None]
@@ -280,8 +281,3 @@ def rotate(
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   return (x * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
-
-
-def _residual_std(config: LlamaConfig) -> float:
-  """New kernels before each of the 2 L sums are smaller, as in GPT-2."""
-  return 0.02 / (2 * config.num_layers) ** 0.5

@@ -10,6 +10,8 @@ import numpy as np
 from lora_jax.models.hub import Index, StoredTensor, Tensors, check_tensors, make_leaf, open_tensors
 
 PyTree = Any
+Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
+"""Tensors that hold a leaf, by their index into it, and where it starts on their last axis."""
 
 
 def load_params(
@@ -23,7 +25,7 @@ def load_params(
 
   Args:
     folder: with safetensors.
-    stored: which tensors hold which leaves; each tensor one leaf, or one layer of a stacked one.
+    stored: which tensors hold which leaves, or which layers and experts of stacked ones.
     shapes: of the params, `ShapeDtypeStruct`s.
     shardings: where they lie: a tree like theirs or a prefix of it, a function from `shapes` to
       such a tree, or None for the default device.
@@ -34,20 +36,23 @@ def load_params(
   """
   leaves, structure = jax.tree.flatten(shapes)
   paths = [path for path, _ in _with_path(shapes)]
-  holding: dict[str, dict[int | None, StoredTensor]] = {}
+  sizes = dict(zip(paths, leaves, strict=True))
+  holding: dict[str, Holding] = {}
   for one in stored:
-    (path,) = one.paths
-    holding.setdefault(path, {})[one.layer] = one
+    start = 0
+    for path in one.paths:
+      holding.setdefault(path, {})[one.place] = one, start
+      start += sizes[path].shape[-1]
   places = shardings(shapes) if callable(shardings) else shardings
   places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
   places = jax.tree.leaves(places, is_leaf=lambda x: x is None)
-  expected = expected_shapes(stored, dict(zip(paths, leaves, strict=True)))
   with open_tensors(folder) as tensors:
-    check_tensors(folder, tensors, expected, ignored)
+    check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
 
     def leaf(path: str, shape: Any, place: Any) -> jax.Array:
       def read(index: Index) -> np.ndarray:
-        return _read(tensors, holding[path], index)
+        last = range(shape.shape[-1])[index[-1]]  # as numbers, for a part of a fused tensor
+        return _read(tensors, holding[path], (*index[:-1], slice(last.start, last.stop)))
 
       return make_leaf(shape.shape, shape.dtype, read, place)
 
@@ -59,23 +64,31 @@ def expected_shapes(
   stored: Sequence[StoredTensor], shapes: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the tensors by name, from those of the leaves by path."""
-  expected = {}
-  for one in stored:
-    parts = [tuple(shapes[path].shape)[one.layer is not None :] for path in one.paths]
-    shape = (*parts[0][:-1], sum(part[-1] for part in parts))
-    expected[one.name] = shape[::-1] if one.transposed else shape
-  return expected
+  return {one.name: stored_shape(one, shapes) for one in stored}
 
 
-def _read(tensors: Tensors, of: Mapping[int | None, StoredTensor], index: Index) -> np.ndarray:
-  if None in of:
-    return _part(tensors, of[None], index)
-  layers = range(len(of))[index[0]]
-  return np.stack([_part(tensors, of[i], index[1:]) for i in layers])
+def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+  """Returns the shape of a tensor, from those of the leaves by path."""
+  parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
+  return _turned(one, (*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
-def _part(tensors: Tensors, one: StoredTensor, index: Index) -> np.ndarray:
-  return tensors.read(one.name, index[::-1]).T if one.transposed else tensors.read(one.name, index)
+def _turned(one: StoredTensor, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+  """Returns in the tensor's order what there is for each axis of a leaf."""
+  return (*axes[:-2], axes[-1], axes[-2]) if one.transposed else axes
+
+
+def _read(tensors: Tensors, of: Holding, index: Index) -> np.ndarray:
+  """Returns a part of a leaf, its stacked layers and experts from a tensor each."""
+  if () in of:
+    (one, start), last = of[()], index[-1]
+    index = (*index[:-1], slice(start + last.start, start + last.stop))
+    return one.turned(tensors.read(one.name, _turned(one, index)))
+  by_first: dict[int, Holding] = {}
+  for (first, *rest), one in of.items():
+    by_first.setdefault(first, {})[tuple(rest)] = one
+  numbers = range(len(by_first))[index[0]]
+  return np.stack([_read(tensors, by_first[i], index[1:]) for i in numbers])
 
 
 def tensors_of(
@@ -95,9 +108,8 @@ def tensors_of(
       f"{sorted(expected - found)[:3]}, got {sorted(found - expected)[:3]}"
     )
   for one in stored:
-    index = () if one.layer is None else (one.layer,)
-    array = np.concatenate([np.asarray(leaves[path][index]) for path in one.paths], axis=-1)
-    yield one.name, array.T if one.transposed else array
+    parts = [np.asarray(leaves[path][one.place]) for path in one.paths]
+    yield one.name, one.turned(np.concatenate(parts, axis=-1))
 
 
 def _with_path(tree: PyTree) -> list[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models import gpt2_folder, llama_folder
+from lora_jax.models import gpt2_folder, llama_folder, llama_json
 from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.hub import StoredTensor, find_folder, read_json
@@ -73,7 +73,7 @@ _LLAMA = Family(
   llama_folder.stored_tensors,
   llama_folder.save_llama,
 )
-CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_folder.FAMILIES, _LLAMA)}
+CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_json.FAMILIES, _LLAMA)}
 
 
 def load_causal_lm(
