@@ -67,7 +67,7 @@ _GPT2 = Family(
 )
 _LLAMA = Family(
   Llama,
-  llama_folder.read_config,
+  llama_json.read_config,
   llama_folder.load_llama,
   llama_folder.params_shapes,
   llama_folder.stored_tensors,
