@@ -118,7 +118,7 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
   """
   from safetensors import SafetensorError, safe_open
 
-  names, where = _weight_files(folder)
+  names, where = weight_files(folder)
   with ExitStack() as stack:
     files: dict[str, Any] = {}
     found: dict[str, str] = {}
@@ -138,7 +138,7 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
     yield Tensors(files)
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   """Returns the weights' files, and of several what the index says is in which.
 
   A folder with both forms is read as `transformers` reads it: the single file counts.
@@ -291,18 +291,29 @@ def save_folder(
     FileNotFoundError: if `tokenizer_from` holds no tokenizer.
     OSError: if it cannot be written, as on a full disk; then nothing is left behind.
   """
-  folder = Path(folder)
-  if folder.exists():
-    raise FileExistsError(f"{folder} exists; nothing is overwritten")
   copied = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    new = Path(name) / "folder"
-    new.mkdir()
+  with new_folder(folder) as new:
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     _save_shards(new, tensors, max_shard_bytes)
     for file in copied:
       shutil.copyfile(file, new / file.name)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+  """Gives a place for files, which becomes `folder` at the end, or vanishes if an error is raised.
+
+  Raises:
+    FileExistsError: if there is such a folder.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    raise FileExistsError(f"{folder} exists; nothing is overwritten")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    new = Path(name) / "folder"
+    new.mkdir()
+    yield new
     os.rename(new, folder)
 
 
