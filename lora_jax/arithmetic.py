@@ -132,7 +132,7 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
     rank = max(part.rank for part in having.values())
     zeros = jax.tree.map(jnp.zeros_like, next(iter(having.values())))
     for i, tree in enumerate(new):
-      tree[path] = _padded(having[i] if i in having else zeros, rank)
+      tree[path] = _padded(having.get(i) or zeros, rank)
   for path in dict.fromkeys(path for one in opened for path in one.whole):
     for one, tree in zip(opened, new, strict=True):
       tree[path] = one.whole.get(path, own[path])

@@ -5,7 +5,6 @@ written over, one tensor after another: all else stays byte for byte, and the mo
 whole in memory.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,18 +68,17 @@ def save_merged(
   scalings = {path: target.scaling for path, target in targets.items()}
   new_leaves = _NewLeaves(adapter_weights(trainable), scalings, adapter_extra(trainable))
   leaves = dict(leaves_with_path(params))
+  names, index = weight_files(base_folder)
   with open_tensors(base_folder) as base, new_folder(folder) as new:
     changed = _changed(base_folder, base, tensors, leaves, new_leaves)
-    names, index = weight_files(base_folder)
     for name in (*_others(base_folder, index is not None), *names):
       shutil.copyfile(base_folder / name, new / name)
-    for name in names:
+    for tensor, stored in changed.items():
+      merged = new_leaves.put_into(base.read(tensor), stored, leaves)
+      name, start = base.place(tensor)
       with (new / name).open("r+b") as file:
-        for tensor, start in _starts(base_folder / name).items():
-          if tensor in changed:
-            merged = new_leaves.put_into(base.read(tensor), changed[tensor], leaves)
-            file.seek(start)
-            file.write(np.ascontiguousarray(merged).reshape(-1).view(np.uint8).data)
+        file.seek(start)
+        file.write(merged.reshape(-1).view(np.uint8).data)
   return new_leaves.errors
 
 
@@ -97,7 +95,7 @@ class _NewLeaves:
     self, array: np.ndarray, stored: StoredTensor, leaves: Mapping[str, Any]
   ) -> np.ndarray:
     """Returns a tensor of the base with its new parts, in its own dtype."""
-    array = np.array(array)
+    array = np.array(array, order="C")
     ours = array.T if stored.transposed else array
     stop = 0
     for path in stored.paths:
@@ -176,6 +174,7 @@ def _changed(
   for other in present - {name_of(one) for one in tensors}:  # a tied head that is written out
     for name, one in list(changed.items()):
       same = one.is_embedding and base.shape(other) == base.shape(name)
+      same = same and base.dtype(other) == base.dtype(name)
       if same and np.array_equal(base.read(other), base.read(name)):
         changed[other] = one
   return changed
@@ -186,12 +185,3 @@ def _others(folder: Path, has_index: bool) -> list[str]:
   found = {path.name for kind in COPIED for path in folder.glob(kind) if path.is_file()}
   stale = {name for name in found if name.endswith(".index.json")} | {"adapter_config.json"}
   return sorted(found - stale) + ([INDEX] if has_index else [])
-
-
-def _starts(path: Path) -> dict[str, int]:
-  """Returns where in a safetensors file each tensor's bytes begin."""
-  with path.open("rb") as file:
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-  header.pop("__metadata__", None)
-  return {name: 8 + size + tensor["data_offsets"][0] for name, tensor in header.items()}
