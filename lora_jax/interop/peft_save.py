@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from lora_jax.interop.peft_modules import (
   find_modules,
   is_encoder,
 )
-from lora_jax.models.hub import StoredTensor, save_tensors
+from lora_jax.models.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.trees import leaves_with_path
 
 PyTree = Any
@@ -221,11 +219,6 @@ def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
 
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-  """Writes a folder, whole or not at all."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    new = Path(name) / "folder"
-    new.mkdir()
+  with new_folder(folder) as new:
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_tensors(new / WEIGHTS, arrays)
-    os.rename(new, folder)
