@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.hub import StoredTensor, find_folder, open_tensors, read_json, save_folder
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import StoredTensor, find_folder, open_tensors, save_folder
 from lora_jax.models.llama import Llama, LlamaConfig, RopeScaling
 from lora_jax.models.stored import load_params, tensors_of
 
