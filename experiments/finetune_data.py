@@ -19,14 +19,8 @@ from lora_jax.data.jsonl import (
   read_jsonl,
 )
 from lora_jax.data.text import Example
-from lora_jax.models.chat import (
-  ChatTemplate,
-  chat_segments,
-  load_chat_template,
-  read_special_tokens,
-  render_chat,
-)
-from lora_jax.models.hub import END_OF_TEXT, load_tokenizer
+from lora_jax.models.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
+from lora_jax.models.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
 from lora_jax.models.zoo import LanguageModel
 
 

@@ -14,7 +14,7 @@ from lora_jax.data.jsonl import (
   encode_rendered,
   read_jsonl,
 )
-from lora_jax.models.hub import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.tiny_e2e import EMBEDDED
 

@@ -17,7 +17,7 @@ from experiments.launch import apply
 from lora_jax.interop import load_peft
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
-from lora_jax.models.hub import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.models import relative_difference
 from tests.tiny_e2e import tiny_config, tiny_folder

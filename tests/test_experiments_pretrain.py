@@ -14,7 +14,7 @@ from experiments.launch import apply
 from lora_jax.data import corpus, e2e
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loss import language_model_loss
 

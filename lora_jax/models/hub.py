@@ -1,4 +1,4 @@
-"""Hugging Face folders: where they are, and their tensors and tokenizers, read strictly.
+"""Hugging Face folders: where they are, and their tensors, read strictly.
 
 Weights are read from safetensors alone, never from a pickle, and no folder can name a file
 outside itself. Files are mapped, and a part of a tensor is a view of that until it is copied to its
@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+from lora_jax.models.files import read_json
+from lora_jax.models.tokenizer import TOKENIZER_FILES, tokenizer_files
+
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-END_OF_TEXT = "<|endoftext|>"
 
 Index = tuple[slice, ...]
 
@@ -82,24 +83,6 @@ def find_folder(name: str | Path) -> Path:
       f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
       "*.safetensors, or see to the network and HF_TOKEN"
     ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """Returns the object in a JSON file.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it does not hold a JSON object.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist")
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-  return value
 
 
 class Tensors:
@@ -273,61 +256,6 @@ def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
   return copy
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Any:
-  """Returns the `tokenizers.Tokenizer` of a folder: tokenizer.json, or vocabulary and merges.
-
-  Args:
-    folder: a local folder.
-    vocab_size: of the model, whose table may be padded above the tokenizer's vocabulary.
-  Raises:
-    FileNotFoundError: if there is no tokenizer.
-    ValueError: if the tokenizer does not fit the model.
-  """
-  from tokenizers import Tokenizer
-
-  folder = Path(folder)
-  whole, vocab, merges = (folder / name for name in TOKENIZER_FILES[:3])
-  try:
-    if whole.is_file():
-      tokenizer = Tokenizer.from_file(str(whole))
-    elif vocab.is_file() and merges.is_file():
-      tokenizer = _byte_level_bpe(vocab, merges)
-    else:
-      tokenizer = None
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{folder}: the tokenizer's files are broken: {error}") from error
-  if tokenizer is None:
-    raise FileNotFoundError(
-      f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
-    )
-  size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-  if vocab_size is not None and not 0 <= vocab_size - size < 1024:
-    raise ValueError(
-      f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
-      "belong together. Take both from the same model"
-    )
-  return tokenizer
-
-
-def end_of_text_id(tokenizer: Any) -> int:
-  """Returns the id of `<|endoftext|>`; raises ValueError if the tokenizer has none."""
-  found = tokenizer.token_to_id(END_OF_TEXT)
-  if found is None:
-    raise ValueError(f"the tokenizer has no token {END_OF_TEXT!r}, which ends every text")
-  return found
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> Any:
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-  tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  if tokenizer.token_to_id(END_OF_TEXT) is not None:
-    tokenizer.add_special_tokens([END_OF_TEXT])
-  return tokenizer
-
-
 def save_folder(
   folder: str | Path,
   config: Mapping[str, Any],
@@ -348,7 +276,7 @@ def save_folder(
     FileNotFoundError: if `tokenizer_from` holds no tokenizer.
     OSError: if it cannot be written, as on a full disk; then nothing is left behind.
   """
-  copied = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
+  copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
   with new_folder(folder) as new:
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     _save_shards(new, tensors, max_shard_bytes)
@@ -372,12 +300,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     new.mkdir()
     yield new
     os.rename(new, folder)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-  """Returns the files of a folder's tokenizer, which must load."""
-  load_tokenizer(folder)
-  return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
 
 
 def _save_shards(
