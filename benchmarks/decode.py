@@ -40,7 +40,7 @@ from lora_jax.data import e2e, text
 from lora_jax.decoding import BeamConfig, beam_search, from_linen
 from lora_jax.models.gpt2 import GPT2, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 
 GOAL = 0.3
 BASE = Path(lora_jax.__file__).parent / "assets" / "gpt2"

@@ -5,7 +5,8 @@
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --merged   # a model for `transformers`
 
 The adapter of separate query, key and value goes onto GPT-2's fused c_attn exactly; ranks add up
-there. A merged model works without any adapter, and without LoRA: its method may be any.
+there. A merged model works without any adapter, and without LoRA: its method may be any. Of a LoRA
+run it is the base's own folder, with its dtype, and what rounding to that has cost is printed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from experiments.finished import load_adapter, load_run
 from experiments.gpt2 import load_base, lora_config, model_folder
 from experiments.launch import explained
 from experiments.workdir import Config, read_config
-from lora_jax.interop import save_peft
+from lora_jax.interop import save_merged, save_peft
 from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors
 from lora_jax.training.mesh import make_mesh
 
@@ -43,16 +44,26 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
   )
 
 
-def export_merged(folder: str | Path, out: str | Path) -> None:
+def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   """Writes a finished run's model, what was trained merged into it, for `transformers`.
 
+  Returns:
+    What rounding to the base's dtype cost each leaf, as `save_merged` has it; of runs without
+    LoRA or without a base's folder nothing: their weights are written as they are.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
   """
+  config: Config = read_config(folder)
+  if config.method == "lora" and config.model.start != "random":
+    base = load_base(config, make_mesh())
+    adapter, stored = load_adapter(folder, base), stored_tensors(base.config)
+    lora = lora_config(config)
+    return save_merged(out, model_folder(config), lora, adapter, stored, base.params)
   run = load_run(folder)
   source, end = model_folder(run.config), run.base.end_of_text
   save_gpt2(out, run.base.config, run.params, tokenizer_from=source, end_of_text_id=end)
+  return {}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,12 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
   form.add_argument("--server", action="store_true", help="one rank and one alpha for all")
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   given = parser.parse_args(arguments)
+  errors: dict[str, float] = {}
   with explained():
     if given.merged:
-      export_merged(given.folder, given.out)
+      errors = export_merged(given.folder, given.out)
     else:
       export_adapter(given.folder, given.out, given.server)
   print(f"wrote {given.out}")
+  if errors:
+    worst = max(errors, key=lambda path: errors[path])
+    print(f"rounding to the base's dtype changed {len(errors)} weights by at most")
+    print(f"{errors[worst]:.1e} of their largest element ({worst})")
 
 
 if __name__ == "__main__":

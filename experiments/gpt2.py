@@ -19,7 +19,8 @@ from lora_jax.decoding import CachedModel, from_linen
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
-from lora_jax.models.hub import end_of_text_id, find_folder, load_tokenizer
+from lora_jax.models.hub import find_folder
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.loop import FitConfig
 from lora_jax.training.mesh import Rules, params_shardings
 

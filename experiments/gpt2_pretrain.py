@@ -26,7 +26,16 @@ import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
 from experiments.gpt2 import PRETRAINING, fit_config, make_optimizer, random_params
 from experiments.launch import launch
-from experiments.workdir import Config, check_experiment, flat, provenance, run_once, write_json
+from experiments.workdir import (
+  Config,
+  check_experiment,
+  check_same,
+  file_digest,
+  flat,
+  provenance,
+  run_once,
+  write_json,
+)
 from lora_jax.data import batches, corpus
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.gpt2_folder import save_gpt2
@@ -72,7 +81,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   mesh = make_mesh(**config.mesh)
   model = model_config(config)
   text = prepare(config)
-  _check_same_text(workdir, text)
+  check_same(workdir / "text.json", text.folder.name, "text")
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}
   tokens_per_step = math.prod(shape.values())
   steps = max(1, config.data.num_train_tokens // tokens_per_step)
@@ -150,7 +159,7 @@ def prepare(config: Config) -> Text:
   files = corpus.find_files(config.data.folder)
   about = {
     "files": [f"{path.name}, {path.stat().st_size:,} bytes" for path in files],
-    "digests": [_digest(path) for path in files],
+    "digests": [file_digest(path) for path in files],
     "vocab_size": config.data.vocab_size,
     "held_out_every": config.data.held_out_every,
   }
@@ -165,23 +174,6 @@ def prepare(config: Config) -> Text:
   about = json.loads((folder / "about.json").read_text("utf-8"))
   train, held_out = (np.load(folder / f"{name}.npy", "r") for name in ("train", "held_out"))
   return Text(folder, train, held_out, about["held_out_bytes"], about["files"])
-
-
-def _digest(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_same_text(workdir: Path, text: Text) -> None:
-  """Raises ValueError if the run in this folder began with other text."""
-  record = workdir / "text.json"
-  begun_with = json.loads(record.read_text("utf-8")) if record.exists() else text.folder.name
-  if begun_with != text.folder.name:
-    raise ValueError(
-      f"{workdir} was begun with other text ({begun_with}, now {text.folder.name}): its files have "
-      "changed. Restore them, or give another --config.workdir"
-    )
-  write_json(record, begun_with)
 
 
 def _prepare(config: Config, files: list[Path], about: dict[str, Any], folder: Path) -> None:

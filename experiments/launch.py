@@ -4,6 +4,7 @@
 --sweep                    one run for each of the config file's sweep(config)
 --sweep_shard=0/4          the first of four machines' shares of these runs
 --traceback                where an error was raised
+--dry_run                  prints what would be done, of an experiment that can tell
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,18 +33,33 @@ Run = Callable[[ConfigDict], dict[str, Any]]
 OURS = (Path(__file__).parent, Path(lora_jax.__file__).parent)
 
 
-def launch(run: Run, config_file: str) -> None:
-  """Runs an experiment as its command line says; `config_file` is its default config.
+def launch(
+  run: Run,
+  config_file: str,
+  shorthands: Mapping[str, str] | None = None,
+  plan: Callable[[ConfigDict], None] | None = None,
+) -> None:
+  """Runs an experiment as its command line says.
 
   An error that was raised on purpose ends the program with its message alone and exit code 1.
+
+  Args:
+    run: the experiment.
+    config_file: of its default config.
+    shorthands: flags that stand for a field of the config: `{"model": "model.folder"}`.
+    plan: prints what `run` would do, for `--dry_run`.
   """
   path = str(Path(__file__).parent / "configs" / config_file)
+  for flag, field in (shorthands or {}).items():
+    sys.argv = [re.sub(rf"^--?{flag}(?==|$)", f"--config.{field}", a) for a in sys.argv]
   with explained():
     module, default = _chosen(sys.argv[1:], path)
   config = config_flags.DEFINE_config_file("config", path, "the config file", lock_config=True)
   sweep = flags.DEFINE_bool("sweep", False, "run the config file's sweep()")
   shard = flags.DEFINE_string("sweep_shard", "0/1", "i/n: the i-th of n shares of the sweep")
   flags.DEFINE_bool("traceback", False, "show where an error was raised")
+  if plan is not None:
+    flags.DEFINE_bool("dry_run", False, "print what would be done, and stop")
 
   def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
@@ -53,7 +69,9 @@ def launch(run: Run, config_file: str) -> None:
       keep_freed_memory()
     with explained():
       changes = _changes(config.value, default)
-      if sweep.value:
+      if plan is not None and flags.FLAGS["dry_run"].value:
+        plan(_with_workdir(config.value, changes))
+      elif sweep.value:
         _sweep(run, module, config.value, changes, shard.value)
       else:
         run(_with_workdir(config.value, changes))

@@ -8,6 +8,7 @@ result.json      written last: the run is finished
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -76,6 +77,27 @@ def check_experiment(config: Config, name: str) -> None:
       f"this is a config of {config.experiment!r}, and the experiment is {name!r}. Start it with "
       f"python -m experiments.{config.experiment}"
     )
+
+
+def check_same(path: Path, value: Any, what: str) -> None:
+  """Writes a JSON file of what a run began with; in a later sitting, compares it.
+
+  Raises:
+    ValueError: if it is something else by now.
+  """
+  begun_with = json.loads(path.read_text("utf-8")) if path.exists() else value
+  if begun_with != value:
+    raise ValueError(
+      f"{path.parent} was begun with other {what} ({begun_with}, now {value}): it has changed "
+      "since. Restore it, or give another --config.workdir"
+    )
+  write_json(path, value)
+
+
+def file_digest(path: str | Path) -> str:
+  """Returns the SHA-256 of a file, in hexadecimal."""
+  with Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

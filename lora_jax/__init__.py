@@ -5,6 +5,9 @@ from lora_jax.adapter import LoraAxes as LoraAxes
 from lora_jax.adapter import LoraWeight as LoraWeight
 from lora_jax.adapter import pack as pack
 from lora_jax.adapter import unpack as unpack
+from lora_jax.arithmetic import align as align
+from lora_jax.arithmetic import truncate_rank as truncate_rank
+from lora_jax.arithmetic import weighted_sum as weighted_sum
 from lora_jax.config import LoraConfig as LoraConfig
 from lora_jax.config import LoraRule as LoraRule
 from lora_jax.factored import Factored as Factored

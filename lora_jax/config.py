@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -176,6 +177,25 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
   if both:
     raise ValueError(f"both target and extra match {', '.join(both)}; expected one of them")
   return targets, {path: leaves[path] for path in extra}
+
+
+def exact_config(rules: Mapping[str, LoraRule], extra: Iterable[str]) -> LoraConfig:
+  """Returns the config that adapts the weights at some paths and no others.
+
+  Args:
+    rules: by path, a rule whose pattern is that path, escaped, and that gives rank and alpha.
+    extra: paths of leaves that are trained whole.
+  """
+  (rank, alpha), _ = Counter((rule.rank, rule.alpha) for rule in rules.values()).most_common(1)[0]
+  assert rank is not None, "a rule for a path gives the rank"
+  assert alpha is not None, "and alpha"
+  return LoraConfig(
+    rank,
+    alpha,
+    target=[rule.pattern for rule in rules.values()],
+    rules=[r for r in rules.values() if r != LoraRule(r.pattern, rank=rank, alpha=alpha)],
+    extra=[re.escape(path) for path in extra],
+  )
 
 
 def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:

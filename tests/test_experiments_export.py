@@ -1,9 +1,14 @@
 """Finished runs in other packages' forms: they compute what the run's own model does."""
 
 import json
+import re
+import shutil
 
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from experiments import export, gpt2_e2e
@@ -12,7 +17,7 @@ from experiments.launch import apply
 from lora_jax.interop import load_peft
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
-from lora_jax.models.hub import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.models import relative_difference
 from tests.tiny_e2e import tiny_config, tiny_folder
@@ -57,6 +62,26 @@ def test_a_merged_model_for_transformers(runs, name, tmp_path):
   got = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(got, logits_of(load_run(runs / name))) < 1e-6
   assert load_tokenizer(tmp_path / "new").get_vocab_size() == 4096
+
+
+def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):
+  """The base's folder is what is copied; that rounding to bfloat16 costs something is printed."""
+  shutil.copytree(runs / "lora", tmp_path / "run")
+  base = shutil.copytree(tiny_folder(), tmp_path / "base")
+  narrow = {
+    name: array.astype(ml_dtypes.bfloat16)
+    for name, array in load_file(base / "model.safetensors").items()
+  }
+  save_file(narrow, base / "model.safetensors")
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  config["model"]["folder"] = str(base)
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  printed = capsys.readouterr().out
+  error = float(re.search(r"by at most\n(\S+) of their largest element \(h_", printed)[1])
+  assert 1e-4 < error < 2**-8
+  merged = load_file(tmp_path / "new" / "model.safetensors")
+  assert {array.dtype for array in merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 def test_what_cannot_be_exported(runs, tmp_path):

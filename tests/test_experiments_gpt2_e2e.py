@@ -18,7 +18,7 @@ from experiments.launch import apply
 from experiments.workdir import read_config
 from lora_jax.data import e2e
 from lora_jax.decoding import Hypotheses
-from lora_jax.models.hub import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.mesh import make_mesh
 from lora_jax.trees import leaves_with_path

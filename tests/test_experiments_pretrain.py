@@ -14,7 +14,7 @@ from experiments.launch import apply
 from lora_jax.data import corpus, e2e
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loss import language_model_loss
 
@@ -134,7 +134,7 @@ def test_text_that_changes_during_a_run_is_refused(finished, tmp_path):
   (tmp_path / "run" / "result.json").unlink()
   with (folder / "a.txt").open("r+") as file:
     file.write("X")  # the size is the same
-  with pytest.raises(ValueError, match=r"was begun with other text .* its files have changed"):
+  with pytest.raises(ValueError, match=r"was begun with other text .* it has changed since"):
     gpt2_pretrain.run(config)
   assert len(list((root / "runs").glob("text-*"))) == 2
 

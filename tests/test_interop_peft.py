@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax.adapter import adapter_weights
-from lora_jax.interop import load_peft, save_peft
+from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.interop.peft_config import parse, shortest_endings
 from lora_jax.models import gpt2_folder, llama_folder
 from lora_jax.models.gpt2 import GPT2, GPT2Config
@@ -353,16 +353,25 @@ def test_the_shortest_endings():
   assert shortest_endings(["h.1.mlp.proj"], modules) == ["h.1.mlp.proj"]
 
 
-def test_the_docs_example_runs(adapter):
+def test_the_docs_examples_run(adapter):
   text = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
-  (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+  block = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
   block = block.replace('"BASE"', repr(str(golden.MODELS / "gpt2/tied"))).replace(
     "ADAPTER", str(adapter)
   )
+  block = block.replace("NEW", str(adapter.parent / "new"))
   names = {"load_gpt2": load_gpt2, "load_peft": load_peft, "stored_tensors": stored_tensors}
-  names |= {"lora_jax": lj, "GPT2": GPT2, "tokens": jnp.asarray(golden.tokens_of("gpt2/tied"))}
+  names |= {
+    "save_merged": save_merged,
+    "lora_jax": lj,
+    "GPT2": GPT2,
+    "tokens": jnp.asarray(golden.tokens_of("gpt2/tied")),
+  }
   exec(block, names)
   assert relative_difference(names["logits"], expected("fused")) < 1e-5
+  merged = load_gpt2(adapter.parent / "new")[1]
+  got = model(names["config"])(merged, names["tokens"])
+  assert relative_difference(got, expected("fused")) < 1e-5
 
 
 def test_the_adapter_is_read_where_its_base_is_not_needed():

@@ -17,7 +17,7 @@ LAYERS = [  # each may import from those before it
   {"control_flow"},
   {"interpreter"},
   {"axes"},
-  {"low_rank", "methods", "inspection"},
+  {"low_rank", "methods", "inspection", "arithmetic"},
   {"training", "decoding", "interop"},
 ]
 ALONE = {"models", "data", "metrics", "assets"}  # import no other part, and none of these them

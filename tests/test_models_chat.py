@@ -11,7 +11,7 @@ from lora_jax.models.chat import (
   load_chat_template,
   render_chat,
 )
-from lora_jax.models.hub import load_tokenizer
+from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.test_models_tokenizer import EMBEDDED
 

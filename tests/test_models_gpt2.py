@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
 from lora_jax.models.gpt2_folder import load_gpt2, params_shapes, save_gpt2
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.trees import leaves_with_path
 
 from tests import make_gpt2_golden as golden

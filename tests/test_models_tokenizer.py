@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 import lora_jax
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
+
+from tests.make_tokenizer_golden import GOLDEN, MARKED, PAIRS
+from tests.make_tokenizer_golden import TEXTS as ODD_TEXTS
 
 EMBEDDED = Path(lora_jax.__file__).parent / "assets" / "gpt2"
 DEVELOPMENT = Path(__file__).parents[2] / "shared" / "data"  # not everyone has it
@@ -88,3 +91,89 @@ def test_a_tokenizer_must_know_the_end_of_text(tmp_path):
   (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
   with pytest.raises(ValueError, match=r"has no token '<\|endoftext\|>'"):
     end_of_text_id(load_tokenizer(folder, 4096))
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_cased", "bert_accents", "roberta"])
+def test_encoders_ids_and_texts_are_those_of_transformers(name):
+  found = json.loads((GOLDEN / "ids.json").read_text("utf-8"))[name]
+  tokenizer = load_tokenizer(GOLDEN / name)
+  texts = ODD_TEXTS + MARKED
+  assert len(texts) == len(found["ids"])
+  for text, ids, decoded in zip(texts, found["ids"], found["decoded"], strict=True):
+    assert tokenizer.encode(text).ids == ids, text
+    assert tokenizer.decode(ids, skip_special_tokens=False) == decoded
+  for pair, (ids, types) in zip(PAIRS, found["pairs"], strict=True):
+    encoding = tokenizer.encode(*pair)
+    assert (encoding.ids, encoding.type_ids) == (ids, types)
+
+
+@pytest.mark.parametrize(
+  "name", ["bert-base-uncased-vocab.txt", "bert-base-cased-vocab.txt", "roberta"]
+)
+def test_published_vocabularies_are_read_as_transformers_reads_them(name, tmp_path):
+  transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
+  vocab = DEVELOPMENT / "vocab"
+  if not vocab.is_dir():
+    pytest.skip("the published vocabularies are not beside this checkout")
+  if name == "roberta":
+    shutil.copy(vocab / "roberta" / "vocab.derived.json", tmp_path / "vocab.json")
+    shutil.copy(vocab / "gpt2" / "vocab.bpe", tmp_path / "merges.txt")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer"}')
+    kind = transformers.RobertaTokenizer
+  else:
+    shutil.copy(vocab / "bert" / name, tmp_path / "vocab.txt")
+    lower = json.dumps({"do_lower_case": "uncased" in name})
+    (tmp_path / "tokenizer_config.json").write_text(lower)
+    kind = transformers.BertTokenizer
+  peer, tokenizer = kind.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+  lines = (DEVELOPMENT / "e2e" / "valid.txt").read_text("utf-8").splitlines()
+  lines += [*ODD_TEXTS, *MARKED, *Path(__file__).read_text("utf-8").splitlines()]
+  expected = [peer(line)["input_ids"] for line in lines]
+  assert [encoding.ids for encoding in tokenizer.encode_batch(lines)] == expected
+
+
+def test_a_cased_vocabulary_must_say_so(tmp_path):
+  shutil.copy(GOLDEN / "bert_cased" / "vocab.txt", tmp_path)
+  with pytest.raises(ValueError, match=r"vocab.txt has upper-case letters.*do_lower_case"):
+    load_tokenizer(tmp_path)
+  shutil.copy(GOLDEN / "bert" / "vocab.txt", tmp_path)
+  assert load_tokenizer(tmp_path).encode("Low RANK", add_special_tokens=False).tokens == [
+    *("low", "rank")
+  ]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda text: text.replace("[SEP]\n", ""), r"sep_token '\[SEP\]' is not in the vocabulary"),
+    (lambda text: text + "[SEP]\n", "vocab.txt: 1 tokens stand there twice"),
+  ],
+)
+def test_broken_word_vocabularies_are_refused(change, message, tmp_path):
+  text = (GOLDEN / "bert" / "vocab.txt").read_text("utf-8")
+  (tmp_path / "vocab.txt").write_text(change(text), "utf-8")
+  with pytest.raises(ValueError, match=message):
+    load_tokenizer(tmp_path)
+  (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe")
+  with pytest.raises(ValueError, match=r"vocab.txt is not text in UTF-8"):
+    load_tokenizer(tmp_path)
+
+
+def test_added_tokens_have_their_ids(tmp_path):
+  folder = Path(shutil.copytree(GOLDEN / "bert", tmp_path / "bert"))
+  size = load_tokenizer(folder).get_vocab_size()
+  (folder / "added_tokens.json").write_text(json.dumps({"<b>": size + 1, "<a>": size}))
+  tokenizer = load_tokenizer(folder)
+  assert tokenizer.encode("low <a> rank<b>", add_special_tokens=False).tokens == [
+    *("low", "<a>", "rank", "<b>")
+  ]
+  config = {"added_tokens_decoder": {size: {"content": "<pad>", "special": True, "lstrip": True}}}
+  (folder / "added_tokens.json").unlink()
+  (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<pad>"}))
+  tokenizer = load_tokenizer(folder)
+  assert tokenizer.encode("low <pad>", add_special_tokens=False).ids[-1] == size
+  assert tokenizer.decode([size]) == ""
+  (folder / "added_tokens.json").write_text(json.dumps({"<a>": size + 2}))
+  (folder / "tokenizer_config.json").unlink()
+  with pytest.raises(ValueError, match=f"the added token '<a>' has id {size}, not {size + 2}"):
+    load_tokenizer(folder)

@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.data import e2e, text
 from lora_jax.data.batches import packed_batches, padded_batches
-from lora_jax.models.hub import end_of_text_id, load_tokenizer
+from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.loss import LossSum, cross_entropy, language_model_loss, mean
 
 from tests.models import randomized, relative_difference

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapter import LoraAxes, LoraWeight
-from lora_jax.config import LoraConfig, LoraRule
-from lora_jax.interop.peft_config import PeftConfig, parse, usual
+from lora_jax.config import LoraConfig, LoraRule, exact_config
+from lora_jax.interop.peft_config import PeftConfig, parse
 from lora_jax.interop.peft_modules import (
   CONFIG,
   PREFIX,
@@ -22,7 +22,8 @@ from lora_jax.interop.peft_modules import (
   factor_names,
   find_modules,
 )
-from lora_jax.models.hub import StoredTensor, read_json
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import StoredTensor
 from lora_jax.models.stored import stored_shape
 from lora_jax.trees import leaves_with_path, nest
 
@@ -260,17 +261,13 @@ def _lora_config(
   weights: Mapping[str, LoraWeight],
   extra: Mapping[str, Any],
 ) -> LoraConfig:
-  rank, alpha = most = usual(settings.values())
-  some = {path: weight.layers for path, weight in weights.items() if weight.layers is not None}
-  rules = [
-    LoraRule(
+  rules = {
+    path: LoraRule(
       re.escape(path),
       rank=settings[path][0],
       alpha=settings[path][1],
-      stacked_layers=some.get(path),
+      stacked_layers=weight.layers,
     )
-    for path in weights
-    if settings[path] != most or path in some
-  ]
-  paths = [re.escape(path) for path in weights]
-  return LoraConfig(rank, alpha, paths, rules=rules, extra=[re.escape(path) for path in extra])
+    for path, weight in weights.items()
+  }
+  return exact_config(rules, extra)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,14 @@ from lora_jax.interop.peft_modules import (
   check_tied,
   factor_names,
   find_modules,
+  is_encoder,
 )
-from lora_jax.models.hub import StoredTensor, save_tensors
+from lora_jax.models.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.trees import leaves_with_path
 
 PyTree = Any
+
+CLASSIFIER = "classifier"  # the head of a model for sequence classification
 
 
 def save_peft(
@@ -88,7 +89,7 @@ def save_peft(
   written = {
     "peft_type": "LORA",
     "base_model_name_or_path": base_model,
-    "task_type": "CAUSAL_LM",
+    "task_type": None if is_encoder(tensors) else "CAUSAL_LM",
     "inference_mode": True,
     "r": rank,
     "lora_alpha": alpha,
@@ -106,6 +107,8 @@ def save_peft(
       raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
     names, of_whole = _modules_to_save(whole, tensors, leaves, {m.module for m in chosen})
     written["modules_to_save"], arrays = names, arrays | of_whole
+    if CLASSIFIER in names:  # which PEFT then adds to what it trains whole
+      written["task_type"] = "SEQ_CLS"
   _write(Path(folder), written, arrays)
 
 
@@ -205,6 +208,9 @@ def _modules_to_save(
     for stored in of_module:
       array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
       arrays[f"{PREFIX}{stored.name}"] = stored.turned(array)
+  own = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
+  if own and set(own) <= set(names):
+    names = [*(name for name in names if name not in own), CLASSIFIER]
   return names, arrays  # whole names: PEFT means all that end with a short one
 
 
@@ -213,11 +219,6 @@ def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
 
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-  """Writes a folder, whole or not at all."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    new = Path(name) / "folder"
-    new.mkdir()
+  with new_folder(folder) as new:
     (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_tensors(new / WEIGHTS, arrays)
-    os.rename(new, folder)

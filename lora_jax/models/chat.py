@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.models.hub import read_json
+from lora_jax.models.files import read_json, read_text
+from lora_jax.models.tokenizer import read_special_tokens
 
 if TYPE_CHECKING:
   import jinja2
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
-SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 START, END = "\ufdd0", "\ufdd1"  # around an assistant's text; Unicode keeps both free of text
 
 
@@ -51,7 +51,7 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
   folder = Path(folder)
   config = read_json(folder / "tokenizer_config.json")
   file = folder / "chat_template.jinja"
-  source = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+  source = read_text(file) if file.is_file() else config.get("chat_template")
   if isinstance(source, list):  # of several for different uses
     named = {part.get("name"): part.get("template") for part in source if isinstance(part, dict)}
     source = named.get("default")
@@ -63,29 +63,6 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
   if not isinstance(source, str):
     raise ValueError(f"{folder}: expected the chat template as text, got {type(source).__name__}")
   return ChatTemplate(source, read_special_tokens(folder))
-
-
-def read_special_tokens(folder: str | Path) -> dict[str, str]:
-  """Returns a folder's special tokens by their use, as `{"bos_token": "<s>"}`.
-
-  They are those of tokenizer_config.json and, in older folders, of special_tokens_map.json.
-
-  Raises:
-    ValueError: if one of them is not text.
-  """
-  found: dict[str, str] = {}
-  for name in ("special_tokens_map.json", "tokenizer_config.json"):
-    path = Path(folder) / name
-    values = read_json(path) if path.is_file() else {}
-    for key in (f"{use}_token" for use in SPECIAL_TOKENS):
-      token = values.get(key)
-      if isinstance(token, dict):  # an added token with its options
-        token = token.get("content")
-      if isinstance(token, str):
-        found[key] = token
-      elif values.get(key) is not None:
-        raise ValueError(f"{path}: expected {key} as text, got {values[key]!r}")
-  return found
 
 
 def render_chat(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.files import read_json
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.hub import (
   Index,
@@ -18,7 +19,6 @@ from lora_jax.models.hub import (
   find_folder,
   make_leaf,
   open_tensors,
-  read_json,
   save_folder,
 )
 

@@ -1,7 +1,8 @@
-"""Hugging Face folders: where they are, and their tensors and tokenizers, read strictly.
+"""Hugging Face folders: where they are, and their tensors, read strictly.
 
 Weights are read from safetensors alone, never from a pickle, and no folder can name a file
-outside itself. Tensors are read slice by slice, so that a sharded model is never whole in memory.
+outside itself. Files are mapped, and a part of a tensor is a view of that until it is copied to its
+device, so that no model is twice in memory, and a sharded one never whole.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+from lora_jax.models.files import read_json
+from lora_jax.models.tokenizer import TOKENIZER_FILES, tokenizer_files
+
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")
-END_OF_TEXT = "<|endoftext|>"
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 Index = tuple[slice, ...]
 
@@ -83,43 +85,58 @@ def find_folder(name: str | Path) -> Path:
     ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """Returns the object in a JSON file.
-
-  Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it does not hold a JSON object.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist")
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-  return value
-
-
 class Tensors:
   """The tensors of a folder by name; open only inside `open_tensors`."""
 
-  def __init__(self, files: Mapping[str, Any]):
-    self._files = files  # tensor name -> an open safetensors file
+  def __init__(self, files: Mapping[str, "_File"]):
+    self._files = files  # by the tensors' names
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._files)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._files[name].get_slice(name).get_shape())
+    return tuple(self._files[name].header[name]["shape"])
 
   def dtype(self, name: str) -> str:
     """Returns the dtype by the file's name for it, as `F32` or `BF16`."""
-    return self._files[name].get_slice(name).get_dtype()
+    return self._files[name].header[name]["dtype"]
+
+  def place(self, name: str) -> tuple[str, int]:
+    """Returns the name of a tensor's file, and the byte of it that it starts at."""
+    file = self._files[name]
+    return file.name, file.start + file.header[name]["data_offsets"][0]
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
-    tensor = self._files[name].get_slice(name)
-    return tensor[index] if index else tensor[:]
+    """Returns a tensor of floats, or a part of it: a view of the file, which cannot be written."""
+    file, shape = self._files[name], self.shape(name)
+    start, stop = (file.start + offset for offset in file.header[name]["data_offsets"])
+    array = file.data[start:stop].view(FLOATS[self.dtype(name)]).reshape(shape)
+    return array[index] if index else array
+
+
+class _File(NamedTuple):
+  """A mapped safetensors file: its header, and where the tensors start."""
+
+  name: str
+  data: np.ndarray
+  header: dict[str, Any]
+  start: int
+
+
+def _map(path: Path) -> _File:
+  """Maps a safetensors file, which must be whole."""
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, "numpy"):  # checks the header against the file's length
+      pass
+  except SafetensorError as error:
+    raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+  data = np.asarray(np.memmap(path, np.uint8, "r"))
+  start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+  header = json.loads(data[8:start].tobytes())
+  header.pop("__metadata__", None)
+  return _File(path.name, data, header, start)
 
 
 @contextmanager
@@ -130,29 +147,22 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
     FileNotFoundError: if weights are missing.
     ValueError: if a file is truncated or the index is wrong or points out of the folder.
   """
-  from safetensors import SafetensorError, safe_open
-
-  names, where = _weight_files(folder)
-  with ExitStack() as stack:
-    files: dict[str, Any] = {}
-    found: dict[str, str] = {}
-    for name in names:
-      try:
-        file = stack.enter_context(safe_open(folder / name, "numpy"))
-      except SafetensorError as error:
-        message = f"{folder / name} is truncated or no safetensors file: {error}"
-        raise ValueError(message) from error
-      for tensor in file.keys():  # noqa: SIM118 - no mapping
-        if tensor in found:
-          raise ValueError(f"{folder}: {tensor} is in {found[tensor]} and in {name}")
-        files[tensor], found[tensor] = file, name
-    if where is not None and where != found:
-      wrong = sorted({key for key, _ in where.items() ^ found.items()})
-      raise ValueError(f"{folder / INDEX} and the files disagree about {', '.join(wrong[:5])}")
-    yield Tensors(files)
+  names, where = weight_files(folder)
+  files: dict[str, _File] = {}
+  for name in names:
+    file = _map(folder / name)
+    for tensor in file.header:
+      if tensor in files:
+        raise ValueError(f"{folder}: {tensor} is in {files[tensor].name} and in {name}")
+      files[tensor] = file
+  found = {tensor: file.name for tensor, file in files.items()}
+  if where is not None and where != found:
+    wrong = sorted({key for key, _ in where.items() ^ found.items()})
+    raise ValueError(f"{folder / INDEX} and the files disagree about {', '.join(wrong[:5])}")
+  yield Tensors(files)
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   """Returns the weights' files, and of several what the index says is in which.
 
   A folder with both forms is read as `transformers` reads it: the single file counts.
@@ -217,72 +227,33 @@ def make_leaf(
   Args:
     shape: of the whole array.
     dtype: of the result.
-    read: returns the part of the array at an index.
+    read: returns the part of the array at an index; it is copied.
     sharding: where it lies; None is the default device.
   """
   if sharding is None:
-    return jnp.asarray(read((slice(None),) * len(shape)), dtype)
+    array = read((slice(None),) * len(shape))
+    if array.flags.c_contiguous:
+      return jax.device_put(_aligned_copy(array, dtype))
+    return jax.device_put(array.astype(dtype, copy=False))  # whose copy is transposed faster
 
   def part(index: Index | None) -> np.ndarray:
     assert index is not None, "a part of this process's own devices has an index"
-    return read(index).astype(dtype, copy=False)
+    return np.array(read(index), dtype, order="C")
 
   return jax.make_array_from_callback(shape, sharding, part)
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Any:
-  """Returns the `tokenizers.Tokenizer` of a folder: tokenizer.json, or vocabulary and merges.
+def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
+  """Returns a copy that JAX takes on CPUs as it is: one that begins at a multiple of 64 bytes.
 
-  Args:
-    folder: a local folder.
-    vocab_size: of the model, whose table may be padded above the tokenizer's vocabulary.
-  Raises:
-    FileNotFoundError: if there is no tokenizer.
-    ValueError: if the tokenizer does not fit the model.
+  It would take a view of a file too, whose later changes the weights would follow.
   """
-  from tokenizers import Tokenizer
-
-  folder = Path(folder)
-  whole, vocab, merges = (folder / name for name in TOKENIZER_FILES[:3])
-  try:
-    if whole.is_file():
-      tokenizer = Tokenizer.from_file(str(whole))
-    elif vocab.is_file() and merges.is_file():
-      tokenizer = _byte_level_bpe(vocab, merges)
-    else:
-      tokenizer = None
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{folder}: the tokenizer's files are broken: {error}") from error
-  if tokenizer is None:
-    raise FileNotFoundError(
-      f"{folder} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"
-    )
-  size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-  if vocab_size is not None and not 0 <= vocab_size - size < 1024:
-    raise ValueError(
-      f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
-      "belong together. Take both from the same model"
-    )
-  return tokenizer
-
-
-def end_of_text_id(tokenizer: Any) -> int:
-  """Returns the id of `<|endoftext|>`; raises ValueError if the tokenizer has none."""
-  found = tokenizer.token_to_id(END_OF_TEXT)
-  if found is None:
-    raise ValueError(f"the tokenizer has no token {END_OF_TEXT!r}, which ends every text")
-  return found
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> Any:
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-  tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  if tokenizer.token_to_id(END_OF_TEXT) is not None:
-    tokenizer.add_special_tokens([END_OF_TEXT])
-  return tokenizer
+  size = array.size * jnp.dtype(dtype).itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  copy = memory[start : start + size].view(dtype).reshape(array.shape)
+  copy[...] = array
+  return copy
 
 
 def save_folder(
@@ -305,25 +276,30 @@ def save_folder(
     FileNotFoundError: if `tokenizer_from` holds no tokenizer.
     OSError: if it cannot be written, as on a full disk; then nothing is left behind.
   """
-  folder = Path(folder)
-  if folder.exists():
-    raise FileExistsError(f"{folder} exists; nothing is overwritten")
-  copied = [] if tokenizer_from is None else _tokenizer_files(Path(tokenizer_from))
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    new = Path(name) / "folder"
-    new.mkdir()
+  copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
+  with new_folder(folder) as new:
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     _save_shards(new, tensors, max_shard_bytes)
     for file in copied:
       shutil.copyfile(file, new / file.name)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+  """Gives a place for files, which becomes `folder` at the end, or vanishes if an error is raised.
+
+  Raises:
+    FileExistsError: if there is such a folder.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    raise FileExistsError(f"{folder} exists; nothing is overwritten")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    new = Path(name) / "folder"
+    new.mkdir()
+    yield new
     os.rename(new, folder)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-  """Returns the files of a folder's tokenizer, which must load."""
-  load_tokenizer(folder)
-  return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
 
 
 def _save_shards(

@@ -1,5 +1,6 @@
 """The Llama family from and to Hugging Face folders."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,7 @@ def _check_tied(folder: Path) -> None:
       )
 
 
+@functools.cache
 def params_shapes(config: LlamaConfig) -> PyTree:
   """Returns the params' tree of `ShapeDtypeStruct`s."""
   tokens = jax.ShapeDtypeStruct((1, 1), "int32")

@@ -1,6 +1,8 @@
 """Params from and to the tensors of a Hugging Face folder, by a table of which holds which."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,8 @@ def load_params(
 
       return make_leaf(shape.shape, shape.dtype, read, place)
 
-    new = [leaf(*of) for of in zip(paths, leaves, places, strict=True)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies let go of the interpreter
+      new = list(pool.map(leaf, paths, leaves, places))
   return jax.tree.unflatten(structure, new)
 
 

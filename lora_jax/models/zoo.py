@@ -5,10 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+from jaxtyping import Array, Float, Int
+
 from lora_jax.models import gpt2_folder, llama_folder, llama_json
 from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
 from lora_jax.models.gpt2 import GPT2
-from lora_jax.models.hub import StoredTensor, find_folder, read_json
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import StoredTensor, find_folder
 from lora_jax.models.llama import Llama
 
 PyTree = Any
@@ -19,7 +23,7 @@ class LanguageModel(NamedTuple):
 
   Attributes:
     module: `module.apply({"params": params}, tokens)` returns logits.
-    params: its weights.
+    params: its weights; their shapes alone if they were not loaded.
     stored: its tensors in `transformers`, and which of our leaves they hold.
     folder: where it was found.
     model_type: by config.json.
@@ -38,19 +42,37 @@ class LanguageModel(NamedTuple):
   num_positions: int
   save: Callable[..., None]
 
+  def call(self, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """Returns the logits of each next token: the function of the params that methods adapt."""
+    return self.module.apply({"params": params}, tokens)  # pyright: ignore[reportReturnType]
+
 
 class Family(NamedTuple):
   """What reads, computes and writes the models of some types."""
 
   module: Callable[[Any], CausalLM]
+  read_config: Callable[..., Any]
   load: Callable[..., tuple[Any, PyTree]]
+  params_shapes: Callable[[Any], PyTree]
   stored_tensors: Callable[[Any], list[StoredTensor]]
   save: Callable[..., None]
 
 
-_GPT2 = Family(GPT2, gpt2_folder.load_gpt2, gpt2_folder.stored_tensors, gpt2_folder.save_gpt2)
+_GPT2 = Family(
+  GPT2,
+  gpt2_folder.read_config,
+  gpt2_folder.load_gpt2,
+  gpt2_folder.params_shapes,
+  gpt2_folder.stored_tensors,
+  gpt2_folder.save_gpt2,
+)
 _LLAMA = Family(
-  Llama, llama_folder.load_llama, llama_folder.stored_tensors, llama_folder.save_llama
+  Llama,
+  llama_json.read_config,
+  llama_folder.load_llama,
+  llama_folder.params_shapes,
+  llama_folder.stored_tensors,
+  llama_folder.save_llama,
 )
 CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_json.FAMILIES, _LLAMA)}
 
@@ -70,6 +92,34 @@ def load_causal_lm(
     FileNotFoundError: if there is no such folder or repository, or files are missing.
     ValueError: if the zoo has no such model, or the folder's files do not fit together.
   """
+  folder, model_type, family = _find(name)
+  config, params = family.load(folder, shardings=shardings, param_dtype=param_dtype, **computation)
+  return _model(folder, model_type, config, params)
+
+
+def plan_causal_lm(
+  name: str | Path, *, shardings: Any = None, param_dtype: Any = "float32", **computation: Any
+) -> LanguageModel:
+  """Returns what `load_causal_lm` would, with the params' shapes in their place.
+
+  Args:
+    shardings: a function from the params' shapes to a tree of their shardings; None is none.
+
+  Other arguments and errors as of `load_causal_lm`; the weights are not looked at.
+  """
+  folder, model_type, family = _find(name)
+  config = family.read_config(folder, param_dtype=param_dtype, **computation)
+  shapes = family.params_shapes(config)
+  if shardings is not None:
+    shapes = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      shapes,
+      shardings(shapes),
+    )
+  return _model(folder, model_type, config, shapes)
+
+
+def _find(name: str | Path) -> tuple[Path, str, Family]:
   folder = find_folder(name)
   model_type = read_json(folder / "config.json").get("model_type")
   if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
@@ -78,8 +128,11 @@ def load_causal_lm(
       f"{', '.join(sorted(CAUSAL_LMS))}. Any other model in JAX can be adapted as it is: "
       "lora_jax.lora(fn, config), where fn(params, *args) is your own function"
     )
+  return folder, model_type, CAUSAL_LMS[model_type]
+
+
+def _model(folder: Path, model_type: str, config: Any, params: PyTree) -> LanguageModel:
   family = CAUSAL_LMS[model_type]
-  config, params = family.load(folder, shardings=shardings, param_dtype=param_dtype, **computation)
 
   def save(folder: str | Path, params: PyTree, **options: Any) -> None:
     family.save(folder, config, params, **options)

@@ -1,0 +1,177 @@
+"""Loads a sharded safetensors folder: memory and time against `from_pretrained` of `transformers`.
+
+    PYTHONPATH=. python -m benchmarks.load
+    PYTHONPATH=. python -m benchmarks.load --megabytes 100 --repeats 1 --alone
+
+The folder is a Llama with random weights, made in a temporary place. Every measurement is a process
+of its own, which first imports all that it needs and loads a tiny model once, so that what is
+counted is the large one. Both sides load into the dtype that the folder has, onto the same device,
+and every weight is there at the end: ours waits for JAX, and the peer, whose weights may be
+pages of the files still, reads one element of each page of them. The sides take turns, so that
+other work on the machine falls on both, and the ratio is the median over the turns' own ratios.
+
+    way         dtype  MB  growth_MB  /size  seconds  x
+    growth_MB   of anonymous memory over the state before, at its peak; the median of the turns
+
+Anonymous memory is what the process holds beyond the pages of the mapped files, which the system
+may drop at any time. Files are in the system's cache throughout: they have just been written.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.memory import finish, measure, wait_for_start
+from lora_jax.models.llama import LlamaConfig
+from lora_jax.models.llama_folder import load_llama, params_shapes, save_llama
+
+GROWTH, TIME = 1.2, 1.0  # the goals: of the size, of the peer's time
+PAGE = 4096  # bytes
+
+
+def random_llama(
+  folder: Path,
+  megabytes: float,
+  shards: int,
+  dtype: str = "float32",
+  width: int = 1024,
+  vocab_size: int = 32000,
+) -> int:
+  """Writes a Llama with random weights; returns its size in bytes.
+
+  Args:
+    folder: to make.
+    megabytes: about, of its weights.
+    shards: its files, at least.
+    dtype: of the weights.
+    width: of the model, a multiple of 64.
+    vocab_size: of the model.
+  """
+  config = LlamaConfig(
+    vocab_size=vocab_size,
+    num_positions=2048,
+    embed_dim=width,
+    num_heads=width // 32,
+    num_kv_heads=width // 64,
+    mlp_dim=11 * width // 4,
+    param_dtype=dtype,
+  )
+
+  def size(num_layers: int) -> int:
+    shapes = params_shapes(dataclasses.replace(config, num_layers=num_layers))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+  num_layers = max(1, round((1e6 * megabytes - size(0)) / (size(1) - size(0))))
+  config = dataclasses.replace(config, num_layers=num_layers)
+  draw = np.random.default_rng(0)
+
+  def new(leaf: Any) -> np.ndarray:
+    return (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+
+  params = jax.tree.map(new, params_shapes(config))
+  save_llama(folder, config, params, max_shard_bytes=size(num_layers) // shards)
+  return size(num_layers)
+
+
+def load_ours(folder: Path, dtype: str) -> Any:
+  _, params = load_llama(folder, param_dtype=dtype)
+  return jax.block_until_ready(params)
+
+
+def load_transformers(folder: Path, dtype: str) -> Any:
+  import torch  # pyright: ignore[reportMissingImports]
+  from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+  model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+  for parameter in model.parameters():
+    parameter.detach().view(-1)[:: PAGE // parameter.itemsize].float().sum()
+  return model
+
+
+WAYS = {"lora_jax": load_ours, "transformers": load_transformers}
+
+
+def run(way: str, folder: Path, warm_up: Path, dtype: str) -> None:
+  """Loads once, in a process of its own."""
+  WAYS[way](warm_up, dtype)
+  start = wait_for_start()
+  loaded = WAYS[way](folder, dtype)
+  finish(time.perf_counter() - start)
+  del loaded
+
+
+def compare(options: argparse.Namespace, ways: Sequence[str], dtype: str) -> dict[str, Any]:
+  """Returns the size of a folder and, by way, the growth and seconds of each turn."""
+  results: dict[str, Any] = {way: {"growth": [], "seconds": []} for way in ways}
+  with tempfile.TemporaryDirectory(dir=options.directory) as name:
+    folder, warm_up = Path(name) / "model", Path(name) / "warm_up"
+    size = random_llama(folder, options.megabytes, options.shards, dtype, options.width)
+    random_llama(warm_up, 0, 2, dtype, 64, 64)
+    for turn in range(options.repeats):
+      for way in ways[:: 1 if turn % 2 == 0 else -1]:
+        command = [sys.executable, "-m", "benchmarks.load", "--run", way]
+        measured = measure([*command, str(folder), str(warm_up), dtype])
+        results[way]["growth"].append(measured.growth)
+        results[way]["seconds"].append(measured.result)
+  return {"size": size, "ways": results}
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+  print(f"{'way':13}{'dtype':10}{'MB':>6}{'growth_MB':>11}{'/size':>7}{'seconds':>9}{'x':>7}")
+  for dtype, result in results.items():
+    peer = result["ways"].get("transformers", result["ways"]["lora_jax"])["seconds"]
+    for way, measured in result["ways"].items():
+      growth, seconds = (statistics.median(measured[key]) for key in ("growth", "seconds"))
+      ratio = statistics.median(a / b for a, b in zip(measured["seconds"], peer, strict=True))
+      print(
+        f"{way:13}{dtype:10}{result['size'] / 1e6:6.0f}{growth / 1e6:11.0f}"
+        f"{growth / result['size']:7.2f}{seconds:9.2f}{ratio:7.2f}"
+      )
+      if way == "lora_jax":
+        met = growth / result["size"] <= GROWTH and ratio <= TIME
+        goal = f"at most {GROWTH} of its size and {TIME} of the peer's time"
+        print(f"  goal: {goal}: {'met' if met else 'MISSED'}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description="Loading a folder, against transformers.")
+  parser.add_argument("--megabytes", type=float, default=500, help="of the folder's weights")
+  parser.add_argument("--shards", type=int, default=5, help="files of the folder, about")
+  parser.add_argument("--width", type=int, default=1024, help="of the model")
+  parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--directory", type=Path, help="where the folder is made")
+  parser.add_argument("--alone", action="store_true", help="this project's side only")
+  parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+  options = parse(arguments)
+  if options.run:
+    way, folder, warm_up, dtype = options.run
+    run(way, Path(folder), Path(warm_up), dtype)
+    return {}
+  missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+  if missing and not options.alone:
+    print(f"transformers is left out; missing: {', '.join(missing)}")
+  ways = list(WAYS)[: 1 if options.alone or missing else 2]
+  device = jax.devices()[0]
+  print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
+  results = {dtype: compare(options, ways, dtype) for dtype in options.dtypes}
+  print_table(results)
+  return results
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,76 @@
+"""Anonymous memory of another process: what it holds beyond the pages of files it has mapped.
+
+A model's files, mapped to be read, are in the resident set too, but the system can drop them at any
+time. Linux counts anonymous pages as `RssAnon`, now and not at the peak, so that it is read
+again and again, from here: a thread of the measured process would wait for its interpreter.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+READY, EVERY = "ready", 0.002  # seconds
+
+
+class Measured(NamedTuple):
+  """What a process did between `wait_for_start` and its end.
+
+  Attributes:
+    growth: the largest anonymous memory, less that at the start, bytes.
+    result: what `finish` was given.
+  """
+
+  growth: int
+  result: Any
+
+
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
+  """Runs a command that calls `wait_for_start` and then `finish`.
+
+  Raises:
+    RuntimeError: if it fails.
+  """
+  pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+  env = {**os.environ, **(environment or {})}
+  with subprocess.Popen(command, text=True, env=env, **pipes) as process:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    line = "-"
+    while line and line.strip() != READY:
+      line = process.stdout.readline()
+    before = most = anonymous(process.pid) if line else 0
+    if line:
+      process.stdin.write("\n")
+      process.stdin.flush()
+    while line and not select.select([process.stdout], [], [], EVERY)[0]:
+      most = max(most, anonymous(process.pid))
+    last = process.stdout.read().strip()
+  if process.returncode or not last:
+    raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
+  return Measured(most - before, json.loads(last))
+
+
+def anonymous(pid: int) -> int:
+  """Returns the anonymous memory of a process, bytes; 0 if it has ended."""
+  for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    if line.startswith("RssAnon:"):
+      return int(line.split()[1]) * 1024
+  return 0
+
+
+def wait_for_start() -> float:
+  """In the measured process: tells that all is loaded; returns the time at the start."""
+  print(READY, flush=True)
+  sys.stdin.readline()
+  return time.perf_counter()
+
+
+def finish(result: Any) -> None:
+  """In the measured process: ends the measurement."""
+  print(json.dumps(result), flush=True)

@@ -1,0 +1,275 @@
+"""LoRA on your model with your data: an adapter for this project, PEFT and servers.
+
+    python -m experiments.finetune --model=FOLDER_OR_REPOSITORY --data=mine.jsonl [--dry_run]
+
+`run` is the whole of it: lines -> model -> LoRA -> fit -> samples -> an adapter in PEFT's form.
+"""
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from experiments.finetune_data import Data, Text, load_data
+from experiments.gpt2 import fit_config, lora_config, make_optimizer
+from experiments.launch import launch
+from experiments.workdir import (
+  Config,
+  check_experiment,
+  check_same,
+  file_digest,
+  provenance,
+  run_once,
+)
+from lora_jax.data import batches as data_batches
+from lora_jax.decoding import CachedModel, SamplingConfig, generate
+from lora_jax.interop import save_peft
+from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
+from lora_jax.training.checkpoint import save_adapter
+from lora_jax.training.loop import fit
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import Rules, make_mesh, params_shardings, place_batch
+from lora_jax.training.step import make_train_step, start
+from lora_jax.trees import leaves_with_path, matches
+
+PyTree = Any
+SPLIT: Rules = (  # where the weights lie; of other leaves each device has a copy
+  (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
+  (r".*/(out|down)/kernel", P("tensor", "fsdp")),
+  (r".*/embedding", P(None, ("fsdp", "tensor"))),
+  (r"lm_head/kernel", P("fsdp", "tensor")),
+)
+
+
+def run(config: Config) -> dict[str, Any]:
+  """Fine-tunes and exports; goes on where it was, and does not repeat a finished run."""
+  check(config)
+  result = run_once(config, lambda workdir: _run(config, workdir))
+  print(report(config, result))
+  return result
+
+
+def check(config: Config) -> None:
+  """Raises ValueError if a config lacks what it needs."""
+  check_experiment(config, "finetune")
+  if not config.model.folder:
+    raise ValueError("no model is given: add --model=FOLDER, or a repository of the hub")
+  if not config.data.file:
+    raise ValueError("no data is given: add --data=FILE.jsonl")
+  if config.fit.keep not in ("best", "last"):
+    raise ValueError(f"fit.keep must be best or last, got {config.fit.keep!r}")
+  if not 0 < config.data.valid_share < 1:
+    raise ValueError(f"data.valid_share must be between 0 and 1, got {config.data.valid_share}")
+
+
+def _run(config: Config, workdir: Path) -> dict[str, Any]:
+  begun = time.perf_counter()
+  files = [config.data.file, config.data.valid_file]
+  check_same(workdir / "data.json", [file_digest(file) for file in files if file], "data")
+  mesh = make_mesh(**config.mesh)
+  model = load_causal_lm(config.model.folder, **_loading(config, mesh))
+  text, data = load_data(config, model)
+  loss, trainable, eval_loss = adapt(config, model, data)
+  steps = len(data.train)
+  optimizer, schedule = make_optimizer(config, steps)
+  count = optax.tree.size(trainable)
+  print(_outline(config, model, data, count), flush=True)
+  fitted = fit(
+    loss,
+    model.params,
+    trainable,
+    optimizer,
+    iter(data_batches.as_grain(data.train)),
+    config=fit_config(config, steps),
+    eval_loss=eval_loss,
+    eval_batches=lambda: iter(data.valid),
+    workdir=workdir,
+    key=jax.random.split(jax.random.key(config.seed))[1],
+    mesh=mesh,
+    schedule=schedule,
+  )
+  best = config.fit.keep == "best"
+  adapter = fitted.best if best else fitted.last
+  export(config, model, adapter, workdir)
+  return {
+    "experiment": config.experiment,
+    "model": config.model.folder,
+    "num_train_records": data.num_train,
+    "num_valid_records": data.num_valid,
+    "base_parameters": optax.tree.size(model.params),
+    "trainable_parameters": count,
+    "num_train_steps": steps,
+    "best_step": fitted.best_step,
+    "valid_loss": fitted.best_loss if best else fitted.last_loss,
+    "last_valid_loss": fitted.last_loss,
+    "train_seconds": fitted.seconds,
+    "train_tokens": fitted.tokens,
+    "samples": samples(config, model, text, data, adapter, mesh),
+    "seconds": time.perf_counter() - begun,
+    **provenance(),
+  }
+
+
+def _loading(config: Config, mesh: Mesh) -> dict[str, Any]:
+  """Returns the arguments of `load_causal_lm`."""
+  usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  given = config.model
+
+  def places(shapes: PyTree) -> PyTree:
+    paths = [path for path, _ in leaves_with_path(shapes)]
+    rules = [rule for rule in SPLIT if any(matches(rule[0], path) for path in paths)]
+    return params_shardings(mesh, shapes, [*rules, (".*", P())])
+
+  return {
+    "shardings": places,
+    "dtype": usual if given.dtype == "auto" else given.dtype,
+    "param_dtype": usual if given.param_dtype == "auto" else given.param_dtype,
+    "scan_layers": given.scan_layers,
+    "remat": given.remat or None,
+    "attention": given.attention,
+  }
+
+
+def adapt(
+  config: Config, model: LanguageModel, data: Data
+) -> tuple[lj.Adaptation, PyTree, lj.Adaptation]:
+  """Returns the adapted loss, its new adapter, and the adapted loss of validation."""
+  lora = functools.partial(lj.lora, config=lora_config(config))
+  eval_loss = lora(language_model_loss(model.module))
+  loss = lora(language_model_loss(model.module, chunk_size=config.fit.loss_chunk or None))
+  key = jax.random.split(jax.random.key(config.seed))[0]
+  return loss, loss.init(key, model.params, data.train[0]), eval_loss
+
+
+def export(config: Config, model: LanguageModel, adapter: PyTree, workdir: Path) -> None:
+  """Writes the adapter in our own form, and in the form that PEFT and servers read."""
+  if not (workdir / "adapter").exists():
+    save_adapter(workdir / "adapter", adapter)
+  if not (workdir / "peft").exists():
+    save_peft(
+      workdir / "peft",
+      lora_config(config),
+      adapter,
+      model.stored,
+      model.params,
+      base_model=config.model.folder,
+      for_server=True,
+    )
+
+
+def samples(
+  config: Config, model: LanguageModel, text: Text, data: Data, adapter: PyTree, mesh: Mesh
+) -> list[dict[str, str]]:
+  """Returns the adapted model's answers to held-out prompts, and what their lines say."""
+  room = model.num_positions - config.samples.max_new_tokens
+  given = [ids[-room:] for ids in data.prompts]
+  if not given or room < 1:
+    return []
+  params = {"base": model.params, "adapter": adapter}
+  search = SamplingConfig(
+    eos_ids=(text.end_id,), temperature=0.0, max_new_tokens=config.samples.max_new_tokens
+  )
+  found = generate(cached_model(config, model), params, given, search, batch_size=1, mesh=mesh)
+  decode = text.tokenizer.decode
+  return [
+    {"prompt": decode(ids, skip_special_tokens=False), "generated": decode(new), "answer": answer}
+    for ids, new, answer in zip(given, found, data.answers, strict=True)
+  ]
+
+
+def cached_model(config: Config, model: LanguageModel) -> CachedModel:
+  """Returns the adapted model as decoding sees it: nothing is merged, the base is not copied."""
+
+  def adapted(name: str) -> Any:
+    def call(params: PyTree, *args: Any) -> Any:
+      return model.module.apply({"params": params}, *args, method=name)
+
+    apply = lj.lora(call, lora_config(config)).apply
+    return lambda params, *args: apply(params["base"], params["adapter"], *args, lora_key=None)
+
+  return CachedModel(adapted("extend"), adapted("logits"), model.init_cache, model.num_positions)
+
+
+def plan(config: Config) -> None:
+  """Prints what `run` would do: what matches, parameters, memory and steps; loads no weights."""
+  check(config)
+  mesh = make_mesh(**config.mesh)
+  model = plan_causal_lm(config.model.folder, **_loading(config, mesh))
+  _, data = load_data(config, model)
+  loss, trainable, _ = adapt(config, model, data)
+  count = optax.tree.size(trainable)
+  print(lj.summary(model.params, trainable, lora_config(config)), end="\n\n")
+  print(_outline(config, model, data, count))
+  optimizer, _ = make_optimizer(config, len(data.train))
+  state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)
+  parts = config.fit.accumulation_steps
+  step: Any = make_train_step(loss, optimizer, state, parts)
+  first: Any = data.train[0]
+  batch = place_batch(mesh, first, parts)
+  memory = step.lower(state, frozen, batch).compile().memory_analysis()
+  held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+  print(
+    f"memory     {_gigabytes(held + temporary)} a device by the compiler's estimate: "
+    f"{_gigabytes(held)} of weights, adapter, optimizer and batch, {_gigabytes(temporary)} of "
+    "temporaries of a step\n"
+    f"folder     {config.workdir}\n"
+    "nothing was trained (--dry_run)"
+  )
+
+
+def _gigabytes(size: int) -> str:
+  return f"{size / 1e9:.2f} GB"
+
+
+def _outline(config: Config, model: LanguageModel, data: Data, count: int) -> str:
+  """Returns what is trained on what."""
+  base, given = optax.tree.size(model.params), config.data
+  length = data.train.row_lengths[-1]
+  return "\n".join(
+    [
+      f"model      {config.model.folder}: {model.model_type}, {base:,} parameters",
+      f"adapter    rank {config.lora.rank}, {count:,} parameters ({100 * count / base:.2f} %)",
+      f"data       {given.file}: {data.num_train:,} lines, and {data.num_valid:,} held out",
+      f"steps      {len(data.train):,} in {given.num_epochs} epochs, each of {given.batch_size} "
+      f"rows of {length} tokens{', packed' if given.packing else ''}",
+    ]
+  )
+
+
+def report(config: Config, result: dict[str, Any]) -> str:
+  """Returns a finished run as text: losses, samples, and how to load the adapter."""
+  lines, model = [], config.model.folder
+  for sample in result["samples"]:
+    lines += [f"prompt     {sample['prompt']!r}", f"generated  {sample['generated']!r}"]
+    lines += [f"data       {sample['answer']!r}", ""]
+  folder = Path(config.workdir) / "peft"
+  rank = json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"]
+  kept = result["best_step"] if config.fit.keep == "best" else result["num_train_steps"]
+  return "\n".join(
+    [
+      *lines,
+      f"loss       {result['valid_loss']:.4f} nats/token on {result['num_valid_records']:,} "
+      f"held-out lines, after step {kept:,} of {result['num_train_steps']:,}",
+      f"time       {result['seconds']:.0f} s on {result['device']}",
+      f"adapter    {folder}",
+      "",
+      f"here       base = load_causal_lm({model!r})",
+      f"           config, adapter = load_peft({str(folder)!r}, base.stored, base.params)",
+      "           adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, ...)",
+      f"in PEFT    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), "
+      f"{str(folder)!r})",
+      f"a server   vllm serve {model} --enable-lora --lora-modules mine={folder} "
+      f"--max-lora-rank {rank}",
+    ]
+  )
+
+
+if __name__ == "__main__":
+  launch(run, "finetune.py", {"model": "model.folder", "data": "data.file"}, plan)

@@ -1,0 +1,158 @@
+"""A user's lines as batches, for `experiments.finetune`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.workdir import Config
+from lora_jax.data import batches as data_batches
+from lora_jax.data.jsonl import (
+  Completion,
+  Conversation,
+  Rendered,
+  encode_completions,
+  encode_prompts,
+  encode_rendered,
+  read_jsonl,
+)
+from lora_jax.data.text import Example
+from lora_jax.models.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
+from lora_jax.models.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
+from lora_jax.models.zoo import LanguageModel
+
+
+class Data(NamedTuple):
+  """The batches of a run, and held-out lines to be answered.
+
+  Attributes:
+    train: of all epochs.
+    valid: held out.
+    prompts: tokens of the first held-out prompts.
+    answers: what their lines say.
+    num_train: lines.
+    num_valid: likewise.
+  """
+
+  train: data_batches.Batches
+  valid: data_batches.Batches
+  prompts: list[list[int]]
+  answers: list[str]
+  num_train: int
+  num_valid: int
+
+
+class Text(NamedTuple):
+  """A model's tokenizer, its end token, and its folder, which may have a chat template."""
+
+  tokenizer: Any
+  end_id: int
+  folder: Path
+
+  def template(self) -> ChatTemplate:
+    return load_chat_template(self.folder)
+
+
+def load_data(config: Config, model: LanguageModel) -> tuple[Text, Data]:
+  """Returns the model's tokenizer and the batches of both parts of the data."""
+  given = config.data
+  tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
+  text = Text(tokenizer, end_token_id(model.folder, tokenizer), model.folder)
+  records: Sequence[Any] = read_jsonl(given.file, given.ignored_fields)
+  if given.valid_file:
+    held_out: Sequence[Any] = read_jsonl(given.valid_file, given.ignored_fields)
+  else:
+    records, held_out = _hold_out(config, records)
+  limit = min(given.row_length or model.num_positions, model.num_positions)
+  train, valid = (encode(text, part, limit, given.truncate) for part in (records, held_out))
+  longest = max(len(example.tokens) for example in (*train, *valid))
+  row_length = given.row_length or min(-(-longest // 64) * 64, model.num_positions)
+
+  def batches(examples: list[Example], seed: int | None, epochs: int) -> data_batches.Batches:
+    shape = {
+      "batch_size": given.batch_size,
+      "loss_length": data_batches.suggest_loss_length([*train, *valid], row_length),
+      "seed": seed,
+      "num_epochs": epochs,
+      "shard_index": jax.process_index(),
+      "shard_count": jax.process_count(),
+    }
+    if given.packing:
+      return data_batches.packed_batches(examples, row_length=row_length, **shape)
+    return data_batches.padded_batches(examples, row_lengths=[row_length], **shape)
+
+  shown = held_out[: config.samples.count]
+  data = Data(
+    train=batches(train, config.seed, given.num_epochs),
+    valid=batches(valid, None, 1),
+    prompts=prompts(text, shown),
+    answers=[_answer(record) for record in shown],
+    num_train=len(train),
+    num_valid=len(valid),
+  )
+  return text, data
+
+
+def end_token_id(folder: Path, tokenizer: Any) -> int:
+  """Returns the id of the token that ends a text; raises ValueError if the folder names none."""
+  name = read_special_tokens(folder).get("eos_token", END_OF_TEXT)
+  found = tokenizer.token_to_id(name)
+  if found is None:
+    raise ValueError(
+      f"{folder}: the tokenizer has no token {name!r} to end a text with; name its own as "
+      "eos_token in tokenizer_config.json"
+    )
+  return found
+
+
+def _hold_out(config: Config, records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """Splits lines, the same way whatever the seed."""
+  count = max(1, round(config.data.valid_share * len(records)))
+  if count >= len(records):
+    raise ValueError(
+      f"{config.data.file} has {len(records)} lines, of which {count} are held out; expected some "
+      "to train on. Give more lines, or --config.data.valid_file"
+    )
+  order = np.random.default_rng(0).permutation(len(records)).tolist()
+  return [records[i] for i in sorted(order[count:])], [records[i] for i in order[:count]]
+
+
+def encode(text: Text, records: Sequence[Any], limit: int, truncate: bool) -> list[Example]:
+  """Returns the tokens of lines of either form, `limit` of each at most."""
+  if isinstance(records[0], Completion):
+    return encode_completions(text.tokenizer, records, text.end_id, limit, truncate)
+  template = text.template()
+  rendered = [Rendered(record.where, _segments(template, record)) for record in records]
+  return encode_rendered(text.tokenizer, rendered, limit, truncate)
+
+
+def _segments(template: ChatTemplate, record: Conversation) -> list[tuple[str, bool]]:
+  try:
+    return chat_segments(template, record.messages)
+  except ValueError as error:
+    raise ValueError(f"{record.where}: {error}") from error
+
+
+def prompts(text: Text, records: Sequence[Any]) -> list[list[int]]:
+  """Returns the tokens before each line's completion, or before the assistant's last turn."""
+  if not records:
+    return []
+  if isinstance(records[0], Completion):
+    return encode_prompts(text.tokenizer, [record.prompt for record in records], text.end_id)
+  template, texts = text.template(), []
+  for record in records:
+    before = record.messages[: _last_answer(record)]
+    texts.append(render_chat(template, before, add_generation_prompt=True))
+  return [e.ids for e in text.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _last_answer(record: Conversation) -> int:
+  return max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+
+
+def _answer(record: Completion | Conversation) -> str:
+  if isinstance(record, Completion):
+    return record.completion
+  return record.messages[_last_answer(record)]["content"]

@@ -1,0 +1,187 @@
+"""A base with an adapter merged into it, as a Hugging Face folder in the base's own dtype.
+
+The base's files are copied, and the bytes of the tensors that are adapted or trained whole are
+written over, one tensor after another: all else stays byte for byte, and the model is never
+whole in memory.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapter import LoraAxes, LoraWeight, adapter_extra, adapter_weights, check_adapter
+from lora_jax.config import LoraConfig, find_leaves
+from lora_jax.low_rank import merge_weight
+from lora_jax.models.hub import (
+  FLOATS,
+  INDEX,
+  StoredTensor,
+  Tensors,
+  new_folder,
+  open_tensors,
+  weight_files,
+)
+from lora_jax.models.stored import expected_shapes
+from lora_jax.trees import leaves_with_path
+
+PyTree = Any
+
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configs, tokenizers, templates, licences
+
+
+def save_merged(
+  folder: str | Path,
+  base_folder: str | Path,
+  config: LoraConfig,
+  trainable: PyTree,
+  tensors: Sequence[StoredTensor],
+  params: PyTree,
+) -> dict[str, float]:
+  """Writes a base with an adapter merged into it as a new folder that `transformers` reads.
+
+  Each weight is merged in float32 and rounded once, to the dtype that it has in the base's folder.
+
+  Args:
+    folder: to make.
+    base_folder: that the base was loaded from.
+    config: of the adapter.
+    trainable: the trained tree.
+    tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
+    params: of the base, or their shapes.
+
+  Returns:
+    What rounding cost each leaf that was adapted or trained whole, as `lora_jax.merge_error`
+    has it: max|merged - exact| / max|exact|, of stacked layers the largest.
+  Raises:
+    FileExistsError: if there is such a folder.
+    ValueError: if the adapter is not for the base, the base's folder is of another model, or a
+      merged weight is too large for its dtype.
+  """
+  base_folder = Path(base_folder)
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  scalings = {path: target.scaling for path, target in targets.items()}
+  new_leaves = _NewLeaves(adapter_weights(trainable), scalings, adapter_extra(trainable))
+  leaves = dict(leaves_with_path(params))
+  names, index = weight_files(base_folder)
+  with open_tensors(base_folder) as base, new_folder(folder) as new:
+    changed = _changed(base_folder, base, tensors, leaves, new_leaves)
+    for name in (*_others(base_folder, index is not None), *names):
+      shutil.copyfile(base_folder / name, new / name)
+    for tensor, stored in changed.items():
+      merged = new_leaves.put_into(base.read(tensor), stored, leaves)
+      name, start = base.place(tensor)
+      with (new / name).open("r+b") as file:
+        file.seek(start)
+        file.write(merged.reshape(-1).view(np.uint8).data)
+  return new_leaves.errors
+
+
+class _NewLeaves:
+  """What takes the place of a base's leaves, and what rounding it has cost."""
+
+  def __init__(
+    self, weights: Mapping[str, LoraWeight], scalings: Mapping[str, float], whole: Mapping[str, Any]
+  ):
+    self._weights, self._scalings, self._whole = weights, scalings, whole
+    self.errors = dict.fromkeys((*weights, *whole), 0.0)
+
+  def put_into(
+    self, array: np.ndarray, stored: StoredTensor, leaves: Mapping[str, Any]
+  ) -> np.ndarray:
+    """Returns a tensor of the base with its new parts, in its own dtype."""
+    array = np.array(array, order="C")
+    ours = array.T if stored.transposed else array
+    stop = 0
+    for path in stored.paths:
+      start, stop = stop, stop + leaves[path].shape[-1]
+      if path in self.errors:
+        part = ours[..., start:stop]
+        exact = self._exact(part, path, stored.layer)
+        with np.errstate(over="ignore"):  # told below
+          part[...] = exact
+        size, error = np.abs(exact).max(), np.abs(part.astype(exact.dtype) - exact).max()
+        if not np.isfinite(error):
+          raise ValueError(
+            f"{path}: merged, it has values up to {size:g}, which {array.dtype} cannot hold. Take "
+            "a base of another dtype"
+          )
+        self.errors[path] = max(self.errors[path], float(error / size) if size else 0.0)
+    return array
+
+  def _exact(self, base: np.ndarray, path: str, layer: int | None) -> np.ndarray:
+    """Returns the new part before it is rounded, float32."""
+    if path in self._whole:
+      return np.asarray(self._whole[path], np.float32)[() if layer is None else layer]
+    wide = base.astype(np.float32)
+    weight = _of_layer(path, self._weights[path], layer)
+    if weight is None:
+      return wide
+    with jax.default_matmul_precision("float32"):
+      return np.asarray(merge_weight(jnp.asarray(wide), weight, self._scalings[path]))
+
+
+def _of_layer(path: str, weight: LoraWeight, layer: int | None) -> LoraWeight | None:
+  """Returns the factors of one layer of a stack; None if it is not adapted."""
+  if layer is None:
+    return weight
+  if weight.axes.batch[:1] != (0,):
+    raise ValueError(f"{path}: expected its layers to be a batch axis, got {weight.axes}")
+  if weight.layers is not None:
+    if layer not in weight.layers:
+      return None
+    layer = weight.layers.index(layer)
+  batch, inputs, outputs = (tuple(dim - 1 for dim in dims) for dims in weight.axes)
+  axes = LoraAxes(batch[1:], inputs, outputs)
+  return LoraWeight(weight.lora_a[layer], weight.lora_b[layer], axes)
+
+
+def _changed(
+  folder: Path,
+  base: Tensors,
+  tensors: Sequence[StoredTensor],
+  leaves: Mapping[str, Any],
+  new_leaves: _NewLeaves,
+) -> dict[str, StoredTensor]:
+  """Returns the tensors to write, by their names in the base's files.
+
+  Raises:
+    ValueError: if one is missing or mis-shaped, or a leaf is in no tensor.
+  """
+  present = set(base)
+
+  def name_of(stored: StoredTensor) -> str:  # old files lack the model's prefix
+    short = stored.name.partition(".")[2]
+    return short if stored.name not in present and short in present else stored.name
+
+  changed = {name_of(one): one for one in tensors if new_leaves.errors.keys() & set(one.paths)}
+  if lost := sorted(set(new_leaves.errors) - {p for one in changed.values() for p in one.paths}):
+    raise ValueError(f"the model has no tensor for {', '.join(lost)}")
+  expected = expected_shapes(list(changed.values()), leaves)
+  for name, one in changed.items():
+    shape = base.shape(name) if name in present else None
+    if shape != expected[one.name] or base.dtype(name) not in FLOATS:
+      got = "nothing" if shape is None else f"{base.dtype(name)} {shape}"
+      raise ValueError(
+        f"{folder}: {name}: expected floats of shape {expected[one.name]}, got {got}. Give the "
+        "folder that the base was loaded from"
+      )
+  for other in present - {name_of(one) for one in tensors}:  # a tied head that is written out
+    for name, one in list(changed.items()):
+      same = one.is_embedding and base.shape(other) == base.shape(name)
+      same = same and base.dtype(other) == base.dtype(name)
+      if same and np.array_equal(base.read(other), base.read(name)):
+        changed[other] = one
+  return changed
+
+
+def _others(folder: Path, has_index: bool) -> list[str]:
+  """Returns the names of the files besides the weights; none that tells of other weights."""
+  found = {path.name for kind in COPIED for path in folder.glob(kind) if path.is_file()}
+  stale = {name for name in found if name.endswith(".index.json")} | {"adapter_config.json"}
+  return sorted(found - stale) + ([INDEX] if has_index else [])

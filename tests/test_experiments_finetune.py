@@ -1,0 +1,216 @@
+"""The finetune experiment: own lines and an own model in, an adapter that others read out."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from experiments import finetune
+from experiments.configs.finetune import get_config
+from experiments.launch import apply
+from lora_jax.data.e2e_tfds import load
+from lora_jax.interop import load_peft
+from lora_jax.models.zoo import load_causal_lm
+from lora_jax.training.checkpoint import restore_adapter
+
+from tests.models import relative_difference
+from tests.tiny_e2e import tiny_folder
+
+TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
+CHAT_TEMPLATE = (
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+  """The tiny GPT-2, with a chat template."""
+  folder = tmp_path_factory.mktemp("chat")
+  for file in tiny_folder().iterdir():
+    (folder / file.name).symlink_to(file)
+  config = {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def write_lines(path, chats=False, count=60):
+  with path.open("w") as file:
+    for record in load("train", choose=lambda size: range(0, size, size // count)):
+      line = {"prompt": record.context + "\n", "completion": record.completion}
+      if chats:
+        roles = {"user": line["prompt"], "assistant": line["completion"]}
+        line = {"messages": [{"role": role, "content": roles[role]} for role in roles]}
+      file.write(json.dumps(line) + "\n")
+  return path
+
+
+def config_of(model, data, workdir):
+  config = get_config()
+  changes = {
+    "workdir": str(workdir),
+    "model.folder": str(model),
+    "data.file": str(data),
+    "data.num_epochs": 1,
+    "data.batch_size": 4,
+    "lora.rank": 4,
+    "optimizer.learning_rate": 3e-2,
+    "optimizer.warmup_steps": 2,
+    "samples.count": 2,
+    "samples.max_new_tokens": 6,
+  }
+  return apply(config, changes)
+
+
+def finished_run(chat_folder, folder, chats):
+  data = write_lines(folder / "mine.jsonl", chats)
+  config = config_of(chat_folder, data, folder / "run")
+  return config, finetune.run(config)
+
+
+@pytest.fixture(scope="module")
+def completions(chat_folder, tmp_path_factory):
+  return finished_run(chat_folder, tmp_path_factory.mktemp("completions"), chats=False)
+
+
+@pytest.fixture(scope="module")
+def chats(chat_folder, tmp_path_factory):
+  return finished_run(chat_folder, tmp_path_factory.mktemp("chats"), chats=True)
+
+
+@pytest.mark.parametrize("form", ["completions", "chats"])
+def test_it_learns_and_answers(form, request):
+  _, result = request.getfixturevalue(form)
+  assert result["valid_loss"] < math.log(4096) - 0.02  # of the random weights' uniform guess
+  assert result["num_train_records"] + result["num_valid_records"] >= 60
+  assert len(result["samples"]) == 2
+  assert all(one["answer"] for one in result["samples"])
+  assert result["samples"][0]["prompt"].endswith(
+    {"completions": "\n", "chats": "assistant: "}[form]
+  )
+
+
+def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
+  config, _ = completions
+  model = load_causal_lm(chat_folder)
+  lora_config, loaded = load_peft(f"{config.workdir}/peft", model.stored, model.params)
+  got = lj.lora(model.call, lora_config).apply(model.params, loaded, TOKENS)
+  ours = lj.lora(model.call, lj.LoraConfig(**config.lora.to_dict()))
+  trainable = restore_adapter(
+    f"{config.workdir}/adapter", ours.init(jnp.zeros(2, jnp.uint32), model.params, TOKENS)
+  )
+  expected = ours.apply(model.params, trainable, TOKENS, lora_key=None)
+  assert relative_difference(got, expected) < 1e-5
+  assert relative_difference(model.call(model.params, TOKENS), expected) > 1e-2
+
+
+def test_the_report_says_how_to_load_it(completions, capsys):
+  config, result = completions
+  again = finetune.run(config)
+  assert again == json.loads(json.dumps(result))
+  out = capsys.readouterr().out
+  assert "is finished" in out
+  folder = f"{config.workdir}/peft"
+  here = [line[11:].split("  #")[0] for line in out.splitlines() if line.startswith("here")]
+  here += [line.strip().split("  #")[0] for line in out.splitlines() if line.startswith(" " * 11)]
+  names = {"load_causal_lm": load_causal_lm, "load_peft": load_peft, "lora_jax": lj}
+  exec("\n".join(here), names)
+  base = names["base"]
+  assert names["adapted"].apply(base.params, names["adapter"], TOKENS).shape == (1, 6, 4096)
+  assert f"lora-modules mine={folder} --max-lora-rank 12" in out  # of the fused query, key, value
+
+
+def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
+  config, result = completions
+  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": 50})
+
+  class Broken(Exception):
+    pass
+
+  def fails(*_):
+    raise Broken
+
+  monkeypatch.setattr(finetune, "export", fails)
+  with pytest.raises(Broken):
+    finetune.run(again)
+  monkeypatch.undo()
+  resumed = finetune.run(again)
+  assert resumed["valid_loss"] == result["valid_loss"]
+  assert resumed["samples"] == result["samples"]
+  assert resumed["train_tokens"] == 0  # of this sitting
+
+
+def test_data_that_has_changed(completions, tmp_path, chat_folder):
+  data = write_lines(tmp_path / "mine.jsonl", count=40)
+  config = config_of(chat_folder, data, tmp_path / "run")
+  write_lines(data, count=30)
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "data.json").write_text('["0"]')
+  with pytest.raises(ValueError, match=r"was begun with other data .* it has changed since"):
+    finetune.run(config)
+
+
+def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
+  bare = tmp_path / "model"
+  bare.mkdir()
+  for file in chat_folder.iterdir():
+    if file.suffix != ".safetensors":
+      (bare / file.name).symlink_to(file)
+  data = write_lines(tmp_path / "mine.jsonl")
+  command = [sys.executable, "-m", "experiments.finetune", f"--model={bare}", f"--data={data}"]
+  done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "layers" not in done.stdout
+  for line in (
+    r"h_1/mlp/down/kernel +128 x 32 +128 x 16",
+    r"model +/.*model: gpt2, 164,736 parameters",
+    r"adapter +rank 16, 18,432 parameters \(\d+\.\d\d %\)",
+    r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
+    r"memory +0\.\d\d GB a device by the compiler's estimate",
+    r"nothing was trained",
+  ):
+    assert re.search(line, done.stdout), (line, done.stdout)
+  assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.folder": ""}, "no model is given: add --model"),
+    ({"data.file": ""}, "no data is given: add --data"),
+    ({"fit.keep": "first"}, "fit.keep must be best or last"),
+    ({"data.valid_share": 1.0}, "valid_share must be between 0 and 1"),
+    ({"lora.target": r".*/attn/qurey/kernel"}, "h_0/attn/query/kernel"),
+    ({"lora.rank": 33}, "rank 33"),
+    ({"data.row_length": 8}, "lines have more than 8 tokens, .*mine.jsonl:1"),
+  ],
+)
+def test_what_is_refused(changes, message, chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  with pytest.raises(ValueError, match=message):
+    finetune.run(config)
+
+
+def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", chats=True, count=20)
+  with pytest.raises(FileNotFoundError, match=r"no chat template|tokenizer_config"):
+    finetune.run(config_of(tiny_folder(), data, tmp_path / "run"))
+  with data.open("a") as file:
+    messages = [{"role": "assistant", "content": "I begin"}, {"role": "user", "content": "Oh"}]
+    file.write(json.dumps({"messages": messages}) + "\n")
+  count = len(data.read_text().splitlines())
+  with pytest.raises(ValueError, match=f"mine.jsonl:{count}: expected a message before"):
+    finetune.run(config_of(chat_folder, data, tmp_path / "run2"))
+
+
+def test_too_few_lines(chat_folder, tmp_path):
+  data = tmp_path / "mine.jsonl"
+  data.write_text('{"prompt": "a", "completion": "b"}')
+  with pytest.raises(ValueError, match="has 1 lines, of which 1 are held out"):
+    finetune.run(config_of(chat_folder, data, tmp_path / "run"))
