@@ -17,6 +17,7 @@ import lora_jax as lj
 from benchmarks.load import random_llama
 from benchmarks.memory import measure
 from lora_jax.interop import load_peft, save_merged
+from lora_jax.models import llama_folder
 from lora_jax.models.zoo import load_causal_lm
 
 from tests import make_llama_golden, make_peft_golden
@@ -74,6 +75,22 @@ CASES = {
   "extra": {"extra": [r".*norm/.*|ln_f/.*|.*/bias"]},
   "extra of a stack": {"scan_layers": True, "extra": [r".*/query/bias"]},
 }
+
+
+@pytest.mark.parametrize(
+  ("name", "scan_layers"),
+  [("mixtral", False), ("mixtral", True), ("mixtral_fused", False), ("mixtral_fused", True)],
+)
+def test_experts_are_merged_in_the_form_of_their_folder(name, scan_layers, tmp_path):
+  model = load_causal_lm(GOLDEN / "llama" / name, scan_layers=scan_layers)
+  published = not name.endswith("_fused")
+  stored = llama_folder.stored_tensors(model.module.config, published=published)
+  adapted, config, trainable = adapt(model, target=r".*/(experts/\w+|query/kernel)")
+  save_merged(tmp_path / "new", model.folder, config, trainable, stored, model.params)
+  expected = jax.jit(adapted.apply)(model.params, trainable, TOKENS)
+  again = load_causal_lm(tmp_path / "new")
+  assert relative_difference(run(again.module, again.params, TOKENS), expected) < 1e-5
+  assert set(files_of(tmp_path / "new")) == set(files_of(model.folder))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def save_merged(
     base_folder: that the base was loaded from.
     config: of the adapter.
     trainable: the trained tree.
-    tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
+    tensors: of the model, as the base's folder has them: `stored_tensors(config)`, or of a
+      mixture whose experts have tensors of their own `stored_tensors(config, published=True)`.
     params: of the base, or their shapes.
 
   Returns:
@@ -96,13 +97,13 @@ class _NewLeaves:
   ) -> np.ndarray:
     """Returns a tensor of the base with its new parts, in its own dtype."""
     array = np.array(array, order="C")
-    ours = array.T if stored.transposed else array
+    ours = stored.turned(array)
     stop = 0
     for path in stored.paths:
       start, stop = stop, stop + leaves[path].shape[-1]
       if path in self.errors:
         part = ours[..., start:stop]
-        exact = self._exact(part, path, stored.layer)
+        exact = self._exact(part, path, stored.place)
         with np.errstate(over="ignore"):  # told below
           part[...] = exact
         size, error = np.abs(exact).max(), np.abs(part.astype(exact.dtype) - exact).max()
@@ -114,24 +115,23 @@ class _NewLeaves:
         self.errors[path] = max(self.errors[path], float(error / size) if size else 0.0)
     return array
 
-  def _exact(self, base: np.ndarray, path: str, layer: int | None) -> np.ndarray:
+  def _exact(self, base: np.ndarray, path: str, place: tuple[int, ...]) -> np.ndarray:
     """Returns the new part before it is rounded, float32."""
     if path in self._whole:
-      return np.asarray(self._whole[path], np.float32)[() if layer is None else layer]
-    wide = base.astype(np.float32)
-    weight = _of_layer(path, self._weights[path], layer)
+      return np.asarray(self._whole[path], np.float32)[place]
+    wide, weight = base.astype(np.float32), self._weights[path]
+    for i in place:
+      weight = None if weight is None else _of_layer(path, weight, i)
     if weight is None:
       return wide
     with jax.default_matmul_precision("float32"):
       return np.asarray(merge_weight(jnp.asarray(wide), weight, self._scalings[path]))
 
 
-def _of_layer(path: str, weight: LoraWeight, layer: int | None) -> LoraWeight | None:
-  """Returns the factors of one layer of a stack; None if it is not adapted."""
-  if layer is None:
-    return weight
+def _of_layer(path: str, weight: LoraWeight, layer: int) -> LoraWeight | None:
+  """Returns the factors of one layer or expert of a stack; None if it is not adapted."""
   if weight.axes.batch[:1] != (0,):
-    raise ValueError(f"{path}: expected its layers to be a batch axis, got {weight.axes}")
+    raise ValueError(f"{path}: expected layers or experts to be a batch axis, got {weight.axes}")
   if weight.layers is not None:
     if layer not in weight.layers:
       return None
