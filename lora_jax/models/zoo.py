@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models import gpt2_folder, llama_folder, llama_json
 from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
-from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.files import read_json
+from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.hub import StoredTensor, find_folder
 from lora_jax.models.llama import Llama
 
