@@ -42,9 +42,9 @@ LLAMA2 = """\
 {% set rest = messages %}
 {% endif %}
 {% for message in rest %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+  {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('roles must alternate user/assistant') }}
-{% endif %}
+  {% endif %}
 {% if message['role'] == 'user' %}
 {{ bos_token + '[INST] ' + (system if loop.first else '') }}
 {{- message['content'].strip() + ' [/INST]' }}

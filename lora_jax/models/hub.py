@@ -36,7 +36,8 @@ class StoredTensor(NamedTuple):
     paths: of our leaves that stand one after another along its output axis: one, or the parts
       of a fused one, as query, key and value.
     layer: the index into leaves whose layers are stacked; None if they are not.
-    transposed: whether it is (..., out, in), as of torch's Linear, where ours is (..., in, out).
+    transposed: whether its axes are ours in reverse: (out, in) of torch's Linear, where ours is
+      (in, out), or (out, in, width) of its convolution; the experts' axis stays the first.
     is_embedding: whether rows of it are looked up.
     expert: the index into leaves whose experts are stacked; None if it holds all of them.
     is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
@@ -58,7 +59,12 @@ class StoredTensor(NamedTuple):
 
   def turned(self, array: np.ndarray) -> np.ndarray:
     """Returns an array of its form in the form of our leaves, and the other way round."""
-    return array.swapaxes(-1, -2) if self.transposed else array
+    return array.transpose(self.turned_axes(tuple(range(array.ndim))))
+
+  def turned_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns what there is for each axis in the other form's order."""
+    stacked = int(self.is_parameter and len(axes) == 3)  # experts in one tensor
+    return (*axes[:stacked], *reversed(axes[stacked:])) if self.transposed else axes
 
 
 def find_folder(name: str | Path) -> Path:

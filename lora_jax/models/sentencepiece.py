@@ -128,7 +128,7 @@ def build_sentencepiece(
   tokenizer.decoder = decoders.Sequence(decoding)  # pyright: ignore[reportAttributeAccessIssue]
   special = [p.text for p in model.pieces if p.kind in (Kind.CONTROL, Kind.UNKNOWN)]
   tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-  if model.algorithm == BPE:  # in Unigram their scores see to it
+  if model.algorithm == BPE:  # in Unigram their scores, 0, see to it
     tokenizer.add_tokens(
       [
         AddedToken(
@@ -166,15 +166,8 @@ def _normalizer(
 def _unigram(model: SentencePieceModel) -> Any:
   from tokenizers import models
 
-  best = max(piece.score for piece in model.pieces if piece.kind is Kind.NORMAL)
-
-  def score(piece: Piece) -> float:
-    if piece.kind is Kind.USER_DEFINED:  # so high that it is always found
-      return len(piece.text.encode()) * best - 0.1
-    return piece.score
-
   unknown = next(i for i, piece in enumerate(model.pieces) if piece.kind is Kind.UNKNOWN)
-  vocab = [(piece.text, score(piece)) for piece in model.pieces]
+  vocab = [(piece.text, piece.score) for piece in model.pieces]
   return models.Unigram(vocab, unknown, model.byte_fallback)
 
 

@@ -73,12 +73,7 @@ def expected_shapes(
 def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
   """Returns the shape of a tensor, from those of the leaves by path."""
   parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
-  return _turned(one, (*parts[0][:-1], sum(part[-1] for part in parts)))
-
-
-def _turned(one: StoredTensor, axes: tuple[Any, ...]) -> tuple[Any, ...]:
-  """Returns in the tensor's order what there is for each axis of a leaf."""
-  return (*axes[:-2], axes[-1], axes[-2]) if one.transposed else axes
+  return one.turned_axes((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
 def _read(tensors: Tensors, of: Holding, index: Index) -> np.ndarray:
@@ -86,7 +81,7 @@ def _read(tensors: Tensors, of: Holding, index: Index) -> np.ndarray:
   if () in of:
     (one, start), last = of[()], index[-1]
     index = (*index[:-1], slice(start + last.start, start + last.stop))
-    return one.turned(tensors.read(one.name, _turned(one, index)))
+    return one.turned(tensors.read(one.name, one.turned_axes(index)))
   by_first: dict[int, Holding] = {}
   for (first, *rest), one in of.items():
     by_first.setdefault(first, {})[tuple(rest)] = one
