@@ -24,6 +24,7 @@ from lora_jax.models.tokenizer import TOKENIZER_FILES, tokenizer_files
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
 
 Index = tuple[slice, ...]
 
@@ -78,17 +79,33 @@ def find_folder(name: str | Path) -> Path:
   repository = str(name)
   if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
     raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
-  import huggingface_hub
-
-  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
   try:
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    return _from_hub(repository)
   except Exception as error:  # the hub's client raises errors of several libraries
     raise FileNotFoundError(
       f"{repository!r} is neither a local folder nor could it be had from the hub "
       f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
       "*.safetensors, or see to the network and HF_TOKEN"
     ) from error
+
+
+def _from_hub(repository: str) -> Path:
+  """Returns a repository's files: the newest, or without network those that were had before."""
+  import huggingface_hub
+
+  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+
+  def files(**options: Any) -> Path:
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options))
+
+  try:  # `snapshot_download` itself would wait without end for a server that does not answer
+    newest = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT).sha
+  except Exception as error:
+    try:
+      return files(local_files_only=True)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+      raise error from None
+  return files(revision=newest)
 
 
 class Tensors:
