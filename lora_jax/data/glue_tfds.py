@@ -264,6 +264,6 @@ def _plain(value: Any) -> Any:
     return {name: _plain(part) for name, part in value.items()}
   if isinstance(value, bytes):
     return value.decode()
-  if isinstance(value, np.ndarray) and value.ndim:
+  if isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim):
     return [_plain(part) for part in value]
   return value.item() if isinstance(value, np.ndarray | np.generic) else value
