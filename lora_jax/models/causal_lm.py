@@ -27,17 +27,11 @@ ATTENTION = ("compact", "xla", "cudnn")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Shape(Protocol):
-  """What the parts in this file read of a model's config."""
+class Layers(Protocol):
+  """What layers of any model read of its config."""
 
   @property
-  def num_positions(self) -> int: ...
-  @property
   def num_layers(self) -> int: ...
-  @property
-  def num_kv_heads(self) -> int: ...
-  @property
-  def head_size(self) -> int: ...
   @property
   def dtype(self) -> Any: ...
   @property
@@ -46,6 +40,17 @@ class Shape(Protocol):
   def scan_layers(self) -> bool: ...
   @property
   def remat(self) -> str | None: ...
+
+
+class Shape(Layers, Protocol):
+  """What the parts in this file read of a language model's config."""
+
+  @property
+  def num_positions(self) -> int: ...
+  @property
+  def num_kv_heads(self) -> int: ...
+  @property
+  def head_size(self) -> int: ...
   @property
   def attention(self) -> str: ...
   @property
@@ -193,18 +198,27 @@ class CausalLM(nn.Module):
     return self.norm(take(x, at)), None if cache is None else tuple(written)
 
 
-def make_layers(config: Shape, block: Callable[..., nn.Module]) -> Any:
-  """Returns the layers of a model: a list, or one module that scans over stacked ones."""
+def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int = 0) -> Any:
+  """Returns the layers of a model: a list, or one module that scans over stacked ones.
+
+  Args:
+    config: of the model.
+    block: makes a layer, which is called with its input, what is its own (a cache), what all see,
+      and Python values.
+    num_static: how many such values.
+  """
   if config.remat is not None:
     policy = getattr(jax.checkpoint_policies, config.remat)
-    block = nn.remat(block, policy=policy, prevent_cse=not config.scan_layers)  # pyright: ignore
+    static = tuple(range(4, 4 + num_static))  # the block itself is 0
+    remat: Any = nn.remat
+    block = remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=static)
   if not config.scan_layers:
     return [block(config) for _ in range(config.num_layers)]
-  in_axes: Any = (0, nn.broadcast)  # of the cache and what is seen
+  in_axes: Any = (0, nn.broadcast, *[nn.broadcast] * num_static)
   return nn.scan(
-    block,
+    block,  # pyright: ignore
     variable_axes={"params": 0},
-    split_rngs={"params": True},
+    split_rngs={"params": True, "dropout": True},
     in_axes=in_axes,
     length=config.num_layers,
   )(config)
@@ -254,7 +268,7 @@ def init_cache(config: Shape, batch_size: int, num_slots: int) -> Cache:
 
 
 def dense(
-  config: Shape,
+  config: Layers,
   features: int,
   name: str,
   x: Float[Array, "B T D"],
@@ -331,6 +345,11 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def check_computation(config: Shape) -> None:
   """Raises ValueError if a config's computation is none that there is."""
   check_choice("attention", config.attention, ATTENTION)
+  check_layers(config)
+
+
+def check_layers(config: Layers) -> None:
+  """Raises ValueError if a config's layers are computed in no way that there is."""
   check_choice("remat", config.remat, (None, *REMAT_POLICIES))
   for name in ("dtype", "param_dtype"):
     check_choice(name, jnp.dtype(getattr(config, name)).name, DTYPES)

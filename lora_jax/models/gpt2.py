@@ -30,7 +30,7 @@ from lora_jax.models.causal_lm import (
   take,
 )
 
-__all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache"]
+__all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache", "layer_norm"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu_new": nn.gelu,
@@ -145,9 +145,9 @@ class Block(nn.Module):
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
     attention = Attention(config, name="attn")
-    attended, cache = attention(_layer_norm(config, "ln_1")(x), cache, seen)
+    attended, cache = attention(layer_norm(config, "ln_1")(x), cache, seen)
     x = take(x, seen.at) + attended
-    return x + MLP(config, name="mlp")(_layer_norm(config, "ln_2")(x)), cache
+    return x + MLP(config, name="mlp")(layer_norm(config, "ln_2")(x)), cache
 
 
 class GPT2(CausalLM):
@@ -162,7 +162,7 @@ class GPT2(CausalLM):
     self.wte = nn.Embed(config.vocab_size, config.embed_dim, embedding_init=init, **embed)
     self.wpe = nn.Embed(config.num_positions, config.embed_dim, embedding_init=init, **embed)
     self.h = make_layers(config, Block)
-    self.ln_f = _layer_norm(config, None)
+    self.ln_f = layer_norm(config, None)
     if not config.tie_head:
       self.lm_head = make_head(config)
 
@@ -187,7 +187,8 @@ def _residual_std(config: GPT2Config) -> float:
   return 0.02 / (2 * config.num_layers) ** 0.5
 
 
-def _layer_norm(config: GPT2Config, name: str | None) -> nn.LayerNorm:
+def layer_norm(config: Any, name: str | None) -> nn.LayerNorm:
+  """Returns a LayerNorm whose variance is that of the differences, as torch has it."""
   return nn.LayerNorm(
     config.layer_norm_epsilon,
     dtype=config.dtype,
