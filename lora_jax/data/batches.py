@@ -16,7 +16,7 @@ one integer, and every process of a larger job can build its part of the same gl
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -274,15 +274,18 @@ def fill(
   return batch
 
 
-class BatchSource(Protocol):
+AnyBatch = TypeVar("AnyBatch", covariant=True)
+
+
+class BatchSource(Protocol[AnyBatch]):
   """Batches by their number."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Batch: ...
+  def __getitem__(self, index: int) -> AnyBatch: ...
 
 
-def as_grain(batches: BatchSource, prefetch: int = 2) -> "grain.IterDataset[Batch]":
+def as_grain(batches: BatchSource[AnyBatch], prefetch: int = 2) -> "grain.IterDataset[AnyBatch]":
   """Returns the batches as a grain data set, made ahead of their use in a thread.
 
   Its iterators have `get_state()`, a small dict for JSON, and `set_state(state)`: the batches

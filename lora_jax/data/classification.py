@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Float32, Int32
 
 from lora_jax.data.batches import epoch_orders, shard_of
 from lora_jax.data.glue import Record
@@ -38,12 +38,12 @@ class Example(NamedTuple):
 
 
 class Batch(TypedDict):
-  """The arrays of a batch: B rows of T tokens. `labels` are int32 or float32."""
+  """The arrays of a batch: B rows of T tokens."""
 
   tokens: Int32[np.ndarray, "B T"]
   token_types: Int32[np.ndarray, "B T"]
   segment_ids: Int32[np.ndarray, "B T"]
-  labels: Shaped[np.ndarray, " B"]
+  labels: Int32[np.ndarray, " B"] | Float32[np.ndarray, " B"]
   weights: Float32[np.ndarray, " B"]
 
 
