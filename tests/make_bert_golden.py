@@ -40,7 +40,13 @@ def make_model(name: str, seed: int) -> Any:
   torch.manual_seed(seed)
   family, kind, shape = MODELS[name]
   config = getattr(transformers, f"{family}Config")(**BASE | shape)
-  model = getattr(transformers, family + kind)(config)
+  return randomize(getattr(transformers, family + kind)(config))
+
+
+def randomize(model: Any) -> Any:
+  """Draws the weights of a model so that they matter to its output."""
+  import torch
+
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.ndim == 2:
@@ -70,7 +76,7 @@ def outputs(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   with torch.no_grad():
     hidden = model.base_model(**inputs)
     found = {"hidden": hidden.last_hidden_state}
-    if hidden.pooler_output is not None:
+    if getattr(hidden, "pooler_output", None) is not None:
       found["pooled"] = hidden.pooler_output
     if model.__class__.__name__.endswith("ForSequenceClassification"):
       found["logits"] = model(**inputs).logits

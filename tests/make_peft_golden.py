@@ -1,8 +1,8 @@
 """Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden
 
 Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
-the small models of tests/golden/gpt2 and tests/golden/llama; beside it stand the logits of the
-adapted model.
+the small models of tests/golden/gpt2, tests/golden/llama and tests/golden/bert; beside it stand the
+logits of the adapted model.
 """
 
 import shutil
@@ -45,13 +45,26 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     {"r": 2, "target_modules": ["embed_tokens", "down_proj"], "modules_to_save": ["lm_head"]},
   ),
 }
+QUERY_VALUE = ["query", "value"]
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # PEFT adds modules_to_save=["classifier"]
+  "bert": ("bert/bert_classifier", {"r": 4, "target_modules": QUERY_VALUE}),
+  "bert_all": ("bert/bert_classifier", {"r": 3, "target_modules": "all-linear"}),
+  "bert_embedding": (
+    "bert/bert_classifier",
+    {"r": 2, "target_modules": ["word_embeddings", "intermediate.dense"], "bias": "lora_only"},
+  ),
+  "roberta": ("bert/roberta_regression", {"r": 4, "target_modules": QUERY_VALUE}),
+  "roberta_all": ("bert/roberta_regression", {"r": 2, "target_modules": "all-linear"}),
+}
 
 
 def base_model(name: str) -> Any:
   """Returns a small model of tests/golden in `transformers`."""
   import transformers
 
-  return transformers.AutoModelForCausalLM.from_pretrained(MODELS / name).eval()
+  kind = "SequenceClassification" if name.startswith("bert") else "CausalLM"
+  load = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
+  return load(MODELS / name).eval()
 
 
 def tokens_of(name: str) -> np.ndarray:
@@ -60,12 +73,20 @@ def tokens_of(name: str) -> np.ndarray:
   return arrays["tokens" if "tokens" in arrays else "whole/tokens"]
 
 
-def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+def inputs_of(name: str) -> tuple[np.ndarray, ...]:
+  """Returns the tokens, mask and token types that an encoder's logits are of, (rows, time)."""
+  arrays = load_file(MODELS / f"{name}.safetensors")
+  return arrays["tokens"], arrays["mask"], arrays["types"]
+
+
+def logits(model: Any, *inputs: np.ndarray) -> np.ndarray:
   """Returns the logits of PEFT's model."""
   import torch
 
+  names = ("input_ids", "attention_mask", "token_type_ids")[: len(inputs)]
+  arrays = (torch.tensor(array.astype(np.int64)) for array in inputs)
   with torch.no_grad():
-    return model(input_ids=torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    return model(**dict(zip(names, arrays, strict=True))).logits.numpy()
 
 
 def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
@@ -74,7 +95,8 @@ def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
   import torch
 
   torch.manual_seed(seed)
-  config = peft.LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings})
+  task = "SEQ_CLS" if base.startswith("bert") else "CAUSAL_LM"
+  config = peft.LoraConfig(task_type=task, **{"lora_alpha": 8, **settings})
   model = peft.get_peft_model(base_model(base), config)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -87,13 +109,14 @@ def main() -> None:
   from safetensors.numpy import save_file
 
   shutil.rmtree(GOLDEN, ignore_errors=True)
-  for seed, (name, (base, settings)) in enumerate(ADAPTERS.items()):
+  for seed, (name, (base, settings)) in enumerate((ADAPTERS | ENCODERS).items()):
     model = make_adapter(base, settings, seed)
     model.save_pretrained(GOLDEN / name, save_embedding_layers=False)
     (GOLDEN / name / "README.md").unlink(missing_ok=True)
     config = GOLDEN / name / "adapter_config.json"
     config.write_text(config.read_text().replace(str(MODELS), "golden") + "\n")
-    save_file({"logits": logits(model, tokens_of(base))}, GOLDEN / f"{name}.safetensors")
+    inputs = inputs_of(base) if name in ENCODERS else (tokens_of(base),)
+    save_file({"logits": logits(model, *inputs)}, GOLDEN / f"{name}.safetensors")
     for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "adapter_model.safetensors"):
       path.chmod(0o644)
 

@@ -70,9 +70,14 @@ def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> 
   ]
 
 
+def is_encoder(tensors: Sequence[StoredTensor]) -> bool:
+  """Tells whether a model is an encoder, with or without a classifier: no language model."""
+  return any("encoder.layer." in stored.name for stored in tensors)
+
+
 def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
   """Raises ValueError if a trained embedding is the head too, where PEFT trains one use alone."""
-  untied = any(stored.name == "lm_head.weight" for stored in tensors)
+  untied = is_encoder(tensors) or any(stored.name == "lm_head.weight" for stored in tensors)
   tied = [m.name for m in embeddings if re.search(r"(wte|embed_tokens|word_embeddings)$", m.name)]
   if tied and not untied:
     raise ValueError(

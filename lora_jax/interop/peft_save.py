@@ -21,11 +21,14 @@ from lora_jax.interop.peft_modules import (
   Module,
   check_tied,
   find_modules,
+  is_encoder,
 )
 from lora_jax.models.hub import StoredTensor, save_tensors
 from lora_jax.trees import leaves_with_path
 
 PyTree = Any
+
+CLASSIFIER = "classifier"  # the head of a model for sequence classification
 
 
 def save_peft(
@@ -80,7 +83,7 @@ def save_peft(
   written = {
     "peft_type": "LORA",
     "base_model_name_or_path": base_model,
-    "task_type": "CAUSAL_LM",
+    "task_type": None if is_encoder(tensors) else "CAUSAL_LM",
     "inference_mode": True,
     "r": rank,
     "lora_alpha": alpha,
@@ -96,6 +99,8 @@ def save_peft(
       raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
     names, of_whole = _modules_to_save(whole, tensors, leaves, set(fused))
     written["modules_to_save"], arrays = names, arrays | of_whole
+    if CLASSIFIER in names:  # which PEFT then adds to what it trains whole
+      written["task_type"] = "SEQ_CLS"
   _write(Path(folder), written, arrays)
 
 
@@ -186,6 +191,9 @@ def _modules_to_save(
     for stored in of_module:
       array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
       arrays[f"{PREFIX}{stored.name}"] = array.T if stored.transposed else array
+  own = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
+  if own and set(own) <= set(names):
+    names = [*(name for name in names if name not in own), CLASSIFIER]
   return names, arrays  # whole names: PEFT means all that end with a short one
 
 

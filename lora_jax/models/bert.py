@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.causal_lm import check_choice, dense, make_layers, take
+from lora_jax.models.causal_lm import check_choice, dense, make_dense, make_layers, take
 from lora_jax.models.encoder import (
   Encoder,
   Seen,
   attention_weights,
   check_encoder,
   dropout,
+  embedding,
   finish_layer,
   head_layer,
   heads,
@@ -123,7 +124,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], own: None, seen: Seen, deterministic: bool
+    self, x: Float[Array, "B S D"], number: Any, seen: Seen, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], None]:
     attended = Attention(self.config, name="attn")(x, seen, deterministic)
     return finish_layer(self.config, x, attended, seen.at, deterministic), None
@@ -151,29 +152,14 @@ class Bert(Encoder):
 
   def setup(self):
     config = self.config
-
-    def embedding(size: int) -> nn.Embed:
-      return nn.Embed(
-        size,
-        config.embed_dim,
-        embedding_init=nn.initializers.normal(0.02),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-      )
-
-    self.token_embedding = embedding(config.vocab_size)
-    self.position_embedding = embedding(config.num_positions)
-    self.token_type_embedding = embedding(config.num_token_types)
+    self.token_embedding = embedding(config, config.vocab_size)
+    self.position_embedding = embedding(config, config.num_positions)
+    self.token_type_embedding = embedding(config, config.num_token_types)
     self.embed_norm = layer_norm(config, None)
     self.embed_dropout = nn.Dropout(config.hidden_dropout)
     self.layers = make_layers(config, Block, num_static=1)
     if config.pooler:
-      self.pooler = nn.Dense(
-        config.embed_dim,
-        kernel_init=nn.initializers.normal(0.02),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-      )
+      self.pooler = make_dense(config, config.embed_dim, None)
     if config.num_labels is not None:
       self.head = Head(config)
 

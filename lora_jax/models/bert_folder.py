@@ -12,6 +12,7 @@ from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.encoder_folder import (
   FLOATS,
   head_size,
+  labels_of,
   load_encoder,
   stored_by_module,
   tensor_names,
@@ -211,18 +212,16 @@ def save_bert(
     FileExistsError: if there is such a folder.
     ValueError: if the params are not those of the config.
   """
-  name, labels = CLASSES[config.kind], range(config.num_labels or 0)
+  kind = "Model" if config.num_labels is None else "ForSequenceClassification"
   written = {
     "model_type": config.kind,
-    "architectures": [f"{name}{'ForSequenceClassification' if labels else 'Model'}"],
+    "architectures": [f"{CLASSES[config.kind]}{kind}"],
     **{theirs: getattr(config, ours) for ours, theirs in (FIELDS | FLOATS).items()},
     "hidden_act": config.activation,
     "pad_token_id": config.pad_id,
     "classifier_dropout": config.head_dropout,
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
+    **labels_of(config.num_labels),
   }
-  if labels:
-    written["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
-    written["label2id"] = {f"LABEL_{i}": i for i in labels}
   tensors = tensors_of(stored_tensors(config), params_shapes(config), params)
   save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)

@@ -280,7 +280,15 @@ def dense(
   With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
   first copies the transposed gradient of the output, at the cost of several such products.
   """
-  layer = nn.Dense(
+  layer = make_dense(config, features, name, std, use_bias)
+  return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def make_dense(
+  config: Layers, features: int, name: str | None, std: float = 0.02, use_bias: bool = True
+) -> nn.Dense:
+  """Returns a dense layer."""
+  return nn.Dense(
     features,
     use_bias=use_bias,
     dtype=config.dtype,
@@ -288,7 +296,6 @@ def dense(
     kernel_init=nn.initializers.normal(std),
     name=name,
   )
-  return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)

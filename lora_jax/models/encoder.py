@@ -40,16 +40,16 @@ class Seen(NamedTuple):
   Attributes:
     mask: (B, 1, T, S), True where a token sees another; None is everywhere.
     at: (B, T), the tokens of each row whose output is wanted; None is all.
-    relative: what the attention knows of positions; None is nothing.
+    beside: what else a model's layers need.
   """
 
   mask: Any = None
   at: Any = None
-  relative: Any = None
+  beside: Any = None
 
 
 class Encoder(nn.Module):
-  """An encoder; a subclass has `embed`, `stack`, `see`, `logits`, and maybe a pooler."""
+  """An encoder; a subclass has `embed`, `stack`, `logits`, and maybe `beside`."""
 
   config: Any
 
@@ -66,6 +66,12 @@ class Encoder(nn.Module):
   def stack(self) -> Any:
     """Returns what `make_layers` has returned."""
     raise NotImplementedError
+
+  def beside(
+    self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
+  ) -> Any:
+    """Returns what the layers need beside the embeddings and the mask."""
+    del x, segment_ids, deterministic
 
   def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
     """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
@@ -119,16 +125,18 @@ class Encoder(nn.Module):
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    seen, stack = Seen(mask), self.stack()
+    seen = Seen(mask, beside=self.beside(x, segment_ids, deterministic))
+    stack = self.stack()
     if self.config.scan_layers:
-      return take(stack(x, None, seen, deterministic)[0], at)
-    for block in stack[:-1]:
-      x, _ = block(x, None, seen, deterministic)
+      return take(stack(x, jnp.arange(self.config.num_layers), seen, deterministic)[0], at)
+    numbers = [0, *[None] * (len(stack) - 1)]  # the first is the one that may differ
+    for block, number in zip(stack[:-1], numbers, strict=False):
+      x, _ = block(x, number, seen, deterministic)
     if at is not None and at.shape[1] >= tokens.shape[1]:
-      return take(stack[-1](x, None, seen, deterministic)[0], at)
-    rows = None if mask is None or at is None else at[:, None, :, None]
-    mask = mask if rows is None else jnp.take_along_axis(mask, rows, axis=2)
-    return stack[-1](x, None, Seen(mask, at), deterministic)[0]
+      return take(stack[-1](x, numbers[-1], seen, deterministic)[0], at)
+    if mask is not None and at is not None:
+      mask = jnp.take_along_axis(mask, at[:, None, :, None], axis=2)
+    return stack[-1](x, numbers[-1], seen._replace(mask=mask, at=at), deterministic)[0]
 
 
 class MLP(nn.Module):
@@ -173,6 +181,17 @@ def attention_weights(
 
 def dropout(rate: float, x: Array, deterministic: bool) -> Array:
   return nn.Dropout(rate)(x, deterministic=deterministic)
+
+
+def embedding(config: EncoderShape, size: int) -> nn.Embed:
+  """Returns a table of so many embeddings."""
+  return nn.Embed(
+    size,
+    config.embed_dim,
+    embedding_init=nn.initializers.normal(0.02),
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+  )
 
 
 def heads(config: EncoderShape, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:

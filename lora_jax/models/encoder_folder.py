@@ -80,6 +80,15 @@ def head_size(
   return found
 
 
+def labels_of(num_labels: int | None) -> dict[str, dict[str, Any]]:
+  """Returns the fields of config.json from which `transformers` has the size of a head."""
+  names = [f"LABEL_{i}" for i in range(num_labels or 0)]
+  if not names:
+    return {}
+  ids = {name: i for i, name in enumerate(names)}
+  return {"id2label": {str(i): name for name, i in ids.items()}, "label2id": ids}
+
+
 def tensor_names(folder: Path) -> set[str]:
   """Returns the names of a folder's tensors."""
   with open_tensors(folder) as tensors:
