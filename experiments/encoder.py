@@ -1,4 +1,4 @@
-"""A BERT or RoBERTa with a head under an adaptation method: the base, the method, the start."""
+"""A BERT, RoBERTa or DeBERTa with a head under an adaptation method: what a run begins with."""
 
 import functools
 import importlib.util
@@ -16,7 +16,9 @@ from lora_jax.adapter import adapter_extra
 from lora_jax.data import glue, superglue
 from lora_jax.models.bert import Bert
 from lora_jax.models.bert_folder import load_bert
-from lora_jax.models.hub import find_folder, load_tokenizer
+from lora_jax.models.deberta import Deberta
+from lora_jax.models.deberta_folder import load_deberta
+from lora_jax.models.hub import find_folder, load_tokenizer, read_json
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, replace_leaves
@@ -35,7 +37,7 @@ SHARDING: Rules = (
 class Base(NamedTuple):
   """A pretrained encoder as it was found, with a new head for a task."""
 
-  module: Bert
+  module: Bert | Deberta
   params: PyTree
   tokenizer: Any
 
@@ -56,20 +58,25 @@ def load_base(config: Config, mesh: Mesh) -> Base:
   """
   folder = model_folder(config)
   given = config.model
-  model, params = load_bert(
-    folder,
-    num_labels=num_labels(config),
-    key=jax.random.key(config.seed),
-    param_dtype=given.param_dtype,
-    shardings=functools.partial(params_shardings, mesh, rules=SHARDING),
-    dtype=given.dtype,
-    scan_layers=given.scan_layers,
-    remat=given.remat or None,
-    hidden_dropout=given.hidden_dropout,
-    attention_dropout=given.attention_dropout,
-    head_dropout=given.head_dropout,
-  )
-  return Base(Bert(model), params, load_tokenizer(folder, model.vocab_size))
+  options: dict[str, Any] = {
+    "num_labels": num_labels(config),
+    "key": jax.random.key(config.seed),
+    "param_dtype": given.param_dtype,
+    "shardings": functools.partial(params_shardings, mesh, rules=SHARDING),
+    "dtype": given.dtype,
+    "scan_layers": given.scan_layers,
+    "remat": given.remat or None,
+    "hidden_dropout": given.hidden_dropout,
+    "attention_dropout": given.attention_dropout,
+    "head_dropout": given.head_dropout,
+  }
+  if read_json(folder / "config.json").get("model_type") == "deberta-v2":
+    model, params = load_deberta(folder, **options)
+    module = Deberta(model)
+  else:
+    model, params = load_bert(folder, **options)
+    module = Bert(model)
+  return Base(module, params, load_tokenizer(folder, model.vocab_size))
 
 
 def model_folder(config: Config) -> Path:

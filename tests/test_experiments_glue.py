@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import encoder, glue
+from experiments import encoder, glue, glue_report, paper_tables
 from experiments.configs import glue as configs
 from experiments.launch import apply
 from experiments.workdir import write_json
@@ -26,6 +27,24 @@ from tests.tiny_glue_run import tiny_config, tiny_source
 
 HEAD = 32 * 32 + 32 + 32 * 2 + 2  # pooler and two classes
 FACTORS = 2 * 2 * (32 + 32)  # query and value of a layer, rank
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+  """Keeps compiled programs: several runs here compile the same ones."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +89,7 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
   """Broken off in the second epoch and started again, it ends as the one that was not."""
   workdir, result = finished
   config = tiny_config(tmp_path / "run")
-  assert config.model.hidden_dropout == 0.1
+  assert config.model.head_dropout == 0.1
 
   def stops(*args, **kwargs):
     batches = args[4]
@@ -104,9 +123,10 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
 
 
 def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
-  base = encoder.load_base(tiny_config(tmp_path), make_mesh())
-  data = glue.load_data(tiny_config(tmp_path), base)
-  loss, batch = classification_loss(base.module), data.train[0]
+  config = tiny_config(tmp_path)
+  base = encoder.load_base(config, make_mesh())
+  loss = jax.jit(classification_loss(base.module))
+  batch = glue.load_data(config, base).train[0]
   assert float(loss(base.params, batch).total) == float(loss(base.params, batch).total)
   keys = [{"dropout_key": jax.random.key(i)} for i in (0, 0, 1)]
   a, b, c = (float(loss(base.params, {**batch, **key}).total) for key in keys)
@@ -225,6 +245,50 @@ def test_it_runs_on_a_mesh_of_several_devices(finished, tmp_path):
   config = apply(tiny_config(tmp_path), {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
   result = glue.run(config)
   assert result["scores"]["loss"] == pytest.approx(finished[1]["scores"]["loss"], rel=1e-3)
+
+
+# ---- the report --------------------------------------------------------------------------
+
+
+def made(folder, name, **result):
+  """Writes the folder of a finished run with some other results."""
+  config = apply(tiny_config(folder / name), {"data.tuning": result.pop("tuning", False)})
+  usual = {
+    **{"model": "minilm", "task": "cola", "method": "lora", "metric": "matthews", "seed": 0},
+    **{"trainable_parameters": 1200, "head_parameters": 200, "seconds": 36.0, "jax": "0"},
+    **{"learning_rate": 1e-3, "score": 0.5, "last_score": 0.4, "device": "cpu", "commit": "c"},
+  }
+  (folder / name).mkdir()
+  write_json(folder / name / "config.json", json.loads(config.to_json()))
+  write_json(folder / name / "result.json", usual | result)
+  return folder / name
+
+
+def test_the_report_has_medians_and_the_papers_rows(tmp_path):
+  scores = {0: 0.1, 1: 0.62, 2: 0.9}
+  folders = [made(tmp_path, f"s{seed}", seed=seed, score=x) for seed, x in scores.items()]
+  folders.append(made(tmp_path, "full", method="full_finetuning", head_parameters=0))
+  folders.append(made(tmp_path, "base", model="roberta_base", task="rte", metric="accuracy"))
+  for rate, score in ((1e-3, 0.2), (3e-3, 0.3)):
+    folders.append(made(tmp_path, f"t{rate}", tuning=True, learning_rate=rate, score=score))
+  text = glue_report.report(folders)
+  rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+  assert ["what", "trained", "cola, Matthews", "rte, accuracy"] in rows
+  assert ["minilm, LoRA", "1,000", "62.0 [40.0] 3", ""] in rows
+  assert ["minilm, full fine-tuning", "1,200", "50.0 [40.0] 1", ""] in rows
+  assert ["the paper, LoRA", "0.3M", "63.4 ± 1.2", "86.6 ± 0.7"] in rows
+  assert not any("FT*" in row[0] and row[1] == "355.0M" for row in rows if len(row) > 1)
+  assert ["minilm, cola, LoRA", "20.0", "**30.0**"] in rows
+  assert "At an end of the rates that were tried: minilm, cola, LoRA" in text
+  with pytest.raises(ValueError, match="two runs of one seed"):
+    glue_report.report([*folders, made(tmp_path, "again", score=0.3)])
+
+
+def test_table_2_has_the_papers_averages():
+  for row, average in zip(
+    paper_tables.TABLE_2, (86.4, 85.2, 84.4, 85.4, 87.2, 88.9, 89.0, 88.6, 91.1, 91.3), strict=True
+  ):
+    assert sum(v.mean for v in row.scores.values()) / 8 == pytest.approx(average, abs=0.06), row
 
 
 # ---- configs -----------------------------------------------------------------------------

@@ -256,7 +256,11 @@ def test_a_mesh_gets_its_shards_while_loading():
     ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key"),
     ("bert", {"is_decoder": True}, "is_decoder=True is not supported; expected False"),
     ("bert", {"num_attention_heads": 3}, "num_heads must divide embed_dim, got 3 heads for 16"),
-    ("bert", {"intermediate_size": 48}, r"intermediate.dense.weight has shape \(24, 16\), expected"),
+    (
+      "bert",
+      {"intermediate_size": 48},
+      r"intermediate.dense.weight has shape \(24, 16\), expected",
+    ),
     ("bert", {"num_hidden_layers": 1}, r"unexpected encoder\.layer\.1\."),
     ("roberta_masked", {"num_hidden_layers": 3}, r"missing roberta\.encoder\.layer\.2\."),
     ("bert_classifier", {"id2label": None, "num_labels": 2}, r"classifier.weight has shape \(3,"),
