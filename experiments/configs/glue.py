@@ -6,7 +6,7 @@
     ... --config.data.tuning=True --sweep             # learning rates, on part of train
     ... --config.optimizer.tuned_in=FOLDER --sweep    # methods and seeds at the best of these
 
-MODEL is `minilm`, from the package of the extra `minilm`, minutes on 2 CPU cores; or one of the
+MODEL is `minilm`, from the package of the extra `minilm`, for CPUs; or one of the
 paper's, from the hub or a folder (`--config.model.folder=`): `roberta_base`, `roberta_large`,
 `deberta_xxl`. TASK is cola, sst2, mrpc, stsb, rte, wnli, qnli, qqp, mnli; or of SuperGLUE boolq,
 cb, copa, multirc, record, super_rte, wic, wsc. RECIPE, of the paper's models: `paper`, its tables;
@@ -211,7 +211,7 @@ MINILM = {  # epochs, records, lengths of rows that hold the task's texts with l
 
 
 def _minilm(config: Config, task: str) -> None:
-  """Budgets for 2 CPU cores, which train for an hour or two in all, not to the best values."""
+  """Budgets for 2 CPU cores: all tasks, tuning and seeds take some three hours."""
   epochs, records, lengths = MINILM.get(task, (4, 20000, (32, 64, 128)))
   config.fit.num_epochs = epochs
   config.data.num_train_records = records
