@@ -104,8 +104,16 @@ def lora_config(config: Config) -> lj.LoraConfig:
   return lj.LoraConfig(**config.lora.to_dict())
 
 
-def make_optimizer(config: Config, num_train_steps: int):
-  """Returns AdamW as the paper has it, and the schedule of its learning rate."""
+def make_optimizer(
+  config: Config, num_train_steps: int, decays: Callable[[PyTree], PyTree] | None = None
+):
+  """Returns AdamW as the paper has it, and the schedule of its learning rate.
+
+  Args:
+    config: of the run.
+    num_train_steps: of the schedule.
+    decays: from the trainable tree to which of its leaves have weight decay; None is all.
+  """
   given = config.optimizer
   warmup = min(given.warmup_steps, num_train_steps)
   rest = max(num_train_steps - warmup, 1)
@@ -120,7 +128,12 @@ def make_optimizer(config: Config, num_train_steps: int):
     [optax.linear_schedule(0.0, given.learning_rate, warmup), after[given.schedule]], [warmup]
   )
   adamw = optax.adamw(
-    schedule, b1=given.b1, b2=given.b2, eps=given.eps, weight_decay=given.weight_decay
+    schedule,
+    b1=given.b1,
+    b2=given.b2,
+    eps=given.eps,
+    weight_decay=given.weight_decay,
+    mask=decays,
   )
   clip = optax.clip_by_global_norm(given.clip_norm) if given.clip_norm else optax.identity()
   return optax.chain(clip, adamw), schedule

@@ -17,6 +17,7 @@ from lora_jax.inspection import summary as summary
 from lora_jax.interpreter import UnsupportedOperation as UnsupportedOperation
 from lora_jax.low_rank import lora as lora
 from lora_jax.methods.full import full_finetuning as full_finetuning
+from lora_jax.methods.partial import partial_finetuning as partial_finetuning
 from lora_jax.optimizer import freeze as freeze
 from lora_jax.sharding import shardings as shardings
 from lora_jax.trees import combine as combine

@@ -44,7 +44,7 @@ from lora_jax.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
 from lora_jax.interpreter import Interpreter, OpaqueRule
 from lora_jax.sharding import factor_shardings, leaf_sharding, place
 from lora_jax.tracing import trace_call
-from lora_jax.trees import leaves_with_path, near, nest
+from lora_jax.trees import near, nest, replace_leaves
 
 
 class NotGiven(enum.Enum):
@@ -149,7 +149,7 @@ def lora(
       path: merge_weight(targets[path].leaf, weight, by_path[path])
       for path, weight in adapter_weights(trainable).items()
     }
-    return _replace_leaves(params, merged | adapter_extra(trainable))
+    return replace_leaves(params, merged | adapter_extra(trainable))
 
   return Adaptation(init, apply, merge)
 
@@ -277,10 +277,4 @@ def _is_zero(rate: Any) -> bool:
 
 
 def _with_extra(params: PyTree, trainable: PyTree) -> PyTree:
-  return _replace_leaves(params, adapter_extra(trainable))
-
-
-def _replace_leaves(params: PyTree, new: Mapping[str, Any]) -> PyTree:
-  """Returns `params` with the leaves at some paths replaced."""
-  leaves = [new.get(path, leaf) for path, leaf in leaves_with_path(params)]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+  return replace_leaves(params, adapter_extra(trainable))

@@ -37,6 +37,16 @@ def nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
   return tree
 
 
+def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
+  """Returns a tree with the leaves at some paths replaced.
+
+  >>> replace_leaves({"a": 1, "b": {"c": 2}}, {"b/c": 3})
+  {'a': 1, 'b': {'c': 3}}
+  """
+  leaves = [new.get(path, leaf) for path, leaf in leaves_with_path(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
 def near(name: str, names: Iterable[str], count: int = 5) -> list[str]:
   """Returns the entries of `names` that look most like `name`, best first."""
   names = list(dict.fromkeys(names))

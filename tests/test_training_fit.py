@@ -13,12 +13,14 @@ from tempfile import mkdtemp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from lora_jax.data.batches import as_grain
 from lora_jax.training.checkpoint import Checkpoints
-from lora_jax.training.loop import FitConfig, evaluate_loss
+from lora_jax.training.loop import Evaluation, FitConfig, evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import MetricsLog, read_metrics
@@ -197,6 +199,30 @@ def test_evaluation_is_exact_over_uneven_batches():
   assert split == pytest.approx(total / sum(len(e.targets) for e in examples(13)), rel=1e-6)
   with pytest.raises(ValueError, match="there are no validation batches"):
     evaluate_loss(step, params, params, [], make_mesh())
+
+
+def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
+  """The middle one of three is called the best, whatever its loss."""
+  params, seen = fresh_params(num_layers=1), []
+  loss = method("lora")(language_model_loss(model(num_layers=1)[0]))
+  data = batches()
+
+  def evaluate(params, trainable):
+    seen.append(jax.tree.map(np.array, trainable))
+    return Evaluation((3.0, 1.0, 2.0)[len(seen) - 1], {"accuracy": 0.1 * len(seen)})
+
+  given = {"workdir": tmp_path, "key": jax.random.key(0), "mesh": make_mesh(), "progress": False}
+  arguments = (
+    *(loss, params, loss.init(jax.random.key(2), params, data[0])),
+    *(optax.adamw(1e-2), iter(as_grain(data))),
+  )
+  with pytest.raises(ValueError, match="eval_loss and eval_batches, or evaluate; got neither"):
+    fit(*arguments, config=FitConfig(6, 2, 9, 1), **given)
+  got = fit(*arguments, config=FitConfig(6, 2, 9, 1), evaluate=evaluate, **given)
+  assert (got.best_step, got.best_loss, got.last_loss) == (4, 1.0, 2.0)
+  jax.tree.map(np.testing.assert_array_equal, got.best, seen[1])
+  logged = [m for m in read_metrics(tmp_path / "metrics.jsonl") if "valid/accuracy" in m]
+  assert [m["step"] for m in logged] == [2, 4, 6]
 
 
 def test_steps_are_positive():

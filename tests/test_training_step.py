@@ -158,6 +158,33 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
   np.testing.assert_allclose(parts[0], total / weight, rtol=1e-4)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_models_own_dropout_has_a_key_of_the_step(parts):
+  """With a learning rate of zero the losses differ by their masks alone."""
+
+  def noisy(params, batch):
+    if "dropout_key" not in batch:
+      return squares(params, batch)
+    keep = jax.random.uniform(batch["dropout_key"], batch["x"].shape)
+    return squares(params, {**batch, "x": batch["x"] * keep})
+
+  adaptation = lj.lora(noisy, lj.LoraConfig(2, 4.0, "up|down", extra="bias"))
+  found = []
+  for _ in range(2):
+    step, state, frozen, batch = begin(adaptation, optax.sgd(0.0), parts)
+    losses = []
+    for _ in range(3):
+      state, metrics = step(state, frozen, batch)
+      losses.append(float(metrics.loss))
+    found.append(losses)
+  assert found[0] == found[1]
+  assert len(set(found[0])) == 3
+  _, state, frozen, batch = begin(adaptation)
+  adapter = state.trainable["adapter"]
+  plain = make_eval_step(adaptation)(frozen["base"], adapter, batch)
+  np.testing.assert_allclose(plain, squares(PARAMS, BATCH), rtol=1e-5)
+
+
 def test_evaluation_has_no_dropout():
   adaptation = lora(dropout=0.5)
   _, state, frozen, batch = begin(adaptation)

@@ -16,7 +16,7 @@ one integer, and every process of a larger job can build its part of the same gl
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -62,20 +62,12 @@ class Batches:
     shard_index: int,
     shard_count: int,
   ):
-    if batch_size < 1 or batch_size % shard_count:
-      raise ValueError(
-        f"batch_size must be a multiple of shard_count = {shard_count}, got {batch_size}"
-      )
-    if not 0 <= shard_index < shard_count:
-      raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
     chunks = [
       [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in epochs
     ]
     self._examples = examples
     self._rows = [chunk for epoch in chunks for chunk in epoch]
-    self._shard = slice(
-      batch_size // shard_count * shard_index, batch_size // shard_count * (shard_index + 1)
-    )
+    self._shard = shard_of(batch_size, shard_index, shard_count)
     self.epoch_ends = tuple(itertools.accumulate(len(epoch) for epoch in chunks))
     self.batch_size = batch_size
     self.row_lengths = tuple(sorted(row_lengths))
@@ -91,6 +83,22 @@ class Batches:
     row_length = next(length for length in self.row_lengths if length >= longest)
     num_rows = self._shard.stop - self._shard.start
     return fill(rows[self._shard], num_rows, row_length, self.loss_length)
+
+
+def shard_of(batch_size: int, shard_index: int, shard_count: int) -> slice:
+  """Returns the rows of a global batch that are one process's.
+
+  Raises:
+    ValueError: if the rows cannot be shared evenly, or there is no such process.
+  """
+  if batch_size < 1 or batch_size % shard_count:
+    raise ValueError(
+      f"batch_size must be a multiple of shard_count = {shard_count}, got {batch_size}"
+    )
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
+  own = batch_size // shard_count
+  return slice(own * shard_index, own * (shard_index + 1))
 
 
 def packed_batches(
@@ -117,7 +125,7 @@ def packed_batches(
     ValueError: if an example does not fit into a row.
   """
   epochs = []
-  for order, generator in _orders(len(examples), seed, num_epochs):
+  for order, generator in epoch_orders(len(examples), seed, num_epochs):
     rows = pack([examples[i] for i in order], row_length, loss_length)
     rows = [[int(order[i]) for i in row] for row in rows]
     if generator is not None:  # the last rows are emptier: spread them over the epoch
@@ -154,7 +162,7 @@ def padded_batches(
   The other arguments, the order and the errors are those of `packed_batches`.
   """
   _check_fit(examples, max(row_lengths), loss_length)
-  epochs = [[[int(i)] for i in order] for order, _ in _orders(len(examples), seed, num_epochs)]
+  epochs = [[[int(i)] for i in order] for order, _ in epoch_orders(len(examples), seed, num_epochs)]
   return Batches(
     examples,
     epochs,
@@ -166,7 +174,7 @@ def padded_batches(
   )
 
 
-def _orders(
+def epoch_orders(
   num_examples: int, seed: int | None, num_epochs: int
 ) -> Iterator[tuple[np.ndarray, np.random.Generator | None]]:
   """Yields each epoch's order of the examples and its random generator, None without a seed."""
@@ -266,15 +274,18 @@ def fill(
   return batch
 
 
-class BatchSource(Protocol):
+AnyBatch = TypeVar("AnyBatch", covariant=True)
+
+
+class BatchSource(Protocol[AnyBatch]):
   """Batches by their number."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Batch: ...
+  def __getitem__(self, index: int) -> AnyBatch: ...
 
 
-def as_grain(batches: BatchSource, prefetch: int = 2) -> "grain.IterDataset[Batch]":
+def as_grain(batches: BatchSource[AnyBatch], prefetch: int = 2) -> "grain.IterDataset[AnyBatch]":
   """Returns the batches as a grain data set, made ahead of their use in a thread.
 
   Its iterators have `get_state()`, a small dict for JSON, and `set_state(state)`: the batches

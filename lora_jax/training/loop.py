@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -69,15 +69,27 @@ class FitConfig:
         raise ValueError(f"{field.name} must be a positive number of steps, got {value!r}")
 
 
+class Evaluation(NamedTuple):
+  """What is known of a trainable tree from the validation set.
+
+  Attributes:
+    criterion: the checkpoint with the smallest is the best.
+    metrics: for the log, by name.
+  """
+
+  criterion: float
+  metrics: Mapping[str, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Fitted:
   """The result of `fit`.
 
   Attributes:
     last: the trainable tree after the last step.
-    best: that of the checkpoint with the smallest validation loss.
+    best: that of the checkpoint with the smallest validation loss, or criterion.
     best_step: of that checkpoint.
-    best_loss: its validation loss, nats per token.
+    best_loss: its validation loss, nats per token; or criterion.
     last_loss: that of the last step.
     seconds: of this sitting's training, compilation and evaluation included.
     tokens: processed in this sitting.
@@ -100,8 +112,9 @@ def fit(
   batches: Batches,
   *,
   config: FitConfig,
-  eval_loss: Adaptation,
-  eval_batches: Callable[[], Iterable[Batch]],
+  eval_loss: Adaptation | None = None,
+  eval_batches: Callable[[], Iterable[Batch]] | None = None,
+  evaluate: Callable[[PyTree, PyTree], Evaluation] | None = None,
   workdir: str | Path,
   key: jax.Array,
   mesh: Mesh,
@@ -121,6 +134,8 @@ def fit(
     config: steps.
     eval_loss: the same method applied to the loss of the validation set.
     eval_batches: returns the batches of the validation set, from the first.
+    evaluate: from `(params, trainable)` to an evaluation, instead of these two: where the best
+      checkpoint is to be chosen by a metric that is not a mean over tokens.
     workdir: of the run; `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written there.
     key: of the run's dropout.
     mesh: as `make_mesh` returns it.
@@ -136,7 +151,8 @@ def fit(
   state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
   del trainable
   train_step = make_train_step(loss, optimizer, state, config.accumulation_steps)
-  eval_step = make_eval_step(eval_loss)
+  if evaluate is None:
+    evaluate = _by_loss(eval_loss, eval_batches, mesh)
   begun, tokens = time.perf_counter(), 0
 
   with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -162,9 +178,9 @@ def fit(
         last_loss = None
         if evaluates:
           adapter = state.trainable["adapter"]
-          last_loss = evaluate_loss(eval_step, frozen["base"], adapter, eval_batches(), mesh)
+          last_loss, found = evaluate(frozen["base"], adapter)
           _check_finite(last_loss, "validation loss", step, checkpoints)
-          log.write(step, {"valid/loss": last_loss})
+          log.write(step, {f"valid/{name}": value for name, value in found.items()})
         checkpoints.save(step, state, batches.get_state(), base, last_loss)
         window.restart()
     best = checkpoints.restore_best(state, base)
@@ -179,6 +195,21 @@ def fit(
     seconds=time.perf_counter() - begun,
     tokens=tokens,
   )
+
+
+def _by_loss(
+  loss: Adaptation | None, batches: Callable[[], Iterable[Batch]] | None, mesh: Mesh
+) -> Callable[[PyTree, PyTree], Evaluation]:
+  """Returns the evaluation by the validation set's mean loss."""
+  if loss is None or batches is None:
+    raise ValueError("expected eval_loss and eval_batches, or evaluate; got neither")
+  eval_step = make_eval_step(loss)
+
+  def evaluate(params: PyTree, trainable: PyTree) -> Evaluation:
+    mean = evaluate_loss(eval_step, params, trainable, batches(), mesh)
+    return Evaluation(mean, {"loss": mean})
+
+  return evaluate
 
 
 def _resume(

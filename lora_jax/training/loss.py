@@ -1,4 +1,4 @@
-"""The loss of language models, on the tokens that have one.
+"""The losses: of language models, on the tokens that have one, and of classifiers.
 
 With logits z over V tokens, a target t and label smoothing eps, in nats, a token's loss is
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 PyTree = Any
 Batch = Mapping[str, Any]
@@ -104,3 +104,52 @@ def language_model_loss(
     return jax.lax.scan(add, zero, chunks)[0]
 
   return loss
+
+
+def classifier(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, "B L"]]:
+  """Returns the logits of a model with a head as `fn(params, batch)`, for a method to adapt.
+
+  Args:
+    model: called as `Bert`. A batch with `dropout_key`, as the train step makes it, has the
+      model's own dropout; without it there is none.
+  """
+
+  def logits(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
+    tokens = jnp.asarray(batch["tokens"])
+    inputs = (jnp.asarray(batch[name]) for name in ("segment_ids", "token_types"))
+    # Given, since models that count positions by the padding's token would need its id here.
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    rngs = {"dropout": batch["dropout_key"]} if "dropout_key" in batch else {}
+    options: dict[str, Any] = {"deterministic": not rngs, "rngs": rngs}
+    out: Any = model.apply({"params": params}, tokens, *inputs, positions, **options)
+    return out
+
+  return logits
+
+
+def classification_loss(model: nn.Module) -> Callable[[PyTree, Batch], LossSum]:
+  """Returns the loss of a model with a head as a function `fn(params, batch)`.
+
+  It is the cross entropy of the classes, or where the labels are no integers the squared error of
+  the head's one output. A sum over records, and their number.
+  """
+  of = classifier(model)
+
+  def loss(params: PyTree, batch: Batch) -> LossSum:
+    return label_loss(
+      of(params, batch), jnp.asarray(batch["labels"]), jnp.asarray(batch["weights"])
+    )
+
+  return loss
+
+
+def label_loss(
+  logits: Float[Array, "B L"], labels: Shaped[Array, " B"], weights: Float[Array, " B"]
+) -> LossSum:
+  """Returns the weighted sum of the records' losses, as `classification_loss` defines them."""
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    return cross_entropy(logits, labels, weights)
+  if logits.shape[1] != 1:
+    raise ValueError(f"a regression's head has one output, got {logits.shape[1]}")
+  errors = jnp.square(logits[:, 0].astype(jnp.float32) - labels)
+  return LossSum(jnp.sum(errors * weights), jnp.sum(weights))

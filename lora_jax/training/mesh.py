@@ -75,7 +75,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(shapes), [of(*item) for item in leaves])
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], accumulation_steps: int = 1) -> PyTree:
+def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 1) -> PyTree:
   """Splits a batch of this process over `data` and `fsdp`.
 
   With more than one accumulation step the arrays get a leading axis of these.

@@ -23,6 +23,8 @@ from lora_jax.trees import combine, partition, trainable_mask
 
 PyTree = Any
 Batch = Mapping[str, Any]
+DROPOUT_KEY = "dropout_key"
+OWN_DROPOUT = 1  # sets the model's own masks apart from LoRA's, which fold in a hash of the path
 
 
 @struct.dataclass
@@ -104,6 +106,10 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the jitted step `(state, frozen, batch) -> (state, metrics)`; it donates the state.
 
+  The batch that the loss sees has one entry more, `dropout_key`, for the dropout of the model
+  itself: a key of the step, and of the part of the batch. It is not there in evaluation, and a
+  loss without dropout leaves it alone, which costs nothing once it is compiled.
+
   Args:
     loss: a method applied to a function `fn(params, batch) -> LossSum`.
     optimizer: as `start` returns it.
@@ -117,7 +123,8 @@ def make_train_step(
   def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
     def total(trainable: PyTree) -> tuple[Array, LossSum]:
       tree = combine(trainable, frozen)
-      of_batch = loss.apply(tree["base"], tree["adapter"], batch, lora_key=key)
+      given = {**batch, DROPOUT_KEY: fold(key, OWN_DROPOUT)}
+      of_batch = loss.apply(tree["base"], tree["adapter"], given, lora_key=key)
       return of_batch.total, of_batch
 
     return jax.value_and_grad(total, has_aux=True)(state.trainable)

@@ -1,0 +1,154 @@
+"""Sets finished runs of `experiments.glue` beside each other and beside the paper's Table 2.
+
+    python -m experiments.glue_report FOLDERS... [--out=glue.md]
+
+Runs that differ in their seed alone are one cell: the median over the seeds of the best epoch's
+score, as the paper has it, and in brackets that of the last epoch's. Runs that tune are a table of
+their own. Every figure is read from the runs' folders.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from experiments import paper_tables, table
+from experiments.glue import METHODS
+from experiments.groups import Run, read_runs
+from experiments.launch import explained
+
+NAMES = {"matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
+Cells = dict[tuple[str, str], dict[str, list[Run]]]
+
+
+def report(folders: Sequence[str | Path]) -> str:
+  """Returns the report of some runs, as Markdown.
+
+  Raises:
+    FileNotFoundError: if a folder is not the folder of a run.
+    ValueError: if no run is finished, two are the same run, or one is of another experiment.
+  """
+  runs, unfinished = read_runs(folders)
+  if not runs:
+    raise ValueError(f"none of the {len(folders)} runs is finished; there is nothing to report")
+  for run in runs:
+    if run.settings["experiment"] != "glue":
+      raise ValueError(f"{run.folder} is a run of {run.settings['experiment']}, expected glue")
+  tuning = [run for run in runs if run.settings["data.tuning"]]
+  final = [run for run in runs if not run.settings["data.tuning"]]
+  parts = [_results(final) if final else "", _tuning(tuning) if tuning else ""]
+  if unfinished:
+    parts.append(f"Not finished: {', '.join(f'`{folder}`' for folder in unfinished)}.")
+  return "\n\n".join(part for part in [*parts, _origin(runs)] if part) + "\n"
+
+
+def _results(runs: Sequence[Run]) -> str:
+  cells: Cells = defaultdict(lambda: defaultdict(list))
+  for run in runs:
+    cells[run.result["model"], run.result["method"]][run.result["task"]].append(run)
+  tasks = list(dict.fromkeys(run.result["task"] for run in runs))
+  heads = {run.result["task"]: f"{run.result['task']}, {_metric(run)}" for run in runs}
+  rows = [["what", "trained", *(heads[task] for task in tasks)]]
+  models = list(dict.fromkeys(model for model, _ in cells))
+  for model in models:
+    for (of, method), by_task in cells.items():
+      if of == model:
+        counts = sorted({_trained(run) for members in by_task.values() for run in members})
+        found = [_cell(by_task[task]) if task in by_task else "" for task in tasks]
+        rows.append([f"{model}, {METHODS[method]}", " to ".join(_span(counts)), *found])
+    for row in paper_tables.TABLE_2:
+      if row.model == model:
+        found = [_printed(row.scores.get(task)) for task in tasks]
+        rows.append([f"the paper, {row.what}", row.trainable, *found])
+  note = (
+    "Dev sets, percent. The median over the seeds of each one's best epoch, which the dev set "
+    "chooses, as the paper does; in brackets the median of the last epoch; then the number of "
+    "seeds. Trained: without the head, which all methods train."
+  )
+  return f"## Results\n\n{table.aligned(rows)}\n\n{note}"
+
+
+def _metric(run: Run) -> str:
+  name: str = run.result["metric"]
+  return NAMES.get(name, name)
+
+
+def _trained(run: Run) -> int:
+  return run.result["trainable_parameters"] - run.result["head_parameters"]
+
+
+def _span(counts: Sequence[int]) -> list[str]:
+  return [f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))]
+
+
+def _cell(runs: Sequence[Run]) -> str:
+  seeds = [run.seed for run in runs]
+  if len(set(seeds)) < len(seeds):
+    names = ", ".join(str(run.folder) for run in runs)
+    raise ValueError(f"two runs of one seed differ in more than that: {names}. Give one of them")
+  best, last = (median(100 * run.result[name] for run in runs) for name in ("score", "last_score"))
+  return f"{best:.1f} [{last:.1f}] {len(runs)}"
+
+
+def _printed(value: paper_tables.Value | None) -> str:
+  if value is None:
+    return ""
+  spread = "" if value.deviation is None else f" ± {value.deviation:.1f}"
+  return f"{value.mean:.1f}{spread}"
+
+
+def _tuning(runs: Sequence[Run]) -> str:
+  found: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
+  for run in runs:
+    key = run.result["model"], run.result["task"], run.result["method"]
+    found[key][run.result["learning_rate"]] = 100 * run.result["score"]
+  rates = sorted({rate for scores in found.values() for rate in scores})
+  rows, edges = [["model, task, method", *(f"{rate:g}" for rate in rates)]], []
+  for (model, task, method), scores in found.items():
+    best = max(scores, key=scores.__getitem__)
+    label = f"{model}, {task}, {METHODS[method]}"
+    cells = {rate: f"{score:.1f}" for rate, score in scores.items()}
+    cells[best] = f"**{cells[best]}**"
+    rows.append([label, *(cells.get(rate, "") for rate in rates)])
+    if len(scores) > 1 and best in (min(scores), max(scores)):
+      edges.append(label)
+  note = "On the part of train that was held out, percent; the best of each row in bold."
+  if edges:
+    note += f" At an end of the rates that were tried: {'; '.join(edges)}."
+  return f"## Learning rates\n\n{table.aligned(rows)}\n\n{note}"
+
+
+def _origin(runs: Sequence[Run]) -> str:
+  def all_of(name: str) -> str:
+    return ", ".join(sorted({str(run.result[name]) for run in runs if run.result.get(name)}))
+
+  hours = sum(run.result["seconds"] for run in runs) / 3600
+  return (
+    "## How they were made\n\n"
+    f"- {len(runs)} runs, {hours:.2f} hours in all\n"
+    f"- devices: {all_of('device')}; JAX {all_of('jax')}; commits {all_of('commit')}"
+  )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.glue_report",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("folders", nargs="+", help="of runs, as runs/glue/cola/*")
+  parser.add_argument("--out", help="a file to write besides")
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  given = parser.parse_args(arguments)
+  with explained():
+    text = report(given.folders)
+    print(text, end="")
+    if given.out:
+      Path(given.out).parent.mkdir(parents=True, exist_ok=True)
+      Path(given.out).write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,61 @@
+"""A run of the GLUE experiment that takes seconds: made-up lines, a tiny BERT, random weights."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.configs import glue as configs
+from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.bert_folder import save_bert
+
+from tests.tiny_glue import WORDS, write_glue, write_superglue
+from tests.tiny_tokenizer import tiny_tokenizer
+
+TEXTS = [*WORDS, 'The man. It is , a " b c']
+
+
+@functools.cache
+def tiny_folder() -> Path:
+  """Returns a Hugging Face folder of a random BERT, one layer x 32, without a head."""
+  tokenizer = tiny_tokenizer(TEXTS)
+  config = BertConfig(
+    vocab_size=tokenizer.get_vocab_size(),
+    num_positions=64,
+    embed_dim=32,
+    num_layers=1,
+    num_heads=2,
+    mlp_dim=64,
+  )
+  params = Bert(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  folder = Path(tempfile.mkdtemp(prefix="tiny-bert-")) / "model"
+  save_bert(folder, config, params)
+  tokenizer.save(str(folder / "tokenizer.json"))
+  return folder
+
+
+@functools.cache
+def tiny_source() -> Path:
+  """Returns a folder with the files of GLUE, and in `super` those of SuperGLUE."""
+  folder = write_glue(Path(tempfile.mkdtemp(prefix="tiny-glue-")))
+  write_superglue(folder / "super")
+  return folder
+
+
+def tiny_config(workdir: str | Path, task: str = "cola"):
+  """Returns a config of `experiments.glue`: 40 lines or fewer, 2 epochs, rows of 16 tokens."""
+  config = configs.get_config(f"minilm,{task}")
+  config.workdir = str(workdir)
+  config.model.folder = str(tiny_folder())
+  config.model.update({"hidden_dropout": 0.0, "attention_dropout": 0.0})  # slow to compile
+  config.lora.rank = 2
+  source = tiny_source()
+  config.data.source = str(source if config.data.suite == "glue" else source / "super")
+  config.data.tfds_dir = str(source / "tfds")
+  config.data.update({"any_size": True, "batch_size": 8, "eval_batch_size": 8})
+  config.data.row_lengths = (16,)
+  config.data.num_train_records = 0
+  config.fit.update({"num_epochs": 2, "log_every_steps": 1})
+  return config
