@@ -18,7 +18,9 @@ from lora_jax.models.bert import Bert
 from lora_jax.models.bert_folder import load_bert
 from lora_jax.models.deberta import Deberta
 from lora_jax.models.deberta_folder import load_deberta
-from lora_jax.models.hub import find_folder, load_tokenizer, read_json
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import find_folder
+from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, replace_leaves

@@ -17,7 +17,8 @@ from lora_jax.models.encoder_folder import (
   stored_by_module,
   tensor_names,
 )
-from lora_jax.models.hub import StoredTensor, find_folder, read_json, save_folder
+from lora_jax.models.files import read_json
+from lora_jax.models.hub import StoredTensor, find_folder, save_folder
 from lora_jax.models.stored import tensors_of
 
 PyTree = Any
