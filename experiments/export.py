@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.finished import load_adapter, load_run
-from experiments.gpt2 import load_base, lora_config, model_folder
+from experiments.gpt2 import load_base, model_folder
 from experiments.launch import explained
+from experiments.recipe import lora_config
 from experiments.workdir import Config, read_config
 from lora_jax.interop import save_merged, save_peft
 from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors

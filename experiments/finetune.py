@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.finetune_data import Data, Text, load_data
-from experiments.gpt2 import fit_config, lora_config, make_optimizer
 from experiments.launch import launch
+from experiments.recipe import fit_config, lora_config, make_optimizer, params_places
 from experiments.workdir import (
   Config,
   check_experiment,
@@ -35,17 +34,10 @@ from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import fit
 from lora_jax.training.loss import language_model_loss
-from lora_jax.training.mesh import Rules, make_mesh, params_shardings, place_batch
+from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.step import make_train_step, start
-from lora_jax.trees import leaves_with_path, matches
 
 PyTree = Any
-SPLIT: Rules = (  # where the weights lie; of other leaves each device has a copy
-  (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
-  (r".*/(out|down)/kernel", P("tensor", "fsdp")),
-  (r".*/embedding", P(None, ("fsdp", "tensor"))),
-  (r"lm_head/kernel", P("fsdp", "tensor")),
-)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -122,13 +114,8 @@ def _loading(config: Config, mesh: Mesh) -> dict[str, Any]:
   usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   given = config.model
 
-  def places(shapes: PyTree) -> PyTree:
-    paths = [path for path, _ in leaves_with_path(shapes)]
-    rules = [rule for rule in SPLIT if any(matches(rule[0], path) for path in paths)]
-    return params_shardings(mesh, shapes, [*rules, (".*", P())])
-
   return {
-    "shardings": places,
+    "shardings": params_places(mesh),
     "dtype": usual if given.dtype == "auto" else given.dtype,
     "param_dtype": usual if given.param_dtype == "auto" else given.param_dtype,
     "scan_layers": given.scan_layers,

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments.gpt2 import Base, load_base, make_optimizer, method
+from experiments.gpt2 import Base, load_base, method
 from experiments.gpt2_e2e import generate
+from experiments.recipe import make_optimizer
 from experiments.workdir import Config, read_config, read_result
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import fill

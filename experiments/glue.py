@@ -19,8 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments.encoder import Base, load_base, method, start_from
-from experiments.gpt2 import make_optimizer
 from experiments.launch import launch
+from experiments.recipe import make_optimizer
 from experiments.workdir import Config, check_experiment, provenance, run_once
 from lora_jax.adapter import adapter_extra
 from lora_jax.data import classification

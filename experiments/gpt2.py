@@ -1,4 +1,4 @@
-"""A GPT-2 under an adaptation method: the base, the method, the optimizer, the decoder."""
+"""A GPT-2 under an adaptation method: the base, the method, the decoder."""
 
 import functools
 import json
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from experiments.recipe import lora_config, params_places
 from experiments.workdir import Config
 from lora_jax.decoding import CachedModel, from_linen
 from lora_jax.models.gpt2 import GPT2, GPT2Config, init_cache
@@ -21,18 +20,9 @@ from lora_jax.models.gpt2_folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2_folder import read_config as read_gpt2_config
 from lora_jax.models.hub import find_folder
 from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
-from lora_jax.training.loop import FitConfig
-from lora_jax.training.mesh import Rules, params_shardings
 
 PyTree = Any
 PRETRAINING = "pretraining.json"  # of a base that `experiments.gpt2_pretrain` has made
-SHARDING: Rules = (
-  (r".*/(query|key|value|up)/kernel", P("fsdp", "tensor")),
-  (r".*/(query|key|value|up)/bias", P("tensor")),
-  (r".*/(out|down)/kernel", P("tensor", "fsdp")),
-  (r"(wte|wpe)/embedding", P(None, ("fsdp", "tensor"))),
-  (r".*", P()),
-)
 
 
 class Base(NamedTuple):
@@ -62,8 +52,7 @@ def load_base(config: Config, mesh: Mesh) -> Base:
     model = read_gpt2_config(folder, **computation)
     params = random_params(model, mesh, jax.random.key(config.seed))
   else:
-    places = functools.partial(params_shardings, mesh, rules=SHARDING)
-    model, params = load_gpt2(folder, shardings=places, **computation)
+    model, params = load_gpt2(folder, shardings=params_places(mesh), **computation)
   tokenizer = load_tokenizer(folder, model.vocab_size)
   return Base(GPT2(model), params, tokenizer, end_of_text_id(tokenizer))
 
@@ -72,7 +61,7 @@ def random_params(model: GPT2Config, mesh: Mesh, key: jax.Array) -> PyTree:
   """Returns new weights, made where they lie on the mesh."""
   init = jax.jit(
     lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-    out_shardings=params_shardings(mesh, params_shapes(model), rules=SHARDING),
+    out_shardings=params_places(mesh)(params_shapes(model)),
   )
   return init(key)
 
@@ -97,58 +86,6 @@ def method(config: Config) -> Callable[[Callable[..., Any]], lj.Adaptation]:
   if config.method == "lora":
     return functools.partial(lj.lora, config=lora_config(config))
   return lj.full_finetuning
-
-
-def lora_config(config: Config) -> lj.LoraConfig:
-  """Returns the LoRA of a config."""
-  return lj.LoraConfig(**config.lora.to_dict())
-
-
-def make_optimizer(
-  config: Config, num_train_steps: int, decays: Callable[[PyTree], PyTree] | None = None
-):
-  """Returns AdamW as the paper has it, and the schedule of its learning rate.
-
-  Args:
-    config: of the run.
-    num_train_steps: of the schedule.
-    decays: from the trainable tree to which of its leaves have weight decay; None is all.
-  """
-  given = config.optimizer
-  warmup = min(given.warmup_steps, num_train_steps)
-  rest = max(num_train_steps - warmup, 1)
-  after = {
-    "linear": optax.linear_schedule(given.learning_rate, 0.0, rest),
-    "cosine": optax.cosine_decay_schedule(given.learning_rate, rest),
-    "constant": optax.constant_schedule(given.learning_rate),
-  }
-  if given.schedule not in after:
-    raise ValueError(f"schedule must be one of {', '.join(after)}, got {given.schedule!r}")
-  schedule = optax.join_schedules(
-    [optax.linear_schedule(0.0, given.learning_rate, warmup), after[given.schedule]], [warmup]
-  )
-  adamw = optax.adamw(
-    schedule,
-    b1=given.b1,
-    b2=given.b2,
-    eps=given.eps,
-    weight_decay=given.weight_decay,
-    mask=decays,
-  )
-  clip = optax.clip_by_global_norm(given.clip_norm) if given.clip_norm else optax.identity()
-  return optax.chain(clip, adamw), schedule
-
-
-def fit_config(config: Config, num_train_steps: int) -> FitConfig:
-  """Returns the steps of `fit` as a config has them; a short run is evaluated at its end."""
-  given = config.fit
-  return FitConfig(
-    num_train_steps=num_train_steps,
-    eval_every_steps=min(given.eval_every_steps, num_train_steps),
-    checkpoint_every_steps=given.checkpoint_every_steps,
-    log_every_steps=given.log_every_steps,
-    accumulation_steps=given.accumulation_steps,
-  )
 
 
 @functools.cache

@@ -19,13 +19,12 @@ from experiments import table
 from experiments.gpt2 import (
   Base,
   cached_model,
-  fit_config,
   load_base,
-  make_optimizer,
   method,
   pretraining_tokens,
 )
 from experiments.launch import launch
+from experiments.recipe import fit_config, make_optimizer
 from experiments.scoring import score_texts
 from experiments.workdir import Config, check_experiment, provenance, read_config, run_once
 from lora_jax.data import batches as data_batches

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2 import PRETRAINING, fit_config, make_optimizer, random_params
+from experiments.gpt2 import PRETRAINING, random_params
 from experiments.launch import launch
+from experiments.recipe import fit_config, make_optimizer
 from experiments.workdir import (
   Config,
   check_experiment,

@@ -110,6 +110,12 @@ def test_segments_of_a_conversation():
   assert following == example.targets.tolist()
 
 
+def test_a_token_of_two_segments_has_a_loss():
+  segments = [("a", False), (" tw", False), ("o", True)]
+  (example,) = encode_rendered(TOKENIZER, [Rendered("", segments)], 64)
+  assert TOKENIZER.decode(example.targets.tolist()) == " two"
+
+
 def test_lines_that_are_too_long(caplog):
   records = [Completion("f:1", "a", "b"), Completion("f:2", "a", "word " * 40)]
   with pytest.raises(ValueError, match=r"1 of 2 lines have more than 20 tokens, f:2 \(\d+\)"):

@@ -2,15 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from lora_jax.models.chat import (
-  ChatTemplate,
-  chat_segments,
-  encode_chat,
-  load_chat_template,
-  render_chat,
-)
+from lora_jax.data.jsonl import Rendered, encode_rendered
+from lora_jax.models.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
 from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.test_models_tokenizer import EMBEDDED
@@ -155,18 +151,6 @@ def test_blocks_in_a_macro_are_found():
   assert segments == [("[][", False), ("Jane Austen.\nFor us.", True), ("]", False)]
 
 
-def test_tokens_of_the_assistant():
-  tokenizer = load_tokenizer(EMBEDDED)
-  segments = [("How are you", False), (", me well", True), ("?", False)]
-  ids, has_loss = encode_chat(tokenizer, segments)
-  assert tokenizer.decode(ids) == "How are you, me well?"
-  assert tokenizer.decode([i for i, wrote in zip(ids, has_loss, strict=True) if wrote]) == (
-    ", me well"
-  )
-  assert encode_chat(tokenizer, [("a  b", False)])[1] == [False] * 3
-  assert encode_chat(tokenizer, [("tw", False), ("o", True)])[1][-1]  # a token of both
-
-
 @pytest.mark.parametrize("messages", CHATS, ids=["two", "one", "system"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_parity_with_transformers(name, messages):
@@ -182,8 +166,11 @@ def test_parity_with_transformers(name, messages):
   assert render_chat(template(name), messages, tools=[{"name": "<é>"}]) == text
   if "generation" in TEMPLATES[name].replace("add_generation_prompt", ""):
     both = peer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    ids, has_loss = encode_chat(tokenizer, chat_segments(template(name), messages))
-    assert (ids, has_loss) == (both["input_ids"], [bool(x) for x in both["assistant_masks"]])
+    segments = chat_segments(template(name), messages)
+    (example,) = encode_rendered(tokenizer, [Rendered("", segments)], 999)
+    learned = np.flatnonzero(both["assistant_masks"])
+    assert example.tokens.tolist() == both["input_ids"][: learned[-1]]
+    assert (example.target_index + 1).tolist() == learned.tolist()
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.gpt2 import SHARDING
+from experiments.recipe import params_places
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
@@ -22,7 +22,7 @@ def trained(name, scan_layers, parts, **axes):
   """Returns the losses of three steps, and the state after them."""
   mesh, shape = make_mesh(**axes), {"scan_layers": scan_layers, "num_layers": 1 + scan_layers}
   params = fresh_params(**shape)
-  params = jax.device_put(params, params_shardings(mesh, params, SHARDING))
+  params = jax.device_put(params, params_places(mesh)(params))
   loss = method(name, dropout=0.0)(language_model_loss(model(**shape)[0], 0.1))
   data = batches(batch_size=8)
   trainable = loss.init(jax.random.key(1), params, data[0])
@@ -72,7 +72,7 @@ def test_a_fingerprint_does_not_depend_on_the_mesh():
   params = fresh_params()
   expected = fingerprint(params)
   mesh = make_mesh(2, 2, 2)
-  assert fingerprint(jax.device_put(params, params_shardings(mesh, params, SHARDING))) == expected
+  assert fingerprint(jax.device_put(params, params_places(mesh)(params))) == expected
 
 
 def test_a_fingerprint_depends_on_every_bit_and_place():

@@ -173,16 +173,15 @@ def encode_rendered(
 ) -> list[Example]:
   """Returns the tokens of each rendered conversation; its text holds the special tokens.
 
-  A token has a loss if it begins in a segment that has one. Arguments and errors are those of
-  `encode_completions`.
+  A token has a loss if any of its text does. Arguments and errors as of `encode_completions`.
   """
   texts = ["".join(text for text, _ in record.segments) for record in records]
   encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
   masks = []
   for record, encoding in zip(records, encodings, strict=True):
-    ends = np.cumsum([len(text) for text, _ in record.segments])
-    within = np.searchsorted(ends, [start for start, _ in encoding.offsets], side="right")
-    masks.append([record.segments[i][1] for i in within])
+    sizes, has_loss = zip(*((len(text), flag) for text, flag in record.segments), strict=True)
+    before = np.cumsum([0, *np.repeat(has_loss, sizes)])  # characters with a loss before each
+    masks.append([bool(before[end] > before[start]) for start, end in encoding.offsets])
   tokens = [encoding.ids for encoding in encodings]
   return _examples([record.where for record in records], tokens, masks, max_length, truncate)
 

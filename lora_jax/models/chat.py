@@ -21,7 +21,6 @@ from lora_jax.models.tokenizer import read_special_tokens
 
 if TYPE_CHECKING:
   import jinja2
-  from tokenizers import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -110,22 +109,6 @@ def chat_segments(
     segments += [(whole[last:start], False), (whole[start:end], True)]
     last = end
   return [(text, has_loss) for text, has_loss in [*segments, (whole[last:], False)] if text]
-
-
-def encode_chat(
-  tokenizer: "Tokenizer", segments: Sequence[tuple[str, bool]]
-) -> tuple[list[int], list[bool]]:
-  """Returns the tokens of the whole text, and of each whether it holds text of the assistant.
-
-  The text is encoded in one piece: tokenizers like Llama's put a space before every piece.
-
-  Args:
-    tokenizer: of the folder that the template is from.
-    segments: of `chat_segments`.
-  """
-  encoding = tokenizer.encode("".join(text for text, _ in segments), add_special_tokens=False)
-  has_loss = [flag for text, flag in segments for _ in text]
-  return encoding.ids, [any(has_loss[start:end]) for start, end in encoding.offsets]
 
 
 def _render(
