@@ -66,7 +66,22 @@ def test_the_opaque_rule_in_the_docs_runs():
   assert jnp.allclose(names["lora"].apply(params, trainable, x), x @ merged["w"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("text", [README, DOCS])
+def test_the_page_on_several_adapters_runs():
+  (block,) = code_blocks((ROOT / "docs" / "arithmetic.md").read_text())
+  names = {}
+  exec(block, names)
+  (_, one), (_, other) = names["adapters"]
+  first, second = (lj.lora(names["fn"], names[name]) for name in ("first", "second"))
+  assert jnp.allclose(names["y"][0], first.apply(names["params"], one, names["x"]), rtol=1e-5)
+  assert jnp.allclose(names["y"][1], second.apply(names["params"], other, names["x"]), rtol=1e-5)
+  assert 0 < names["errors"]["kernel"] < 1
+  assert names["apply"]._cache_size() == 1
+
+
+PAGES = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("text", PAGES)
 def test_links_lead_somewhere(text):
   for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
     assert (ROOT / link).exists() or (ROOT / "docs" / link).exists(), link
