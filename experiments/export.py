@@ -7,6 +7,8 @@
 The adapter of separate query, key and value goes onto GPT-2's fused c_attn exactly; ranks add up
 there. A merged model works without any adapter, and without LoRA: its method may be any. Of a LoRA
 run it is the base's own folder, with its dtype, and what rounding to that has cost is printed.
+
+A run of `experiments.finetune` has its adapter in PEFT's form already, for servers too, in `peft/`.
 """
 
 import argparse
@@ -17,9 +19,10 @@ from experiments.finished import load_adapter, load_run
 from experiments.gpt2 import load_base, model_folder
 from experiments.launch import explained
 from experiments.recipe import lora_config
-from experiments.workdir import Config, read_config
-from lora_jax.interop import save_merged, save_peft
+from experiments.workdir import Config, read_config, read_result
+from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors
+from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 
@@ -31,6 +34,8 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
     ValueError: if the run was of another method, or PEFT has no form for its adapter.
   """
   config: Config = read_config(folder)
+  if config.experiment == "finetune":
+    raise ValueError(f"the adapter of {folder} is in PEFT's form already: {folder}/peft")
   if config.model.start == "random":
     raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
   base = load_base(config, make_mesh())
@@ -56,6 +61,8 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
     ValueError: if the run is not finished.
   """
   config: Config = read_config(folder)
+  if config.experiment == "finetune":
+    return _merge_finetuned(Path(folder), config, out)
   if config.method == "lora" and config.model.start != "random":
     base = load_base(config, make_mesh())
     adapter, stored = load_adapter(folder, base), stored_tensors(base.config)
@@ -65,6 +72,15 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   source, end = model_folder(run.config), run.base.end_of_text
   save_gpt2(out, run.base.config, run.params, tokenizer_from=source, end_of_text_id=end)
   return {}
+
+
+def _merge_finetuned(folder: Path, config: Config, out: str | Path) -> dict[str, float]:
+  """Writes the merged model of a run of `experiments.finetune`; loads no weights but one by one."""
+  if read_result(folder) is None:
+    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
+  model = plan_causal_lm(config.model.folder)
+  lora, adapter = load_peft(folder / "peft", model.stored, model.params)
+  return save_merged(out, model.folder, lora, adapter, model.stored, model.params)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

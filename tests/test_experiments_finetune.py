@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
-from experiments import finetune
+from experiments import export, finetune
 from experiments.configs.finetune import get_config
 from experiments.launch import apply
 from lora_jax.data.e2e_tfds import load
@@ -107,6 +107,18 @@ def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
   expected = ours.apply(model.params, trainable, TOKENS, lora_key=None)
   assert relative_difference(got, expected) < 1e-5
   assert relative_difference(model.call(model.params, TOKENS), expected) > 1e-2
+
+
+def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path, capsys):
+  config, _ = completions
+  export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+  assert "rounding to the base's dtype changed 12 weights" in capsys.readouterr().out
+  model, merged = load_causal_lm(chat_folder), load_causal_lm(tmp_path / "merged")
+  lora_config, adapter = load_peft(f"{config.workdir}/peft", model.stored, model.params)
+  expected = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
+  assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
+  with pytest.raises(SystemExit, match="is in PEFT's form already"):
+    export.main([config.workdir, str(tmp_path / "adapter")])
 
 
 def test_the_report_says_how_to_load_it(completions, capsys):
