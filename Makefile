@@ -3,8 +3,9 @@
 PYTHON ?= python3
 EXTRAS ?= test,metrics,notebooks
 WORKERS ?= 2
-CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% experiments_% metrics_% \
-  notebooks.py),$(wildcard tests/test_*.py))
+CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% experiments_% \
+  interop_% metrics_% models_bert.py models_chat.py models_folder.py models_sentencepiece.py \
+  models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the
@@ -12,7 +13,7 @@ NIGHTLY_INDEX ?=
 MOVES_WITH_JAX := jax jaxlib flax optax orbax-checkpoint equinox dm-haiku keras numpy scipy \
   ml_dtypes
 
-PYTEST := pytest --no-header -n $(WORKERS) --dist loadgroup
+PYTEST := pytest --no-header -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .ONESHELL:

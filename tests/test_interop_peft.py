@@ -39,9 +39,10 @@ def base(name, scan_layers=False):
   return config, params, family.stored_tensors(config)
 
 
+@functools.cache
 def model(config):
   module = (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
-  return lambda params, tokens: module.apply({"params": params}, tokens)
+  return jax.jit(lambda params, tokens: module.apply({"params": params}, tokens))
 
 
 def logits(name, adapter, scan_layers=False):

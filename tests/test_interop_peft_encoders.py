@@ -27,8 +27,9 @@ def base(name, scan_layers=False):
   return config, params, stored_tensors(config)
 
 
+@functools.cache
 def model(config):
-  return lambda params, *inputs: Bert(config).apply({"params": params}, *inputs)
+  return jax.jit(lambda params, *inputs: Bert(config).apply({"params": params}, *inputs))
 
 
 def inputs_of(name):
@@ -40,7 +41,7 @@ def logits(name, adapter, scan_layers=False):
   config, params, _ = base(name, scan_layers)
   adapted, inputs = lj.lora(model(config), adapter[0]), inputs_of(name)
   merged = model(config)(adapted.merge(params, adapter[1]), *inputs)
-  return adapted.apply(params, adapter[1], *inputs), merged
+  return jax.jit(adapted.apply)(params, adapter[1], *inputs), merged
 
 
 def expected(name):

@@ -29,8 +29,8 @@ COMPUTATIONS = {
 CLASSIFIERS = ["bert_classifier", "roberta_regression"]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "method", "deterministic"))
 def run(config, params, *args, key=None, method=None, **settings):
-  """Runs a model operation by operation, which compiles less than the whole would."""
   rngs = None if key is None else {"dropout": key}
   return Bert(config).apply({"params": params}, *args, rngs=rngs, method=method, **settings)
 
@@ -173,18 +173,19 @@ def test_lora_of_all_dense_layers(name, computation):
   fn = functools.partial(run, config)
   adapted = lj.lora(fn, lj.LoraConfig(2, 4.0, target, extra="head/.*"))
   trainable = adapted.init(jax.random.key(0), params, *given)
-  assert relative_difference(adapted.apply(params, trainable, *given), outputs["logits"]) < 1e-5
+  apply = jax.jit(adapted.apply)
+  assert relative_difference(apply(params, trainable, *given), outputs["logits"]) < 1e-5
   kernels = 1 if config.scan_layers else config.num_layers
   heads = len(jax.tree.leaves(params["head"]))
   assert len(jax.tree.leaves(trainable)) == 2 * 6 * kernels + heads
   trainable = randomized(trainable)
-  out = adapted.apply(params, trainable, *given)
-  assert relative_difference(fn(adapted.merge(params, trainable), *given), out) < 1e-5
+  out = apply(params, trainable, *given)
+  assert relative_difference(jax.jit(fn)(adapted.merge(params, trainable), *given), out) < 1e-5
   assert relative_difference(out, outputs["logits"]) > 0.1
   loss = lambda tune: (  # noqa: E731
     adapted.apply(params, tune, *given, deterministic=False, key=jax.random.key(1)) ** 2
   ).sum()
-  gradients = jax.grad(loss)(trainable)
+  gradients = jax.jit(jax.grad(loss))(trainable)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 

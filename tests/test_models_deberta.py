@@ -31,8 +31,8 @@ COMPUTATIONS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("config", "method", "deterministic"))
 def run(config, params, *args, key=None, method=None, **settings):
-  """Runs a model operation by operation, which compiles less than the whole would."""
   rngs = None if key is None else {"dropout": key}
   return Deberta(config).apply({"params": params}, *args, rngs=rngs, method=method, **settings)
 
@@ -152,15 +152,17 @@ def test_lora_of_all_dense_layers(name, computation, tmp_path):
   lora_config = lj.LoraConfig(2, 4.0, target, extra="head/.*")
   adapted = lj.lora(fn, lora_config)
   trainable = adapted.init(jax.random.key(0), params, *given)
-  assert relative_difference(adapted.apply(params, trainable, *given), outputs["logits"]) < 1e-5
+  apply = jax.jit(adapted.apply)
+  assert relative_difference(apply(params, trainable, *given), outputs["logits"]) < 1e-5
   trainable = randomized(trainable)
-  out = adapted.apply(params, trainable, *given)
+  out = apply(params, trainable, *given)
   assert relative_difference(fn(adapted.merge(params, trainable), *given), out) < 1e-5
   assert relative_difference(out, outputs["logits"]) > 0.1
   tensors = stored_tensors(config)
   save_peft(tmp_path / "new", lora_config, trainable, tensors, params)
   back = load_peft(tmp_path / "new", tensors, params)
-  assert relative_difference(lj.lora(fn, back[0]).apply(params, back[1], *given), out) < 1e-5
+  again = jax.jit(lj.lora(fn, back[0]).apply)
+  assert relative_difference(again(params, back[1], *given), out) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["v3_masked", "v3_classifier"])

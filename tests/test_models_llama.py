@@ -33,6 +33,7 @@ COMPUTATIONS = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def run(config, params, *args):
   return Llama(config).apply({"params": params}, *args)
 
@@ -93,12 +94,13 @@ def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
   tokens, logits = expected(name)
   cache, start, found = init_cache(config, 2, 16), 0, []
   model, variables = Llama(config), {"params": params}
+  extend = jax.jit(functools.partial(model.apply, method="extend"))
   for size in (6, 4, 3):
     place = start + jnp.arange(size, dtype=jnp.int32)
     mask = (jnp.arange(16)[None] <= place[:, None])[None]
     positions = jnp.broadcast_to(place[None], (2, size))
     part = tokens[:, start : start + size]
-    hidden, cache = model.apply(variables, part, positions, cache, start, mask, method="extend")
+    hidden, cache = extend(variables, part, positions, cache, start, mask)
     found.append(model.apply(variables, hidden, method="logits"))
     start += size
   assert relative_difference(jnp.concatenate(found, axis=1), logits) < 1e-5
@@ -127,13 +129,14 @@ def test_lora_of_all_linear_layers(computation):
   target = r"layers(_\d+)?/(attn|mlp)/\w+/kernel"
   adapted = lj.lora(functools.partial(run, config), lj.LoraConfig(2, 4.0, target))
   trainable = adapted.init(jax.random.key(0), params, tokens)
-  assert relative_difference(adapted.apply(params, trainable, tokens), logits) < 1e-5
+  apply = jax.jit(adapted.apply)
+  assert relative_difference(apply(params, trainable, tokens), logits) < 1e-5
   trainable = randomized(trainable)
-  out = adapted.apply(params, trainable, tokens)
+  out = apply(params, trainable, tokens)
   assert relative_difference(run(config, adapted.merge(params, trainable), tokens), out) < 1e-5
   assert relative_difference(out, logits) > 0.1
   loss = lambda tune: adapted.apply(params, tune, tokens).var()  # noqa: E731
-  gradients = jax.grad(loss)(trainable)
+  gradients = jax.jit(jax.grad(loss))(trainable)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 
