@@ -1,6 +1,7 @@
 """Users' own lines: read strictly, and learned from where they say."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lora_jax.models.tokenizer import load_tokenizer
 
 from tests.tiny_e2e import EMBEDDED
 
+SENTENCEPIECE = Path(__file__).parent / "golden" / "tokenizers"
 TOKENIZER = load_tokenizer(EMBEDDED)
 PROMPT = {"prompt": "Say: ", "completion": "hello there"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}
@@ -97,6 +99,18 @@ def test_a_prompts_tokens_are_those_that_it_has_alone(prompt, completion):
   np.testing.assert_array_equal(
     example.target_index, len(alone) - 1 + np.arange(len(example.targets))
   )
+
+
+@pytest.mark.parametrize("form", ["llama", "gemma"])
+def test_completions_by_sentencepiece_have_no_space_put_before_them(form):
+  tokenizer = load_tokenizer(SENTENCEPIECE / form)
+  (end_id,) = tokenizer.encode("</s>", add_special_tokens=False).ids[-1:]
+  for prompt, completion in (("Say: ", "yes"), ("Say:", " yes"), ("cat", "chat"), ("a\n", "\n é")):
+    (example,) = encode_completions(tokenizer, [Completion("", prompt, completion)], end_id, 64)
+    count = int(example.target_index[0]) + 1
+    assert example.tokens[:count].tolist() == encode_prompts(tokenizer, [prompt], end_id)[0]
+    whole = [*example.tokens.tolist(), int(example.targets[-1])]
+    assert tokenizer.decode(whole[:-1]) == prompt + completion
 
 
 def test_segments_of_a_conversation():

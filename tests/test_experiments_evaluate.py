@@ -17,8 +17,6 @@ from lora_jax.training.mesh import make_mesh
 
 from tests.tiny_e2e import tiny_config
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # whose fixtures are dear
-
 
 @pytest.fixture(autouse=True, scope="module")
 def without_java():

@@ -25,8 +25,6 @@ from lora_jax.trees import leaves_with_path
 
 from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
 
-pytestmark = pytest.mark.xdist_group("gpt2_e2e")  # whose fixtures are dear
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -20,8 +20,6 @@ from lora_jax.training.loss import language_model_loss
 
 from tests.tiny_e2e import tiny_config
 
-pytestmark = pytest.mark.xdist_group("gpt2_pretrain")
-
 
 def pretraining(folder, workdir):
   config = configs.get_config()

@@ -37,8 +37,6 @@ CHANGED = {  # which run, the config's fields, the result's, the texts
 }
 NAMES = ("lora1", "lora2", "rank8", "full", "frozen")
 
-pytestmark = pytest.mark.xdist_group("report")  # whose fixtures are dear
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -15,7 +15,7 @@ from lora_jax.config import array_leaves
 from tests.jaxprs import count_of_sizes
 from tests.layer_kinds import KINDS, LayerKind, normal
 
-ALL = [pytest.param(kind, marks=pytest.mark.xdist_group(str(kind)), id=str(kind)) for kind in KINDS]
+ALL = [pytest.param(kind, id=str(kind)) for kind in KINDS]
 
 
 @functools.cache

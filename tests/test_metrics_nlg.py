@@ -18,8 +18,6 @@ CORE = ["bleu", "nist"]
 COCO = ["meteor", "rouge_l", "cider"]
 SYSTEMS = ["held_out_reference", "truncated_8_words", "wrong_input"]
 
-pytestmark = pytest.mark.xdist_group("java")  # whose fixtures are dear
-
 
 @pytest.fixture(scope="module")
 def golden():

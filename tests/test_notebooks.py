@@ -12,8 +12,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STRICT = "import warnings\nwarnings.simplefilter('error')"
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # whose fixtures are dear
-
 
 def printed(cell):
   """Returns what a cell wrote to stdout and its last value."""

@@ -29,7 +29,8 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def _run(how: str, **environment: str) -> tuple[str, int]:
-  environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "XLA_"))} | environment
+  ours = ("MALLOC_", "XLA_")
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | environment
   command = [sys.executable, "-c", FAULTS, how]
   run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   kept, faults = run.stdout.split()
