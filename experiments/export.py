@@ -1,4 +1,4 @@
-"""A finished run in the forms of other packages.
+"""A finished run of a language model in the forms of other packages.
 
     python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, as PEFT has it
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # as adapter servers read it
@@ -19,9 +19,10 @@ from experiments.finished import load_adapter, load_run
 from experiments.gpt2 import load_base, model_folder
 from experiments.launch import explained
 from experiments.recipe import lora_config
-from experiments.workdir import Config, read_config, read_result
+from experiments.workdir import Config, check_experiment, read_config, read_result
 from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors
+from lora_jax.models.hub import find_folder
 from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
@@ -36,6 +37,7 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
   config: Config = read_config(folder)
   if config.experiment == "finetune":
     raise ValueError(f"the adapter of {folder} is in PEFT's form already: {folder}/peft")
+  check_experiment(config, "gpt2_e2e")
   if config.model.start == "random":
     raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
   base = load_base(config, make_mesh())
@@ -63,6 +65,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   config: Config = read_config(folder)
   if config.experiment == "finetune":
     return _merge_finetuned(Path(folder), config, out)
+  check_experiment(config, "gpt2_e2e")
   if config.method == "lora" and config.model.start != "random":
     base = load_base(config, make_mesh())
     adapter, stored = load_adapter(folder, base), stored_tensors(base.config)
@@ -80,7 +83,8 @@ def _merge_finetuned(folder: Path, config: Config, out: str | Path) -> dict[str,
     raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
   model = plan_causal_lm(config.model.folder)
   lora, adapter = load_peft(folder / "peft", model.stored, model.params)
-  return save_merged(out, model.folder, lora, adapter, model.stored, model.params)
+  base = find_folder(config.model.folder)  # with its weights
+  return save_merged(out, base, lora, adapter, model.stored_in_folder(), model.params)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@
 
 import functools
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from experiments.workdir import (
   provenance,
   run_once,
 )
+from lora_jax.adapter import adapter_weights
 from lora_jax.data import batches as data_batches
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
 from lora_jax.interop import save_peft
@@ -43,6 +45,8 @@ PyTree = Any
 def run(config: Config) -> dict[str, Any]:
   """Fine-tunes and exports; goes on where it was, and does not repeat a finished run."""
   check(config)
+  if (Path(config.workdir) / "data.json").exists():  # also of a finished run
+    _check_data(config, Path(config.workdir))
   result = run_once(config, lambda workdir: _run(config, workdir))
   print(report(config, result))
   return result
@@ -63,14 +67,14 @@ def check(config: Config) -> None:
 
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
   begun = time.perf_counter()
-  files = [config.data.file, config.data.valid_file]
-  check_same(workdir / "data.json", [file_digest(file) for file in files if file], "data")
   mesh = make_mesh(**config.mesh)
   model = load_causal_lm(config.model.folder, **_loading(config, mesh))
   text, data = load_data(config, model)
-  loss, trainable, eval_loss = adapt(config, model, data)
+  loss, trainable = adapt(config, model, data)
+  check_export(config, model, trainable)
+  _check_data(config, workdir)
   steps = len(data.train)
-  optimizer, schedule = make_optimizer(config, steps)
+  optimizer, schedule = make_optimizer(_with_warmup(config, steps), steps)
   count = optax.tree.size(trainable)
   print(_outline(config, model, data, count), flush=True)
   fitted = fit(
@@ -80,7 +84,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     optimizer,
     iter(data_batches.as_grain(data.train)),
     config=fit_config(config, steps),
-    eval_loss=eval_loss,
+    eval_loss=loss,
     eval_batches=lambda: iter(data.valid),
     workdir=workdir,
     key=jax.random.split(jax.random.key(config.seed))[1],
@@ -109,6 +113,19 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   }
 
 
+def _check_data(config: Config, workdir: Path) -> None:
+  """Raises ValueError if the run in this folder was trained with other lines."""
+  files = [config.data.file, config.data.valid_file]
+  check_same(workdir / "data.json", [file_digest(file) for file in files if file], "data")
+
+
+def _with_warmup(config: Config, steps: int) -> Config:
+  """Returns a config whose warmup is at most a tenth of the steps."""
+  new = config.copy_and_resolve_references()
+  new.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 10)
+  return new
+
+
 def _loading(config: Config, mesh: Mesh) -> dict[str, Any]:
   """Returns the arguments of `load_causal_lm`."""
   usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -124,31 +141,41 @@ def _loading(config: Config, mesh: Mesh) -> dict[str, Any]:
   }
 
 
-def adapt(
-  config: Config, model: LanguageModel, data: Data
-) -> tuple[lj.Adaptation, PyTree, lj.Adaptation]:
-  """Returns the adapted loss, its new adapter, and the adapted loss of validation."""
+def adapt(config: Config, model: LanguageModel, data: Data) -> tuple[lj.Adaptation, PyTree]:
+  """Returns the adapted loss and its new adapter."""
   lora = functools.partial(lj.lora, config=lora_config(config))
-  eval_loss = lora(language_model_loss(model.module))
   loss = lora(language_model_loss(model.module, chunk_size=config.fit.loss_chunk or None))
   key = jax.random.split(jax.random.key(config.seed))[0]
-  return loss, loss.init(key, model.params, data.train[0]), eval_loss
+  return loss, loss.init(key, model.params, data.train[0])
 
 
 def export(config: Config, model: LanguageModel, adapter: PyTree, workdir: Path) -> None:
-  """Writes the adapter in our own form, and in the form that PEFT and servers read."""
+  """Writes the adapter in our own form, and in PEFT's."""
   if not (workdir / "adapter").exists():
     save_adapter(workdir / "adapter", adapter)
   if not (workdir / "peft").exists():
-    save_peft(
-      workdir / "peft",
-      lora_config(config),
-      adapter,
-      model.stored,
-      model.params,
-      base_model=config.model.folder,
-      for_server=True,
-    )
+    write_peft(config, model, adapter, workdir / "peft")
+
+
+def check_export(config: Config, model: LanguageModel, adapter: PyTree) -> None:
+  """Raises ValueError, before anything is trained, if PEFT has no form for the adapter."""
+  with tempfile.TemporaryDirectory() as folder:
+    write_peft(config, model, adapter, Path(folder) / "peft")
+
+
+def write_peft(config: Config, model: LanguageModel, adapter: PyTree, folder: Path) -> None:
+  """Writes the adapter as PEFT reads it; as servers do too, unless fused experts are adapted."""
+  adapted = set(adapter_weights(adapter))
+  fused = any(one.is_parameter and adapted & set(one.paths) for one in model.stored)
+  save_peft(
+    folder,
+    lora_config(config),
+    adapter,
+    model.stored,
+    model.params,
+    base_model=config.model.folder,
+    for_server=not fused,
+  )
 
 
 def samples(
@@ -161,7 +188,7 @@ def samples(
     return []
   params = {"base": model.params, "adapter": adapter}
   search = SamplingConfig(
-    eos_ids=(text.end_id,), temperature=0.0, max_new_tokens=config.samples.max_new_tokens
+    eos_ids=text.end_ids, temperature=0.0, max_new_tokens=config.samples.max_new_tokens
   )
   found = generate(cached_model(config, model), params, given, search, batch_size=1, mesh=mesh)
   decode = text.tokenizer.decode
@@ -190,11 +217,12 @@ def plan(config: Config) -> None:
   mesh = make_mesh(**config.mesh)
   model = plan_causal_lm(config.model.folder, **_loading(config, mesh))
   _, data = load_data(config, model)
-  loss, trainable, _ = adapt(config, model, data)
+  loss, trainable = adapt(config, model, data)
+  check_export(config, model, trainable)
   count = optax.tree.size(trainable)
   print(lj.summary(model.params, trainable, lora_config(config)), end="\n\n")
   print(_outline(config, model, data, count))
-  optimizer, _ = make_optimizer(config, len(data.train))
+  optimizer, _ = make_optimizer(_with_warmup(config, len(data.train)), len(data.train))
   state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)
   parts = config.fit.accumulation_steps
   step: Any = make_train_step(loss, optimizer, state, parts)
@@ -232,30 +260,43 @@ def _outline(config: Config, model: LanguageModel, data: Data, count: int) -> st
 
 def report(config: Config, result: dict[str, Any]) -> str:
   """Returns a finished run as text: losses, samples, and how to load the adapter."""
-  lines, model = [], config.model.folder
+  lines = []
   for sample in result["samples"]:
     lines += [f"prompt     {sample['prompt']!r}", f"generated  {sample['generated']!r}"]
     lines += [f"data       {sample['answer']!r}", ""]
-  folder = Path(config.workdir) / "peft"
-  rank = json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"]
   kept = result["best_step"] if config.fit.keep == "best" else result["num_train_steps"]
-  return "\n".join(
-    [
-      *lines,
-      f"loss       {result['valid_loss']:.4f} nats/token on {result['num_valid_records']:,} "
-      f"held-out lines, after step {kept:,} of {result['num_train_steps']:,}",
-      f"time       {result['seconds']:.0f} s on {result['device']}",
-      f"adapter    {folder}",
-      "",
-      f"here       base = load_causal_lm({model!r})",
-      f"           config, adapter = load_peft({str(folder)!r}, base.stored, base.params)",
-      "           adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, ...)",
-      f"in PEFT    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model!r}), "
-      f"{str(folder)!r})",
-      f"a server   vllm serve {model} --enable-lora --lora-modules mine={folder} "
-      f"--max-lora-rank {rank}",
-    ]
-  )
+  lines += [
+    f"loss       {result['valid_loss']:.4f} nats/token on {result['num_valid_records']:,} "
+    f"held-out lines, after step {kept:,} of {result['num_train_steps']:,}",
+    f"time       {result['seconds']:.0f} s on {result['device']}",
+    f"adapter    {config.workdir}/peft",
+  ]
+  return "\n".join([*lines, *how_to_load(config.model.folder, Path(config.workdir) / "peft")])
+
+
+def how_to_load(model: str, folder: Path) -> list[str]:
+  """Returns lines that load an adapter here, in PEFT, and in a server."""
+  written = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+  ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
+  rank = next((rank for rank in ranks if rank >= written["r"]), None)
+  lines = [
+    "",
+    "# here",
+    "import lora_jax, lora_jax.interop, lora_jax.models.zoo",
+    f"base = lora_jax.models.zoo.load_causal_lm({model!r})",
+    f"config, adapter = lora_jax.interop.load_peft({str(folder)!r}, base.stored, base.params)",
+    "adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, tokens)",
+    "",
+    "# in PEFT",
+    "import peft, transformers",
+    f"model = transformers.AutoModelForCausalLM.from_pretrained({model!r})",
+    f"model = peft.PeftModel.from_pretrained(model, {str(folder)!r})",
+  ]
+  if rank is not None and "target_parameters" not in written:
+    lines += ["", "# a server that has LoRA for models of this type"]
+    lines += [f"# vllm serve {model} --enable-lora --max-lora-rank {rank} \\"]
+    lines += [f"#   --lora-modules mine={folder}"]
+  return lines
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def launch(
     with explained():
       changes = _changes(config.value, default)
       if plan is not None and flags.FLAGS["dry_run"].value:
+        if sweep.value:
+          raise ValueError("--dry_run is for one run; leave out --sweep")
         plan(_with_workdir(config.value, changes))
       elif sweep.value:
         _sweep(run, module, config.value, changes, shard.value)

@@ -80,12 +80,13 @@ def check_experiment(config: Config, name: str) -> None:
 
 
 def check_same(path: Path, value: Any, what: str) -> None:
-  """Writes a JSON file of what a run began with; in a later sitting, compares it.
+  """Writes a JSON file of what a run began with; once it has trained, compares it.
 
   Raises:
     ValueError: if it is something else by now.
   """
-  begun_with = json.loads(path.read_text("utf-8")) if path.exists() else value
+  trained = any((path.parent / name).exists() for name in ("checkpoints", "result.json"))
+  begun_with = json.loads(path.read_text("utf-8")) if trained and path.exists() else value
   if begun_with != value:
     raise ValueError(
       f"{path.parent} was begun with other {what} ({begun_with}, now {value}): it has changed "

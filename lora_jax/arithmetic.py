@@ -170,10 +170,17 @@ def _by_path(opened: Sequence[_Opened]) -> dict[str, dict[int, LoraWeight]]:
   Where adapters have different layers of a stack, all get all of them.
 
   Raises:
-    ValueError: if there are no adapters, or two factor a weight along other axes.
+    ValueError: if there are no adapters, two factor a weight along other axes, or one trains
+      whole what another has factors of.
   """
   if not opened:
     raise ValueError("expected adapters, got none")
+  factored = {path for one in opened for path in one.weights}
+  if both := sorted(factored & {path for one in opened for path in one.whole}):
+    raise ValueError(
+      f"{', '.join(both)} is adapted by factors in one adapter and trained whole in another, of "
+      "which there is no common form. Merge one of them first"
+    )
   found: dict[str, dict[int, LoraWeight]] = {}
   for i, one in enumerate(opened):
     for path, weight in one.weights.items():

@@ -142,6 +142,19 @@ def test_aligned_adapters_keep_their_deltas(name):
     assert relative_difference(delta(fn, zeros, config, trainable), expected) < 1e-6
 
 
+def test_a_weight_that_another_adapter_trains_whole():
+  fn, params, x = lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(8)}, jnp.ones((1, 8))
+  factors = lj.LoraConfig(2, 4.0, "kernel")
+  one = lj.lora(fn, factors).init(jax.random.key(0), params, x)
+  both = {"kernel": jnp.eye(8), "other": jnp.eye(8)}
+  whole = lj.LoraConfig(2, 4.0, "other", extra="kernel")
+  two = lj.lora(lambda p, x: x @ p["kernel"] @ p["other"], whole)
+  adapters = [(factors, one), (whole, two.init(jax.random.key(1), both, x))]
+  for join in (lambda: lj.align(adapters, both), lambda: lj.weighted_sum(adapters, [1, 1], both)):
+    with pytest.raises(ValueError, match="kernel is adapted by factors in one adapter and trained"):
+      join()
+
+
 def test_tasks_are_switched_without_compiling_or_copying():
   fn, params, _, adapters, _ = case("other targets")
   traced = []

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -128,13 +129,12 @@ def test_the_report_says_how_to_load_it(completions, capsys):
   out = capsys.readouterr().out
   assert "is finished" in out
   folder = f"{config.workdir}/peft"
-  here = [line[11:].split("  #")[0] for line in out.splitlines() if line.startswith("here")]
-  here += [line.strip().split("  #")[0] for line in out.splitlines() if line.startswith(" " * 11)]
-  names = {"load_causal_lm": load_causal_lm, "load_peft": load_peft, "lora_jax": lj}
-  exec("\n".join(here), names)
+  names = {}
+  exec(out.split("# here\n")[1].split("# in PEFT")[0], names)
   base = names["base"]
   assert names["adapted"].apply(base.params, names["adapter"], TOKENS).shape == (1, 6, 4096)
-  assert f"lora-modules mine={folder} --max-lora-rank 12" in out  # of the fused query, key, value
+  assert "--max-lora-rank 16" in out  # 12 of the fused query, key and value
+  assert f"--lora-modules mine={folder}" in out
 
 
 def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
@@ -157,14 +157,26 @@ def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatc
   assert resumed["train_tokens"] == 0  # of this sitting
 
 
-def test_data_that_has_changed(completions, tmp_path, chat_folder):
-  data = write_lines(tmp_path / "mine.jsonl", count=40)
-  config = config_of(chat_folder, data, tmp_path / "run")
-  write_lines(data, count=30)
-  (tmp_path / "run").mkdir()
-  (tmp_path / "run" / "data.json").write_text('["0"]')
+def test_data_that_has_changed_since_a_run_was_finished(completions):
+  config, result = completions
+  data = Path(config.data.file)
+  before = data.read_text()
+  data.write_text(before + before)
   with pytest.raises(ValueError, match=r"was begun with other data .* it has changed since"):
     finetune.run(config)
+  data.write_text(before)
+  assert finetune.run(config)["valid_loss"] == result["valid_loss"]
+
+
+def test_lines_may_be_mended_before_anything_was_trained(chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  lines = data.read_text()
+  data.write_text(lines + "{}")
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), {"samples.count": 0})
+  with pytest.raises(ValueError, match=r"mine.jsonl:"):
+    finetune.run(config)
+  data.write_text(lines)
+  assert finetune.run(config)["num_train_steps"] > 0
 
 
 def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
@@ -193,6 +205,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"lora.target": "wte/embedding"}, "wte is the head too"),
     ({"model.folder": ""}, "no model is given: add --model"),
     ({"data.file": ""}, "no data is given: add --data"),
     ({"fit.keep": "first"}, "fit.keep must be best or last"),
@@ -224,5 +237,5 @@ def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path
 def test_too_few_lines(chat_folder, tmp_path):
   data = tmp_path / "mine.jsonl"
   data.write_text('{"prompt": "a", "completion": "b"}')
-  with pytest.raises(ValueError, match="has 1 lines, of which 1 are held out"):
+  with pytest.raises(ValueError, match="has 1 different prompts, of which 1 are held out"):
     finetune.run(config_of(chat_folder, data, tmp_path / "run"))

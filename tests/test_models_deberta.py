@@ -19,6 +19,7 @@ from lora_jax.models.deberta_folder import (
   save_deberta,
   stored_tensors,
 )
+from lora_jax.training.loss import classification_loss
 
 from tests import make_deberta_golden as golden
 from tests.models import randomized, relative_difference
@@ -98,6 +99,17 @@ def test_packed_rows_and_some_outputs():
   config, params = load_deberta(golden.GOLDEN / "v2_regression")
   with pytest.raises(ValueError, match="a convolution takes no packed rows"):
     run(config, params, tokens[:1], segments, None, jnp.arange(13)[None])
+
+
+def test_a_convolution_is_trained_on_padded_batches():
+  config, params = load_deberta(golden.GOLDEN / "v2_regression")
+  tokens, mask, types = (np.asarray(x) for x in expected("v2_regression")[0])
+  count = len(tokens)
+  batch = {"tokens": tokens, "segment_ids": mask, "token_types": types}
+  batch |= {"labels": np.ones(count, np.float32), "weights": np.ones(count, np.float32)}
+  found = jax.jit(classification_loss(Deberta(config)))(params, batch)
+  _, outputs = expected("v2_regression")
+  assert float(found.total) == pytest.approx(((outputs["logits"][:, 0] - 1) ** 2).sum(), rel=1e-4)
 
 
 def torch_rows(length, buckets, positions):

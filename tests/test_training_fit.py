@@ -216,7 +216,7 @@ def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
     *(loss, params, loss.init(jax.random.key(2), params, data[0])),
     *(optax.adamw(1e-2), iter(as_grain(data))),
   )
-  with pytest.raises(ValueError, match="eval_loss and eval_batches, or evaluate; got neither"):
+  with pytest.raises(ValueError, match="expected eval_loss and eval_batches, or evaluate"):
     fit(*arguments, config=FitConfig(6, 2, 9, 1), **given)
   got = fit(*arguments, config=FitConfig(6, 2, 9, 1), evaluate=evaluate, **given)
   assert (got.best_step, got.best_loss, got.last_loss) == (4, 1.0, 2.0)

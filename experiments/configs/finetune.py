@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments.workdir import Config
 
-ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(gate|up|down))/kernel"
+ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
 
 
 def get_config() -> Config:
@@ -44,6 +44,7 @@ def get_config() -> Config:
   config.data.file = ""  # JSON lines
   config.data.valid_file = ""  # likewise; "" holds out a part of data.file
   config.data.valid_share = 0.05  # of data.file that is held out, one line at least
+  config.data.chat_template = ""  # a file with a template in Jinja; "" is that of the model
   config.data.ignored_fields = ()  # of a line, besides those of its form, as ("id",)
   config.data.row_length = 0  # tokens; 0 is the longest example's, up to a multiple of 64
   config.data.truncate = False  # cuts longer lines; otherwise they are an error
@@ -63,7 +64,7 @@ def get_config() -> Config:
   config.optimizer.b2 = 0.999
   config.optimizer.eps = 1e-8
   config.optimizer.schedule = "linear"  # after the warmup down to 0; or cosine, or constant
-  config.optimizer.warmup_steps = 10
+  config.optimizer.warmup_steps = 10  # at most a tenth of all
   config.optimizer.clip_norm = 1.0  # of the gradient; 0 is no clipping
 
   config.fit = ConfigDict()
@@ -87,5 +88,6 @@ def get_config() -> Config:
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields what each run of `--sweep` changes: learning rates half a decade apart."""
+  del config
   for rate in (6e-5, 2e-4, 6e-4, 2e-3):
-    yield {"optimizer.learning_rate": rate, "samples.count": config.samples.count}
+    yield {"optimizer.learning_rate": rate}

@@ -185,6 +185,10 @@ def get_config(variant: str = "minilm,cola") -> Config:
 
 def _parts(variant: str) -> tuple[str, str, str]:
   model, task, recipe, *rest = (*variant.split(","), "", "")
+  if any(rest) or (recipe and model == "minilm"):
+    raise ValueError(
+      f"expected glue.py:MODEL,TASK[,RECIPE], got {variant!r}; minilm has no recipes"
+    )
   recipe = recipe or "paper"
   super_tasks = ["super_rte" if name == "rte" else name for name in superglue.TASKS]
   for name, value, known in (
@@ -197,7 +201,7 @@ def _parts(variant: str) -> tuple[str, str, str]:
         f"expected glue.py:MODEL,TASK[,RECIPE], got {variant!r}: {name} must be one of "
         f"{', '.join(known)}"
       )
-  if any(rest[1:]) or (recipe == "dagger" and model != "roberta_large"):
+  if recipe == "dagger" and model != "roberta_large":
     raise ValueError(f"{variant!r}: the dagger's rows are of roberta_large,TASK,dagger alone")
   return model, task, recipe
 
@@ -253,18 +257,25 @@ RATES = {  # three for each method, half a decade apart: equal effort
   "full_finetuning": (1e-4, 3e-4, 1e-3),
   "head_only": (1e-3, 3e-3, 1e-2),
 }
-SEEDS = {"minilm": (0, 1, 2)}  # of the paper's models 5, as it has
 
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
-  """Yields what each run changes: with `data.tuning` each method's rates, else seeds."""
+  """Yields what each run changes: with `data.tuning` each method's rates, else seeds.
+
+  Of the paper's models these are five, of the recipe's method and rate; with
+  `optimizer.tuned_in`, and of `minilm`, of each method at its best rate.
+  """
   if config.data.tuning:
     for method in METHODS:
       for rate in RATES[method]:
         yield {"method": method, "optimizer.learning_rate": rate}
     return
-  seeds = (0,) if config.data.task == "sst2" else SEEDS.get(config.model.name, range(5))
-  for seed in seeds:
+  if config.model.name != "minilm" and not config.optimizer.tuned_in:  # the recipe's own rate
+    for seed in range(5):
+      yield {"seed": seed}
+    return
+  few = (0,) if config.data.task == "sst2" else (0, 1, 2)
+  for seed in few if config.model.name == "minilm" else range(5):
     for method in METHODS:
       rate = best_rate(config, method)
       yield {"method": method, "optimizer.learning_rate": rate, "seed": seed}
@@ -276,7 +287,12 @@ def best_rate(config: Config, method: str) -> float:
   Raises:
     ValueError: if a run of it is not finished or not there.
   """
-  folder = Path(config.optimizer.tuned_in or "no folder in optimizer.tuned_in")
+  if not config.optimizer.tuned_in:
+    raise ValueError(
+      "the learning rates are not tuned yet. First run --sweep --config.data.tuning=True "
+      "--config.workdir=FOLDER, then give --config.optimizer.tuned_in=FOLDER"
+    )
+  folder = Path(config.optimizer.tuned_in)
   scores: dict[float, float] = {}
   for path in sorted(folder.glob("*/result.json")):
     result, of = read_result(path.parent), read_config(path.parent)

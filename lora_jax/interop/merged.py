@@ -118,7 +118,7 @@ class _NewLeaves:
   def _exact(self, base: np.ndarray, path: str, place: tuple[int, ...]) -> np.ndarray:
     """Returns the new part before it is rounded, float32."""
     if path in self._whole:
-      return np.asarray(self._whole[path], np.float32)[place]
+      return np.asarray(self._whole[path][place], np.float32)
     wide, weight = base.astype(np.float32), self._weights[path]
     for i in place:
       weight = None if weight is None else _of_layer(path, weight, i)

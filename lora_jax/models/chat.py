@@ -120,7 +120,7 @@ def _render(
 ) -> str:
   _check(messages)
   names = {"tools": None, "documents": None, **template.special_tokens, **variables}
-  names["messages"] = [{k: v for k, v in m.items() if v is not None} for m in messages]
+  names["messages"] = [dict(message) for message in messages]
   names["add_generation_prompt"] = add_generation_prompt
   try:
     return _compile(template.source, marked).render(names)

@@ -68,7 +68,9 @@ def head_size(
       raise ValueError("a key makes a new head; expected num_labels beside it")
     return num_labels
   found = None
-  if any(name.startswith("classifier.") for name in names):
+  kinds = given.get("architectures") or ["ForSequenceClassification"]
+  of_sequences = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+  if of_sequences and any(name.startswith("classifier.") for name in names):
     labels = given.get("id2label")
     found = len(labels) if isinstance(labels, dict) else given.get("num_labels", 2)
   if num_labels is not None and num_labels != found:

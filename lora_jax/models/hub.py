@@ -6,6 +6,7 @@ device, so that no model is twice in memory, and a sharded one never whole.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from jax.sharding import Sharding
 from lora_jax.models.files import read_json
 from lora_jax.models.tokenizer import TOKENIZER_FILES, tokenizer_files
 
+logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
@@ -68,9 +70,12 @@ class StoredTensor(NamedTuple):
     return (*axes[:stacked], *reversed(axes[stacked:])) if self.transposed else axes
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, weights: bool = True) -> Path:
   """Returns a local folder: `name` itself if it is one, else a hub repository's files.
 
+  Args:
+    name: a folder or a repository.
+    weights: whether weights are wanted; of a repository the other files alone are had otherwise.
   Raises:
     FileNotFoundError: if there is neither, saying what to do.
   """
@@ -80,7 +85,7 @@ def find_folder(name: str | Path) -> Path:
   if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
     raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
   try:
-    return _from_hub(repository)
+    return _from_hub(repository, weights)
   except Exception as error:  # the hub's client raises errors of several libraries
     raise FileNotFoundError(
       f"{repository!r} is neither a local folder nor could it be had from the hub "
@@ -89,22 +94,28 @@ def find_folder(name: str | Path) -> Path:
     ) from error
 
 
-def _from_hub(repository: str) -> Path:
+def _from_hub(repository: str, weights: bool) -> Path:
   """Returns a repository's files: the newest, or without network those that were had before."""
   import huggingface_hub
 
-  patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+  patterns = ["config.json", *TOKENIZER_FILES]
+  if weights:  # repositories may hold others besides, as consolidated.safetensors
+    patterns += ["model*.safetensors", INDEX]
 
   def files(**options: Any) -> Path:
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options))
 
   try:  # `snapshot_download` itself would wait without end for a server that does not answer
     newest = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT).sha
+  except huggingface_hub.errors.HfHubHTTPError:  # it has answered: no such repository, no right
+    raise
   except Exception as error:
     try:
-      return files(local_files_only=True)
+      folder = files(local_files_only=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
       raise error from None
+    logger.warning("the hub is out of reach (%s); %s is used", type(error).__name__, folder)
+    return folder
   return files(revision=newest)
 
 

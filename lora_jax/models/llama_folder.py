@@ -84,14 +84,15 @@ def load_llama(
 
   if config.tie_head:
     _check_tied(folder)
-  stored = stored_tensors(config, published=not _experts_fused(folder))
+  stored = stored_in(folder, config)
   return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
 
 
-def _experts_fused(folder: Path) -> bool:
-  """Tells whether a file holds all experts of a layer in one tensor."""
+def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
+  """Returns the tensors as a folder's files have them: experts fused, or each its own."""
   with open_tensors(folder) as tensors:
-    return any(".experts.gate_up_proj" in name for name in tensors)
+    fused = any(".experts.gate_up_proj" in name for name in tensors)
+  return stored_tensors(config, published=not fused)
 
 
 def _check_tied(folder: Path) -> None:

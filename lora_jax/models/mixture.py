@@ -4,7 +4,9 @@
     mixture(x) = sum over the token's experts e of p_e mlp_e(x)     (Shazeer et al. 2017)
 
 p is a softmax over all experts. No token is dropped and shapes are static: each stands in
-`experts_per_token` rows, which are sorted by expert and multiplied in groups (`ragged_dot`).
+`experts_per_token` rows, which are sorted by expert and multiplied in groups (`ragged_dot`). On
+CPUs XLA computes that as a product of all rows with all experts, and the rows are those of the
+whole batch: splitting it over `data` splits attention, not the experts.
 """
 
 import dataclasses

@@ -57,6 +57,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
       f"{folder} holds no tokenizer: expected tokenizer.json, tokenizer.model, spm.model, "
       "vocab.txt, or vocab.json and merges.txt"
     )
+  tokenizer.no_padding()  # which folders of fine-tuned models may have kept
+  tokenizer.no_truncation()
   size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
   if vocab_size is not None and not 0 <= vocab_size - size < 1024:
     raise ValueError(

@@ -31,6 +31,8 @@ class LanguageModel(NamedTuple):
     num_positions: the longest sequence, tokens.
     save: `save(folder, params, tokenizer_from=None, end_of_text_id=None, max_shard_bytes=...)`
       writes a new folder with other weights of this shape.
+    stored_in_folder: returns the tensors as the folder's files have them: of a mixture each
+      expert may have its own there. For `save_merged`.
   """
 
   module: CausalLM
@@ -41,6 +43,7 @@ class LanguageModel(NamedTuple):
   init_cache: Callable[[int, int], Cache]
   num_positions: int
   save: Callable[..., None]
+  stored_in_folder: Callable[[], list[StoredTensor]]
 
   def call(self, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Returns the logits of each next token: the function of the params that methods adapt."""
@@ -55,6 +58,7 @@ class Family(NamedTuple):
   load: Callable[..., tuple[Any, PyTree]]
   params_shapes: Callable[[Any], PyTree]
   stored_tensors: Callable[[Any], list[StoredTensor]]
+  stored_in: Callable[[Path, Any], list[StoredTensor]]
   save: Callable[..., None]
 
 
@@ -64,6 +68,7 @@ _GPT2 = Family(
   gpt2_folder.load_gpt2,
   gpt2_folder.params_shapes,
   gpt2_folder.stored_tensors,
+  lambda folder, config: gpt2_folder.stored_tensors(config),
   gpt2_folder.save_gpt2,
 )
 _LLAMA = Family(
@@ -72,6 +77,7 @@ _LLAMA = Family(
   llama_folder.load_llama,
   llama_folder.params_shapes,
   llama_folder.stored_tensors,
+  llama_folder.stored_in,
   llama_folder.save_llama,
 )
 CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_json.FAMILIES, _LLAMA)}
@@ -92,7 +98,8 @@ def load_causal_lm(
     FileNotFoundError: if there is no such folder or repository, or files are missing.
     ValueError: if the zoo has no such model, or the folder's files do not fit together.
   """
-  folder, model_type, family = _find(name)
+  _, model_type, family = _find(name)
+  folder = find_folder(name)
   config, params = family.load(folder, shardings=shardings, param_dtype=param_dtype, **computation)
   return _model(folder, model_type, config, params)
 
@@ -120,7 +127,8 @@ def plan_causal_lm(
 
 
 def _find(name: str | Path) -> tuple[Path, str, Family]:
-  folder = find_folder(name)
+  """Returns a model's folder, which may lack the weights, its type and family."""
+  folder = find_folder(name, weights=False)
   model_type = read_json(folder / "config.json").get("model_type")
   if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
     raise ValueError(
@@ -146,4 +154,5 @@ def _model(folder: Path, model_type: str, config: Any, params: PyTree) -> Langua
     init_cache=functools.partial(init_cache, config),
     num_positions=config.num_positions,
     save=save,
+    stored_in_folder=lambda: family.stored_in(folder, config),
   )

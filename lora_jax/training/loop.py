@@ -146,6 +146,8 @@ def fit(
     ValueError: if the batches end early or the checkpoints are of something else.
     OSError: if a checkpoint cannot be written.
   """
+  if (evaluate is None) == (eval_loss is None) or (eval_loss is None) != (eval_batches is None):
+    raise ValueError("expected eval_loss and eval_batches, or evaluate; one of the two ways")
   workdir = Path(workdir)
   base = fingerprint(params)
   state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
@@ -201,8 +203,8 @@ def _by_loss(
   loss: Adaptation | None, batches: Callable[[], Iterable[Batch]] | None, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], Evaluation]:
   """Returns the evaluation by the validation set's mean loss."""
-  if loss is None or batches is None:
-    raise ValueError("expected eval_loss and eval_batches, or evaluate; got neither")
+  assert loss is not None, "is checked"
+  assert batches is not None, "is checked"
   eval_step = make_eval_step(loss)
 
   def evaluate(params: PyTree, trainable: PyTree) -> Evaluation:

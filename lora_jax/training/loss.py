@@ -117,11 +117,9 @@ def classifier(model: nn.Module) -> Callable[[PyTree, Batch], Float[Array, "B L"
   def logits(params: PyTree, batch: Batch) -> Float[Array, "B L"]:
     tokens = jnp.asarray(batch["tokens"])
     inputs = (jnp.asarray(batch[name]) for name in ("segment_ids", "token_types"))
-    # Given, since models that count positions by the padding's token would need its id here.
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     rngs = {"dropout": batch["dropout_key"]} if "dropout_key" in batch else {}
     options: dict[str, Any] = {"deterministic": not rngs, "rngs": rngs}
-    out: Any = model.apply({"params": params}, tokens, *inputs, positions, **options)
+    out: Any = model.apply({"params": params}, tokens, *inputs, **options)
     return out
 
   return logits
