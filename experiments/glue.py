@@ -22,7 +22,6 @@ from experiments.encoder import Base, load_base, method, start_from
 from experiments.launch import launch
 from experiments.recipe import make_optimizer
 from experiments.workdir import Config, check_experiment, provenance, run_once
-from lora_jax.adapter import adapter_extra
 from lora_jax.data import classification
 from lora_jax.data.batches import as_grain
 from lora_jax.data.glue import Record
@@ -33,7 +32,7 @@ from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
 from lora_jax.training.loss import classification_loss, classifier, label_loss
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.metrics_log import read_metrics
-from lora_jax.trees import key_parts
+from lora_jax.trees import key_parts, leaves_with_path, matches
 
 PyTree = Any
 METHODS = {
@@ -152,7 +151,7 @@ def train(config: Config, base: Base, data: Data, mesh: Mesh, workdir: Path) -> 
   per_epoch = data.train.epoch_ends[0]
   schedule = _with_warmup(config, steps)
   optimizer, rates = make_optimizer(schedule, steps, decays)
-  counts = parameter_counts(config, base, trainable)
+  counts = parameter_counts(config, trainable)
   print(
     f"{config.method} on {workdir}: {counts['trainable_parameters']:,} trainable parameters, "
     f"{data.num_train_records:,} records, {steps:,} steps",
@@ -204,13 +203,13 @@ def decays(trainable: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(decays_one, trainable)
 
 
-def parameter_counts(config: Config, base: Base, trainable: PyTree) -> dict[str, int]:
+def parameter_counts(config: Config, trainable: PyTree) -> dict[str, int]:
   """Returns the trained parameters, and those outside the head, which the paper counts."""
-  total = optax.tree.size(trainable)
-  if config.method == "full_finetuning":
-    return {"trainable_parameters": total, "head_parameters": 0}
-  heads = sum(leaf.size for leaf in adapter_extra(trainable).values())
-  return {"trainable_parameters": total, "head_parameters": heads}
+  heads = [leaf for path, leaf in leaves_with_path(trainable) if matches(config.model.head, path)]
+  return {
+    "trainable_parameters": optax.tree.size(trainable),
+    "head_parameters": optax.tree.size(heads),
+  }
 
 
 def _of_log(

@@ -87,8 +87,21 @@ def _cell(runs: Sequence[Run]) -> str:
   if len(set(seeds)) < len(seeds):
     names = ", ".join(str(run.folder) for run in runs)
     raise ValueError(f"two runs of one seed differ in more than that: {names}. Give one of them")
+  _check_alike(runs)
   best, last = (median(100 * run.result[name] for run in runs) for name in ("score", "last_score"))
   return f"{best:.1f} [{last:.1f}] {len(runs)}"
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+  """Raises ValueError if runs differ in more than their seeds."""
+  own = ("seed", "workdir", "optimizer.tuned_in")
+  first, *others = ({k: v for k, v in run.settings.items() if k not in own} for run in runs)
+  for run, other in zip(runs[1:], others, strict=True):
+    if names := sorted(k for k in first | other if first.get(k) != other.get(k)):
+      raise ValueError(
+        f"{runs[0].folder} and {run.folder} differ in more than their seed: {', '.join(names)}. "
+        "Give them to two reports"
+      )
 
 
 def _printed(value: paper_tables.Value | None) -> str:
@@ -102,6 +115,8 @@ def _tuning(runs: Sequence[Run]) -> str:
   found: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
   for run in runs:
     key = run.result["model"], run.result["task"], run.result["method"]
+    if run.result["learning_rate"] in found[key]:
+      raise ValueError(f"{run.folder}: another run of {', '.join(key)} has the same learning rate")
     found[key][run.result["learning_rate"]] = 100 * run.result["score"]
   rates = sorted({rate for scores in found.values() for rate in scores})
   rows, edges = [["model, task, method", *(f"{rate:g}" for rate in rates)]], []

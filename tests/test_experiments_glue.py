@@ -283,6 +283,14 @@ def test_the_report_has_medians_and_the_papers_rows(tmp_path):
   assert "At an end of the rates that were tried: minilm, cola, LoRA" in text
   with pytest.raises(ValueError, match="two runs of one seed"):
     glue_report.report([*folders, made(tmp_path, "again", score=0.3)])
+  other = made(tmp_path, "other", seed=3)
+  settings = json.loads((other / "config.json").read_text())
+  settings["lora"]["rank"] = 64
+  write_json(other / "config.json", settings)
+  with pytest.raises(ValueError, match=r"differ in more than their seed: lora\.rank\."):
+    glue_report.report([*folders, other])
+  with pytest.raises(ValueError, match="minilm, cola, lora has the same learning rate"):
+    glue_report.report([*folders, made(tmp_path, "again_t", tuning=True)])
 
 
 def test_table_2_has_the_papers_averages():
