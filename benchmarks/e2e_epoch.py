@@ -236,7 +236,7 @@ def missing_peers() -> list[str]:
 
 
 def load_examples(options: argparse.Namespace, base: Base) -> list[text.Example]:
-  tokenizer = load_tokenizer(embedded_folder(), 4096)
+  tokenizer = load_tokenizer(embedded_folder(), 8192)
   records = e2e.read("train")
   if options.lines:
     chosen = np.random.default_rng(0).permutation(len(records))[: options.lines]

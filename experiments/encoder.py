@@ -45,6 +45,14 @@ def num_labels(config: Config) -> int:
   )
 
 
+def label_names(config: Config) -> tuple[str, ...] | None:
+  """Returns the names of a task's classes; None if they have none, or it is a regression."""
+  task = config.data.task
+  suite = glue if config.data.suite == "glue" else superglue
+  names = suite.task_of(task).labels
+  return names if len(names) == num_labels(config) else None
+
+
 def load_base(config: Config, mesh: Mesh) -> Base:
   """Loads the model that is adapted, placed on the mesh, a new head, and its tokenizer.
 
@@ -96,11 +104,16 @@ def method(config: Config) -> Callable[[Callable[..., Any]], lj.Adaptation]:
   `head_only` trains what LoRA trains beside its factors.
   """
   if config.method == "lora":
-    given = {name: value for name, value in config.lora.to_dict().items() if name != "start"}
-    return functools.partial(lj.lora, config=lj.LoraConfig(**given, extra=config.model.head))
+    return functools.partial(lj.lora, config=lora_config(config))
   if config.method == "head_only":
     return functools.partial(lj.partial_finetuning, train=config.model.head)
   return lj.full_finetuning
+
+
+def lora_config(config: Config) -> lj.LoraConfig:
+  """Returns the LoRA of a config, with the head beside it."""
+  given = {name: value for name, value in config.lora.to_dict().items() if name != "start"}
+  return lj.LoraConfig(**given, extra=config.model.head)
 
 
 def start_from(config: Config, trainable: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""A finished run of a language model in the forms of other packages.
+"""A finished run in the forms of other packages.
 
     python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, as PEFT has it
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # as adapter servers read it
@@ -9,6 +9,7 @@ there. A merged model works without any adapter, and without LoRA: its method ma
 run it is the base's own folder, with its dtype, and what rounding to that has cost is printed.
 
 A run of `experiments.finetune` has its adapter in PEFT's form already, for servers too, in `peft/`.
+Of a run of `experiments.glue` the new head goes along, which the form for servers has no place for.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.finished import load_adapter, load_run
+from experiments.finished_encoder import load_encoder
 from experiments.gpt2 import load_base, model_folder
 from experiments.launch import explained
 from experiments.recipe import lora_config
@@ -37,6 +39,10 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
   config: Config = read_config(folder)
   if config.experiment == "finetune":
     raise ValueError(f"the adapter of {folder} is in PEFT's form already: {folder}/peft")
+  base_model = config.model.folder or None
+  if config.experiment == "glue":
+    load_encoder(folder).save_adapter(out, base_model, for_server)
+    return
   check_experiment(config, "gpt2_e2e")
   if config.model.start == "random":
     raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
@@ -47,7 +53,7 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
     load_adapter(folder, base),
     stored_tensors(base.config),
     base.params,
-    base_model=config.model.folder or None,
+    base_model=base_model,
     for_server=for_server,
   )
 
@@ -65,6 +71,9 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   config: Config = read_config(folder)
   if config.experiment == "finetune":
     return _merge_finetuned(Path(folder), config, out)
+  if config.experiment == "glue":
+    load_encoder(folder).save_merged(out)
+    return {}
   check_experiment(config, "gpt2_e2e")
   if config.method == "lora" and config.model.start != "random":
     base = load_base(config, make_mesh())

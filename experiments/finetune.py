@@ -74,7 +74,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   check_export(config, model, trainable)
   _check_data(config, workdir)
   steps = len(data.train)
-  optimizer, schedule = make_optimizer(_with_warmup(config, steps), steps)
+  optimizer, schedule = make_optimizer(config, steps, warmup_steps=_warmup(config, steps))
   count = optax.tree.size(trainable)
   print(_outline(config, model, data, count), flush=True)
   fitted = fit(
@@ -119,11 +119,9 @@ def _check_data(config: Config, workdir: Path) -> None:
   check_same(workdir / "data.json", [file_digest(file) for file in files if file], "data")
 
 
-def _with_warmup(config: Config, steps: int) -> Config:
-  """Returns a config whose warmup is at most a tenth of the steps."""
-  new = config.copy_and_resolve_references()
-  new.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 10)
-  return new
+def _warmup(config: Config, steps: int) -> int:
+  """Returns the steps of the warmup, at most a tenth of all."""
+  return min(config.optimizer.warmup_steps, steps // 10)
 
 
 def _loading(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -222,7 +220,8 @@ def plan(config: Config) -> None:
   count = optax.tree.size(trainable)
   print(lj.summary(model.params, trainable, lora_config(config)), end="\n\n")
   print(_outline(config, model, data, count))
-  optimizer, _ = make_optimizer(_with_warmup(config, len(data.train)), len(data.train))
+  steps = len(data.train)
+  optimizer, _ = make_optimizer(config, steps, warmup_steps=_warmup(config, steps))
   state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)
   parts = config.fit.accumulation_steps
   step: Any = make_train_step(loss, optimizer, state, parts)

@@ -81,7 +81,7 @@ def restore_params(
     return adaptation.merge(base.params, adapter), result["valid_loss"]
   optimizer, _ = make_optimizer(config, result["num_train_steps"])
   state, _, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
-  found = _read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
+  found = read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
   return adaptation.merge(base.params, found.state.trainable["adapter"]), found.loss
 
 
@@ -105,9 +105,21 @@ def _begun(config: Config, base: Base) -> tuple[Adaptation, PyTree]:
   return adaptation, adaptation.init(jax.random.key(0), base.params, batch)
 
 
-def _read_checkpoint(
+def read_checkpoint(
   folder: Path, checkpoint: str, result: dict[str, Any], like: PyTree, base: str
 ) -> Restored:
+  """Returns a finished run's checkpoint.
+
+  Args:
+    folder: of the run.
+    checkpoint: best or last.
+    result: of the run.
+    like: the train state, as `start` returns it.
+    base: the fingerprint of the run's base.
+  Raises:
+    FileNotFoundError: if it is not there.
+    ValueError: if it is of another base or another method.
+  """
   step = result["best_step" if checkpoint == "best" else "num_train_steps"]
   path = folder / "checkpoints" / str(step)
   if not path.is_dir():

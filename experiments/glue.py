@@ -149,8 +149,7 @@ def train(config: Config, base: Base, data: Data, mesh: Mesh, workdir: Path) -> 
     trainable = start_from(config, trainable)
   steps = len(data.train)
   per_epoch = data.train.epoch_ends[0]
-  schedule = _with_warmup(config, steps)
-  optimizer, rates = make_optimizer(schedule, steps, decays)
+  optimizer, rates = make_optimizer(config, steps, decays, _warmup(config, steps))
   counts = parameter_counts(config, trainable)
   print(
     f"{config.method} on {workdir}: {counts['trainable_parameters']:,} trainable parameters, "
@@ -184,12 +183,10 @@ def train(config: Config, base: Base, data: Data, mesh: Mesh, workdir: Path) -> 
   return {**counts, **_of_log(config, workdir, fitted, steps, per_epoch)}
 
 
-def _with_warmup(config: Config, steps: int) -> Config:
-  """Returns a config whose warmup is in steps: given so, or as a share of them."""
-  new = config.copy_and_resolve_references()
-  if config.optimizer.warmup_ratio:
-    new.optimizer.warmup_steps = math.ceil(config.optimizer.warmup_ratio * steps)
-  return new
+def _warmup(config: Config, steps: int) -> int:
+  """Returns the steps of the warmup, which is given so or as a share of all."""
+  given = config.optimizer
+  return math.ceil(given.warmup_ratio * steps) if given.warmup_ratio else given.warmup_steps
 
 
 def decays(trainable: PyTree) -> PyTree:

@@ -118,20 +118,13 @@ def _tuning(runs: Sequence[Run]) -> str:
     if run.result["learning_rate"] in found[key]:
       raise ValueError(f"{run.folder}: another run of {', '.join(key)} has the same learning rate")
     found[key][run.result["learning_rate"]] = 100 * run.result["score"]
-  rates = sorted({rate for scores in found.values() for rate in scores})
-  rows, edges = [["model, task, method", *(f"{rate:g}" for rate in rates)]], []
-  for (model, task, method), scores in found.items():
-    best = max(scores, key=scores.__getitem__)
-    label = f"{model}, {task}, {METHODS[method]}"
-    cells = {rate: f"{score:.1f}" for rate, score in scores.items()}
-    cells[best] = f"**{cells[best]}**"
-    rows.append([label, *(cells.get(rate, "") for rate in rates)])
-    if len(scores) > 1 and best in (min(scores), max(scores)):
-      edges.append(label)
-  note = "On the part of train that was held out, percent; the best of each row in bold."
-  if edges:
-    note += f" At an end of the rates that were tried: {'; '.join(edges)}."
-  return f"## Learning rates\n\n{table.aligned(rows)}\n\n{note}"
+  of = {f"{model}, {task}, {METHODS[method]}": row for (model, task, method), row in found.items()}
+  cells = {
+    label: {rate: f"{score:.1f}" for rate, score in row.items()} for label, row in of.items()
+  }
+  best = {label: max(row, key=row.__getitem__) for label, row in of.items()}
+  shown = table.by_rate("model, task, method", cells, best)
+  return f"## Learning rates\n\n{shown} Percent, on the part of train that was held out."
 
 
 def _origin(runs: Sequence[Run]) -> str:

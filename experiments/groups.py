@@ -16,6 +16,8 @@ from lora_jax.trees import matches
 
 RATE = "optimizer.learning_rate"
 LINES = "data.num_train_records"
+TOKENS = "pretraining_tokens"  # of the result: it names a base better than its folder does
+BASE = {"model.folder", "model.start"}
 HAVE_COLUMNS = {RATE, LINES, "decoding.num_inputs"}  # of the report: in a label only if it must be
 UNUSED = {  # a method's runs do not depend on these fields, or on those below them
   "lora": (),
@@ -156,16 +158,20 @@ def _settings(run: Run) -> dict[str, Any]:
   if method not in UNUSED:
     raise ValueError(f"{run.folder}: method must be one of {', '.join(UNUSED)}, got {method!r}")
   unused = ("seed", "workdir", *UNUSED[method])
-  return {
+  settings = {
     name: value
     for name, value in run.settings.items()
     if not any(name == other or name.startswith(f"{other}.") for other in unused)
   }
+  tokens = run.result.get(TOKENS)
+  return settings if tokens is None else {**settings, TOKENS: tokens}
 
 
 def _labels(shared: Sequence[dict[str, Any]], leave_out: Iterable[str] = ()) -> list[str]:
   """Returns a label for the settings of each group: its method and what differs between them."""
   fields = _differing(shared) - {"method"} - HAVE_COLUMNS
+  if TOKENS in fields:
+    fields -= BASE
   labels = [_label(settings, fields) for settings in shared]
   clashes = {label for label, count in Counter(labels).items() if count > 1}
   for clash in clashes:
@@ -201,6 +207,7 @@ def _describe(name: str, value: Any) -> str:
     "lora.rank": f"rank {value}",
     "model.start": f"{value} base",
     RATE: f"rate {value:g}" if name == RATE else "",
+    TOKENS: f"base of {value:,} tokens" if name == TOKENS else "",
     LINES: f"{value} lines",
   }
   if name == "lora.target":

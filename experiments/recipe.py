@@ -43,7 +43,10 @@ def lora_config(config: Config) -> lj.LoraConfig:
 
 
 def make_optimizer(
-  config: Config, num_train_steps: int, decays: Callable[[PyTree], PyTree] | None = None
+  config: Config,
+  num_train_steps: int,
+  decays: Callable[[PyTree], PyTree] | None = None,
+  warmup_steps: int | None = None,
 ):
   """Returns AdamW as the paper has it, and the schedule of its learning rate.
 
@@ -51,9 +54,10 @@ def make_optimizer(
     config: of the run.
     num_train_steps: of the schedule.
     decays: from the trainable tree to which of its leaves have weight decay; None is all.
+    warmup_steps: of the schedule; None takes the config's.
   """
   given = config.optimizer
-  warmup = min(given.warmup_steps, num_train_steps)
+  warmup = min(given.warmup_steps if warmup_steps is None else warmup_steps, num_train_steps)
   rest = max(num_train_steps - warmup, 1)
   after = {
     "linear": optax.linear_schedule(given.learning_rate, 0.0, rest),

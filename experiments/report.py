@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments import paper_tables, table
 from experiments.figure import draw
 from experiments.gpt2_e2e import decoded_inputs
-from experiments.groups import RATE, Group, Run, group, read_runs
+from experiments.groups import BASE, RATE, TOKENS, Group, Run, group, read_runs
 from experiments.launch import explained
 from experiments.report_csv import write_csv
 from experiments.workdir import read_config
@@ -99,9 +99,9 @@ def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
   """
   families: dict[tuple[str, str], dict[int, Group]] = defaultdict(dict)
   for one in sorted(groups, key=_loss, reverse=True):  # so that the best comes last
-    tokens = one.first.result.get("pretraining_tokens")
+    tokens = one.settings.get(TOKENS)
     if tokens is not None:
-      base = (RATE, "model.folder", "model.start")
+      base = {RATE, TOKENS, *BASE}
       rest = {name: value for name, value in one.settings.items() if name not in base}
       families[one.method_label, repr(sorted(rest.items()))][tokens] = one
   order = list(dict.fromkeys(one.method_label for one in groups))
@@ -285,19 +285,12 @@ def _printed(name: str, value: paper_tables.Value) -> str:
 
 
 def _rates(families: dict[str, list[Group]]) -> str:
-  rates = sorted({one.rate for members in families.values() for one in members if one.rate})
-  rows, edges = [["validation loss", *(f"{rate:g}" for rate in rates)]], []
-  for label, members in families.items():
-    best = min(members, key=_loss)
-    cells = {one.rate: _statistic(one, "valid_loss") for one in members}
-    cells[best.rate] = f"**{cells[best.rate]}**"
-    rows.append([label, *(cells.get(rate, "") for rate in rates)])
-    if best in (members[0], members[-1]):
-      edges.append(label)
-  note = "The best of each row in bold."
-  if edges:
-    note += f" At an end of the rates that were tried: {'; '.join(edges)}."
-  return f"## By learning rate\n\n{table.aligned(rows)}\n\n{note}"
+  cells = {
+    label: {one.rate or 0.0: _statistic(one, "valid_loss") for one in members}
+    for label, members in families.items()
+  }
+  best = {label: min(members, key=_loss).rate or 0.0 for label, members in families.items()}
+  return f"## By learning rate\n\n{table.by_rate('validation loss', cells, best)}"
 
 
 def _ranks(sweep: Sequence[Group]) -> str:
@@ -385,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("folders", nargs="+", help="of runs, as runs/e2e_methods/*")
+  parser.add_argument("folders", nargs="+", help="of runs, as runs/e2e_budgets/*")
   parser.add_argument("--out", default="report", help="the files to write, without their ending")
   parser.add_argument("--against", help="the run that the others are compared with")
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")

@@ -1,6 +1,6 @@
 """Results in the form of the paper's Table 3."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 METRICS = {
@@ -42,6 +42,26 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def by_rate(what: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[str, float]) -> str:
+  """Returns a table with a column for each learning rate, the best of each row in bold.
+
+  Args:
+    what: the head of the first column.
+    cells: of each row, by rate.
+    best: each row's best rate. If it is an end of several, a note says so.
+  """
+  rates = sorted({rate for row in cells.values() for rate in row})
+  rows = [[what, *(f"{rate:g}" for rate in rates)]]
+  for label, row in cells.items():
+    bold = {**row, best[label]: f"**{row[best[label]]}**"}
+    rows.append([label, *(bold.get(rate, "") for rate in rates)])
+  edges = [
+    label for label, row in cells.items() if len(row) > 1 and best[label] in (min(row), max(row))
+  ]
+  note = f"At an end of the rates that were tried: {'; '.join(edges)}." if edges else ""
+  return f"{aligned(rows)}\n\nThe best of each row in bold. {note}".rstrip()
 
 
 def number(name: str, value: float | None) -> str:

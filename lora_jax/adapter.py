@@ -94,6 +94,13 @@ def adapter_extra(trainable: PyTree) -> dict[str, Any]:
   return {path: node for path, node in nodes if not is_lora_weight(node)}
 
 
+def copied(name: str, leaf: Any) -> jax.Array:
+  """Returns a copy of a leaf that is trained whole, which has to be an array."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    raise ValueError(f"{name} is copied by init and needs a real array, got {leaf}")
+  return jnp.copy(leaf)
+
+
 def stored_shape(shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None):
   """Returns the weight's shape with the layer axis cut to the adapted layers."""
   shape = list(shape)

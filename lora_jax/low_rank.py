@@ -34,6 +34,7 @@ from lora_jax.adapter import (
   adapter_extra,
   adapter_weights,
   check_adapter,
+  copied,
   stored_shape,
   weight_factors,
 )
@@ -112,7 +113,7 @@ def lora(
       axes = target.axes or inferred
       assert axes is not None, "a weight that is not found has axes of its own"
       items.append((target.keys, _new_weight(_fold_path(key, path), target, axes, lookup)))
-    items += [(keys, _copy(path, leaf)) for path, (keys, leaf) in extra.items()]
+    items += [(keys, copied(f"extra {path}", leaf)) for path, (keys, leaf) in extra.items()]
     trainable = nest(items)
 
     def first_step(leaves):
@@ -205,12 +206,6 @@ def _check_layers(target: Target, axes: LoraAxes) -> None:
   count = shape[axes.batch[0]]
   if max(layers) >= count:
     raise ValueError(f"{target.path}: stacked_layers={list(layers)}, but it stacks {count} layers")
-
-
-def _copy(path: str, leaf: Any) -> jax.Array:
-  if isinstance(leaf, jax.ShapeDtypeStruct):
-    raise ValueError(f"extra {path} is copied by init and needs a real array, got {leaf}")
-  return jnp.copy(leaf)
 
 
 def _interpreter(opaque: Mapping[str, OpaqueRule], targets: Mapping[str, Target]) -> Interpreter:

@@ -87,5 +87,5 @@ def test_tokenizers_that_change_lengths_and_unknown_ends_are_refused(tokenizer):
   padding.enable_padding()
   with pytest.raises(ValueError, match="without padding and truncation"):
     text.encode(padding, e2e.read("test")[:2], EOS, 512)
-  with pytest.raises(ValueError, match="eos_id below the tokenizer's 4096 tokens, got 50256"):
+  with pytest.raises(ValueError, match="eos_id below the tokenizer's 8192 tokens, got 50256"):
     text.encode(tokenizer, e2e.read("test")[:2], 50256, 512)

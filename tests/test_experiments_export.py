@@ -61,7 +61,7 @@ def test_a_merged_model_for_transformers(runs, name, tmp_path):
   config, params = load_gpt2(tmp_path / "new")
   got = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(got, logits_of(load_run(runs / name))) < 1e-6
-  assert load_tokenizer(tmp_path / "new").get_vocab_size() == 4096
+  assert load_tokenizer(tmp_path / "new").get_vocab_size() == 8192
 
 
 def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):

@@ -10,12 +10,17 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import encoder, glue, glue_report, paper_tables
+import lora_jax as lj
+from experiments import encoder, export, glue, glue_report, paper_tables
 from experiments.configs import glue as configs
+from experiments.finished_encoder import load_encoder
 from experiments.launch import apply
 from experiments.workdir import write_json
 from lora_jax.adapter import adapter_weights
 from lora_jax.data.glue_tfds import load
+from lora_jax.interop import load_peft
+from lora_jax.models.bert_folder import load_bert, stored_tensors
+from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.loop import fit
 from lora_jax.training.loss import classification_loss
@@ -23,6 +28,7 @@ from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
 from lora_jax.trees import leaves_with_path
 
+from tests.models import relative_difference
 from tests.tiny_glue_run import tiny_config, tiny_source
 
 HEAD = 32 * 32 + 32 + 32 * 2 + 2  # pooler and two classes
@@ -149,6 +155,48 @@ def test_other_methods(finished, tmp_path, method):
     assert {path.split("/")[0] for path in trained} == {"pooler", "head"}
     moved = np.abs(trained["head/out/kernel"] - base.params["head"]["out"]["kernel"]).max()
     assert moved > 0
+  assert_predicts(load_encoder(tmp_path), tmp_path)
+  with pytest.raises(SystemExit, match=f"a run of {method} has no adapter"):
+    export.main([str(tmp_path), str(tmp_path / "peft")])
+
+
+def assert_predicts(run, workdir):
+  """Checks that a loaded run says what it said when it ended; returns texts and outputs."""
+  config = run.config
+  records = load("cola", "validation", config.data.source, any_size=True)
+  texts = [(record.first, record.second) for record in records]
+  outputs = run.classify(texts)
+  lines = (workdir / "predictions.txt").read_text().split()
+  assert [str(number) for number in outputs.argmax(axis=1)] == lines
+  return texts, outputs
+
+
+def test_a_finished_run_in_other_packages_forms(finished, tmp_path):
+  """The adapter with its head, and the merged model with the names of its classes."""
+  workdir, _ = finished
+  run = load_encoder(workdir)
+  texts, expected = assert_predicts(run, workdir)
+  plain = run._replace(params=run.base.params).classify(texts)
+  assert relative_difference(plain, expected) > 1e-3
+  export.main([str(workdir), str(tmp_path / "peft")])
+  config, params = run.base.module.config, run.base.params
+  lora, trainable = load_peft(tmp_path / "peft", stored_tensors(config), params)
+  merged = lj.lora(lambda params: params, lora).merge(params, trainable)
+  assert relative_difference(run._replace(params=merged).classify(texts), expected) < 1e-5
+  export.main([str(workdir), str(tmp_path / "merged"), "--merged"])
+  again, params = load_bert(tmp_path / "merged", hidden_dropout=0.0, attention_dropout=0.0)
+  assert again == config
+  tokenizer = load_tokenizer(tmp_path / "merged", config.vocab_size)
+  other = run._replace(base=run.base._replace(tokenizer=tokenizer), params=params)
+  assert relative_difference(other.classify(texts), expected) < 1e-5
+  written = json.loads((tmp_path / "merged" / "config.json").read_text())
+  assert written["id2label"] == {"0": "unacceptable", "1": "acceptable"}
+  with pytest.raises(SystemExit, match="servers read no leaves that are trained whole"):
+    export.main([str(workdir), str(tmp_path / "server"), "--server"])
+  (tmp_path / "begun").mkdir()
+  shutil.copy(workdir / "config.json", tmp_path / "begun")
+  with pytest.raises(SystemExit, match="begun is not finished: start its command again"):
+    export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
 
 
 @pytest.mark.parametrize("task", ["stsb", "mnli", "multirc"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import gpt2_e2e
-from experiments.configs import e2e_methods
+from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
 from experiments.finished import load_run
 from experiments.gpt2 import load_base, model_folder
@@ -43,7 +43,7 @@ def test_a_run_writes_what_it_says(finished):
   assert len((workdir / "predictions.txt").read_text().splitlines()) == 4
   assert result["num_inputs"] == 4
   assert result["trainable_parameters"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 128))
-  assert result["base_parameters"] == 32 * (4096 + 256) + 2 * (12 * 32**2 + 13 * 32) + 64
+  assert result["base_parameters"] == 32 * (8192 + 256) + 2 * (12 * 32**2 + 13 * 32) + 64
   assert result["num_train_records"] == 60
   assert set(result["scores"]) >= {"bleu", "nist", "meteor", "rouge_l", "cider"}
   losses = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -156,8 +156,8 @@ def test_variants_and_sweeps():
   with pytest.raises(ValueError, match="variant must be one of mini, small, medium, large"):
     configs.get_config("huge")
   for name in ("rates", "seeds"):
-    config = e2e_methods.get_config(name)
-    for changes in e2e_methods.sweep(config):
+    config = e2e_budgets.get_config(name)
+    for changes in e2e_budgets.sweep(config):
       apply(config, changes)  # raises for a field that there is not
 
 
@@ -259,7 +259,7 @@ def test_the_embedded_base_is_the_default(tmp_path):
   config = tiny_config(tmp_path)
   config.model.folder = ""
   assert model_folder(config) == EMBEDDED
-  assert load_tokenizer(EMBEDDED, 4096).get_vocab_size() == 4096
+  assert load_tokenizer(EMBEDDED, 8192).get_vocab_size() == 8192
 
 
 def test_the_sharding_rules_cover_the_model():

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import gpt2_e2e, paper_tables, table
 from experiments import report as reports
-from experiments.configs import e2e_methods
+from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
 from experiments.e2e_template import describe, parse
 from experiments.groups import group, read_runs, target
@@ -254,14 +254,19 @@ def test_a_rank_is_shown_at_its_best_rate(runs, tmp_path):
 
 def sweep_of_rates(runs, root):
   """Writes undecoded runs with the configs of the sweep of learning rates."""
-  config = e2e_methods.get_config("rates")
+  config = e2e_budgets.get_config("rates")
   config.seed = 1
   losses = iter(np.linspace(3, 2, 99))
-  for number, changes in enumerate(e2e_methods.sweep(config)):
+  for number, changes in enumerate(e2e_budgets.sweep(config)):
     folder = root / str(number)
     folder.mkdir(parents=True)
     stored = apply(config, changes).to_dict()
-    of_result = result(runs, "lora1") | {"method": stored["method"], "valid_loss": next(losses)}
+    tokens = re.search("tokens=([0-9]+)", str(changes["model.folder"]))
+    of_result = result(runs, "lora1") | {
+      "method": stored["method"],
+      "valid_loss": next(losses),
+      "pretraining_tokens": 0 if "model.start" in changes else int(tokens[1]),
+    }
     for name in ("scores", "intervals", "num_inputs"):
       del of_result[name]
     write_json(folder / "config.json", stored)
@@ -274,13 +279,13 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
   given = sweep_of_rates(runs, tmp_path / "rates")
   text = report(given, tmp_path / "r")
   found = rows(text, "By learning rate")
-  assert len(found) == len(e2e_methods.METHODS)
+  assert len(found) == len(e2e_budgets.METHODS) * len(e2e_budgets.BASES)
   for cells in found.values():
     assert sum(cell.startswith("**") for cell in cells.values()) == 1
-  best = found["LoRA, rank 4, q,v, pretrained base"]
+  best = found["LoRA, q,v, base of 2,000,000 tokens"]
   assert best["0.1"].startswith("**")
   assert best["0.001"] == ""
-  assert found["full fine-tuning, random base"]["0.01"].startswith("**")
+  assert found["full fine-tuning, base of 0 tokens"]["0.01"].startswith("**")
   assert "At an end of the rates that were tried: " in text
   assert "Table 3" not in text
   assert "BLEU" not in text

@@ -18,6 +18,8 @@ from benchmarks.load import random_llama
 from benchmarks.memory import measure
 from lora_jax.interop import load_peft, save_merged
 from lora_jax.models import llama_folder
+from lora_jax.models.bert import Bert
+from lora_jax.models.bert_folder import load_bert, stored_tensors
 from lora_jax.models.zoo import load_causal_lm
 
 from tests import make_llama_golden, make_peft_golden
@@ -180,6 +182,25 @@ def test_old_names_and_a_tied_head_that_is_written_out(tmp_path):
   again = load_causal_lm(tmp_path / "new")  # which refuses a tied head that differs
   merged = jax.jit(adapted.merge)(model.params, trainable)
   assert relative_difference(again.params, merged) < 1e-6
+
+
+def test_an_encoder_without_its_head_from_a_folder_with_another(tmp_path):
+  """Its names have a prefix there, and norms may have their old ones."""
+  base = Path(shutil.copytree(GOLDEN / "bert" / "bert_masked", tmp_path / "base"))
+  arrays = load_file(base / "model.safetensors")
+  old = {name.replace("LayerNorm.bias", "LayerNorm.beta"): x for name, x in arrays.items()}
+  save_file(old, base / "model.safetensors")
+  encoder, params = load_bert(base)
+  config = lj.LoraConfig(2, 4.0, r".*/query/kernel", extra=r"layers_0/attn_norm/.*")
+  adapted = lj.lora(functools.partial(run, Bert(encoder)), config)
+  trainable = randomized(adapted.init(jax.random.key(0), params, TOKENS))
+  save_merged(tmp_path / "new", base, config, trainable, stored_tensors(encoder), params)
+  again = load_bert(tmp_path / "new")[1]
+  jax.tree.map(np.testing.assert_array_equal, again, adapted.merge(params, trainable))
+  before, after = files_of(base), files_of(tmp_path / "new")
+  changed = {name for name in before if np.any(before[name] != after[name])}
+  assert "bert.encoder.layer.0.attention.output.LayerNorm.beta" in changed
+  assert len(changed) == 4
 
 
 def test_what_cannot_be_merged_leaves_nothing_behind(folder, tmp_path):

@@ -301,7 +301,14 @@ def test_the_bases_embedding_beside_its_adapter_is_compared(tmp_path):
   save_file(arrays | {name: table}, path)
   got = logits("llama/llama_biased", load_peft(tmp_path / "adapter", tensors, params))[0]
   assert relative_difference(got, expected("llama_saved")) < 1e-5
+  narrow = table.astype(jnp.bfloat16)  # as of a base that was loaded so
+  save_file(arrays | {name: narrow}, path)
+  load_peft(tmp_path / "adapter", tensors, params)
+  other = params | {"token_embedding": {"embedding": jnp.asarray(narrow)}}
+  save_file(arrays | {name: table}, path)
+  load_peft(tmp_path / "adapter", tensors, other)
   save_file(arrays | {name: table + 1}, path)
+  load_peft(tmp_path / "adapter", tensors, jax.eval_shape(lambda: params))  # which have no values
   with pytest.raises(ValueError, match=r"embed_tokens that is saved with the adapter is not this"):
     load_peft(tmp_path / "adapter", tensors, params)
 

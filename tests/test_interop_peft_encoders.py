@@ -75,6 +75,7 @@ def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
 
 CASES = {
   "with the head": ({"extra": "head/.*"}, "SEQ_CLS"),
+  "with the pooler": ({"extra": "(pooler|head)/.*"}, "SEQ_CLS"),
   "without": ({}, None),
   "with a part of the head": ({"extra": "head/out/.*"}, None),  # RoBERTa's has two
   "with an embedding": ({"target": r"token_embedding/embedding|.*/mlp/up/kernel"}, None),

@@ -45,3 +45,6 @@ def test_bad_patterns_and_trees_are_named():
     method.merge(PARAMS, {"head": {"kernel": jnp.ones((3, 2))}})
   with pytest.raises(ValueError, match="mis-shaped: head/bias is"):
     method.merge(PARAMS, {"head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(3)}})
+  shapes = jax.eval_shape(lambda: PARAMS)
+  with pytest.raises(ValueError, match=r"head/bias is copied by init and needs a real array"):
+    method.init(jax.random.key(0), shapes, X)

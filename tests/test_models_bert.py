@@ -80,6 +80,17 @@ def test_folders_go_there_and_back(name, tmp_path):
     assert names == set(load_file(tmp_path / "stacked" / "model.safetensors"))
 
 
+def test_labels_have_their_names(tmp_path):
+  config, params = load_bert(golden.GOLDEN / "bert_classifier")
+  save_bert(tmp_path / "new", config, params, labels=["no", "maybe", "yes"])
+  written = json.loads((tmp_path / "new" / "config.json").read_text())
+  assert written["label2id"] == {"no": 0, "maybe": 1, "yes": 2}
+  assert load_bert(tmp_path / "new")[0] == config
+  for labels in (["no", "yes"], ["no", "no", "yes"]):
+    with pytest.raises(ValueError, match="expected 3 labels, each once, got no,"):
+      save_bert(tmp_path / "other", config, params, labels=labels)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 @pytest.mark.parametrize("name", ["bert", "roberta", *CLASSIFIERS])
 def test_transformers_reads_our_folders(name, tmp_path):

@@ -190,6 +190,15 @@ def test_a_new_head(name):
     load_deberta(golden.GOLDEN / name, num_labels=5)
 
 
+def test_a_null_is_the_default(tmp_path):
+  shutil.copytree(golden.GOLDEN / "v3", tmp_path / "new")
+  path = tmp_path / "new" / "config.json"
+  given = json.loads(path.read_text())
+  empty = {"pooler_dropout": None, "conv_act": None, "cls_dropout": None, "conv_kernel_size": None}
+  path.write_text(json.dumps(given | empty))
+  assert load_deberta(tmp_path / "new")[0] == load_deberta(golden.GOLDEN / "v3")[0]
+
+
 @pytest.mark.parametrize(
   ("name", "fields", "message"),
   [

@@ -173,7 +173,7 @@ def test_a_stored_head_must_be_the_tied_embedding(folder):
   change(folder, {"lm_head.weight": embedding})
   assert_same_trees(load_gpt2(folder)[1], expected)
   change(folder, {"lm_head.weight": embedding + 1e-3})
-  refused(folder, r"lm_head\.weight differs from wte\.weight, .* tie_word_embeddings to false")
+  refused(folder, r"lm_head\.weight differs from transformer\.wte\.weight, .*_embeddings to false")
 
 
 def test_old_files_have_no_prefix_and_hold_masks(folder):

@@ -46,7 +46,7 @@ def assert_alike(one, other, texts):
 
 def test_vocabulary_and_merges_are_the_same_tokenizer(tmp_path):
   split = split_form(EMBEDDED, tmp_path / "split")
-  assert_alike(load_tokenizer(EMBEDDED, 4096), load_tokenizer(split, 4096), TEXTS)
+  assert_alike(load_tokenizer(EMBEDDED, 8192), load_tokenizer(split, 8192), TEXTS)
 
 
 def test_gpt2s_own_files_are_the_same_tokenizer_on_e2e_lines(tmp_path):
@@ -60,14 +60,14 @@ def test_gpt2s_own_files_are_the_same_tokenizer_on_e2e_lines(tmp_path):
   assert_alike(one, other, [*TEXTS, *lines.read_text("utf-8").splitlines()])
 
 
-@pytest.mark.parametrize("vocab_size", [4096, 4224, 5119])
+@pytest.mark.parametrize("vocab_size", [8192, 8320, 9215])
 def test_a_models_table_may_be_padded(vocab_size):
-  assert load_tokenizer(EMBEDDED, vocab_size).get_vocab_size() == 4096
+  assert load_tokenizer(EMBEDDED, vocab_size).get_vocab_size() == 8192
 
 
-@pytest.mark.parametrize("vocab_size", [4095, 64, 5120, 50257])
+@pytest.mark.parametrize("vocab_size", [8191, 64, 9216, 50257])
 def test_a_tokenizer_of_another_model_is_refused(vocab_size):
-  message = f"the tokenizer has 4,096 tokens and the model {vocab_size:,}; they do not belong"
+  message = f"the tokenizer has 8,192 tokens and the model {vocab_size:,}; they do not belong"
   with pytest.raises(ValueError, match=message):
     load_tokenizer(EMBEDDED, vocab_size)
 
@@ -90,7 +90,7 @@ def test_a_tokenizer_must_know_the_end_of_text(tmp_path):
   vocab["<|end|>"] = vocab.pop("<|endoftext|>")
   (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
   with pytest.raises(ValueError, match=r"has no token '<\|endoftext\|>'"):
-    end_of_text_id(load_tokenizer(folder, 4096))
+    end_of_text_id(load_tokenizer(folder, 8192))
 
 
 @pytest.mark.parametrize("name", ["bert", "bert_cased", "bert_accents", "roberta"])

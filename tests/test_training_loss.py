@@ -114,14 +114,14 @@ def test_the_head_sees_only_targets():
 
 @cache
 def e2e_examples():
-  tokenizer = load_tokenizer(EMBEDDED, 4096)
+  tokenizer = load_tokenizer(EMBEDDED, 8192)
   records = e2e.read("train")[:12]
   return text.encode(tokenizer, records, end_of_text_id(tokenizer), 512)
 
 
 def summed(batches):
   """Returns the loss over all batches and its gradient for LoRA's factors."""
-  module, params = model(num_layers=1, vocab_size=4096, num_positions=512)
+  module, params = model(num_layers=1, vocab_size=8192, num_positions=512)
   adaptation = lora(QUERY)(language_model_loss(module, 0.1))
   trainable = randomized(adaptation.init(KEY, params, batches[0]))
   of_batch = value_and_grad(adaptation, params)

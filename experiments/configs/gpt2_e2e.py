@@ -63,7 +63,7 @@ def get_config(variant: str = "mini") -> Config:
   config.data.loss_length = 112  # tokens with a loss in a row, at most
 
   config.optimizer = ConfigDict()
-  config.optimizer.learning_rate = 1e-2  # the best of four by validation loss: e2e_methods.py
+  config.optimizer.learning_rate = 1e-2  # the best of four by validation loss
   config.optimizer.weight_decay = 0.01
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.999

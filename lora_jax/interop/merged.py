@@ -17,6 +17,7 @@ import numpy as np
 from lora_jax.adapter import LoraAxes, LoraWeight, adapter_extra, adapter_weights, check_adapter
 from lora_jax.config import LoraConfig, find_leaves
 from lora_jax.low_rank import merge_weight
+from lora_jax.models.encoder_folder import OLD_NAMES
 from lora_jax.models.hub import (
   FLOATS,
   INDEX,
@@ -154,10 +155,15 @@ def _changed(
     ValueError: if one is missing or mis-shaped, or a leaf is in no tensor.
   """
   present = set(base)
+  prefixes = sorted({name.partition(".")[0] for name in present})
 
-  def name_of(stored: StoredTensor) -> str:  # old files lack the model's prefix
-    short = stored.name.partition(".")[2]
-    return short if stored.name not in present and short in present else stored.name
+  def name_of(stored: StoredTensor) -> str:
+    """Returns a tensor's name in the files, which may lack the model's prefix or have one."""
+    forms = [stored.name, stored.name.partition(".")[2]]
+    forms += [f"{prefix}.{stored.name}" for prefix in prefixes]
+    for now, old in OLD_NAMES.items():
+      forms += [form.removesuffix(now) + old for form in forms if form.endswith(now)]
+    return next((form for form in forms if form in present), stored.name)
 
   changed = {name_of(one): one for one in tensors if new_leaves.errors.keys() & set(one.paths)}
   if lost := sorted(set(new_leaves.errors) - {p for one in changed.values() for p in one.paths}):

@@ -148,6 +148,8 @@ def _drop_base_copies(
 ) -> None:
   """Leaves out the base's embedding or head, which PEFT saves beside an adapter of it.
 
+  It may have been in another dtype there. Where `leaves` are shapes, its shape alone is compared.
+
   Raises:
     ValueError: if it is not this base's.
   """
@@ -156,12 +158,24 @@ def _drop_base_copies(
     if copy is None:
       continue
     (path,) = module.stored.paths
-    own = np.asarray(leaves[path], np.float32)
-    if not np.array_equal(module.stored.turned(copy), own):
+    if not _is_copy(module.stored.turned(copy), leaves[path]):
       raise ValueError(
         f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
         "Load the base that it was trained on"
       )
+
+
+def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
+  """Returns whether an array is a leaf, rounded to the dtype of one of the two."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return copy.shape == leaf.shape
+  own = np.asarray(leaf)
+  if copy.shape != own.shape:
+    return False
+  with np.errstate(over="ignore"):
+    rounded = [own.astype(dtype).astype(np.float32) for dtype in (jnp.bfloat16, np.float16)]
+    same = np.array_equal(copy.astype(own.dtype), own)
+  return same or any(np.array_equal(copy, other) for other in rounded)
 
 
 def _load(path: Path) -> Arrays:

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax.numpy as jnp
-
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapter import adapter_extra, check_adapter
+from lora_jax.adapter import adapter_extra, check_adapter, copied
 from lora_jax.config import array_leaves
 from lora_jax.trees import nest, replace_leaves, select
 
@@ -36,7 +34,8 @@ def partial_finetuning(fn: Callable[..., Any], train: str | Iterable[str]) -> Ad
 
   def init(key, params, *args, **kwargs):
     del key, args, kwargs
-    return nest((keys, jnp.copy(leaf)) for keys, leaf in chosen(params).values())
+    leaves = chosen(params).items()
+    return nest((keys, copied(path, leaf)) for path, (keys, leaf) in leaves)
 
   def merge(params, trainable):
     check_adapter(trainable, {}, chosen(params))

@@ -28,6 +28,7 @@ from lora_jax.models.encoder import (
   finish_layer,
   head_layer,
   heads,
+  positions_of,
 )
 from lora_jax.models.gpt2 import layer_norm
 
@@ -183,16 +184,10 @@ class Bert(Encoder):
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None
   ) -> Int[Array, "B T"]:
     """Returns the rows of the table of positions; those that RoBERTa counts leave padding out."""
-    config, limit = self.config, self.config.num_positions - self.config.first_position
-    if positions is not None:
-      return positions + config.first_position
-    if tokens.shape[1] > limit:
-      raise ValueError(
-        f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; cut the rows, or "
-        "give positions of packed sequences"
-      )
-    if config.kind == "bert":
-      return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    config = self.config
+    found = positions_of(tokens, positions, config.num_positions - config.first_position)
+    if positions is not None or config.kind == "bert":
+      return found + config.first_position
     is_token = (tokens != config.pad_id).astype(jnp.int32)
     return jnp.cumsum(is_token, axis=1) * is_token + config.pad_id
 

@@ -1,38 +1,30 @@
 """BERT and RoBERTa from and to Hugging Face folders, with and without heads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.encoder_folder import (
   FLOATS,
+  INTEGERS,
+  check_integers,
   head_size,
-  labels_of,
   load_encoder,
+  save_encoder,
+  shapes_of,
   stored_by_module,
   tensor_names,
 )
 from lora_jax.models.files import read_json
-from lora_jax.models.hub import StoredTensor, find_folder, save_folder
-from lora_jax.models.stored import tensors_of
+from lora_jax.models.hub import StoredTensor, find_folder
 
 PyTree = Any
 
 CLASSES = {"bert": "Bert", "roberta": "Roberta"}
-FIELDS = {  # ours: Hugging Face's
-  "vocab_size": "vocab_size",
-  "num_positions": "max_position_embeddings",
-  "num_token_types": "type_vocab_size",
-  "embed_dim": "hidden_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "mlp_dim": "intermediate_size",
-}
 DEFAULTS = {  # of `transformers`, where a config leaves them out
   "type_vocab_size": 2,
   "hidden_act": "gelu",
@@ -113,19 +105,15 @@ def load_bert(
     unused = not config.pooler and short.startswith("pooler.")
     return replaced or unused or bool(OTHER_HEADS.fullmatch(tensor))
 
-  def make(part: str) -> PyTree:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: Bert(config).init(key, tokens)["params"][part])(key)
-
-  new = {part: (lambda part=part: make(part)) for part in absent}
-  stored, shapes = stored_tensors(config), params_shapes(config)
-  return config, load_encoder(folder, stored, prefix, shapes, shardings, ignored, new)
+  model, stored = Bert(config), stored_tensors(config)
+  return config, load_encoder(
+    folder, model, stored, prefix, shardings, ignored, new=absent, key=key
+  )
 
 
 def params_shapes(config: BertConfig) -> PyTree:
   """Returns the params' tree of `ShapeDtypeStruct`s."""
-  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  return jax.eval_shape(Bert(config).init, jax.random.key(0), tokens)["params"]
+  return shapes_of(Bert(config))
 
 
 def stored_tensors(config: BertConfig) -> list[StoredTensor]:
@@ -133,9 +121,7 @@ def stored_tensors(config: BertConfig) -> list[StoredTensor]:
 
   Names are those of the class for sequence classification, or without a head of the bare model.
   """
-  prefix = "" if config.num_labels is None else f"{config.kind}."
-  outside = {ours: prefix + theirs for ours, theirs in OUTSIDE.items()} | HEAD[config.kind]
-  return stored_by_module(params_shapes(config), outside, LAYER, f"{prefix}encoder.layer")
+  return stored_by_module(Bert(config), f"{config.kind}.", OUTSIDE, HEAD[config.kind], LAYER)
 
 
 def read_config(
@@ -160,13 +146,10 @@ def read_config(
   kind = given.get("model_type")
   if kind not in CLASSES:
     raise ValueError(f"{path}: expected model_type {' or '.join(CLASSES)}, got {kind!r}")
-  given = DEFAULTS | given
+  given = DEFAULTS | {key: value for key, value in given.items() if value is not None}
   if given.get("pad_token_id") is None:
     given["pad_token_id"] = PAD_ID[kind]
-  for key in (*FIELDS.values(), "pad_token_id"):
-    value, least = given.get(key), int(key != "pad_token_id")
-    if type(value) is not int or value < least:
-      raise ValueError(f"{path}: expected an integer of at least {least} for {key}, got {value!r}")
+  check_integers(path, given, dict.fromkeys(INTEGERS.values(), 1) | {"pad_token_id": 0})
   for key, ours in (
     ("position_embedding_type", "absolute"),
     ("is_decoder", False),
@@ -179,10 +162,9 @@ def read_config(
   has_pooler = "pooler.dense.weight" in names
   of_head = given.get("classifier_dropout")
   read = {
-    **{ours: given[theirs] for ours, theirs in (FIELDS | FLOATS).items()},
+    **{ours: given[theirs] for ours, theirs in (INTEGERS | FLOATS).items()},
     "kind": kind,
     "activation": given["hidden_act"],
-    "pad_id": given["pad_token_id"],
     "pooler": has_pooler if num_labels is None else kind == "bert",
     "num_labels": num_labels,
     "head_dropout": given["hidden_dropout_prob"] if of_head is None else of_head,
@@ -199,6 +181,7 @@ def save_bert(
   params: PyTree,
   tokenizer_from: str | Path | None = None,
   max_shard_bytes: int = 5_000_000_000,
+  labels: Sequence[str] | None = None,
 ) -> None:
   """Writes a model as a new folder that `transformers` and `load_bert` read.
 
@@ -209,20 +192,24 @@ def save_bert(
       was adapted.
     tokenizer_from: a folder whose tokenizer files are copied.
     max_shard_bytes: of one file.
+    labels: the names of the head's outputs; None is LABEL_0, LABEL_1, ...
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the params are not those of the config.
   """
-  kind = "Model" if config.num_labels is None else "ForSequenceClassification"
-  written = {
+  fields = {
     "model_type": config.kind,
-    "architectures": [f"{CLASSES[config.kind]}{kind}"],
-    **{theirs: getattr(config, ours) for ours, theirs in (FIELDS | FLOATS).items()},
-    "hidden_act": config.activation,
-    "pad_token_id": config.pad_id,
+    "architectures": [CLASSES[config.kind]],
     "classifier_dropout": config.head_dropout,
-    "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
-    **labels_of(config.num_labels),
   }
-  tensors = tensors_of(stored_tensors(config), params_shapes(config), params)
-  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
+  model, stored = Bert(config), stored_tensors(config)
+  save_encoder(
+    folder,
+    model,
+    params,
+    stored,
+    fields,
+    tokenizer_from=tokenizer_from,
+    max_shard_bytes=max_shard_bytes,
+    labels=labels,
+  )

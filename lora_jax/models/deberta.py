@@ -32,6 +32,7 @@ from lora_jax.models.encoder import (
   embedding,
   finish_layer,
   head_layer,
+  positions_of,
 )
 from lora_jax.models.gpt2 import ACTIVATIONS as OF_MLP
 from lora_jax.models.gpt2 import layer_norm
@@ -273,14 +274,7 @@ class Deberta(Encoder):
       )
     x = self.token_embedding(tokens)
     if config.input_positions:
-      if positions is None:
-        if tokens.shape[1] > config.num_positions:
-          raise ValueError(
-            f"{tokens.shape[1]} tokens a row, but the model has {config.num_positions} positions; "
-            "cut the rows, or give positions of packed sequences"
-          )
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-      x = x + self.position_embedding(positions)
+      x = x + self.position_embedding(positions_of(tokens, positions, config.num_positions))
     if config.num_token_types:
       types = jnp.zeros_like(tokens) if token_types is None else token_types
       x = x + self.token_type_embedding(types)

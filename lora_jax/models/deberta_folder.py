@@ -1,39 +1,30 @@
 """DeBERTa-v2 and v3 from and to Hugging Face folders, with and without heads."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.models.deberta import Deberta, DebertaConfig
 from lora_jax.models.encoder_folder import (
   FLOATS,
+  INTEGERS,
+  check_integers,
   head_size,
-  labels_of,
   load_encoder,
+  save_encoder,
+  shapes_of,
   stored_by_module,
   tensor_names,
 )
 from lora_jax.models.files import read_json
-from lora_jax.models.hub import StoredTensor, find_folder, save_folder
-from lora_jax.models.stored import tensors_of
+from lora_jax.models.hub import StoredTensor, find_folder
 
 PyTree = Any
 
 PREFIX = "deberta."
-FIELDS = {  # ours: Hugging Face's
-  "vocab_size": "vocab_size",
-  "num_positions": "max_position_embeddings",
-  "num_token_types": "type_vocab_size",
-  "embed_dim": "hidden_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "mlp_dim": "intermediate_size",
-  "pad_id": "pad_token_id",
-}
 DEFAULTS = {  # of `transformers`, where a config leaves them out
   "max_position_embeddings": 512,
   "type_vocab_size": 0,
@@ -119,19 +110,13 @@ def load_deberta(
     unused = not config.input_positions and short == "embeddings.position_embeddings.weight"
     return replaced or unused or bool(OTHER_HEADS.fullmatch(tensor))
 
-  def head() -> PyTree:
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: Deberta(config).init(key, tokens)["params"]["head"])(key)
-
-  new = {} if key is None else {"head": head}
-  stored, shapes = stored_tensors(config), params_shapes(config)
-  return config, load_encoder(folder, stored, PREFIX, shapes, shardings, ignored, new)
+  model, stored, new = Deberta(config), stored_tensors(config), ["head"] if key is not None else []
+  return config, load_encoder(folder, model, stored, PREFIX, shardings, ignored, new=new, key=key)
 
 
 def params_shapes(config: DebertaConfig) -> PyTree:
   """Returns the params' tree of `ShapeDtypeStruct`s."""
-  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  return jax.eval_shape(Deberta(config).init, jax.random.key(0), tokens)["params"]
+  return shapes_of(Deberta(config))
 
 
 def stored_tensors(config: DebertaConfig) -> list[StoredTensor]:
@@ -139,9 +124,7 @@ def stored_tensors(config: DebertaConfig) -> list[StoredTensor]:
 
   Names are those of the class for sequence classification, or without a head of the bare model.
   """
-  prefix = "" if config.num_labels is None else PREFIX
-  outside = {ours: prefix + theirs for ours, theirs in OUTSIDE.items()} | HEAD
-  return stored_by_module(params_shapes(config), outside, LAYER, f"{prefix}encoder.layer")
+  return stored_by_module(Deberta(config), PREFIX, OUTSIDE, HEAD, LAYER)
 
 
 def read_config(
@@ -158,13 +141,10 @@ def read_config(
   given = read_json(path)
   if given.get("model_type") != "deberta-v2":
     raise ValueError(f"{path}: expected model_type 'deberta-v2', got {given.get('model_type')!r}")
-  given = DEFAULTS | given
+  given = DEFAULTS | {key: value for key, value in given.items() if value is not None}
   least = {"type_vocab_size": 0, "pad_token_id": 0, "conv_kernel_size": 0}
   least |= {"max_relative_positions": -1, "position_buckets": -1}
-  for key in {**dict.fromkeys(FIELDS.values(), 1), **least}:
-    value, low = given.get(key), least.get(key, 1)
-    if type(value) is not int or value < low:
-      raise ValueError(f"{path}: expected an integer of at least {low} for {key}, got {value!r}")
+  check_integers(path, given, dict.fromkeys(INTEGERS.values(), 1) | least)
   width = given["hidden_size"]
   for key, ours in (
     ("relative_attention", True),
@@ -180,7 +160,7 @@ def read_config(
   terms = given.get("pos_att_type") or []
   terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
   read = {
-    **{ours: given[theirs] for ours, theirs in (FIELDS | FLOATS).items()},
+    **{ours: given[theirs] for ours, theirs in (INTEGERS | FLOATS).items()},
     "activation": given["hidden_act"],
     "input_positions": bool(given["position_biased_input"]),
     "max_distance": given["max_position_embeddings"] if distance < 1 else distance,
@@ -208,18 +188,16 @@ def save_deberta(
   params: PyTree,
   tokenizer_from: str | Path | None = None,
   max_shard_bytes: int = 5_000_000_000,
+  labels: Sequence[str] | None = None,
 ) -> None:
   """Writes a model as a new folder that `transformers` and `load_deberta` read.
 
   Arguments and errors as of `save_bert`.
   """
   terms = {"p2c": config.position_to_content, "c2p": config.content_to_position}
-  kind = "Model" if config.num_labels is None else "ForSequenceClassification"
-  written = {
+  fields = {
     "model_type": "deberta-v2",
-    "architectures": [f"DebertaV2{kind}"],
-    **{theirs: getattr(config, ours) for ours, theirs in (FIELDS | FLOATS).items()},
-    "hidden_act": config.activation,
+    "architectures": ["DebertaV2"],
     "relative_attention": True,
     "position_biased_input": config.input_positions,
     "max_relative_positions": config.max_distance,
@@ -233,8 +211,15 @@ def save_deberta(
     "pooler_hidden_act": config.head_activation,
     "pooler_dropout": config.pooler_dropout,
     "cls_dropout": config.head_dropout,
-    "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
-    **labels_of(config.num_labels),
   }
-  tensors = tensors_of(stored_tensors(config), params_shapes(config), params)
-  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
+  model, stored = Deberta(config), stored_tensors(config)
+  save_encoder(
+    folder,
+    model,
+    params,
+    stored,
+    fields,
+    tokenizer_from=tokenizer_from,
+    max_shard_bytes=max_shard_bytes,
+    labels=labels,
+  )

@@ -183,6 +183,20 @@ def dropout(rate: float, x: Array, deterministic: bool) -> Array:
   return nn.Dropout(rate)(x, deterministic=deterministic)
 
 
+def positions_of(
+  tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None, limit: int
+) -> Int[Array, "B T"]:
+  """Returns the given positions; without any they are counted along each row, up to a limit."""
+  if positions is not None:
+    return positions
+  if tokens.shape[1] > limit:
+    raise ValueError(
+      f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; cut the rows, or "
+      "give positions of packed sequences"
+    )
+  return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+
+
 def embedding(config: EncoderShape, size: int) -> nn.Embed:
   """Returns a table of so many embeddings."""
   return nn.Embed(

@@ -5,35 +5,60 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.hub import StoredTensor, make_leaf, open_tensors
-from lora_jax.models.stored import load_params
+from lora_jax.models.encoder import Encoder
+from lora_jax.models.hub import StoredTensor, make_leaf, open_tensors, save_folder
+from lora_jax.models.stored import load_params, tensors_of
 
 PyTree = Any
 
 TENSOR = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-FLOATS = {  # fields of any encoder's config: Hugging Face's
+INTEGERS = {  # fields of any encoder's config: Hugging Face's
+  "vocab_size": "vocab_size",
+  "num_positions": "max_position_embeddings",
+  "num_token_types": "type_vocab_size",
+  "embed_dim": "hidden_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "pad_id": "pad_token_id",
+}
+FLOATS = {  # likewise
   "layer_norm_epsilon": "layer_norm_eps",
   "hidden_dropout": "hidden_dropout_prob",
   "attention_dropout": "attention_probs_dropout_prob",
 }
 
 
+def shapes_of(model: Encoder) -> PyTree:
+  """Returns the params' tree of `ShapeDtypeStruct`s."""
+  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
 def stored_by_module(
-  shapes: PyTree, outside: Mapping[str, str], layer: Mapping[str, str], layers: str
+  model: Encoder,
+  prefix: str,
+  outside: Mapping[str, str],
+  head: Mapping[str, str],
+  layer: Mapping[str, str],
 ) -> list[StoredTensor]:
   """Returns the tensors of a model whose modules are ours by other names.
 
   Args:
-    shapes: of the params.
+    model: with its config.
+    prefix: of all names but the head's, if there is a head.
     outside: names of the modules outside the layers, by our paths.
-    layer: names of those in a layer, by our paths.
-    layers: the name of the list of the layers.
+    head: names of the head's.
+    layer: names of those in a layer.
   """
+  prefix = "" if model.config.num_labels is None else prefix
+  outside = {**{ours: prefix + theirs for ours, theirs in outside.items()}, **head}
   stored = []
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
     path = jax.tree_util.keystr(keys, simple=True, separator="/")
     module, kind = path.rsplit("/", 1)
     traits = {"transposed": kind == "kernel", "is_embedding": kind == "embedding"}
@@ -44,9 +69,17 @@ def stored_by_module(
     name = f"{layer[inside]}.{TENSOR[kind]}"
     stacked = stack == "layers"
     for i in range(leaf.shape[0]) if stacked else [int(stack.removeprefix("layers_"))]:
-      own = StoredTensor(f"{layers}.{i}.{name}", (path,), i if stacked else None, **traits)
-      stored.append(own)
+      own = f"{prefix}encoder.layer.{i}.{name}"
+      stored.append(StoredTensor(own, (path,), i if stacked else None, **traits))
   return stored
+
+
+def check_integers(path: Path, given: Mapping[str, Any], least: Mapping[str, int]) -> None:
+  """Raises ValueError unless fields of config.json are integers of at least so much."""
+  for key, low in least.items():
+    value = given.get(key)
+    if type(value) is not int or value < low:
+      raise ValueError(f"{path}: expected an integer of at least {low} for {key}, got {value!r}")
 
 
 def head_size(
@@ -82,15 +115,6 @@ def head_size(
   return found
 
 
-def labels_of(num_labels: int | None) -> dict[str, dict[str, Any]]:
-  """Returns the fields of config.json from which `transformers` has the size of a head."""
-  names = [f"LABEL_{i}" for i in range(num_labels or 0)]
-  if not names:
-    return {}
-  ids = {name: i for i, name in enumerate(names)}
-  return {"id2label": {str(i): name for name, i in ids.items()}, "label2id": ids}
-
-
 def tensor_names(folder: Path) -> set[str]:
   """Returns the names of a folder's tensors."""
   with open_tensors(folder) as tensors:
@@ -99,24 +123,27 @@ def tensor_names(folder: Path) -> set[str]:
 
 def load_encoder(
   folder: Path,
+  model: Encoder,
   stored: Sequence[StoredTensor],
   prefix: str,
-  shapes: PyTree,
   shardings: PyTree | Callable[[PyTree], PyTree] | None,
   ignored: Callable[[str], bool],
-  new: Mapping[str, Callable[[], PyTree]],
+  new: Sequence[str],
+  key: jax.Array | None,
 ) -> PyTree:
   """Returns an encoder's params: those of its folder, and new parts.
 
   Args:
     folder: with safetensors.
+    model: with its config.
     stored: which tensors hold which leaves, by the names that they have below the prefix.
     prefix: of the encoder's names in some files: all those that have it lose it first.
-    shapes: of the params.
     shardings: as of `load_params`.
     ignored: tells the names, as they stand in the files, of tensors that are not read.
-    new: what makes each part that is not read, by its name in the tree's first level.
+    new: parts that are made with the key, not read, by their names in the tree's first level.
+    key: None if there are none.
   """
+  shapes = shapes_of(model)
   names = tensor_names(folder)
   by_name = {name.removeprefix(prefix): name for name in sorted(names, key=len)}
   for now, old in OLD_NAMES.items():
@@ -133,9 +160,48 @@ def load_encoder(
     {part: tree[part] for part in shapes if part not in new} for tree in (shapes, places)
   )
   params = load_params(folder, read, old_shapes, old_places, ignored)
-  for part, make in new.items():
-    params[part] = jax.tree.map(_placed, make(), places[part])
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  for part in new:
+    made = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
+    params[part] = jax.tree.map(_placed, made, places[part])
   return {part: params[part] for part in shapes}
+
+
+def save_encoder(
+  folder: str | Path,
+  model: Encoder,
+  params: PyTree,
+  stored: Sequence[StoredTensor],
+  fields: Mapping[str, Any],
+  *,
+  tokenizer_from: str | Path | None,
+  max_shard_bytes: int,
+  labels: Sequence[str] | None,
+) -> None:
+  """Writes a folder; arguments as of `save_bert`, and:
+
+  Args:
+    stored: the tensors to write.
+    fields: of config.json, beside those of any encoder; of its class the name of the family.
+  """
+  config = model.config
+  (family,) = fields["architectures"]
+  kind = "Model" if config.num_labels is None else "ForSequenceClassification"
+  written = {
+    **fields,
+    "architectures": [family + kind],
+    **{theirs: getattr(config, ours) for ours, theirs in (INTEGERS | FLOATS).items()},
+    "hidden_act": config.activation,
+    "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
+  }
+  if config.num_labels is not None:  # `transformers` has the size of a head from its labels
+    names = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
+    if len(set(names)) != config.num_labels:
+      raise ValueError(f"expected {config.num_labels} labels, each once, got {', '.join(names)}")
+    written["id2label"] = {str(i): name for i, name in enumerate(names)}
+    written["label2id"] = {name: i for i, name in enumerate(names)}
+  tensors = tensors_of(stored, shapes_of(model), params)
+  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
 
 
 def _placed(leaf: jax.Array, place: Any) -> jax.Array:

@@ -1,26 +1,17 @@
 """GPT-2 from and to a Hugging Face folder, whose fused c_attn is our query, key and value."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lora_jax.models.files import read_json
 from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.models.hub import (
-  Index,
-  StoredTensor,
-  Tensors,
-  check_tensors,
-  find_folder,
-  make_leaf,
-  open_tensors,
-  save_folder,
-)
+from lora_jax.models.hub import StoredTensor, check_tied, find_folder, open_tensors, save_folder
+from lora_jax.models.stored import load_params, tensors_of
 
 PyTree = Any
 
@@ -31,23 +22,20 @@ FIELDS = {  # ours: Hugging Face's
   "num_layers": "n_layer",
   "num_heads": "n_head",
 }
-LAYER = {  # our leaf: the tensor, and which third of its last axis
-  "ln_1/scale": ("ln_1.weight", None),
-  "ln_1/bias": ("ln_1.bias", None),
-  "attn/query/kernel": ("attn.c_attn.weight", 0),
-  "attn/query/bias": ("attn.c_attn.bias", 0),
-  "attn/key/kernel": ("attn.c_attn.weight", 1),
-  "attn/key/bias": ("attn.c_attn.bias", 1),
-  "attn/value/kernel": ("attn.c_attn.weight", 2),
-  "attn/value/bias": ("attn.c_attn.bias", 2),
-  "attn/out/kernel": ("attn.c_proj.weight", None),
-  "attn/out/bias": ("attn.c_proj.bias", None),
-  "ln_2/scale": ("ln_2.weight", None),
-  "ln_2/bias": ("ln_2.bias", None),
-  "mlp/up/kernel": ("mlp.c_fc.weight", None),
-  "mlp/up/bias": ("mlp.c_fc.bias", None),
-  "mlp/down/kernel": ("mlp.c_proj.weight", None),
-  "mlp/down/bias": ("mlp.c_proj.bias", None),
+PREFIX, HEAD = "transformer.", "lm_head.weight"
+LAYER = {  # the tensor: our leaves along its last axis
+  "ln_1.weight": ("ln_1/scale",),
+  "ln_1.bias": ("ln_1/bias",),
+  "attn.c_attn.weight": ("attn/query/kernel", "attn/key/kernel", "attn/value/kernel"),
+  "attn.c_attn.bias": ("attn/query/bias", "attn/key/bias", "attn/value/bias"),
+  "attn.c_proj.weight": ("attn/out/kernel",),
+  "attn.c_proj.bias": ("attn/out/bias",),
+  "ln_2.weight": ("ln_2/scale",),
+  "ln_2.bias": ("ln_2/bias",),
+  "mlp.c_fc.weight": ("mlp/up/kernel",),
+  "mlp.c_fc.bias": ("mlp/up/bias",),
+  "mlp.c_proj.weight": ("mlp/down/kernel",),
+  "mlp.c_proj.bias": ("mlp/down/bias",),
 }
 OUTSIDE = {
   "wte/embedding": "wte.weight",
@@ -85,23 +73,18 @@ def load_gpt2(
   """
   folder = find_folder(name)
   config = read_config(folder, param_dtype=param_dtype, **computation)
-  shapes = params_shapes(config)
-  if callable(shardings):
-    shardings = shardings(shapes)
-  flat, structure = jax.tree_util.tree_flatten_with_path(shapes)
-  places = jax.tree.broadcast(shardings, shapes, is_leaf=lambda x: x is None)
-  places = jax.tree.leaves(places, is_leaf=lambda x: x is None)
-  leaves = []
   with open_tensors(folder) as tensors:
-    prefix = _check(folder, config, tensors)
-    for (keys, leaf), place in zip(flat, places, strict=True):
-      path = "/".join(key.key for key in keys)
+    if config.tie_head:
+      check_tied(folder, tensors, HEAD, "transformer.wte.weight", "wte.weight")
+    is_old = not any(name.startswith(PREFIX) for name in tensors)
+  stored = stored_tensors(config)
+  if is_old:
+    stored = [one._replace(name=one.name.removeprefix(PREFIX)) for one in stored]
 
-      def read(index: Index, path: str = path) -> np.ndarray:
-        return _read(tensors, prefix, config, path, index)
+  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+    return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 
-      leaves.append(make_leaf(leaf.shape, leaf.dtype, read, place))
-  return config, jax.tree.unflatten(structure, leaves)
+  return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
 
 
 def params_shapes(config: GPT2Config) -> PyTree:
@@ -169,7 +152,6 @@ def save_gpt2(
     FileExistsError: if there is such a folder.
     ValueError: if the params are not those of the config.
   """
-  _check_params(config, params)
   given = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
   written = {
     "model_type": "gpt2",
@@ -184,131 +166,21 @@ def save_gpt2(
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
   }
-  save_folder(folder, written, _tensors(config, params), tokenizer_from, max_shard_bytes)
+  tensors = tensors_of(stored_tensors(config), params_shapes(config), params)
+  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
 
 
 def stored_tensors(config: GPT2Config) -> list[StoredTensor]:
   """Returns the tensors of a GPT-2 in `transformers`, and which of our leaves they hold."""
   stored = [
-    StoredTensor(f"transformer.{name}", (path,), is_embedding=path.endswith("embedding"))
+    StoredTensor(PREFIX + name, (path,), is_embedding=path.endswith("embedding"))
     for path, name in OUTSIDE.items()
   ]
-  parts: dict[str, list[str]] = {}
-  for path, (name, _) in LAYER.items():
-    parts.setdefault(name, []).append(path)
   for i in range(config.num_layers):
     layer, stack = (i, "h") if config.scan_layers else (None, f"h_{i}")
-    for name, paths in parts.items():
+    for name, paths in LAYER.items():
       ours = tuple(f"{stack}/{path}" for path in paths)
-      stored.append(StoredTensor(f"transformer.h.{i}.{name}", ours, layer))
+      stored.append(StoredTensor(f"{PREFIX}h.{i}.{name}", ours, layer))
   if not config.tie_head:
-    stored.append(StoredTensor("lm_head.weight", ("lm_head/kernel",), transposed=True))
+    stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))
   return stored
-
-
-def _check_params(config: GPT2Config, params: PyTree) -> None:
-  """Raises ValueError naming what is not as the config has it."""
-
-  def described(tree: PyTree) -> set[tuple[str, tuple[int, ...]]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {(jax.tree_util.keystr(k, simple=True, separator="/"), jnp.shape(x)) for k, x in leaves}
-
-  expected, found = described(params_shapes(config)), described(params)
-  if expected != found:
-    raise ValueError(
-      "the params are not those of the config: expected "
-      f"{sorted(expected - found)[:3]}, got {sorted(found - expected)[:3]}"
-    )
-
-
-def _tensors(config: GPT2Config, params: PyTree) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields our params under Hugging Face's names, one after another."""
-
-  def outside(path: str) -> np.ndarray:
-    module, name = path.split("/")
-    return np.asarray(params[module][name])
-
-  def inside(i: int, path: str) -> np.ndarray:
-    leaf = params["h" if config.scan_layers else f"h_{i}"]
-    for key in path.split("/"):
-      leaf = leaf[key]
-    return np.asarray(leaf[i] if config.scan_layers else leaf)
-
-  for path, name in OUTSIDE.items():
-    yield f"transformer.{name}", outside(path)
-  parts: dict[str, list[str]] = {}
-  for path, (name, _) in LAYER.items():
-    parts.setdefault(name, []).append(path)
-  for i in range(config.num_layers):
-    for name, paths in parts.items():
-      yield f"transformer.h.{i}.{name}", np.concatenate([inside(i, p) for p in paths], axis=-1)
-  if not config.tie_head:
-    yield "lm_head.weight", outside("lm_head/kernel").T
-
-
-def _expected(config: GPT2Config, prefix: str) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the tensors of a GPT-2."""
-  d, inner = config.embed_dim, config.mlp_dim or 4 * config.embed_dim
-  layer = {
-    **dict.fromkeys(("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"), (d,)),
-    "attn.c_attn.weight": (d, 3 * d),
-    "attn.c_attn.bias": (3 * d,),
-    "attn.c_proj.weight": (d, d),
-    "attn.c_proj.bias": (d,),
-    "mlp.c_fc.weight": (d, inner),
-    "mlp.c_fc.bias": (inner,),
-    "mlp.c_proj.weight": (inner, d),
-    "mlp.c_proj.bias": (d,),
-  }
-  expected = {
-    f"{prefix}wte.weight": (config.vocab_size, d),
-    f"{prefix}wpe.weight": (config.num_positions, d),
-    f"{prefix}ln_f.weight": (d,),
-    f"{prefix}ln_f.bias": (d,),
-  }
-  for i in range(config.num_layers):
-    expected |= {f"{prefix}h.{i}.{name}": shape for name, shape in layer.items()}
-  if not config.tie_head:
-    expected["lm_head.weight"] = (config.vocab_size, d)
-  return expected
-
-
-def _check(folder: Path, config: GPT2Config, tensors: Tensors) -> str:
-  """Checks names and shapes; returns the prefix of the names, which old files lack."""
-  prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-  expected = _expected(config, prefix)
-  head = "lm_head.weight"
-  if config.tie_head and head in tensors:
-    expected[head] = (config.vocab_size, config.embed_dim)
-  check_tensors(folder, tensors, expected, lambda name: bool(MASKS.fullmatch(name)))
-  if config.tie_head and head in expected:
-    same = np.array_equal(tensors.read(head), tensors.read(f"{prefix}wte.weight"))
-    if not same:
-      raise ValueError(
-        f"{folder}: lm_head.weight differs from wte.weight, but config.json says that they are "
-        "tied. Set tie_word_embeddings to false there"
-      )
-  return prefix
-
-
-def _read(tensors: Tensors, prefix: str, config: GPT2Config, path: str, index: Index) -> np.ndarray:
-  """Returns a part of one of our leaves."""
-  if path == "lm_head/kernel":
-    return tensors.read("lm_head.weight", index[::-1]).T
-  if path in OUTSIDE:
-    return tensors.read(prefix + OUTSIDE[path], index)
-  layer, rest = path.split("/", 1)
-  name, third = LAYER[rest]
-  if layer != "h":
-    return tensors.read(f"{prefix}h.{layer[2:]}.{name}", _third(index, third, config.embed_dim))
-  inner = _third(index[1:], third, config.embed_dim)
-  layers = range(config.num_layers)[index[0]]
-  return np.stack([tensors.read(f"{prefix}h.{i}.{name}", inner) for i in layers])
-
-
-def _third(index: Index, third: int | None, size: int) -> Index:
-  """Returns the index into a fused tensor of an index into a third of its last axis."""
-  if third is None:
-    return index
-  start, stop, _ = index[-1].indices(size)
-  return (*index[:-1], slice(third * size + start, third * size + stop))

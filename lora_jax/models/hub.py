@@ -7,13 +7,14 @@ device, so that no model is twice in memory, and a sharded one never whole.
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.b
 HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
 
 Index = tuple[slice, ...]
+Parts: TypeAlias = "np.ndarray | list[Parts]"
+"""An array, or the parts that are stacked to one."""
 
 
 class StoredTensor(NamedTuple):
@@ -142,10 +145,18 @@ class Tensors:
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
     """Returns a tensor of floats, or a part of it: a view of the file, which cannot be written."""
-    file, shape = self._files[name], self.shape(name)
-    start, stop = (file.start + offset for offset in file.header[name]["data_offsets"])
-    array = file.data[start:stop].view(FLOATS[self.dtype(name)]).reshape(shape)
+    array = self._bytes(name).view(FLOATS[self.dtype(name)]).reshape(self.shape(name))
     return array[index] if index else array
+
+  def are_same(self, name: str, other: str) -> bool:
+    """Returns whether two tensors are the same in shape, dtype and bytes."""
+    alike = self.shape(name) == self.shape(other) and self.dtype(name) == self.dtype(other)
+    return alike and np.array_equal(self._bytes(name), self._bytes(other))
+
+  def _bytes(self, name: str) -> np.ndarray:
+    file = self._files[name]
+    start, stop = (file.start + offset for offset in file.header[name]["data_offsets"])
+    return file.data[start:stop]
 
 
 class _File(NamedTuple):
@@ -250,10 +261,20 @@ def check_tensors(
     )
 
 
+def check_tied(folder: Path, tensors: Tensors, head: str, *embeddings: str) -> None:
+  """Raises ValueError if a head stands in a folder and is not its embedding, by any name of it."""
+  for embedding in embeddings:
+    if {head, embedding} <= set(tensors) and not tensors.are_same(head, embedding):
+      raise ValueError(
+        f"{folder}: {head} differs from {embedding}, but config.json says that they are tied. Set "
+        "tie_word_embeddings to false there"
+      )
+
+
 def make_leaf(
   shape: tuple[int, ...],
   dtype: Any,
-  read: Callable[[Index], np.ndarray],
+  read: Callable[[Index], Parts],
   sharding: Sharding | None = None,
 ) -> jax.Array:
   """Returns an array of which each device reads its own part.
@@ -261,33 +282,46 @@ def make_leaf(
   Args:
     shape: of the whole array.
     dtype: of the result.
-    read: returns the part of the array at an index; it is copied.
+    read: returns the part of the array at an index, which is copied once.
     sharding: where it lies; None is the default device.
   """
   if sharding is None:
-    array = read((slice(None),) * len(shape))
-    if array.flags.c_contiguous:
-      return jax.device_put(_aligned_copy(array, dtype))
-    return jax.device_put(array.astype(dtype, copy=False))  # whose copy is transposed faster
+    parts = read((slice(None),) * len(shape))
+    if isinstance(parts, np.ndarray) and not parts.flags.c_contiguous:
+      return jax.device_put(parts.astype(dtype, copy=False))  # whose copy is transposed faster
+    return jax.device_put(_aligned_copy(parts, dtype))
 
   def part(index: Index | None) -> np.ndarray:
     assert index is not None, "a part of this process's own devices has an index"
-    return np.array(read(index), dtype, order="C")
+    return _aligned_copy(read(index), dtype)
 
   return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _aligned_copy(array: np.ndarray, dtype: Any) -> np.ndarray:
+def _aligned_copy(parts: Parts, dtype: Any) -> np.ndarray:
   """Returns a copy that JAX takes on CPUs as it is: one that begins at a multiple of 64 bytes.
 
   It would take a view of a file too, whose later changes the weights would follow.
   """
-  size = array.size * jnp.dtype(dtype).itemsize
+  shape = _shape(parts)
+  size = math.prod(shape) * jnp.dtype(dtype).itemsize
   memory = np.empty(size + 64, np.uint8)
   start = -memory.ctypes.data % 64
-  copy = memory[start : start + size].view(dtype).reshape(array.shape)
-  copy[...] = array
+  copy = memory[start : start + size].view(dtype).reshape(shape)
+  _copy_into(copy, parts)
   return copy
+
+
+def _shape(parts: Parts) -> tuple[int, ...]:
+  return parts.shape if isinstance(parts, np.ndarray) else (len(parts), *_shape(parts[0]))
+
+
+def _copy_into(out: np.ndarray, parts: Parts) -> None:
+  if isinstance(parts, list):
+    for one, part in zip(out, parts, strict=True):
+      _copy_into(one, part)
+  else:
+    out[...] = parts
 
 
 def save_folder(

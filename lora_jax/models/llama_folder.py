@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from lora_jax.models.hub import StoredTensor, find_folder, open_tensors, save_folder
+from lora_jax.models.hub import StoredTensor, check_tied, find_folder, open_tensors, save_folder
 from lora_jax.models.llama import Llama, LlamaConfig
 from lora_jax.models.llama_json import family_of, read_config, written_config
 from lora_jax.models.stored import load_params, tensors_of
@@ -83,7 +82,8 @@ def load_llama(
     return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
 
   if config.tie_head:
-    _check_tied(folder)
+    with open_tensors(folder) as tensors:
+      check_tied(folder, tensors, HEAD, EMBEDDING)
   stored = stored_in(folder, config)
   return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
 
@@ -93,17 +93,6 @@ def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
   with open_tensors(folder) as tensors:
     fused = any(".experts.gate_up_proj" in name for name in tensors)
   return stored_tensors(config, published=not fused)
-
-
-def _check_tied(folder: Path) -> None:
-  """Raises ValueError if a head stands in the files and is not the embedding."""
-  with open_tensors(folder) as tensors:
-    written_out = {HEAD, EMBEDDING} <= set(tensors)
-    if written_out and not np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING)):
-      raise ValueError(
-        f"{folder}: {HEAD} differs from {EMBEDDING}, but config.json says that they are tied. Set "
-        "tie_word_embeddings to false there"
-      )
 
 
 @functools.cache

@@ -9,7 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.models.hub import Index, StoredTensor, Tensors, check_tensors, make_leaf, open_tensors
+from lora_jax.models.hub import (
+  Index,
+  Parts,
+  StoredTensor,
+  Tensors,
+  check_tensors,
+  make_leaf,
+  open_tensors,
+)
 
 PyTree = Any
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
@@ -52,7 +60,7 @@ def load_params(
     check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
 
     def leaf(path: str, shape: Any, place: Any) -> jax.Array:
-      def read(index: Index) -> np.ndarray:
+      def read(index: Index) -> Parts:
         last = range(shape.shape[-1])[index[-1]]  # as numbers, for a part of a fused tensor
         return _read(tensors, holding[path], (*index[:-1], slice(last.start, last.stop)))
 
@@ -76,7 +84,7 @@ def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...
   return one.turned_axes((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
-def _read(tensors: Tensors, of: Holding, index: Index) -> np.ndarray:
+def _read(tensors: Tensors, of: Holding, index: Index) -> Parts:
   """Returns a part of a leaf, its stacked layers and experts from a tensor each."""
   if () in of:
     (one, start), last = of[()], index[-1]
@@ -86,7 +94,7 @@ def _read(tensors: Tensors, of: Holding, index: Index) -> np.ndarray:
   for (first, *rest), one in of.items():
     by_first.setdefault(first, {})[tuple(rest)] = one
   numbers = range(len(by_first))[index[0]]
-  return np.stack([_read(tensors, by_first[i], index[1:]) for i in numbers])
+  return [_read(tensors, by_first[i], index[1:]) for i in numbers]
 
 
 def tensors_of(
