@@ -35,7 +35,11 @@ RATES = {
   "full": (3e-4, 1e-3, 3e-3, 1e-2),
   "LoRA on q and v": (3e-3, 1e-2, 3e-2, 1e-1),
 }
-BEST: dict[str, dict[str, float]] = {}
+BEST = {
+  "LoRA": {"new weights": 1e-3, "0.2 M tokens": 3e-3, "2 M tokens": 3e-3, "20 M tokens": 1e-2},
+  "full": {"new weights": 1e-3, "0.2 M tokens": 1e-3, "2 M tokens": 3e-3, "20 M tokens": 3e-3},
+  "LoRA on q and v": dict.fromkeys(BASES, 1e-2),
+}
 SEEDS = (1, 2, 3)
 
 
