@@ -97,6 +97,8 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   return {
     "experiment": config.experiment,
     "model": config.model.folder,
+    "method": "lora",
+    "seed": config.seed,
     "num_train_records": data.num_train,
     "num_valid_records": data.num_valid,
     "base_parameters": optax.tree.size(model.params),

@@ -154,11 +154,11 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 def _settings(run: Run) -> dict[str, Any]:
   """Returns the fields that matter to a run's method, without what tells its group's runs apart."""
-  method = run.settings["method"]
+  method = run.result.get("method")
   if method not in UNUSED:
     raise ValueError(f"{run.folder}: method must be one of {', '.join(UNUSED)}, got {method!r}")
   unused = ("seed", "workdir", *UNUSED[method])
-  settings = {
+  settings = {"method": method} | {
     name: value
     for name, value in run.settings.items()
     if not any(name == other or name.startswith(f"{other}.") for other in unused)

@@ -62,7 +62,7 @@ def test_a_record_by_hand(tokenizer):
 def test_long_records_are_refused_or_cut_as_the_reference_does(tokenizer, caplog):
   records = e2e.read("test")[:20]
   lengths = [len(e.tokens) + 1 for e in text.encode(tokenizer, records, EOS, 512)]
-  limit = sorted(lengths)[-3]
+  limit = sorted(set(lengths))[-3]
   longer = [i for i, length in enumerate(lengths) if length > limit]
   with pytest.raises(ValueError, match=rf"{len(longer)} of 20 records .* record {longer[0]} the"):
     text.encode(tokenizer, records, EOS, limit)

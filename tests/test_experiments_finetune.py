@@ -14,6 +14,7 @@ import lora_jax as lj
 from experiments import export, finetune
 from experiments.configs.finetune import get_config
 from experiments.launch import apply
+from experiments.report import report
 from lora_jax.data.e2e_tfds import load
 from lora_jax.interop import load_peft
 from lora_jax.models.zoo import load_causal_lm
@@ -168,6 +169,21 @@ def test_data_that_has_changed_since_a_run_was_finished(completions):
   assert finetune.run(config)["valid_loss"] == result["valid_loss"]
 
 
+def test_runs_are_set_beside_each_other(completions, tmp_path):
+  config, result = completions
+  other = tmp_path / "run"
+  other.mkdir()
+  stored = json.loads((Path(config.workdir) / "config.json").read_text())
+  stored["optimizer"]["learning_rate"] = 1e-3
+  (other / "config.json").write_text(json.dumps(stored))
+  (other / "result.json").write_text(json.dumps(result | {"valid_loss": 9.0}))
+  text = report([config.workdir, other], tmp_path / "report")
+  assert "| LoRA, rate 0.001 |" in text
+  by_rate = text.split("## By learning rate")[1]
+  assert f"**{result['valid_loss']:.3f}**" in by_rate
+  assert "9.000" in by_rate
+
+
 def test_lines_may_be_mended_before_anything_was_trained(chat_folder, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   lines = data.read_text()
@@ -192,7 +208,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
   assert "layers" not in done.stdout
   for line in (
     r"h_1/mlp/down/kernel +128 x 32 +128 x 16",
-    r"model +/.*model: gpt2, 164,736 parameters",
+    r"model +/.*model: gpt2, 295,808 parameters",
     r"adapter +rank 16, 18,432 parameters \(\d+\.\d\d %\)",
     r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
     r"memory +0\.\d\d GB a device by the compiler's estimate",
