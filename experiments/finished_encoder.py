@@ -67,18 +67,29 @@ class FinishedEncoder(NamedTuple):
     """
     if self.config.method != "lora":
       raise ValueError(f"a run of {self.config.method} has no adapter; export it with --merged")
-    base, lora = self.base, lora_config(self.config)
-    family = bert_folder if isinstance(base.module, Bert) else deberta_folder
-    stored = family.stored_tensors(base.module.config)
-    about = {"base_model": base_model, "for_server": for_server}
-    save_peft(folder, lora, self.trainable, stored, base.params, **about)
+    module, lora = self.base.module, lora_config(self.config)
+    if isinstance(module, Bert):
+      stored = bert_folder.stored_tensors(module.config)
+    else:
+      stored = deberta_folder.stored_tensors(module.config)
+    save_peft(
+      folder,
+      lora,
+      self.trainable,
+      stored,
+      self.base.params,
+      base_model=base_model,
+      for_server=for_server,
+    )
 
   def save_merged(self, folder: str | Path) -> None:
     """Writes the whole model as a folder for `transformers`, with the names of its labels."""
-    module, source = self.base.module, model_folder(self.config)
-    save = bert_folder.save_bert if isinstance(module, Bert) else deberta_folder.save_deberta
-    labels = label_names(self.config)
-    save(folder, module.config, self.params, tokenizer_from=source, labels=labels)
+    module, params = self.base.module, self.params
+    source, labels = model_folder(self.config), label_names(self.config)
+    if isinstance(module, Bert):
+      bert_folder.save_bert(folder, module.config, params, source, labels=labels)
+    else:
+      deberta_folder.save_deberta(folder, module.config, params, source, labels=labels)
 
 
 def load_encoder(folder: str | Path) -> FinishedEncoder:
