@@ -22,7 +22,7 @@ def test_our_side_runs_where_the_peers_are_missing(monkeypatch, capsys):
   assert list(ways) == ["lora_jax packed", "lora_jax padded"]
   packed, padded = ways.values()
   assert packed.first_loss == pytest.approx(padded.first_loss, rel=1e-5)
-  assert packed.trainer.num_trainable == 4 * 16 * (4 * 512 + 2 * 1280)  # layers, rank, in + out
+  assert packed.trainer.num_trainable == 6 * 16 * (4 * 512 + 2 * 1280)  # layers, rank, in + out
   tokens = [e2e_epoch.num_tokens_of(way.data) for way in ways.values()]
   assert tokens[0] == tokens[1] > 12 * 40  # the same lines, without padding
 
