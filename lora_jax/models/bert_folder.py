@@ -203,13 +203,4 @@ def save_bert(
     "classifier_dropout": config.head_dropout,
   }
   model, stored = Bert(config), stored_tensors(config)
-  save_encoder(
-    folder,
-    model,
-    params,
-    stored,
-    fields,
-    tokenizer_from=tokenizer_from,
-    max_shard_bytes=max_shard_bytes,
-    labels=labels,
-  )
+  save_encoder(folder, model, params, stored, fields, tokenizer_from, max_shard_bytes, labels)

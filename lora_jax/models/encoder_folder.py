@@ -173,7 +173,6 @@ def save_encoder(
   params: PyTree,
   stored: Sequence[StoredTensor],
   fields: Mapping[str, Any],
-  *,
   tokenizer_from: str | Path | None,
   max_shard_bytes: int,
   labels: Sequence[str] | None,
