@@ -133,6 +133,7 @@ def start_from(config: Config, trainable: PyTree) -> PyTree:
   for name, theirs, ours in (
     ("method", other.method, "lora"),
     ("model.name", other.model.name, config.model.name),
+    ("model.folder", other.model.folder, config.model.folder),
     *((f"lora.{name}", other.lora[name], config.lora[name]) for name in same),
   ):
     if theirs != ours:

@@ -263,6 +263,9 @@ def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
   with pytest.raises(ValueError, match=r"mnli has lora\.rank=2, expected 4"):
     encoder.start_from(config, fresh)
   config.lora.rank = 2
+  other = apply(config, {"model.folder": str(tmp_path)})
+  with pytest.raises(ValueError, match=r"mnli has model\.folder="):
+    encoder.start_from(other, fresh)
   shutil.move(tmp_path / "mnli" / "result.json", tmp_path / "kept")
   with pytest.raises(ValueError, match="mnli is not finished"):
     encoder.start_from(config, fresh)
@@ -436,6 +439,11 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
   assert [run["seed"] for run in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
   rates = {run["method"]: run["optimizer.learning_rate"] for run in found}
   assert rates == {"lora": 3e-3, "full_finetuning": 3e-4, "head_only": 1e-2}
+  less = apply(config, {"data.num_train_records": 100, "fit.num_epochs": 1})
+  assert list(configs.sweep(less)) == found
+  for name, value in (("lora.rank", 4), ("model.folder", "other"), ("data.batch_size", 8)):
+    with pytest.raises(ValueError, match=rf"was tuned with {name}=.* and this sweep has {value!r}"):
+      list(configs.sweep(apply(config, {name: value})))
   config.data.task = "sst2"
   assert [run["seed"] for run in configs.sweep(config)] == [0, 0, 0]
   config.optimizer.tuned_in = ""

@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.models import bert_folder, deberta_folder, gpt2_folder, llama_json
+from lora_jax.models.bert import Bert
+from lora_jax.models.causal_lm import shapes_of
+from lora_jax.models.deberta import Deberta
+from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.llama import Llama
 from lora_jax.models.zoo import CAUSAL_LMS, load_causal_lm
 from lora_jax.trees import leaves_with_path
 
-from tests import make_gpt2_golden, make_llama_golden
+from tests import make_bert_golden, make_deberta_golden, make_gpt2_golden, make_llama_golden
 from tests.models import relative_difference
 
 FOLDERS = {
@@ -41,6 +47,25 @@ def test_a_folder_says_which_model_it_is(model_type, scan_layers, tmp_path):
   assert again.model_type == model_type
   assert again.num_positions == model.num_positions
   jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+@pytest.mark.parametrize(
+  ("module", "read_config", "folder", "forms"),
+  [
+    (GPT2, gpt2_folder.read_config, make_gpt2_golden.GOLDEN / "tied", (False, True)),
+    (Llama, llama_json.read_config, make_llama_golden.GOLDEN / "mixtral", (False, True)),
+    (Llama, llama_json.read_config, make_llama_golden.GOLDEN / "qwen2_mixed", (False,)),
+    (Bert, bert_folder.read_config, make_bert_golden.GOLDEN / "bert_classifier", (False, True)),
+    (Deberta, deberta_folder.read_config, make_deberta_golden.GOLDEN / "v2_regression", (False,)),
+  ],
+)
+def test_shapes_by_one_layer_are_those_of_the_whole_model(module, read_config, folder, forms):
+  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+  for scan_layers in forms:
+    model = module(read_config(folder, scan_layers=scan_layers, param_dtype="bfloat16"))
+    whole = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    assert model.config.num_layers > 1
+    assert shapes_of(model) == whole
 
 
 def test_weights_come_in_the_dtype_asked_for():

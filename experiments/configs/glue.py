@@ -285,7 +285,7 @@ def best_rate(config: Config, method: str) -> float:
   """Returns the learning rate with the best score in the tuning sweep of a method.
 
   Raises:
-    ValueError: if a run of it is not finished or not there.
+    ValueError: if a run of it is not finished or not there, or has another model or recipe.
   """
   if not config.optimizer.tuned_in:
     raise ValueError(
@@ -297,6 +297,7 @@ def best_rate(config: Config, method: str) -> float:
   for path in sorted(folder.glob("*/result.json")):
     result, of = read_result(path.parent), read_config(path.parent)
     if result and of.method == method and of.data.tuning and of.variant == config.variant:
+      _check_same_recipe(config, of, path.parent)
       scores[of.optimizer.learning_rate] = result["score"]
   missing = [rate for rate in RATES[method] if rate not in scores]
   if missing:
@@ -306,3 +307,16 @@ def best_rate(config: Config, method: str) -> float:
       "--config.workdir=<a folder>, then give it as --config.optimizer.tuned_in"
     )
   return max(RATES[method], key=scores.__getitem__)
+
+
+def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
+  """Raises ValueError if a tuning run has another model or recipe; it may have less data."""
+  for section in ("model", "lora", "optimizer", "data"):
+    names = ("batch_size",) if section == "data" else config[section].keys()
+    for name in sorted({*names} - {"learning_rate", "tuned_in"}):
+      theirs, ours = tuned[section][name], config[section][name]
+      if theirs != ours:
+        raise ValueError(
+          f"{folder} was tuned with {section}.{name}={theirs!r}, and this sweep has {ours!r}, "
+          "which may want another learning rate. Give both the same, or tune in another folder"
+        )

@@ -18,7 +18,7 @@ from experiments.workdir import Config
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
 FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280}
-MINI_RATES = {64: 3e-3, 256: 1e-3}  # of the sweep's large ranks
+MINI_RATES = {64: 3e-3, 256: 3e-3}  # of the sweep's large ranks
 
 
 def get_config(variant: str = "mini") -> Config:

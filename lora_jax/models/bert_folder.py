@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.causal_lm import shapes_of
 from lora_jax.models.encoder_folder import (
   FLOATS,
   INTEGERS,
@@ -15,7 +16,6 @@ from lora_jax.models.encoder_folder import (
   head_size,
   load_encoder,
   save_encoder,
-  shapes_of,
   stored_by_module,
   tensor_names,
 )

@@ -5,6 +5,7 @@ for each layer:  x = block(x, its cache, seen)
 logits = head(norm(x))
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.models.attention import cached_attention, causal_attention, write_cache
 
+PyTree = Any
 Cache = tuple[Any, ...] | tuple[Array, Array]
 REMAT_POLICIES = (
   "nothing_saveable",
@@ -227,6 +229,27 @@ def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int
     in_axes=in_axes,
     length=config.num_layers,
   )(config)
+
+
+def shapes_of(model: nn.Module) -> PyTree:
+  """Returns the `ShapeDtypeStruct`s of a model's params; of its layers, all alike, one is traced.
+
+  Args:
+    model: whose `config` has `num_layers` and `scan_layers`, and its layers by `make_layers`.
+  """
+  config: Any = getattr(model, "config")  # noqa: B009
+  one = model.clone(config=dataclasses.replace(config, num_layers=1, scan_layers=False))
+  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+  shapes = dict(jax.eval_shape(one.init, jax.random.key(0), tokens)["params"])
+  (first,) = (name for name in shapes if name.endswith("_0"))
+  layer, layers = shapes.pop(first), first.removesuffix("_0")
+  if not config.scan_layers:
+    return shapes | {f"{layers}_{i}": layer for i in range(config.num_layers)}
+
+  def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
+
+  return shapes | {layers: jax.tree.map(stacked, layer)}
 
 
 def attend(

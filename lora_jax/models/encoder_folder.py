@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.causal_lm import shapes_of
 from lora_jax.models.encoder import Encoder
 from lora_jax.models.hub import StoredTensor, make_leaf, open_tensors, save_folder
 from lora_jax.models.stored import load_params, tensors_of
@@ -31,12 +32,6 @@ FLOATS = {  # likewise
   "hidden_dropout": "hidden_dropout_prob",
   "attention_dropout": "attention_probs_dropout_prob",
 }
-
-
-def shapes_of(model: Encoder) -> PyTree:
-  """Returns the params' tree of `ShapeDtypeStruct`s."""
-  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def stored_by_module(

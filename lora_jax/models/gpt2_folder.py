@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models.causal_lm import shapes_of
 from lora_jax.models.files import read_json
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.hub import StoredTensor, check_tied, find_folder, open_tensors, save_folder
@@ -89,8 +90,7 @@ def load_gpt2(
 
 def params_shapes(config: GPT2Config) -> PyTree:
   """Returns the params' tree of `ShapeDtypeStruct`s."""
-  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  return jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)["params"]
+  return shapes_of(GPT2(config))
 
 
 def read_config(folder: str | Path, **computation: Any) -> GPT2Config:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models.causal_lm import shapes_of
 from lora_jax.models.hub import StoredTensor, check_tied, find_folder, open_tensors, save_folder
 from lora_jax.models.llama import Llama, LlamaConfig
 from lora_jax.models.llama_json import family_of, read_config, written_config
@@ -98,8 +99,7 @@ def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
 @functools.cache
 def params_shapes(config: LlamaConfig) -> PyTree:
   """Returns the params' tree of `ShapeDtypeStruct`s."""
-  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  return jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+  return shapes_of(Llama(config))
 
 
 def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[StoredTensor]:
