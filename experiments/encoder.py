@@ -21,6 +21,7 @@ from lora_jax.models.deberta_folder import load_deberta
 from lora_jax.models.files import read_json
 from lora_jax.models.hub import find_folder
 from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.models.zoo import ENCODERS
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.trees import leaves_with_path, replace_leaves
 
@@ -46,11 +47,15 @@ def num_labels(config: Config) -> int:
 
 
 def label_names(config: Config) -> tuple[str, ...] | None:
-  """Returns the names of a task's classes; None if they have none, or it is a regression."""
+  """Returns the names of a task's classes; None if they have none, or it is a regression.
+
+  COPA and ReCoRD ask of each choice whether it is the right one, which has no published names.
+  """
   task = config.data.task
+  if config.data.suite == "super_glue" and task in ("copa", "record"):
+    return None
   suite = glue if config.data.suite == "glue" else superglue
-  names = suite.task_of(task).labels
-  return names if len(names) == num_labels(config) else None
+  return suite.task_of(task).labels or None
 
 
 def load_base(config: Config, mesh: Mesh) -> Base:
@@ -72,7 +77,13 @@ def load_base(config: Config, mesh: Mesh) -> Base:
     "attention_dropout": given.attention_dropout,
     "head_dropout": given.head_dropout,
   }
-  if read_json(folder / "config.json").get("model_type") == "deberta-v2":
+  model_type = read_json(folder / "config.json").get("model_type")
+  if model_type not in ENCODERS:
+    raise ValueError(
+      f"{folder / 'config.json'}: expected model_type {', '.join(ENCODERS)}, got {model_type!r}. "
+      "This experiment is for encoders; language models are fine-tuned by experiments.finetune"
+    )
+  if model_type == "deberta-v2":
     model, params = load_deberta(folder, **options)
     module = Deberta(model)
   else:

@@ -182,7 +182,7 @@ def samples(
   config: Config, model: LanguageModel, text: Text, data: Data, adapter: PyTree, mesh: Mesh
 ) -> list[dict[str, str]]:
   """Returns the adapted model's answers to held-out prompts, and what their lines say."""
-  room = model.num_positions - config.samples.max_new_tokens
+  room = model.num_slots - config.samples.max_new_tokens
   given = [ids[-room:] for ids in data.prompts]
   if not given or room < 1:
     return []
@@ -208,7 +208,7 @@ def cached_model(config: Config, model: LanguageModel) -> CachedModel:
     apply = lj.lora(call, lora_config(config)).apply
     return lambda params, *args: apply(params["base"], params["adapter"], *args, lora_key=None)
 
-  return CachedModel(adapted("extend"), adapted("logits"), model.init_cache, model.num_positions)
+  return CachedModel(adapted("extend"), adapted("logits"), model.init_cache, model.num_slots)
 
 
 def plan(config: Config) -> None:

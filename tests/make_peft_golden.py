@@ -1,8 +1,8 @@
 """Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden
 
 Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
-the small models of tests/golden/gpt2, tests/golden/llama and tests/golden/bert; beside it stand the
-logits of the adapted model.
+the small models of tests/golden/gpt2, llama, bert and deberta; beside it stand the logits of the
+adapted model.
 """
 
 import shutil
@@ -78,14 +78,28 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # PEFT adds modules_to_save
   ),
   "roberta": ("bert/roberta_regression", {"r": 4, "target_modules": QUERY_VALUE}),
   "roberta_all": ("bert/roberta_regression", {"r": 2, "target_modules": "all-linear"}),
+  "deberta": (
+    "deberta/v3_classifier",
+    {"r": 4, "target_modules": ["query_proj", "value_proj"], "bias": "all"},
+  ),
+  "deberta_all": ("deberta/v2_regression", {"r": 2, "target_modules": "all-linear"}),
+  "deberta_conv": (
+    "deberta/v2_regression",
+    {"r": 3, "target_modules": ["conv.conv", "pooler.dense"]},
+  ),
 }
+
+
+def is_encoder(name: str) -> bool:
+  """Tells whether one of the small models is an encoder."""
+  return name.startswith(("bert", "deberta"))
 
 
 def base_model(name: str) -> Any:
   """Returns a small model of tests/golden in `transformers`."""
   import transformers
 
-  kind = "SequenceClassification" if name.startswith("bert") else "CausalLM"
+  kind = "SequenceClassification" if is_encoder(name) else "CausalLM"
   load = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
   return load(MODELS / name).eval()
 
@@ -118,7 +132,7 @@ def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
   import torch
 
   torch.manual_seed(seed)
-  task = "SEQ_CLS" if base.startswith("bert") else "CAUSAL_LM"
+  task = "SEQ_CLS" if is_encoder(base) else "CAUSAL_LM"
   config = peft.LoraConfig(task_type=task, **{"lora_alpha": 8, **settings})
   model = peft.get_peft_model(base_model(base), config)
   with torch.no_grad():

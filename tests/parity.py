@@ -97,17 +97,13 @@ ADAPTERS: Mapping[str, tuple[str, dict[str, Any]]] = (
 )
 
 
-ONE_WAY = ("layers", "biases", "own_biases", "bert_embedding")
-"""With biases of their own, which are leaves of `extra` here, and by that no form of PEFT."""
-
-
 def family_of(name: str) -> Family:
   return FAMILIES[name.partition("/")[0]]
 
 
 def inputs_of(name: str) -> tuple[np.ndarray, ...]:
   """Returns tokens (rows, time), of an encoder with their mask and types."""
-  encoder = name.startswith(("bert", "deberta"))
+  encoder = make_peft_golden.is_encoder(name)
   return make_peft_golden.inputs_of(name) if encoder else (make_peft_golden.tokens_of(name),)
 
 
@@ -179,22 +175,19 @@ def adapter_row(name: str) -> list[str]:
     "read": difference(*adapter),
     "merged": relative_difference(fn(merged, *given), expected),
   }
-  same = ""
   with tempfile.TemporaryDirectory() as root:
     new, whole, theirs = Path(root) / "adapter", Path(root) / "merged", []
     in_folder = llama_folder.stored_in(ROOT / of, config) if of.startswith("llama") else tensors
     save_merged(whole, ROOT / of, *adapter, in_folder, params)
-    if name not in ONE_WAY:
-      save_peft(new, *adapter, tensors, params)
-      found["back"] = difference(*load_peft(new, tensors, params))
-      same = "yes" if _same_tensors(folder, new) else "no"
+    save_peft(new, *adapter, tensors, params)
+    found["back"] = difference(*load_peft(new, tensors, params))
+    same = "yes" if _same_tensors(folder, new) else "no"
     if PEERS:
-      theirs = [("folder", peers_model(of, whole))]
-      if new.exists():
-        import peft
+      import peft
 
-        base = make_peft_golden.base_model(of)
-        theirs.append(("peft", peft.PeftModel.from_pretrained(base, new).eval()))
+      base = make_peft_golden.base_model(of)
+      theirs = [("folder", peers_model(of, whole))]
+      theirs.append(("peft", peft.PeftModel.from_pretrained(base, new).eval()))
     for key, model in theirs:
       logits = make_peft_golden.logits(model, *inputs_of(of))
       found[key] = relative_difference(logits, expected)

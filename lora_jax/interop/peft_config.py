@@ -16,7 +16,6 @@ from lora_jax.trees import near
 # Fields that say how an adapter was begun, trained or is run, and nothing about what it computes.
 OF_NO_MATTER = {
   "auto_mapping",
-  "base_model_name_or_path",
   "eva_config",
   "corda_config",
   "fan_in_fan_out",
@@ -31,6 +30,7 @@ OF_NO_MATTER = {
   "revision",
   "runtime_config",
   "task_type",
+  "velora_config",
 }
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
 OTHER_METHODS = {  # fields that make an adapter of another method
@@ -41,6 +41,7 @@ OTHER_METHODS = {  # fields that make an adapter of another method
   "trainable_token_indices": "trainable tokens",
   "alora_invocation_tokens": "activated LoRA",
   "arrow_config": "Arrow",
+  "kasa_config": "KaSA",
   "monteclora_config": "MonteCLoRA",
   "ensure_weight_tying": "tied adapters",
 }
@@ -64,6 +65,7 @@ class PeftConfig:
     layers_pattern: names of the lists that the layers are numbered in.
     lora_bias: whether B has a bias.
     target_parameters: names of parameters that are adapted themselves, as stacked experts'.
+    base: the model that it was trained on, by a name or path of then; "" if it is not said.
   """
 
   rank: int
@@ -79,6 +81,7 @@ class PeftConfig:
   layers_pattern: tuple[str, ...] = ()
   lora_bias: bool = False
   target_parameters: tuple[str, ...] = ()
+  base: str = ""
 
   def targets(self, module: str, is_linear: bool = True) -> bool:
     """Returns whether a module is adapted.
@@ -141,8 +144,8 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
   for key, method in OTHER_METHODS.items():
     if given.get(key):
       raise ValueError(f"{path}: {key}={given[key]!r}: {method} does not exist here yet")
-  known = {own.name for own in dataclasses.fields(PeftConfig)} - {"rank", "alpha"}
-  known |= {"r", "lora_alpha", "peft_type", "init_lora_weights"}
+  known = {own.name for own in dataclasses.fields(PeftConfig)} - {"rank", "alpha", "base"}
+  known |= {"r", "lora_alpha", "peft_type", "init_lora_weights", "base_model_name_or_path"}
   init = given.get("init_lora_weights")
   if init not in PLAIN_INITS:
     raise ValueError(
@@ -188,6 +191,7 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
     layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
     lora_bias=field("lora_bias", bool, False),
     target_parameters=tuple(field("target_parameters", list, [])),
+    base=field("base_model_name_or_path", str, ""),
   )
   if config.bias not in ("none", "all", "lora_only"):
     raise ValueError(f"{path}: bias is {config.bias!r}, expected none, all or lora_only")

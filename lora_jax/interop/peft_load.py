@@ -21,6 +21,7 @@ from lora_jax.interop.peft_modules import (
   check_tied,
   factor_names,
   find_modules,
+  whole_name,
 )
 from lora_jax.models.files import read_json
 from lora_jax.models.hub import StoredTensor
@@ -48,6 +49,11 @@ def load_peft(
       unexpected, mis-shaped or truncated; each is named.
   """
   folder = Path(folder)
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f"{folder} is not a folder; expected one with {CONFIG} and {WEIGHTS}. An adapter on the hub "
+      "is brought to one by huggingface_hub.snapshot_download"
+    )
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
   leaves = dict(leaves_with_path(params))
   own = find_modules(tensors, leaves)
@@ -61,7 +67,7 @@ def load_peft(
     a, b = module.from_file(*(arrays[key] for key in factor_names(module, modules)))
     offsets = np.cumsum([0, *module.outputs])
     for path, start, stop in zip(module.stored.paths, offsets, offsets[1:], strict=False):
-      weight = LoraWeight(a, b[..., start:stop], _axes(a.ndim))
+      weight = LoraWeight(a, b[..., start:stop], _axes(a.ndim, module.is_conv))
       targets.setdefault(path, {})[module.stored.place] = weight
       setting = weight.rank, config.scaling_of(module.name) * weight.rank
       if settings.setdefault(path, setting) != setting:
@@ -97,7 +103,8 @@ def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[M
   if not modules:
     raise ValueError(
       f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
-      f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}"
+      f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}. "
+      f"Load the base that it was trained on{f' ({config.base})' if config.base else ''}"
     )
   return modules
 
@@ -124,9 +131,10 @@ def _read(
   adapted = {module.module for module in modules}
   for stored in tensors:
     if _trained_whole(config, stored, adapted):
-      expected[_whole_key(stored, adapted)] = stored_shape(stored, leaves)
+      expected[whole_name(stored, adapted)] = stored_shape(stored, leaves)
   arrays = _load(folder / WEIGHTS)
   _drop_base_copies(folder, arrays, modules, leaves)
+  _drop_bias_copies(arrays, config, tensors)
   faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
   faults += [f"unexpected {n} {x.shape}" for n, x in arrays.items() if n not in expected]
   faults += [
@@ -138,7 +146,8 @@ def _read(
     more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
     raise ValueError(
       f"{folder}: the tensors are not those of its {CONFIG} and this model: "
-      f"{'; '.join(faults[:8])}{more}"
+      f"{'; '.join(faults[:8])}{more}. Load the base that it was trained on"
+      f"{f' ({config.base})' if config.base else ''}, and leave {CONFIG} as PEFT wrote it"
     )
   return arrays
 
@@ -165,6 +174,20 @@ def _drop_base_copies(
       )
 
 
+def _drop_bias_copies(arrays: Arrays, config: PeftConfig, tensors: Sequence[StoredTensor]) -> None:
+  """Leaves out what PEFT saves besides of a whole module's bias, as it saves all biases.
+
+  The bias is there as it was in the base too, which nothing reads, and as it is, a second time.
+  """
+  for stored in tensors:
+    module, _, kind = stored.name.rpartition(".")
+    if kind == "bias" and config.bias == "all" and config.saves(module):
+      arrays.pop(f"{PREFIX}{module}.original_module.bias", None)
+      again, own = f"{PREFIX}{module}.modules_to_save.bias", arrays.get(f"{PREFIX}{stored.name}")
+      if own is not None and again in arrays and np.array_equal(arrays[again], own):
+        del arrays[again]
+
+
 def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
   """Returns whether an array is a leaf, rounded to the dtype of one of the two."""
   if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -189,7 +212,9 @@ def _load(path: Path) -> Arrays:
     with safe_open(path, "numpy") as file:
       return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
   except SafetensorError as error:
-    raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    raise ValueError(
+      f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
+    ) from error
 
 
 def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
@@ -201,14 +226,10 @@ def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) 
   )
 
 
-def _whole_key(stored: StoredTensor, adapted: set[str]) -> str:
-  """Returns a whole tensor's name in the file; an adapted module's own are one level deeper."""
-  module, _, kind = stored.name.rpartition(".")
-  return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
-
-
-def _axes(ndim: int) -> LoraAxes:
-  """Returns the axes of a weight's factors, of which the last two are no stacks."""
+def _axes(ndim: int, is_conv: bool = False) -> LoraAxes:
+  """Returns the axes of a weight's factors; but for a convolution all but two are stacks."""
+  if is_conv:
+    return LoraAxes((), tuple(range(ndim - 1)), (ndim - 1,))
   return LoraAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
 
 
@@ -257,7 +278,7 @@ def _extra(
 
   for stored in tensors:
     if _trained_whole(config, stored, adapted):
-      parts(stored, arrays[_whole_key(stored, adapted)])
+      parts(stored, arrays[whole_name(stored, adapted)])
   if config.lora_bias:
     biases = {stored.name: stored for stored in tensors if stored.name.endswith(".bias")}
     for module in modules:

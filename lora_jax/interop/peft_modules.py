@@ -6,6 +6,8 @@
     base_model.model.transformer.wte.lora_embedding_B            (D, rank)
     base_model.model.model.layers.0.mlp.experts.lora_A.weight    (experts * rank, in)
     base_model.model.model.layers.0.mlp.experts.lora_B.weight    (out, rank * experts)
+    base_model.model.deberta.encoder.conv.conv.lora_A.weight     (rank, in, width)
+    base_model.model.deberta.encoder.conv.conv.lora_B.weight     (out, rank, 1)
 
 Where PEFT adapts a fused weight and our leaves are its parts, an adapter goes over exactly. From
 PEFT, all parts share A, and each has its rows of B. To PEFT, the As of the parts stand one below
@@ -44,17 +46,23 @@ class Module:
 
   @property
   def is_body(self) -> bool:
-    """Whether it is what PEFT calls linear: neither an embedding nor the head."""
-    return self.is_linear and self.name != "lm_head"
+    """Whether it is what PEFT calls linear: neither an embedding nor a convolution nor the head."""
+    return self.is_linear and not self.is_conv and self.name != "lm_head"
+
+  @property
+  def is_conv(self) -> bool:
+    """Whether it is a convolution, over one axis: its weight is (width, in, out) here."""
+    return len(self.shapes[0]) == 3 and not self.stored.is_parameter
 
   @property
   def experts(self) -> tuple[int, ...]:
     """Their number, if it is a parameter of several; else ()."""
-    return self.shapes[0][:-2]
+    return () if self.is_conv else self.shapes[0][:-2]
 
   @property
   def inputs(self) -> int:
-    return self.shapes[0][-2]
+    """Returns what a row of A has; of a convolution inputs times width."""
+    return math.prod(self.shapes[0][-3:-1]) if self.is_conv else self.shapes[0][-2]
 
   @property
   def outputs(self) -> list[int]:
@@ -62,22 +70,26 @@ class Module:
 
   def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of A and B in the file, whose ranks of all experts are one axis."""
+    if self.is_conv:
+      return (rank, *self.shapes[0][1::-1]), (*self.outputs, rank, 1)
     ranks = math.prod((rank, *self.experts))
     return (ranks, self.inputs), (sum(self.outputs), ranks)
 
   def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A (..., in, rank) and B (..., rank, out) from those in the file.
+    """Returns A (..., in, rank), of a convolution (width, in, rank), and B (..., rank, out).
 
-    There each expert has its own rows of A, one expert after another; in B, however, the experts
-    alternate.
+    In the file each expert has its own rows of A, one expert after another; in B, however, the
+    experts alternate.
     """
     if not self.experts:
-      return a.T, b.T
+      return a.T, b[..., 0].T if self.is_conv else b.T
     a = a.reshape(*self.experts, -1, self.inputs)
     return a.swapaxes(-1, -2), b.reshape(len(b), -1, *self.experts).transpose(2, 1, 0)
 
   def to_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns A and B of the file from A (..., rank, in) and B (..., out, rank)."""
+    if self.is_conv:
+      return a.reshape(-1, *self.shapes[0][1::-1]), b[..., None]
     if not self.experts:
       return a, b
     return a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
@@ -103,16 +115,24 @@ def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
 
 
 def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> list[Module]:
-  """Returns the linear layers and embeddings of a model, and the parameters like them."""
-  return [
-    Module(stored, leaves)
-    for stored in tensors
-    if stored.is_parameter
-    or (
-      stored.name.endswith(".weight")
-      and len(leaves[stored.paths[0]].shape) - len(stored.place) == 2
-    )
-  ]
+  """Returns a model's linear layers, embeddings and convolutions, and the parameters like them."""
+
+  def has_factors(stored: StoredTensor) -> bool:
+    matrix = len(leaves[stored.paths[0]].shape) - len(stored.place) >= 2
+    return stored.is_parameter or (matrix and stored.name.endswith(".weight"))
+
+  return [Module(stored, leaves) for stored in tensors if has_factors(stored)]
+
+
+def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
+  """Returns the name in the file of a tensor that is trained whole.
+
+  Args:
+    stored: the tensor; one of an adapted module's own, as its bias, is one level deeper.
+    adapted: the names of the adapted modules.
+  """
+  module, _, kind = stored.name.rpartition(".")
+  return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
 
 
 def is_encoder(tensors: Sequence[StoredTensor]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.adapter import LoraWeight, adapter_extra, adapter_weights
@@ -13,7 +14,6 @@ from lora_jax.config import LoraConfig, find_leaves
 from lora_jax.interop.peft_config import pattern_of, shortest_endings
 from lora_jax.interop.peft_modules import (
   CONFIG,
-  PREFIX,
   WEIGHTS,
   Arrays,
   Module,
@@ -21,6 +21,7 @@ from lora_jax.interop.peft_modules import (
   factor_names,
   find_modules,
   is_encoder,
+  whole_name,
 )
 from lora_jax.models.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.trees import leaves_with_path
@@ -94,7 +95,7 @@ def save_peft(
     "r": rank,
     "lora_alpha": alpha,
     "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
-    "target_modules": _endings(linear, [m.name for m in modules if not m.stored.is_parameter]),
+    "target_modules": _endings(linear, _names(modules)),
     "bias": "none",
     "fan_in_fan_out": not any(module.stored.transposed for module in chosen if module.is_linear),
   }
@@ -105,11 +106,18 @@ def save_peft(
   if whole:
     if for_server:
       raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
-    names, of_whole = _modules_to_save(whole, tensors, leaves, {m.module for m in chosen})
-    written["modules_to_save"], arrays = names, arrays | of_whole
+    names, biases, of_whole = _trained_whole(whole, tensors, leaves, {m.module for m in chosen})
+    written |= {"bias": biases, "modules_to_save": names or None}
+    arrays |= of_whole
     if CLASSIFIER in names:  # which PEFT then adds to what it trains whole
       written["task_type"] = "SEQ_CLS"
   _write(Path(folder), written, arrays)
+
+
+def _names(modules: Sequence[Module]) -> list[str]:
+  """Returns the names of modules, and of those that they are parts of, which endings might mean."""
+  names = [module.name for module in modules if not module.stored.is_parameter]
+  return list(dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)]))
 
 
 def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -172,6 +180,8 @@ def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np
   if weight.axes.inputs > weight.axes.outputs:
     raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
   a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
+  if module.is_conv:
+    return a.T.reshape(a.shape[-1], -1), b.T
   place, layers = module.stored.place, weight.layers
   if layers is not None and not place:  # some experts; the others are zero
     some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))
@@ -183,35 +193,94 @@ def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np
   return a[place].swapaxes(-1, -2), b[place].swapaxes(-1, -2)
 
 
-def _modules_to_save(
+def _trained_whole(
   whole: Mapping[str, Any],
   tensors: Sequence[StoredTensor],
   leaves: Mapping[str, Any],
   adapted: set[str],
-) -> tuple[list[str], Arrays]:
-  """Returns the modules that are trained whole, and their tensors."""
+) -> tuple[list[str], str, Arrays]:
+  """Returns the modules that are trained whole, PEFT's word for the other biases, and the tensors.
+
+  Args:
+    whole: the leaves that are trained whole, by path.
+    tensors: of the model.
+    leaves: of the base, or their shapes.
+    adapted: the names of the adapted modules.
+  """
   by_module: dict[str, list[StoredTensor]] = {}
   for stored in tensors:
     by_module.setdefault(stored.name.rpartition(".")[0], []).append(stored)
-  arrays: Arrays = {}
-  names = []
+  names: list[str] = []
+  trained: list[StoredTensor] = []
+  biases: list[StoredTensor] = []
   for module, of_module in by_module.items():
     paths = {path for stored in of_module for path in stored.paths}
     if not paths & set(whole):
       continue
-    if module in adapted or not paths <= set(whole):
+    if module not in adapted and paths <= set(whole):
+      names.append(module)
+      trained += of_module
+      continue
+    own = [stored for stored in of_module if _is_bias(stored) and set(stored.paths) <= set(whole)]
+    if paths & set(whole) - {path for stored in own for path in stored.paths}:
       raise ValueError(
         f"PEFT trains whole modules: {module} has {', '.join(sorted(paths))}, of which "
         f"{', '.join(sorted(paths & set(whole)))} are trained whole. Add the others to `extra`"
       )
-    names.append(module)
-    for stored in of_module:
-      array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
-      arrays[f"{PREFIX}{stored.name}"] = stored.turned(array)
+    biases += own
+  others = [stored for stored in tensors if _is_bias(stored) and stored not in trained]
+  word, biases = _which_biases(biases, others, adapted, whole, leaves)
+  arrays = {}
+  for stored in (*trained, *biases):
+    array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
+    arrays[whole_name(stored, adapted)] = stored.turned(array)
   own = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
   if own and set(own) <= set(names):
     names = [*(name for name in names if name not in own), CLASSIFIER]
-  return names, arrays  # whole names: PEFT means all that end with a short one
+  return names, word, arrays  # whole names: PEFT means all that end with a short one
+
+
+def _is_bias(stored: StoredTensor) -> bool:
+  return stored.name.endswith(".bias")
+
+
+def _which_biases(
+  trained: Sequence[StoredTensor],
+  all_biases: Sequence[StoredTensor],
+  adapted: set[str],
+  whole: Mapping[str, Any],
+  leaves: Mapping[str, Any],
+) -> tuple[str, list[StoredTensor]]:
+  """Returns PEFT's word for trained biases, and which tensors these are.
+
+  Of stacked layers those that are as the base has them need not be among them.
+  """
+  own = [stored for stored in all_biases if stored.name.rpartition(".")[0] in adapted]
+  if not trained:
+    return "none", []
+  if len(trained) == len(all_biases):
+    return "all", list(trained)
+  changed = [
+    stored
+    for stored in trained
+    if not stored.place or not all(_is_of_base(whole[p], leaves[p], stored) for p in stored.paths)
+  ]
+  names = {stored.name for stored in trained}
+  if {s.name for s in changed} <= {s.name for s in own} <= names:
+    return "lora_only", own
+  raise ValueError(
+    "PEFT trains all biases, or those of the adapted modules, or modules as a whole; `extra` has "
+    f"{', '.join(sorted(s.name for s in changed)[:4])} and others. Of the adapted modules' it "
+    f"lacks {', '.join(sorted({s.name for s in own} - names)[:4]) or 'none'}, of all "
+    f"{', '.join(sorted({s.name for s in all_biases} - names)[:4])}"
+  )
+
+
+def _is_of_base(leaf: Any, base: Any, stored: StoredTensor) -> bool:
+  """Returns whether a layer's part of a leaf is the base's; never, of a base's shapes."""
+  if isinstance(base, jax.ShapeDtypeStruct):
+    return False
+  return np.array_equal(_whole(leaf, stored), _whole(base, stored))
 
 
 def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:

@@ -176,7 +176,9 @@ def _map(path: Path) -> _File:
     with safe_open(path, "numpy"):  # checks the header against the file's length
       pass
   except SafetensorError as error:
-    raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    raise ValueError(
+      f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
+    ) from error
   data = np.asarray(np.memmap(path, np.uint8, "r"))
   start = 8 + int.from_bytes(data[:8].tobytes(), "little")
   header = json.loads(data[8:start].tobytes())

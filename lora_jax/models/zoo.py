@@ -45,6 +45,12 @@ class LanguageModel(NamedTuple):
   save: Callable[..., None]
   stored_in_folder: Callable[[], list[StoredTensor]]
 
+  @property
+  def num_slots(self) -> int:
+    """The longest sequence that is decoded: `num_positions`, or a sliding window if it is less."""
+    window = self.module.config.sliding_window
+    return self.num_positions if window is None else min(window, self.num_positions)
+
   def call(self, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Returns the logits of each next token: the function of the params that methods adapt."""
     return self.module.apply({"params": params}, tokens)  # pyright: ignore[reportReturnType]
@@ -80,6 +86,7 @@ _LLAMA = Family(
   llama_folder.stored_in,
   llama_folder.save_llama,
 )
+ENCODERS = ("bert", "roberta", "deberta-v2")
 CAUSAL_LMS: dict[str, Family] = {"gpt2": _GPT2, **dict.fromkeys(llama_json.FAMILIES, _LLAMA)}
 
 
@@ -131,6 +138,12 @@ def _find(name: str | Path) -> tuple[Path, str, Family]:
   folder = find_folder(name, weights=False)
   model_type = read_json(folder / "config.json").get("model_type")
   if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
+    if model_type in ENCODERS:
+      raise ValueError(
+        f"{folder / 'config.json'}: {model_type} is an encoder, expected a language model, of type "
+        f"{', '.join(sorted(CAUSAL_LMS))}. Encoders are loaded by load_bert and load_deberta, and "
+        "fine-tuned by python -m experiments.glue"
+      )
     raise ValueError(
       f"{folder / 'config.json'}: the zoo has no language model of type {model_type!r}; it has "
       f"{', '.join(sorted(CAUSAL_LMS))}. Any other model in JAX can be adapted as it is: "
