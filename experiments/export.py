@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.finetune import weights_digests
 from experiments.finished import load_adapter, load_run
 from experiments.finished_encoder import load_encoder
 from experiments.gpt2 import load_base, model_folder
@@ -72,8 +73,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   if config.experiment == "finetune":
     return _merge_finetuned(Path(folder), config, out)
   if config.experiment == "glue":
-    load_encoder(folder).save_merged(out)
-    return {}
+    return load_encoder(folder).save_merged(out)
   check_experiment(config, "gpt2_e2e")
   if config.method == "lora" and config.model.start != "random":
     base = load_base(config, make_mesh())
@@ -88,11 +88,19 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
 
 def _merge_finetuned(folder: Path, config: Config, out: str | Path) -> dict[str, float]:
   """Writes the merged model of a run of `experiments.finetune`; loads no weights but one by one."""
-  if read_result(folder) is None:
+  result = read_result(folder)
+  if result is None:
     raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
   model = plan_causal_lm(config.model.folder)
   lora, adapter = load_peft(folder / "peft", model.stored, model.params)
   base = find_folder(config.model.folder)  # with its weights
+  changed = result.get("weights", {}).items() - weights_digests(base).items()
+  if changed:
+    raise ValueError(
+      f"{folder} was trained on other weights than {base} has by now: "
+      f"{', '.join(sorted(name for name, _ in changed))}. Restore them; on others the adapter "
+      "means nothing"
+    )
   return save_merged(out, base, lora, adapter, model.stored_in_folder(), model.params)
 
 

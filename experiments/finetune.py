@@ -22,6 +22,7 @@ from experiments.launch import launch
 from experiments.recipe import fit_config, lora_config, make_optimizer, params_places
 from experiments.workdir import (
   Config,
+  check_examples,
   check_experiment,
   check_same,
   file_digest,
@@ -32,6 +33,7 @@ from lora_jax.adapter import adapter_weights
 from lora_jax.data import batches as data_batches
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
 from lora_jax.interop import save_peft
+from lora_jax.models.hub import weight_files
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import fit
@@ -73,6 +75,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   loss, trainable = adapt(config, model, data)
   check_export(config, model, trainable)
   _check_data(config, workdir)
+  check_examples(workdir, data.digest)
   steps = len(data.train)
   optimizer, schedule = make_optimizer(config, steps, warmup_steps=_warmup(config, steps))
   count = optax.tree.size(trainable)
@@ -97,6 +100,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   return {
     "experiment": config.experiment,
     "model": config.model.folder,
+    "weights": weights_digests(model.folder),
     "method": "lora",
     "seed": config.seed,
     "num_train_records": data.num_train,
@@ -116,9 +120,14 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _check_data(config: Config, workdir: Path) -> None:
-  """Raises ValueError if the run in this folder was trained with other lines."""
-  files = [config.data.file, config.data.valid_file]
+  """Raises ValueError if the run in this folder was trained with other lines, or another form."""
+  files = [config.data.file, config.data.valid_file, config.data.chat_template]
   check_same(workdir / "data.json", [file_digest(file) for file in files if file], "data")
+
+
+def weights_digests(folder: Path) -> dict[str, str]:
+  """Returns the SHA-256 of each of the base's weight files, by name."""
+  return {name: file_digest(folder / name) for name in weight_files(folder)[0]}
 
 
 def _warmup(config: Config, steps: int) -> int:
@@ -190,7 +199,8 @@ def samples(
   search = SamplingConfig(
     eos_ids=text.end_ids, temperature=0.0, max_new_tokens=config.samples.max_new_tokens
   )
-  found = generate(cached_model(config, model), params, given, search, batch_size=1, mesh=mesh)
+  rows = mesh.shape["data"] * mesh.shape["fsdp"]  # a prompt each
+  found = generate(cached_model(config, model), params, given, search, batch_size=rows, mesh=mesh)
   decode = text.tokenizer.decode
   return [
     {"prompt": decode(ids, skip_special_tokens=False), "generated": decode(new), "answer": answer}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.workdir import Config
+from experiments.workdir import Config, examples_digest
 from lora_jax.data import batches as data_batches
 from lora_jax.data.jsonl import (
   Completion,
@@ -35,6 +35,7 @@ class Data(NamedTuple):
     answers: what their lines say.
     num_train: lines.
     num_valid: likewise.
+    digest: of all examples.
   """
 
   train: data_batches.Batches
@@ -43,6 +44,7 @@ class Data(NamedTuple):
   answers: list[str]
   num_train: int
   num_valid: int
+  digest: str
 
 
 class Text(NamedTuple):
@@ -67,6 +69,11 @@ def load_data(config: Config, model: LanguageModel) -> tuple[Text, Data]:
   records: Sequence[Any] = read_jsonl(given.file, given.ignored_fields)
   if given.valid_file:
     held_out: Sequence[Any] = read_jsonl(given.valid_file, given.ignored_fields)
+    if type(records[0]) is not type(held_out[0]):
+      raise ValueError(
+        f"{given.file} and {given.valid_file} have lines of two forms: expected prompts and "
+        "completions in both, or messages in both"
+      )
   else:
     records, held_out = _hold_out(config, records)
   text = load_text(config, model, isinstance(records[0], Conversation))
@@ -100,6 +107,7 @@ def load_data(config: Config, model: LanguageModel) -> tuple[Text, Data]:
     answers=[_answer(record) for record in shown],
     num_train=len(train),
     num_valid=len(valid),
+    digest=examples_digest(train, valid),
   )
   return text, data
 

@@ -77,6 +77,7 @@ def restore_params(
     return base.params, result["valid_loss"]
   adaptation, trainable = _begun(config, base)
   if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
+    check_base(folder, base.params)
     adapter = restore_adapter(folder / "adapter", trainable)
     return adaptation.merge(base.params, adapter), result["valid_loss"]
   optimizer, _ = make_optimizer(config, result["num_train_steps"])
@@ -90,12 +91,23 @@ def load_adapter(folder: str | Path, base: Base) -> PyTree:
 
   Raises:
     FileNotFoundError: if there is no adapter.
-    ValueError: if the run was of another method.
+    ValueError: if the run was of another method or another base.
   """
   config: Config = read_config(folder)
   if config.method != "lora":
     raise ValueError(f"{folder} is a run of {config.method}, which has no adapter")
+  check_base(folder, base.params)
   return restore_adapter(Path(folder) / "adapter", _begun(config, base)[1])
+
+
+def check_base(folder: str | Path, params: PyTree) -> None:
+  """Raises ValueError if a finished run's result names another base than `params`."""
+  made = (read_result(folder) or {}).get("base")
+  if made is not None and made != (found := fingerprint(params)):
+    raise ValueError(
+      f"{folder} was trained on a base with fingerprint {made}, and its folder has {found} by now. "
+      "Restore that base; on another one the adapter means nothing"
+    )
 
 
 def _begun(config: Config, base: Base) -> tuple[Adaptation, PyTree]:

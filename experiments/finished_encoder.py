@@ -17,15 +17,16 @@ from experiments.encoder import (
   model_folder,
   num_labels,
 )
-from experiments.finished import read_checkpoint
+from experiments.finished import check_base, read_checkpoint
 from experiments.glue import decays
 from experiments.recipe import make_optimizer
 from experiments.workdir import Config, read_config, read_result
 from lora_jax.data.classification import encode, fill
 from lora_jax.data.glue import Record
-from lora_jax.interop import save_peft
+from lora_jax.interop import merged_params, save_peft
 from lora_jax.models import bert_folder, deberta_folder
 from lora_jax.models.bert import Bert
+from lora_jax.models.hub import dtype_of
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import classification_loss, classifier
@@ -82,14 +83,24 @@ class FinishedEncoder(NamedTuple):
       for_server=for_server,
     )
 
-  def save_merged(self, folder: str | Path) -> None:
-    """Writes the whole model as a folder for `transformers`, with the names of its labels."""
+  def save_merged(self, folder: str | Path) -> dict[str, float]:
+    """Writes the whole model as a folder for `transformers`, with the names of its labels.
+
+    Returns:
+      Of a LoRA run, which is written in the dtype of its base's folder, what rounding cost each
+      leaf that was trained; of others nothing: their weights are written as they are.
+    """
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
+    errors: dict[str, float] = {}
+    if self.config.method == "lora":
+      lora = lora_config(self.config)
+      params, errors = merged_params(lora, self.trainable, self.base.params, dtype_of(source))
     if isinstance(module, Bert):
       bert_folder.save_bert(folder, module.config, params, source, labels=labels)
     else:
       deberta_folder.save_deberta(folder, module.config, params, source, labels=labels)
+    return errors
 
 
 def load_encoder(folder: str | Path) -> FinishedEncoder:
@@ -97,7 +108,7 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
 
   Raises:
     FileNotFoundError: if the folder is no run's, or what was trained is not there.
-    ValueError: if the run is not finished.
+    ValueError: if the run is not finished, or its base is another by now.
   """
   folder, result = Path(folder), read_result(folder)
   config: Config = read_config(folder)
@@ -115,5 +126,6 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
     found = read_checkpoint(folder, "best", result, state, fingerprint(base.params))
     trainable = found.state.trainable["adapter"]
   else:
+    check_base(folder, base.params)
     trainable = restore_adapter(folder / "adapter", trainable)
   return FinishedEncoder(config, base, trainable, adapted.merge(base.params, trainable))

@@ -8,6 +8,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,14 @@ from jax.sharding import Mesh
 from experiments.encoder import Base, load_base, method, start_from
 from experiments.launch import launch
 from experiments.recipe import make_optimizer
-from experiments.workdir import Config, check_experiment, provenance, run_once
+from experiments.workdir import (
+  Config,
+  check_examples,
+  check_experiment,
+  examples_digest,
+  provenance,
+  run_once,
+)
 from lora_jax.data import classification
 from lora_jax.data.batches import as_grain
 from lora_jax.data.glue import Record
@@ -50,6 +58,7 @@ class Data(NamedTuple):
   num_train_records: int
   valid_records: list[Record]
   num_matched: int  # of MNLI: the records of its matched part, which come first
+  digest: str  # of the examples
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,6 +78,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   base = load_base(config, mesh)
   base_parameters = optax.tree.size(base.params)
   data = load_data(config, base)
+  check_examples(workdir, data.digest)
   trained = train(config, base, data, mesh, workdir)
   return {
     "experiment": config.experiment,
@@ -88,6 +98,20 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   }
 
 
+def _hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+  """Splits records, the same way whatever the seed; those of one question stay together."""
+  groups: dict[int, list[Record]] = {}
+  for i, record in enumerate(records):
+    groups.setdefault(i if record.group is None else record.group, []).append(record)
+  order = np.random.default_rng(0).permutation(len(groups)).tolist()
+  of_groups = list(groups.values())
+  count = round(share * len(groups))
+  valid, train = (
+    [r for i in part for r in of_groups[i]] for part in (order[:count], order[count:])
+  )
+  return train, valid
+
+
 def load_data(config: Config, base: Base) -> Data:
   """Returns the batches of training and evaluation.
 
@@ -99,10 +123,7 @@ def load_data(config: Config, base: Base) -> Data:
   train = load(given.task, "train", given.source, **how)
   num_matched = 0
   if given.tuning:
-    order = np.random.default_rng(0).permutation(len(train)).tolist()  # whatever the seed
-    held_out = order[: round(given.tuning_share * len(train))]
-    valid = [train[i] for i in held_out]
-    train = [train[i] for i in order[len(held_out) :]]
+    train, valid = _hold_out(train, given.tuning_share)
   elif given.task == "mnli":  # the paper's accuracy is over both parts
     matched, other = (
       load("mnli", f"validation_{part}", given.source, **how) for part in ("matched", "mismatched")
@@ -121,21 +142,21 @@ def load_data(config: Config, base: Base) -> Data:
   def encode(records: list[Record]) -> list[classification.Example]:
     return classification.encode(base.tokenizer, records, max(given.row_lengths))
 
+  of_train, of_valid = encode(train), encode(valid)
   return Data(
     classification.bucketed_batches(
-      encode(train),
+      of_train,
       batch_size=given.batch_size,
       seed=config.seed,
       num_epochs=config.fit.num_epochs,
       window=given.window,
       **shape,
     ),
-    classification.bucketed_batches(
-      encode(valid), batch_size=given.eval_batch_size, seed=None, **shape
-    ),
+    classification.bucketed_batches(of_valid, batch_size=given.eval_batch_size, seed=None, **shape),
     len(train),
     valid,
     num_matched,
+    examples_digest(of_train, of_valid),
   )
 
 
@@ -231,6 +252,7 @@ def _of_log(
     "num_train_steps": steps,
     "train_seconds": fitted.seconds,
     "train_tokens": fitted.tokens,
+    "base": fitted.base,
   }
 
 

@@ -26,7 +26,15 @@ from experiments.gpt2 import (
 from experiments.launch import launch
 from experiments.recipe import fit_config, make_optimizer
 from experiments.scoring import score_texts
-from experiments.workdir import Config, check_experiment, provenance, read_config, run_once
+from experiments.workdir import (
+  Config,
+  check_examples,
+  check_experiment,
+  examples_digest,
+  provenance,
+  read_config,
+  run_once,
+)
 from lora_jax.data import batches as data_batches
 from lora_jax.data import e2e, e2e_tfds, text
 from lora_jax.decoding import BeamConfig, beam_search
@@ -45,6 +53,7 @@ class Data(NamedTuple):
   train: data_batches.Batches
   valid: data_batches.Batches
   num_train_records: int
+  digest: str  # of the examples
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -63,6 +72,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   mesh = make_mesh(**config.mesh)
   base = load_base(config, mesh)
   data = load_data(config, base)
+  check_examples(workdir, data.digest)
   merged, trained = train(config, base, data, mesh, workdir)
   scores: dict[str, Any] = {}
   if config.decoding.num_inputs:
@@ -115,7 +125,8 @@ def load_data(config: Config, base: Base) -> Data:
       return data_batches.packed_batches(examples, row_length=data.row_length, **shape)
     return data_batches.padded_batches(examples, row_lengths=[data.row_length], **shape)
 
-  return Data(batches(train, config.seed, data.num_epochs), batches(valid, None, 1), len(train))
+  in_epochs, once = batches(train, config.seed, data.num_epochs), batches(valid, None, 1)
+  return Data(in_epochs, once, len(train), examples_digest(train, valid))
 
 
 def train(
@@ -169,6 +180,7 @@ def train(
     "last_valid_loss": fitted.last_loss,
     "train_seconds": fitted.seconds,
     "train_tokens": fitted.tokens,
+    "base": fitted.base,
   }
 
 

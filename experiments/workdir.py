@@ -1,9 +1,9 @@
 """A run's folder: one process at a time, one config for ever.
 
 config.json      what was asked for           checkpoints/    by Orbax, never the base
-metrics.jsonl    losses by step               adapter/        the trained tree alone
-tensorboard/     the same                     predictions.txt one text for each input
-result.json      written last: the run is finished
+examples.json    the digest of the examples   adapter/        the trained tree alone
+metrics.jsonl    losses by step               predictions.txt one text for each input
+tensorboard/     the same                     result.json     written last: the run is finished
 """
 
 import contextlib
@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
@@ -93,6 +94,22 @@ def check_same(path: Path, value: Any, what: str) -> None:
       "since. Restore it, or give another --config.workdir"
     )
   write_json(path, value)
+
+
+def check_examples(workdir: Path, digest: str) -> None:
+  """Raises ValueError if a run that has trained is about to go on with other examples."""
+  check_same(workdir / "examples.json", digest, "examples, by its data or its tokenizer")
+
+
+def examples_digest(*parts: Iterable[tuple[Any, ...]]) -> str:
+  """Returns the SHA-256 of encoded examples, whose fields are arrays or numbers."""
+  digest = hashlib.sha256()
+  for part in parts:
+    for example in part:
+      for field in map(np.asarray, example):
+        digest.update(f"{field.dtype} {field.shape} ".encode() + field.tobytes())
+    digest.update(b"end")
+  return digest.hexdigest()
 
 
 def file_digest(path: str | Path) -> str:

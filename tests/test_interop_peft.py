@@ -273,6 +273,8 @@ def edit_config(folder, **fields):
   ("fields", "message"),
   [
     ({"r": 8}, r"lora_A.weight has shape \(4, 32\), expected \(8, 32\)"),
+    ({"r": 8}, r"Load the base that it was trained on \(golden/gpt2/tied\), and leave adapter_c"),
+    ({"kasa_config": {"a": 1}}, r"KaSA does not exist here yet"),
     ({"r": "8"}, r"the rank 'r' is|r is '8', expected int"),
     ({"use_dora": True}, r"use_dora=True: DoRA does not exist here yet"),
     ({"peft_type": "IA3"}, r"expected peft_type LORA, got 'IA3'"),
@@ -315,6 +317,12 @@ def test_the_bases_embedding_beside_its_adapter_is_compared(tmp_path):
   load_peft(tmp_path / "adapter", tensors, jax.eval_shape(lambda: params))  # which have no values
   with pytest.raises(ValueError, match=r"embed_tokens that is saved with the adapter is not this"):
     load_peft(tmp_path / "adapter", tensors, params)
+
+
+def test_a_name_on_the_hub_is_no_folder():
+  _, params, tensors = base("gpt2/tied")
+  with pytest.raises(FileNotFoundError, match=r"is not a folder; .*snapshot_download"):
+    load_peft("user/adapter", tensors, params)
 
 
 def test_files_that_do_not_fit_are_refused(adapter):

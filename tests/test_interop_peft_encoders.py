@@ -111,3 +111,14 @@ def test_peft_itself_agrees(kind, case, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
   theirs = peft.PeftModel.from_pretrained(golden.base_model(of), tmp_path / "new").eval()
   assert relative_difference(golden.logits(theirs, *golden.inputs_of(of)), own) < 1e-5
+
+
+def test_a_table_that_transformers_reads_past_its_module(tmp_path):
+  """PEFT's adapter of DeBERTa's relative positions changes nothing; ours would."""
+  of = "deberta/one_term"
+  config, params, tensors = base(of)
+  lora_config = lj.LoraConfig(rank=2, alpha=4.0, target="relative_embedding/embedding")
+  adapted = lj.lora(model(config), lora_config)
+  trainable = adapted.init(jax.random.key(0), params, *inputs_of(of))
+  with pytest.raises(ValueError, match=r"rel_embeddings and never calls the module"):
+    save_peft(tmp_path / "new", lora_config, trainable, tensors, params)

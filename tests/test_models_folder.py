@@ -1,6 +1,8 @@
 """Hugging Face folders: strict reading, no pickles, whole writing, parts straight to devices."""
 
 import dataclasses
+import hashlib
+import http.server
 import json
 import os
 import resource
@@ -9,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -210,6 +213,74 @@ def test_a_hub_name_without_network_fails_soon(network, tmp_path):
   assert "'some-user/some-model' is neither a local folder nor could it be had" in message
   assert "Give the path of a folder with config.json" in message
   assert ("HF_HUB_OFFLINE" in message) == (network == "offline")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """Answers as the hub does, about one repository, `user/tied`, with the files of a folder."""
+
+  folder: Path
+  commit = "0123456789abcdef0123456789abcdef01234567"
+
+  def do_GET(self):
+    parts = self.path.split("?")[0].split("/")
+    if parts[1:3] == ["api", "models"]:
+      names = sorted(path.name for path in self.folder.iterdir())
+      answer = {
+        "id": "user/tied",
+        "sha": self.commit,
+        "siblings": [{"rfilename": name} for name in names],
+      }
+      if "tree" in parts:
+        sizes = [(self.folder / name).stat().st_size for name in names]
+        answer = [
+          {"type": "file", "path": name, "size": size, "oid": f"{size:040}"}
+          for name, size in zip(names, sizes, strict=True)
+        ]
+      body = json.dumps(answer).encode()
+    elif not (self.folder / parts[-1]).is_file():
+      self.send_error(404)
+      return
+    else:  # user/tied/resolve/<revision>/<name>
+      body = (self.folder / parts[-1]).read_bytes()
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(body)))
+    self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+    self.send_header("X-Repo-Commit", self.commit)
+    self.end_headers()
+    if self.command == "GET":
+      self.wfile.write(body)
+
+  do_HEAD = do_GET
+
+  def log_message(self, format, *args):
+    pass
+
+
+def run_find(code, **env):
+  command = [sys.executable, "-c", f"from lora_jax.models.hub import find_folder\n{code}"]
+  run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+  return run.stdout + run.stderr
+
+
+def test_a_repository_of_the_hub_and_later_without_network(folder, tmp_path):
+  """The weights come when they are asked for, and what has come once is found again offline."""
+  handler = type("OfFolder", (Hub,), {"folder": folder})
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    online = env | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    find, plan = (f"print(find_folder('user/tied', weights={w}))" for w in (True, False))
+    planned = Path(run_find(plan, **online).strip())
+    assert not (planned / WEIGHTS).exists()
+    assert "Give the path of a folder" in run_find(find, **offline)
+    found = Path(run_find(find, **online).strip())
+    assert (found / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert run_find(find, **offline).splitlines()[0] == str(found)
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    message = run_find(find, **online | {"HF_HOME": str(tmp_path / "other")})
+    assert "has no model.safetensors, but pytorch_model.bin; pickles are not read" in message
+    server.shutdown()
 
 
 def test_a_local_folder_is_taken_as_it_is(folder):

@@ -281,6 +281,19 @@ def test_a_head_that_is_said_to_be_tied_must_be(tmp_path):
     load_llama(tmp_path / "model")
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+def test_a_sliding_window_that_is_not_written_is_that_of_transformers(name, tmp_path):
+  shutil.copytree(golden.GOLDEN / name, tmp_path / "model")
+  path = tmp_path / "model" / "config.json"
+  fields = json.loads(path.read_text()) | {"use_sliding_window": True, "max_window_layers": 0}
+  if name == "qwen2_moe":  # there the first ones slide
+    fields["max_window_layers"] = 2
+  for key in ("sliding_window", "layer_types"):
+    fields.pop(key, None)
+  path.write_text(json.dumps(fields))
+  assert load_llama(tmp_path / "model")[0].sliding_window == 4096
+
+
 @pytest.mark.parametrize(
   ("name", "fields", "same"),
   [

@@ -68,6 +68,17 @@ def test_shapes_by_one_layer_are_those_of_the_whole_model(module, read_config, f
     assert shapes_of(model) == whole
 
 
+def test_the_longest_sequence_that_is_decoded():
+  gpt2, mistral = (load_causal_lm(FOLDERS[name]) for name in ("gpt2", "mistral"))
+  assert gpt2.num_slots == gpt2.num_positions
+  assert mistral.num_slots == 5 < mistral.num_positions
+
+
+def test_an_encoder_is_sent_to_its_own_experiment():
+  with pytest.raises(ValueError, match=r"roberta is an encoder.* python -m experiments\.glue"):
+    load_causal_lm(make_bert_golden.GOLDEN / "roberta")
+
+
 def test_weights_come_in_the_dtype_asked_for():
   model = load_causal_lm(FOLDERS["gpt2"], param_dtype="bfloat16")
   assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from experiments.configs import glue as configs
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.bert_folder import save_bert
+from lora_jax.models.deberta import Deberta, DebertaConfig
+from lora_jax.models.deberta_folder import save_deberta
 
 from tests.tiny_glue import WORDS, write_glue, write_superglue
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -18,20 +20,29 @@ TEXTS = [*WORDS, 'The man. It is , a " b c']
 
 
 @functools.cache
-def tiny_folder() -> Path:
-  """Returns a Hugging Face folder of a random BERT, one layer x 32, without a head."""
+def tiny_folder(kind: str = "bert") -> Path:
+  """Returns a Hugging Face folder of a random encoder, one layer x 32, without a head.
+
+  Args:
+    kind: bert, roberta or deberta.
+  """
   tokenizer = tiny_tokenizer(TEXTS)
-  config = BertConfig(
-    vocab_size=tokenizer.get_vocab_size(),
-    num_positions=64,
-    embed_dim=32,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=64,
-  )
-  params = Bert(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-  folder = Path(tempfile.mkdtemp(prefix="tiny-bert-")) / "model"
-  save_bert(folder, config, params)
+  shape = {
+    "vocab_size": tokenizer.get_vocab_size(),
+    "num_positions": 64,
+    "embed_dim": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "mlp_dim": 64,
+  }
+  if kind == "deberta":
+    model, save = Deberta(DebertaConfig(**shape, num_buckets=8, max_distance=64)), save_deberta
+  else:
+    own = {"num_token_types": 1, "pad_id": 0} if kind == "roberta" else {}
+    model, save = Bert(BertConfig(**shape, kind=kind, **own)), save_bert
+  params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  folder = Path(tempfile.mkdtemp(prefix=f"tiny-{kind}-")) / "model"
+  save(folder, model.config, params)
   tokenizer.save(str(folder / "tokenizer.json"))
   return folder
 

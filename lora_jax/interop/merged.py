@@ -28,7 +28,7 @@ from lora_jax.models.hub import (
   weight_files,
 )
 from lora_jax.models.stored import expected_shapes
-from lora_jax.trees import leaves_with_path
+from lora_jax.trees import leaves_with_path, replace_leaves
 
 PyTree = Any
 
@@ -84,6 +84,39 @@ def save_merged(
   return new_leaves.errors
 
 
+def merged_params(
+  config: LoraConfig, trainable: PyTree, params: PyTree, dtype: Any
+) -> tuple[PyTree, dict[str, float]]:
+  """Returns a base's params with an adapter merged into them, in another dtype.
+
+  For a model that has parts which the base's folder has not, as a new head. One leaf after another
+  is merged in float32 and rounded once.
+
+  Args:
+    config: of the adapter.
+    trainable: the trained tree.
+    params: of the base.
+    dtype: of the result.
+
+  Returns:
+    The params, on the host, and what rounding cost, as of `save_merged`.
+  Raises:
+    ValueError: if the adapter is not for the base, or a merged weight is too large for `dtype`.
+  """
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  scalings = {path: target.scaling for path, target in targets.items()}
+  new = _NewLeaves(adapter_weights(trainable), scalings, adapter_extra(trainable))
+
+  def merged(path: str, leaf: Any) -> np.ndarray:
+    wide = np.asarray(leaf, np.float32)
+    return (
+      new.rounded(wide, path, (), np.dtype(dtype)) if path in new.errors else wide.astype(dtype)
+    )
+
+  return replace_leaves(params, {p: merged(p, x) for p, x in leaves_with_path(params)}), new.errors
+
+
 class _NewLeaves:
   """What takes the place of a base's leaves, and what rounding it has cost."""
 
@@ -104,17 +137,24 @@ class _NewLeaves:
       start, stop = stop, stop + leaves[path].shape[-1]
       if path in self.errors:
         part = ours[..., start:stop]
-        exact = self._exact(part, path, stored.place)
-        with np.errstate(over="ignore"):  # told below
-          part[...] = exact
-        size, error = np.abs(exact).max(), np.abs(part.astype(exact.dtype) - exact).max()
-        if not np.isfinite(error):
-          raise ValueError(
-            f"{path}: merged, it has values up to {size:g}, which {array.dtype} cannot hold. Take "
-            "a base of another dtype"
-          )
-        self.errors[path] = max(self.errors[path], float(error / size) if size else 0.0)
+        part[...] = self.rounded(part, path, stored.place, array.dtype)
     return array
+
+  def rounded(
+    self, base: np.ndarray, path: str, place: tuple[int, ...], dtype: np.dtype
+  ) -> np.ndarray:
+    """Returns the new part of a leaf in a dtype, and notes what rounding has cost."""
+    exact = self._exact(base, path, place)
+    with np.errstate(over="ignore"):  # told below
+      part = exact.astype(dtype)
+    size, error = np.abs(exact).max(), np.abs(part.astype(exact.dtype) - exact).max()
+    if not np.isfinite(error):
+      raise ValueError(
+        f"{path}: merged, it has values up to {size:g}, which {dtype} cannot hold. Take a base of "
+        "another dtype"
+      )
+    self.errors[path] = max(self.errors[path], float(error / size) if size else 0.0)
+    return part
 
   def _exact(self, base: np.ndarray, path: str, place: tuple[int, ...]) -> np.ndarray:
     """Returns the new part before it is rounded, float32."""

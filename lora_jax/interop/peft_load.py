@@ -18,6 +18,7 @@ from lora_jax.interop.peft_modules import (
   WEIGHTS,
   Arrays,
   Module,
+  check_called,
   check_tied,
   factor_names,
   find_modules,
@@ -59,6 +60,7 @@ def load_peft(
   own = find_modules(tensors, leaves)
   modules = _targeted(folder, config, own)
   trained = [module for module in own if module in modules or config.saves(module.name)]
+  check_called(folder, modules)
   check_tied(folder, [module for module in trained if module.stored.is_embedding], tensors)
   arrays = _read(folder, config, modules, tensors, leaves)
   targets: dict[str, dict[tuple[int, ...], LoraWeight]] = {}

@@ -140,6 +140,16 @@ def is_encoder(tensors: Sequence[StoredTensor]) -> bool:
   return any("encoder.layer." in stored.name for stored in tensors)
 
 
+def check_called(where: Path, adapted: Sequence[Module]) -> None:
+  """Raises ValueError if `transformers` reads a weight and never calls its module."""
+  names = [module.name for module in adapted if module.name.endswith(".rel_embeddings")]
+  if names:
+    raise ValueError(
+      f"{where}: transformers reads the weight of {names[0]} and never calls the module, so that "
+      "PEFT's adapter of it changes nothing; lora_jax's would. Leave it out"
+    )
+
+
 def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
   """Raises ValueError if a trained embedding is the head too, where PEFT trains one use alone."""
   untied = is_encoder(tensors) or any(stored.name == "lm_head.weight" for stored in tensors)

@@ -17,6 +17,7 @@ from lora_jax.interop.peft_modules import (
   WEIGHTS,
   Arrays,
   Module,
+  check_called,
   check_tied,
   factor_names,
   find_modules,
@@ -62,6 +63,7 @@ def save_peft(
   weights, whole = adapter_weights(trainable), adapter_extra(trainable)
   scalings = {path: target.scaling for path, target in find_leaves(config, params)[0].items()}
   modules = find_modules(tensors, leaves)
+  check_called(Path(folder), [m for m in modules if set(m.stored.paths) & set(weights)])
   fused = {m.name: f for m in modules if (f := _fused(m, weights, scalings)) is not None}
   chosen = [module for module in modules if module.name in fused]
   placed = {path for module in chosen for path in module.stored.paths}

@@ -88,28 +88,43 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
   if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
     raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
   try:
-    return _from_hub(repository, weights)
+    folder, files = _from_hub(repository, weights)
   except Exception as error:  # the hub's client raises errors of several libraries
     raise FileNotFoundError(
       f"{repository!r} is neither a local folder nor could it be had from the hub "
       f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
       "*.safetensors, or see to the network and HF_TOKEN"
     ) from error
+  if weights and not _has_weights(folder):
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    raise FileNotFoundError(
+      f"{repository!r} on the hub has no model.safetensors{', but ' if pickles else ''}"
+      f"{', '.join(pickles[:3])}; pickles are not read. Where you trust it, load it once in "
+      "transformers, save it by save_pretrained, and give that folder"
+    )
+  return folder
 
 
-def _from_hub(repository: str, weights: bool) -> Path:
-  """Returns a repository's files: the newest, or without network those that were had before."""
+def _has_weights(folder: Path) -> bool:
+  return any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+
+
+def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
+  """Returns a repository's files: the newest, or without network those that were had before.
+
+  With them come the names of all files that the hub has there, if it was asked.
+  """
   import huggingface_hub
 
   patterns = ["config.json", *TOKENIZER_FILES]
   if weights:  # repositories may hold others besides, as consolidated.safetensors
     patterns += ["model*.safetensors", INDEX]
 
-  def files(**options: Any) -> Path:
+  def files(**options: Any) -> Path:  # of main, which is noted then for when there is no network
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options))
 
   try:  # `snapshot_download` itself would wait without end for a server that does not answer
-    newest = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT).sha
+    about = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
   except huggingface_hub.errors.HfHubHTTPError:  # it has answered: no such repository, no right
     raise
   except Exception as error:
@@ -117,9 +132,11 @@ def _from_hub(repository: str, weights: bool) -> Path:
       folder = files(local_files_only=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
       raise error from None
+    if weights and not _has_weights(folder):  # those of a --dry_run
+      raise error
     logger.warning("the hub is out of reach (%s); %s is used", type(error).__name__, folder)
-    return folder
-  return files(revision=newest)
+    return folder, []
+  return files(), [file.rfilename for file in about.siblings or ()]
 
 
 class Tensors:
@@ -234,6 +251,16 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if not (folder / name).is_file():
       raise FileNotFoundError(f"{folder / name} does not exist, but {INDEX} names it")
   return names, where
+
+
+def dtype_of(folder: Path) -> np.dtype:
+  """Returns the dtype that most of a folder's numbers have; errors as of `open_tensors`."""
+  counts = dict.fromkeys(FLOATS, 0)
+  with open_tensors(folder) as tensors:
+    for name in tensors:
+      if tensors.dtype(name) in counts:
+        counts[tensors.dtype(name)] += math.prod(tensors.shape(name))
+  return np.dtype(FLOATS[max(counts, key=lambda dtype: counts[dtype])])
 
 
 def check_tensors(

@@ -43,8 +43,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config lea
     "num_experts": 8,
     "num_experts_per_tok": 2,
   },
-  "qwen2": {"max_window_layers": 28},
+  "qwen2": {"sliding_window": 4096, "max_window_layers": 28},
   "qwen2_moe": {
+    "sliding_window": 4096,
     "max_window_layers": 28,
     "qkv_bias": True,
     "num_experts": 60,
@@ -53,8 +54,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config lea
     "shared_expert_intermediate_size": 5632,
     "norm_topk_prob": False,
   },
-  "qwen3": {"max_window_layers": 28, "head_dim": 128},
+  "qwen3": {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
   "qwen3_moe": {
+    "sliding_window": 4096,
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,

@@ -93,6 +93,7 @@ class Fitted:
     last_loss: that of the last step.
     seconds: of this sitting's training, compilation and evaluation included.
     tokens: processed in this sitting.
+    base: the fingerprint of the base's params.
   """
 
   last: PyTree
@@ -102,6 +103,7 @@ class Fitted:
   last_loss: float
   seconds: float
   tokens: int
+  base: str
 
 
 def fit(
@@ -196,6 +198,7 @@ def fit(
     last_loss=last_loss,
     seconds=time.perf_counter() - begun,
     tokens=tokens,
+    base=base,
   )
 
 
