@@ -6,6 +6,7 @@ WORKERS ?= 2
 CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% experiments_% \
   interop_% metrics_% models_bert.py models_chat.py models_deberta.py models_folder.py models_sentencepiece.py \
   models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
+PEERS_TESTS ?= $(wildcard $(addprefix tests/test_,interop_*.py models_*.py decoding_beam.py docs_parity.py))
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the
@@ -151,6 +152,17 @@ test-newest:  ## the core's tests on the newest JAX, if there is a Python 3.12 o
 	$(MAKE) venv-newest
 	$(call run_core_tests,.venv-newest)
 
+.PHONY: test-peers
+test-peers:  ## the tests of models and adapters, beside transformers and PEFT themselves
+	$(call find_python,11,$(PYTHON) $(call pythons,13 12 11))
+	$(call environment,.venv-peers)
+	.venv-peers/bin/python -m $(PYTEST) $(PEERS_TESTS)
+
+.venv-peers/.stamp: pyproject.toml constraints.txt
+	echo "Installing the requirements and the peers into .venv-peers (minutes the first time) ..."
+	$(call pip_install,.venv-peers,-c constraints.txt -e '.[$(EXTRAS),peers]')
+	echo "$(EXTRAS)" > $@
+
 .PHONY: test-nightly
 test-nightly:  ## the core's tests on a JAX nightly, where pip finds one
 	$(find_newest_python)
@@ -193,4 +205,4 @@ clean:  ## remove caches and build outputs
 
 .PHONY: clean-venvs
 clean-venvs:  ## remove the virtual environments; .venv-newest then gets that day's newest JAX
-	rm -rf .venv .venv-newest .venv-nightly
+	rm -rf .venv .venv-newest .venv-nightly .venv-peers

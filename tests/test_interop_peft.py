@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
@@ -242,6 +243,35 @@ def test_the_form_for_servers(tmp_path):
   adapter = ours(extra="ln_f/.*")
   with pytest.raises(ValueError, match=r"servers read no leaves that are trained whole: ln_f/bias"):
     save_peft(tmp_path / "other", *adapter, tensors, params, for_server=True)
+
+
+def test_the_keys_that_servers_read(tmp_path):
+  """Of a Llama: those of its modules in `transformers`, each with an A and a B, and no others."""
+  config, params, tensors = base("llama/llama3")
+  save_peft(
+    tmp_path / "new",
+    *ours("llama/llama3", target=r".*/attn/(query|out)/kernel"),
+    tensors,
+    params,
+    base_model="meta-llama/Meta-Llama-3-8B",
+    for_server=True,
+  )
+  assert sorted(load_file(tmp_path / "new" / "adapter_model.safetensors")) == [
+    f"base_model.model.model.layers.{i}.self_attn.{name}.{factor}.weight"
+    for i in range(config.num_layers)
+    for name in ("o_proj", "q_proj")
+    for factor in ("lora_A", "lora_B")
+  ]
+  with safe_open(tmp_path / "new" / "adapter_model.safetensors", "numpy") as file:
+    assert file.metadata() == {"format": "pt"}
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  assert written["base_model_name_or_path"] == "meta-llama/Meta-Llama-3-8B"
+  assert sorted(written["target_modules"]) == ["o_proj", "q_proj"]
+  assert (written["peft_type"], written["task_type"], written["bias"]) == (
+    "LORA",
+    "CAUSAL_LM",
+    "none",
+  )
 
 
 def test_what_peft_has_no_form_for(tmp_path):

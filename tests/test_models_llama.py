@@ -366,6 +366,33 @@ PUBLISHED = {  # parameters, from the models' cards
     LlamaConfig(num_kv_heads=8, mlp_dim=14336, mixture=MixtureConfig(8, 2)),
     46_702_792_704,
   ),
+  "Qwen1.5 MoE A2.7B": (
+    LlamaConfig(
+      vocab_size=151936,
+      embed_dim=2048,
+      num_layers=24,
+      num_heads=16,
+      num_kv_heads=16,
+      mlp_dim=1408,
+      mixture=MixtureConfig(60, 4, renormalize=False, shared_dim=5632),
+      qkv_bias=True,
+    ),
+    14_315_784_192,
+  ),
+  "Qwen3 0.6B": (
+    LlamaConfig(
+      vocab_size=151936,
+      embed_dim=1024,
+      num_layers=28,
+      num_heads=16,
+      num_kv_heads=8,
+      head_dim=128,
+      mlp_dim=3072,
+      qk_norm=True,
+      tie_head=True,
+    ),
+    596_049_920,
+  ),
   "Qwen3 30B-A3B": (
     LlamaConfig(
       vocab_size=151936,

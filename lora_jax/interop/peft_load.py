@@ -106,9 +106,13 @@ def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[M
     raise ValueError(
       f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
       f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}. "
-      f"Load the base that it was trained on{f' ({config.base})' if config.base else ''}"
+      f"{_which_base(config)}"
     )
   return modules
+
+
+def _which_base(config: PeftConfig) -> str:
+  return f"Load the base that it was trained on{f' ({config.base})' if config.base else ''}"
 
 
 def _short(module: Module) -> str:
@@ -148,8 +152,7 @@ def _read(
     more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
     raise ValueError(
       f"{folder}: the tensors are not those of its {CONFIG} and this model: "
-      f"{'; '.join(faults[:8])}{more}. Load the base that it was trained on"
-      f"{f' ({config.base})' if config.base else ''}, and leave {CONFIG} as PEFT wrote it"
+      f"{'; '.join(faults[:8])}{more}. {_which_base(config)}, and leave {CONFIG} as PEFT wrote it"
     )
   return arrays
 

@@ -230,7 +230,8 @@ def _trained_whole(
         f"{', '.join(sorted(paths & set(whole)))} are trained whole. Add the others to `extra`"
       )
     biases += own
-  others = [stored for stored in tensors if _is_bias(stored) and stored not in trained]
+  saved = {stored.name for stored in trained}
+  others = [stored for stored in tensors if _is_bias(stored) and stored.name not in saved]
   word, biases = _which_biases(biases, others, adapted, whole, leaves)
   arrays = {}
   for stored in (*trained, *biases):
