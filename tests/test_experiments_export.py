@@ -18,6 +18,7 @@ from lora_jax.interop import load_peft
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2, stored_tensors
 from lora_jax.models.tokenizer import load_tokenizer
+from lora_jax.training.fingerprint import fingerprint
 
 from tests.models import relative_difference
 from tests.tiny_e2e import tiny_config, tiny_folder
@@ -76,6 +77,11 @@ def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   config["model"]["folder"] = str(base)
   (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(SystemExit, match="was trained on a base with fingerprint"):
+    export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  result["base"] = fingerprint(load_gpt2(base)[1])  # as if it had been
+  (tmp_path / "run" / "result.json").write_text(json.dumps(result))
   export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
   printed = capsys.readouterr().out
   error = float(re.search(r"by at most\n(\S+) of their largest element \(h_", printed)[1])
