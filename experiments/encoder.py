@@ -39,11 +39,9 @@ class Base(NamedTuple):
 
 def num_labels(config: Config) -> int:
   """Returns the outputs that a task's head has: one for each class, or one for a regression."""
-  if config.data.suite == "glue":
-    return len(glue.task_of(config.data.task).labels) or 1
-  return (
-    2 if config.data.task in ("copa", "record") else len(superglue.task_of(config.data.task).labels)
-  )
+  if _asks_of_choices(config):
+    return 2
+  return len(_labels(config)) or 1
 
 
 def label_names(config: Config) -> tuple[str, ...] | None:
@@ -51,11 +49,16 @@ def label_names(config: Config) -> tuple[str, ...] | None:
 
   COPA and ReCoRD ask of each choice whether it is the right one, which has no published names.
   """
-  task = config.data.task
-  if config.data.suite == "super_glue" and task in ("copa", "record"):
-    return None
+  return None if _asks_of_choices(config) else _labels(config) or None
+
+
+def _asks_of_choices(config: Config) -> bool:
+  return config.data.suite == "super_glue" and config.data.task in ("copa", "record")
+
+
+def _labels(config: Config) -> tuple[str, ...]:
   suite = glue if config.data.suite == "glue" else superglue
-  return suite.task_of(task).labels or None
+  return suite.task_of(config.data.task).labels
 
 
 def load_base(config: Config, mesh: Mesh) -> Base:

@@ -65,10 +65,7 @@ def save_merged(
       merged weight is too large for its dtype.
   """
   base_folder = Path(base_folder)
-  targets, extra = find_leaves(config, params)
-  check_adapter(trainable, targets, extra)
-  scalings = {path: target.scaling for path, target in targets.items()}
-  new_leaves = _NewLeaves(adapter_weights(trainable), scalings, adapter_extra(trainable))
+  new_leaves = _NewLeaves(config, trainable, params)
   leaves = dict(leaves_with_path(params))
   names, index = weight_files(base_folder)
   with open_tensors(base_folder) as base, new_folder(folder) as new:
@@ -103,10 +100,7 @@ def merged_params(
   Raises:
     ValueError: if the adapter is not for the base, or a merged weight is too large for `dtype`.
   """
-  targets, extra = find_leaves(config, params)
-  check_adapter(trainable, targets, extra)
-  scalings = {path: target.scaling for path, target in targets.items()}
-  new = _NewLeaves(adapter_weights(trainable), scalings, adapter_extra(trainable))
+  new = _NewLeaves(config, trainable, params)
 
   def merged(path: str, leaf: Any) -> np.ndarray:
     wide = np.asarray(leaf, np.float32)
@@ -120,11 +114,12 @@ def merged_params(
 class _NewLeaves:
   """What takes the place of a base's leaves, and what rounding it has cost."""
 
-  def __init__(
-    self, weights: Mapping[str, LoraWeight], scalings: Mapping[str, float], whole: Mapping[str, Any]
-  ):
-    self._weights, self._scalings, self._whole = weights, scalings, whole
-    self.errors = dict.fromkeys((*weights, *whole), 0.0)
+  def __init__(self, config: LoraConfig, trainable: PyTree, params: PyTree):
+    targets, extra = find_leaves(config, params)
+    check_adapter(trainable, targets, extra)
+    self._scalings = {path: target.scaling for path, target in targets.items()}
+    self._weights, self._whole = adapter_weights(trainable), adapter_extra(trainable)
+    self.errors = dict.fromkeys((*self._weights, *self._whole), 0.0)
 
   def put_into(
     self, array: np.ndarray, stored: StoredTensor, leaves: Mapping[str, Any]

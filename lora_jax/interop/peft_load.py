@@ -25,7 +25,7 @@ from lora_jax.interop.peft_modules import (
   whole_name,
 )
 from lora_jax.models.files import read_json
-from lora_jax.models.hub import StoredTensor
+from lora_jax.models.hub import StoredTensor, open_safetensors
 from lora_jax.models.stored import stored_shape
 from lora_jax.trees import leaves_with_path, nest
 
@@ -207,19 +207,12 @@ def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
 
 
 def _load(path: Path) -> Arrays:
-  from safetensors import SafetensorError, safe_open
-
   if not path.is_file():
     pickles = sorted(p.name for kind in ("*.bin", "*.pt") for p in path.parent.glob(kind))
     hint = f"; {', '.join(pickles)} may be a pickle and is not read" if pickles else ""
     raise FileNotFoundError(f"{path} does not exist{hint}. Save the adapter as safetensors")
-  try:
-    with safe_open(path, "numpy") as file:
-      return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-  except SafetensorError as error:
-    raise ValueError(
-      f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
-    ) from error
+  with open_safetensors(path) as file:
+    return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
 
 
 def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:

@@ -185,17 +185,24 @@ class _File(NamedTuple):
   start: int
 
 
-def _map(path: Path) -> _File:
-  """Maps a safetensors file, which must be whole."""
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+  """Opens a safetensors file; raises ValueError if it is truncated or none."""
   from safetensors import SafetensorError, safe_open
 
   try:
-    with safe_open(path, "numpy"):  # checks the header against the file's length
-      pass
+    with safe_open(path, "numpy") as file:
+      yield file
   except SafetensorError as error:
     raise ValueError(
       f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
     ) from error
+
+
+def _map(path: Path) -> _File:
+  """Maps a safetensors file, which must be whole."""
+  with open_safetensors(path):  # checks the header against the file's length
+    pass
   data = np.asarray(np.memmap(path, np.uint8, "r"))
   start = 8 + int.from_bytes(data[:8].tobytes(), "little")
   header = json.loads(data[8:start].tobytes())
