@@ -8,6 +8,7 @@ device, so that no model is twice in memory, and a sharded one never whole.
 import json
 import logging
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -337,13 +338,13 @@ def make_leaf(
 def _aligned_copy(parts: Parts, dtype: Any) -> np.ndarray:
   """Returns a copy that JAX takes on CPUs as it is: one that begins at a multiple of 64 bytes.
 
-  It would take a view of a file too, whose later changes the weights would follow.
+  It would take a view of a file too, whose later changes the weights would follow. Pages are had
+  from the system: NumPy asks for huge ones, and to find those can take longer than all the loading.
   """
   shape = _shape(parts)
   size = math.prod(shape) * jnp.dtype(dtype).itemsize
-  memory = np.empty(size + 64, np.uint8)
-  start = -memory.ctypes.data % 64
-  copy = memory[start : start + size].view(dtype).reshape(shape)
+  pages = mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY)
+  copy = np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
   _copy_into(copy, parts)
   return copy
 
