@@ -1,12 +1,13 @@
 # The project's tasks. `make` alone lists them. Needs GNU make 4 and Python 3.11 or newer.
 
 PYTHON ?= python3
-EXTRAS ?= test,metrics,notebooks
+EXTRAS ?= test,metrics,notebooks,zoo
 WORKERS ?= 2
 CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% experiments_% \
   interop_% metrics_% models_bert.py models_chat.py models_deberta.py models_folder.py models_sentencepiece.py \
   models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
-PEERS_TESTS ?= $(wildcard $(addprefix tests/test_,interop_*.py models_*.py decoding_beam.py docs_parity.py))
+PEERS_TESTS ?= $(wildcard $(addprefix tests/test_,interop_*.py models_*.py decoding_beam.py docs_parity.py \
+  experiments_finetune.py))
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the

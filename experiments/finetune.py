@@ -74,8 +74,10 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   text, data = load_data(config, model)
   loss, trainable = adapt(config, model, data)
   check_export(config, model, trainable)
+  weights = weights_digests(model.folder)
   _check_data(config, workdir)
   check_examples(workdir, data.digest)
+  check_same(workdir / "weights.json", weights, "weights")
   steps = len(data.train)
   optimizer, schedule = make_optimizer(config, steps, warmup_steps=_warmup(config, steps))
   count = optax.tree.size(trainable)
@@ -100,7 +102,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   return {
     "experiment": config.experiment,
     "model": config.model.folder,
-    "weights": weights_digests(model.folder),
+    "weights": weights,
     "method": "lora",
     "seed": config.seed,
     "num_train_records": data.num_train,

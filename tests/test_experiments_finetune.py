@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lj
@@ -22,9 +23,11 @@ from lora_jax.models.llama import Llama, LlamaConfig
 from lora_jax.models.llama_folder import save_llama
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.metrics_log import read_metrics
 
 from tests.models import relative_difference
 from tests.tiny_e2e import EMBEDDED, tiny_folder
+from tests.tiny_training import broken_off_at
 
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 CHAT_TEMPLATE = (
@@ -66,6 +69,7 @@ def config_of(model, data, workdir):
     "lora.rank": 4,
     "optimizer.learning_rate": 3e-2,
     "optimizer.warmup_steps": 2,
+    "fit.log_every_steps": 1,
     "samples.count": 2,
     "samples.max_new_tokens": 6,
   }
@@ -117,6 +121,10 @@ def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
   assert relative_difference(merged.call(merged.params, TOKENS), adapted) < 1e-5
   weights = tmp_path / "model" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+  (tmp_path / "run" / "result.json").rename(tmp_path / "run" / "result_before.json")
+  with pytest.raises(ValueError, match=r"was begun with other weights .*it has changed since"):
+    finetune.run(run)
+  (tmp_path / "run" / "result_before.json").rename(tmp_path / "run" / "result.json")
   with pytest.raises(SystemExit, match=r"was trained on other weights than .*model\.safetensors"):
     export.main([str(tmp_path / "run"), str(tmp_path / "other"), "--merged"])
 
@@ -168,6 +176,7 @@ def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path,
     export.main([config.workdir, str(tmp_path / "adapter")])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 def test_the_report_says_how_to_load_it(completions, capsys):
   config, result = completions
   again = finetune.run(config)
@@ -176,16 +185,29 @@ def test_the_report_says_how_to_load_it(completions, capsys):
   assert "is finished" in out
   folder = f"{config.workdir}/peft"
   names = {}
-  exec(out.split("# here\n")[1].split("# in PEFT")[0], names)
+  here, in_peft = out.split("# here\n")[1].split("# in PEFT\n")
+  exec(here, names)
   base = names["base"]
   assert names["adapted"].apply(base.params, names["adapter"], TOKENS).shape == (1, 6, 8192)
   assert "--max-lora-rank 16" in out  # 12 of the fused query, key and value
   assert f"--lora-modules mine={folder}" in out
+  pytest.importorskip("peft", reason="the lines for PEFT need it")
+  import torch
+
+  exec(in_peft, names)
+  with torch.no_grad():
+    theirs = names["model"](torch.tensor(np.asarray(TOKENS))).logits.numpy()
+  ours = names["adapted"].apply(base.params, names["adapter"], TOKENS)
+  assert relative_difference(jnp.asarray(theirs), ours) < 1e-5
 
 
 def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
+  """It is broken off in training, and once more after it."""
   config, result = completions
-  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": 50})
+  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": 1})
+  step = result["num_train_steps"] // 2
+  with broken_off_at(step):
+    finetune.run(again)
 
   class Broken(Exception):
     pass
@@ -197,6 +219,12 @@ def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatc
   with pytest.raises(Broken):
     finetune.run(again)
   monkeypatch.undo()
+  losses = [
+    [metrics["train/loss"] for metrics in read_metrics(path) if "train/loss" in metrics]
+    for path in (Path(run.workdir) / "metrics.jsonl" for run in (config, again))
+  ]
+  assert losses[0] == losses[1]
+  assert len(losses[0]) > 1
   resumed = finetune.run(again)
   assert resumed["valid_loss"] == result["valid_loss"]
   assert resumed["samples"] == result["samples"]

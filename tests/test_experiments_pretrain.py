@@ -15,10 +15,10 @@ from lora_jax.data import corpus, e2e
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.models.gpt2_folder import load_gpt2
 from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
-from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loss import language_model_loss
 
 from tests.tiny_e2e import tiny_config
+from tests.tiny_training import broken_off_at
 
 
 def pretraining(folder, workdir):
@@ -101,21 +101,12 @@ def test_prepared_text_is_made_once(finished, capsys):
   assert gpt2_pretrain.run(config) == result
 
 
-def test_a_broken_off_run_ends_with_the_same_bits(finished, monkeypatch):
+def test_a_broken_off_run_ends_with_the_same_bits(finished):
   root, config, result = finished
   config = apply(config, {"fit.checkpoint_every_steps": 5})
   config.workdir = str(root / "runs" / "broken")
-  save = Checkpoints.save
-
-  def save_and_stop(self, step, *args):
-    save(self, step, *args)
-    if step == 10:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(Checkpoints, "save", save_and_stop)
-  with pytest.raises(KeyboardInterrupt):
+  with broken_off_at(10):
     gpt2_pretrain.run(config)
-  monkeypatch.setattr(Checkpoints, "save", save)
   resumed = gpt2_pretrain.run(config)
   assert resumed["held_out_loss"] == result["held_out_loss"]
   weights = [root / "runs" / name / "base" / "model.safetensors" for name in ("one", "broken")]

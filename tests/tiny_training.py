@@ -6,6 +6,8 @@ python -m tests.tiny_training WORKDIR --method full_finetuning --kill_at 5
 import argparse
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lora_jax as lj
 from lora_jax.data.batches import Batches, as_grain, packed_batches
 from lora_jax.data.text import Example
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loop import FitConfig, Fitted, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
@@ -103,6 +107,22 @@ class KillsItself:
 
   def set_state(self, state: Any) -> None:
     self._iterator.set_state(state)
+
+
+@contextmanager
+def broken_off_at(step: int) -> Iterator[None]:
+  """Inside, training is interrupted right after the checkpoint of a step, and that must happen."""
+  save = Checkpoints.save
+
+  def save_and_stop(self: Checkpoints, now: int, *args: Any) -> None:
+    save(self, now, *args)
+    if now == step:
+      raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(Checkpoints, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+      yield
 
 
 def train(
