@@ -504,6 +504,12 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
   assert [run["seed"] for run in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
   rates = {run["method"]: run["optimizer.learning_rate"] for run in found}
   assert rates == {"lora": 3e-3, "full_finetuning": 1e-4, "head_only": 1e-2}
+  beyond = apply(tuning, {"method": "lora", "optimizer.learning_rate": 3e-4})
+  (tmp_path / "beyond").mkdir()
+  write_json(tmp_path / "beyond" / "config.json", json.loads(beyond.to_json()))
+  write_json(tmp_path / "beyond" / "result.json", {"score": 0.4})
+  assert configs.best_rate(config, "lora") == 3e-4
+  shutil.rmtree(tmp_path / "beyond")
   less = apply(config, {"data.num_train_records": 100, "fit.num_epochs": 1})
   assert list(configs.sweep(less)) == found
   for name, value in (("lora.rank", 4), ("model.folder", "other"), ("data.batch_size", 8)):

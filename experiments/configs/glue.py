@@ -285,6 +285,8 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
 def best_rate(config: Config, method: str) -> float:
   """Returns the learning rate with the best score in the tuning sweep of a method.
 
+  Rates that were tuned there besides, beyond an end of the sweep's, count as well.
+
   Raises:
     ValueError: if a run of it is not finished or not there, or has another model or recipe.
   """
@@ -307,7 +309,7 @@ def best_rate(config: Config, method: str) -> float:
       f"{', '.join(f'{rate:g}' for rate in missing)}. First run --sweep --config.data.tuning=True "
       "--config.workdir=<a folder>, then give it as --config.optimizer.tuned_in"
     )
-  return max(RATES[method], key=scores.__getitem__)
+  return max(sorted(scores), key=scores.__getitem__)
 
 
 def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
