@@ -185,10 +185,10 @@ def _drop_bias_copies(arrays: Arrays, config: PeftConfig, tensors: Sequence[Stor
   The bias is there as it was in the base too, which nothing reads, and as it is, a second time.
   """
   for stored in tensors:
-    module, _, kind = stored.name.rpartition(".")
-    if kind == "bias" and config.bias == "all" and config.saves(module):
-      arrays.pop(f"{PREFIX}{module}.original_module.bias", None)
-      again, own = f"{PREFIX}{module}.modules_to_save.bias", arrays.get(f"{PREFIX}{stored.name}")
+    if stored.is_bias and config.bias == "all" and config.saves(stored.module):
+      module = f"{PREFIX}{stored.module}"
+      arrays.pop(f"{module}.original_module.bias", None)
+      again, own = f"{module}.modules_to_save.bias", arrays.get(f"{module}.bias")
       if own is not None and again in arrays and np.array_equal(arrays[again], own):
         del arrays[again]
 
@@ -216,11 +216,10 @@ def _load(path: Path) -> Arrays:
 
 
 def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
-  module, _, kind = stored.name.rpartition(".")
-  if config.saves(module):
+  if config.saves(stored.module):
     return True
-  return kind == "bias" and (
-    config.bias == "all" or (config.bias == "lora_only" and module in adapted)
+  return stored.is_bias and (
+    config.bias == "all" or (config.bias == "lora_only" and stored.module in adapted)
   )
 
 
@@ -278,11 +277,11 @@ def _extra(
     if _trained_whole(config, stored, adapted):
       parts(stored, arrays[whole_name(stored, adapted)])
   if config.lora_bias:
-    biases = {stored.name: stored for stored in tensors if stored.name.endswith(".bias")}
+    biases = {stored.module: stored for stored in tensors if stored.is_bias}
     for module in modules:
-      if f"{module.name}.bias" not in biases:
+      if module.name not in biases:
         raise ValueError(f"lora_bias: {module.name} has no bias of its own to add that of B to")
-      stored = biases[f"{module.name}.bias"]
+      stored = biases[module.name]
       own = [new.get(p, np.asarray(leaves[p], np.float32))[stored.place] for p in stored.paths]
       of_b = config.scaling_of(module.name) * arrays[f"{PREFIX}{module.name}.lora_B.bias"]
       parts(stored, np.concatenate(own, axis=-1) + of_b)

@@ -37,7 +37,7 @@ class Module:
   def __init__(self, stored: StoredTensor, params: Mapping[str, Any]):
     self.stored = stored
     self.name = stored.name if stored.is_parameter else stored.name.removesuffix(".weight")
-    self.module = stored.name.rpartition(".")[0]
+    self.module = stored.module
     self.shapes = [tuple(params[path].shape)[len(stored.place) :] for path in stored.paths]
 
   @property

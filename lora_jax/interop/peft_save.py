@@ -211,7 +211,7 @@ def _trained_whole(
   """
   by_module: dict[str, list[StoredTensor]] = {}
   for stored in tensors:
-    by_module.setdefault(stored.name.rpartition(".")[0], []).append(stored)
+    by_module.setdefault(stored.module, []).append(stored)
   names: list[str] = []
   trained: list[StoredTensor] = []
   biases: list[StoredTensor] = []
@@ -223,7 +223,7 @@ def _trained_whole(
       names.append(module)
       trained += of_module
       continue
-    own = [stored for stored in of_module if _is_bias(stored) and set(stored.paths) <= set(whole)]
+    own = [stored for stored in of_module if stored.is_bias and set(stored.paths) <= set(whole)]
     if paths & set(whole) - {path for stored in own for path in stored.paths}:
       raise ValueError(
         f"PEFT trains whole modules: {module} has {', '.join(sorted(paths))}, of which "
@@ -231,7 +231,7 @@ def _trained_whole(
       )
     biases += own
   saved = {stored.name for stored in trained}
-  others = [stored for stored in tensors if _is_bias(stored) and stored.name not in saved]
+  others = [stored for stored in tensors if stored.is_bias and stored.name not in saved]
   word, biases = _which_biases(biases, others, adapted, whole, leaves)
   arrays = {}
   for stored in (*trained, *biases):
@@ -241,10 +241,6 @@ def _trained_whole(
   if own and set(own) <= set(names):
     names = [*(name for name in names if name not in own), CLASSIFIER]
   return names, word, arrays  # whole names: PEFT means all that end with a short one
-
-
-def _is_bias(stored: StoredTensor) -> bool:
-  return stored.name.endswith(".bias")
 
 
 def _which_biases(
@@ -258,7 +254,7 @@ def _which_biases(
 
   Of stacked layers those that are as the base has them need not be among them.
   """
-  own = [stored for stored in all_biases if stored.name.rpartition(".")[0] in adapted]
+  own = [stored for stored in all_biases if stored.module in adapted]
   if not trained:
     return "none", []
   if len(trained) == len(all_biases):

@@ -60,6 +60,15 @@ class StoredTensor(NamedTuple):
   is_parameter: bool = False
 
   @property
+  def module(self) -> str:
+    """The name of the module that has it."""
+    return self.name.rpartition(".")[0]
+
+  @property
+  def is_bias(self) -> bool:
+    return self.name.endswith(".bias")
+
+  @property
   def place(self) -> tuple[int, ...]:
     """Which part it holds of leaves that are stacked."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
