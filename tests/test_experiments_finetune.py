@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,13 @@ from lora_jax.data.e2e_tfds import load
 from lora_jax.interop import load_peft
 from lora_jax.models.llama import Llama, LlamaConfig
 from lora_jax.models.llama_folder import save_llama
+from lora_jax.models.mixture import MixtureConfig
+from lora_jax.models.tokenizer import load_tokenizer
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.metrics_log import read_metrics
 
+from tests.make_tokenizer_golden import GOLDEN
 from tests.models import relative_difference
 from tests.tiny_e2e import EMBEDDED, tiny_folder
 from tests.tiny_training import broken_off_at
@@ -127,6 +131,41 @@ def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
   (tmp_path / "run" / "result_before.json").rename(tmp_path / "run" / "result.json")
   with pytest.raises(SystemExit, match=r"was trained on other weights than .*model\.safetensors"):
     export.main([str(tmp_path / "run"), str(tmp_path / "other"), "--merged"])
+
+
+def test_a_mixture_of_experts_with_a_sentencepiece_tokenizer(tmp_path, capsys):
+  """Its experts are adapted too, for which servers have no names."""
+  tokenizer = shutil.copytree(GOLDEN / "llama", tmp_path / "tokenizer")
+  (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  config = LlamaConfig(
+    vocab_size=load_tokenizer(tokenizer).get_vocab_size(),
+    num_positions=256,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=48,
+    mixture=MixtureConfig(num_experts=4, experts_per_token=2),
+  )
+  params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  save_llama(tmp_path / "model", config, params, tokenizer_from=tokenizer, end_of_text_id=2)
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  run = apply(config_of(tmp_path / "model", data, tmp_path / "run"), {"samples.count": 1})
+  run.lora.target += "|.*/mlp/experts/(gate|up|down)"
+  result = finetune.run(run)
+  assert result["valid_loss"] < math.log(config.vocab_size) - 0.02
+  assert "# in PEFT" in (out := capsys.readouterr().out)
+  assert "vllm serve" not in out
+  written = json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())
+  assert sorted(written["target_parameters"]) == ["down_proj", "gate_up_proj"]
+  model = load_causal_lm(tmp_path / "model")
+  assert model.model_type == "mixtral"
+  lora_config, adapter = load_peft(tmp_path / "run" / "peft", model.stored, model.params)
+  adapted = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS % 300)
+  assert relative_difference(model.call(model.params, TOKENS % 300), adapted) > 1e-3
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS % 300), adapted) < 1e-5
 
 
 def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
