@@ -9,6 +9,7 @@ import functools
 import json
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from experiments.workdir import (
   Config,
   check_examples,
   check_experiment,
+  check_model,
   check_same,
   file_digest,
   provenance,
@@ -65,6 +67,10 @@ def check(config: Config) -> None:
     raise ValueError(f"fit.keep must be best or last, got {config.fit.keep!r}")
   if not 0 < config.data.valid_share < 1:
     raise ValueError(f"data.valid_share must be between 0 and 1, got {config.data.valid_share}")
+  try:
+    datetime.fromisoformat(config.data.today)
+  except ValueError:
+    raise ValueError(f"data.today must be a day as 2024-07-26, got {config.data.today!r}") from None
 
 
 def _run(config: Config, workdir: Path) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   weights = weights_digests(model.folder)
   _check_data(config, workdir)
   check_examples(workdir, data.digest)
+  check_model(workdir, model.module.config)
   check_same(workdir / "weights.json", weights, "weights")
   steps = len(data.train)
   optimizer, schedule = make_optimizer(config, steps, warmup_steps=_warmup(config, steps))

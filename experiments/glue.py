@@ -26,6 +26,7 @@ from experiments.workdir import (
   Config,
   check_examples,
   check_experiment,
+  check_model,
   examples_digest,
   provenance,
   run_once,
@@ -79,6 +80,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   base_parameters = optax.tree.size(base.params)
   data = load_data(config, base)
   check_examples(workdir, data.digest)
+  check_model(workdir, base.module.config)
   trained = train(config, base, data, mesh, workdir)
   return {
     "experiment": config.experiment,

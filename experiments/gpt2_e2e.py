@@ -30,6 +30,7 @@ from experiments.workdir import (
   Config,
   check_examples,
   check_experiment,
+  check_model,
   examples_digest,
   provenance,
   read_config,
@@ -73,6 +74,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
   base = load_base(config, mesh)
   data = load_data(config, base)
   check_examples(workdir, data.digest)
+  check_model(workdir, base.config)
   merged, trained = train(config, base, data, mesh, workdir)
   scores: dict[str, Any] = {}
   if config.decoding.num_inputs:

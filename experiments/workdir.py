@@ -1,7 +1,8 @@
 """A run's folder: one process at a time, one config for ever.
 
 config.json      what was asked for           checkpoints/    by Orbax, never the base
-examples.json    the digest of the examples   adapter/        the trained tree alone
+model.json       the base's configuration     adapter/        the trained tree alone
+examples.json    the digest of the examples   peft/, base/    it or the model, for others
 metrics.jsonl    losses by step               predictions.txt one text for each input
 tensorboard/     the same                     result.json     written last: the run is finished
 """
@@ -20,6 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+EXPORTS = ("adapter", "peft", "base")
 Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
 
 
@@ -41,8 +43,7 @@ def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
     path, wanted = folder / "config.json", _plain(config)
-    begun = any((folder / name).exists() for name in ("checkpoints", "result.json"))
-    stored = json.loads(path.read_text("utf-8")) if begun else wanted
+    stored = json.loads(path.read_text("utf-8")) if _has_trained(folder) else wanted
     if stored != wanted:
       raise ValueError(
         f"{folder} belongs to a run with another config: {_differences(stored, wanted)}. "
@@ -86,14 +87,24 @@ def check_same(path: Path, value: Any, what: str) -> None:
   Raises:
     ValueError: if it is something else by now.
   """
-  trained = any((path.parent / name).exists() for name in ("checkpoints", "result.json"))
-  begun_with = json.loads(path.read_text("utf-8")) if trained and path.exists() else value
+  trained = _has_trained(path.parent) and path.exists()
+  begun_with = json.loads(path.read_text("utf-8")) if trained else value
   if begun_with != value:
     raise ValueError(
       f"{path.parent} was begun with other {what} ({begun_with}, now {value}): it has changed "
       "since. Restore it, or give another --config.workdir"
     )
   write_json(path, value)
+
+
+def _has_trained(folder: Path) -> bool:
+  """Returns whether a folder has what a run has trained, even if only a part of it was removed."""
+  return any((folder / name).exists() for name in ("checkpoints", "result.json", *EXPORTS))
+
+
+def check_model(workdir: Path, config: Any) -> None:
+  """Raises ValueError if a run that has trained is about to go on with another model config."""
+  check_same(workdir / "model.json", str(config), "model, by its config.json")
 
 
 def check_examples(workdir: Path, digest: str) -> None:

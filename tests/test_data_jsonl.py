@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from lora_jax.data.jsonl import (
   Completion,
@@ -62,6 +63,7 @@ def test_both_forms(tmp_path):
     ({**PROMPT, **CHAT}, "got completion, messages, prompt"),
     ({"prompt": "a", "completion": 3}, "completion: expected a text that is not empty, got 3"),
     ({"prompt": "", "completion": "b"}, "prompt: expected a text that is not empty, got ''"),
+    ('{"prompt": "a", "completion": "\\ud83d"}', "completion: half of a surrogate pair"),
     ({"messages": []}, "a list of one or more"),
     ({"messages": ["Hi"]}, "message 1: expected an object with role and content, got str"),
     ({"messages": [{"content": "Hi"}]}, "message 1: expected an object with .*, got content"),
@@ -111,6 +113,48 @@ def test_completions_by_sentencepiece_have_no_space_put_before_them(form):
     assert example.tokens[:count].tolist() == encode_prompts(tokenizer, [prompt], end_id)[0]
     whole = [*example.tokens.tolist(), int(example.targets[-1])]
     assert tokenizer.decode(whole[:-1]) == prompt + completion
+
+
+LLAMA3_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+  r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+  ("completion", "first"),
+  [
+    ("<div>hello", "<div"),
+    ("\\frac{1}", "\\frac"),
+    ('"Hello" she', '"Hello'),
+    ("\n\n(yes)", "ĊĊ"),
+    (" (yes)", "Ġ("),
+    ("'s", "'s"),
+  ],
+)
+def test_completions_by_llama_3s_words_begin_as_within_a_text(completion, first):
+  """Its words may begin with a sign, which a sign before them would take away."""
+  tokenizer = Tokenizer(models.BPE())
+  split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+  bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
+  alphabet = pre_tokenizers.ByteLevel.alphabet()
+  texts = ['<div>hello\n\\frac{1}\n"Hello" she is (yes)\nit\'s\n\n(no)\n'] * 9
+  trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+  tokenizer.train_from_iterator([*texts, " (yes) (no) yes"], trainer)
+  (example,) = encode_completions(tokenizer, [Completion("", "a", completion)], 0, 64)
+  assert tokenizer.id_to_token(int(example.targets[0])) == first
+
+
+def test_white_space_has_a_loss_where_the_tokenizer_trims_offsets():
+  tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+  segments = [("def f():", False), ("\n        return  1 \U0001f389", True)]
+  (expected,) = encode_rendered(tokenizer, [Rendered("", segments)], 64)
+  tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+  assert any(start == end for start, end in tokenizer.encode(segments[1][0]).offsets)
+  (example,) = encode_rendered(tokenizer, [Rendered("", segments)], 64)
+  np.testing.assert_array_equal(example.targets, expected.targets)
+  assert tokenizer.decode(example.targets.tolist()) == segments[1][0]
 
 
 def test_segments_of_a_conversation():

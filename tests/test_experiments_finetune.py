@@ -123,9 +123,15 @@ def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
   export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
   merged = load_causal_lm(tmp_path / "merged")
   assert relative_difference(merged.call(merged.params, TOKENS), adapted) < 1e-5
+  (tmp_path / "run" / "result.json").rename(tmp_path / "run" / "result_before.json")
+  file = tmp_path / "model" / "config.json"
+  written = file.read_text()
+  file.write_text(json.dumps(json.loads(written) | {"rms_norm_eps": 0.1}))
+  with pytest.raises(ValueError, match=r"was begun with other model, by its config\.json"):
+    finetune.run(run)
+  file.write_text(written)
   weights = tmp_path / "model" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-1] + b"@")
-  (tmp_path / "run" / "result.json").rename(tmp_path / "run" / "result_before.json")
   with pytest.raises(ValueError, match=r"was begun with other weights .*it has changed since"):
     finetune.run(run)
   (tmp_path / "run" / "result_before.json").rename(tmp_path / "run" / "result.json")
@@ -338,6 +344,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     ({"data.file": ""}, "no data is given: add --data"),
     ({"fit.keep": "first"}, "fit.keep must be best or last"),
     ({"data.valid_share": 1.0}, "valid_share must be between 0 and 1"),
+    ({"data.today": "26 Jul"}, "data.today must be a day as 2024-07-26"),
     ({"lora.target": r".*/attn/qurey/kernel"}, "h_0/attn/query/kernel"),
     ({"lora.rank": 33}, "rank 33"),
     ({"data.row_length": 8}, "lines have more than 8 tokens, .*mine.jsonl:1"),

@@ -68,7 +68,7 @@ def test_a_run_writes_what_it_says(finished, capsys):
   workdir, result = finished
   names = {path.name for path in workdir.glob("[!.]*")}
   assert names == {
-    *("adapter", "checkpoints", "config.json", "examples.json", "metrics.jsonl"),
+    *("adapter", "checkpoints", "config.json", "examples.json", "metrics.jsonl", "model.json"),
     *("predictions.txt", "result.json", "tensorboard"),
   }
   assert result == json.loads((workdir / "result.json").read_text())
@@ -236,24 +236,35 @@ def test_other_families(tmp_path, kind):
   assert relative_difference(run._replace(params=merged).classify(texts), expected) < 1e-5
 
 
-@pytest.mark.parametrize("task", ["stsb", "mnli", "multirc"])
+METRICS = {  # of the tasks that have others than accuracy
+  **{"mrpc": {"accuracy", "f1"}, "qqp": {"accuracy", "f1"}, "stsb": {"pearson", "spearman"}},
+  "mnli": {"accuracy", "accuracy_matched", "accuracy_mismatched"},
+  **{"cb": {"accuracy", "macro_f1"}, "multirc": {"f1", "exact_match"}},
+  "record": {"f1", "exact_match"},
+}
+
+
+@pytest.mark.parametrize(
+  "task",
+  [
+    *("sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli"),
+    *("boolq", "cb", "copa", "multirc", "record", "super_rte", "wic", "wsc"),
+  ],
+)
 def test_other_tasks(tmp_path, task):
   config = tiny_config(tmp_path, task)
   config.method = "head_only"  # compiles the fastest
   config.fit.num_epochs = 1
   result = glue.run(config)
-  names = {
-    "stsb": {"pearson", "spearman"},
-    "mnli": {"accuracy", "accuracy_matched", "accuracy_mismatched"},
-    "multirc": {"f1", "exact_match"},
-  }
-  assert set(result["scores"]) == {"loss", *names[task]}
+  assert set(result["scores"]) == {"loss", *METRICS.get(task, {"accuracy"})}
+  lines = (tmp_path / "predictions.txt").read_text().split()
+  assert len(lines) == result["num_valid_records"] > 0
   if task == "mnli":
     assert result["num_valid_records"] == 40
     parts = [result["scores"][f"accuracy_{part}"] for part in ("matched", "mismatched")]
     assert result["score"] == pytest.approx(sum(parts) / 2)
   if task == "stsb":
-    assert all("." in line for line in (tmp_path / "predictions.txt").read_text().split()[:3])
+    assert all("." in line for line in lines[:3])
 
 
 def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):

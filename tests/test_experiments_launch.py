@@ -162,6 +162,18 @@ def config(**fields):
   return ConfigDict({"workdir": "", "seed": 1, "lora": {"rank": 4, "target": [".*"]}, **fields})
 
 
+@pytest.mark.parametrize("left", ["checkpoints", "adapter", "peft", "base"])
+def test_what_was_trained_belongs_to_its_config(tmp_path, left):
+  """Were an old adapter left behind, the next run's would not be written."""
+  with open_workdir(tmp_path, config()) as workdir:
+    (workdir / left).mkdir()
+  with (
+    pytest.raises(ValueError, match="another config: seed=1 there, 2 now"),
+    open_workdir(tmp_path, config(seed=2)),
+  ):
+    pass
+
+
 def test_a_folder_belongs_to_one_config(tmp_path):
   with open_workdir(tmp_path / "run", config()) as workdir:
     write_json(workdir / "result.json", {"loss": 0.5})

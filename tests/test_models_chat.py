@@ -1,6 +1,7 @@
 """Chat templates: the text is transformers', and what the assistant wrote is found in it."""
 
 import json
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -229,9 +230,28 @@ def test_a_broken_template_is_named():
     render_chat(ChatTemplate("{{ messages }}\n{% for %}"), TURNS)
 
 
+def test_the_date_that_a_template_is_told():
+  source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+  day = datetime(2024, 7, 26)
+  assert render_chat(ChatTemplate(source, today=day), TURNS[:1]).startswith("26 Jul 2024")
+  assert render_chat(ChatTemplate(source), TURNS[:1]).startswith(f"{datetime.now():%d %b %Y}")
+
+
+def test_a_template_that_asks_for_reasoning_which_answers_lack_is_refused():
+  source = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+  )
+  with pytest.raises(ValueError, match=r"message 1: .* ends with '.*assistant: <think>'\. The tem"):
+    chat_segments(ChatTemplate(source), TURNS[:2])
+
+
 def test_folders(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
+  with pytest.raises(FileNotFoundError, match="has no chat template: expected chat_template"):
     load_chat_template(tmp_path)
+  (tmp_path / "chat_template.jinja").write_text(MISTRAL, "utf-8")
+  assert load_chat_template(tmp_path) == ChatTemplate(MISTRAL, {})
+  (tmp_path / "chat_template.jinja").unlink()
   config = tmp_path / "tokenizer_config.json"
   config.write_text(json.dumps({"bos_token": None}))
   with pytest.raises(FileNotFoundError, match="has no chat template: expected chat_template"):

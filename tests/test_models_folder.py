@@ -220,8 +220,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
   folder: Path
   commit = "0123456789abcdef0123456789abcdef01234567"
+  refuses_with: int | None = None  # a status
 
   def do_GET(self):
+    if self.refuses_with:
+      self.send_error(self.refuses_with)
+      return
     parts = self.path.split("?")[0].split("/")
     if parts[1:3] == ["api", "models"]:
       names = sorted(path.name for path in self.folder.iterdir())
@@ -264,6 +268,7 @@ def run_find(code, **env):
 
 def test_a_repository_of_the_hub_and_later_without_network(folder, tmp_path):
   """The weights come when they are asked for, and what has come once is found again offline."""
+  (folder / "generation_config.json").write_text("{}")
   handler = type("OfFolder", (Hub,), {"folder": folder})
   with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -276,7 +281,13 @@ def test_a_repository_of_the_hub_and_later_without_network(folder, tmp_path):
     assert "Give the path of a folder" in run_find(find, **offline)
     found = Path(run_find(find, **online).strip())
     assert (found / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert (found / "generation_config.json").is_file()
     assert run_find(find, **offline).splitlines()[0] == str(found)
+    handler.refuses_with = 503
+    assert run_find(find, **online).splitlines()[0] == str(found)
+    handler.refuses_with = 401
+    assert "Give the path of a folder" in run_find(find, **online)
+    handler.refuses_with = None
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
     message = run_find(find, **online | {"HF_HOME": str(tmp_path / "other")})
     assert "has no model.safetensors, but pytorch_model.bin; pickles are not read" in message

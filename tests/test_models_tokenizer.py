@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 import lora_jax
 from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
@@ -58,6 +59,36 @@ def test_gpt2s_own_files_are_the_same_tokenizer_on_e2e_lines(tmp_path):
   one, other = load_tokenizer(files, 50257), load_tokenizer(tmp_path, 50257)
   assert end_of_text_id(one) == 50256
   assert_alike(one, other, [*TEXTS, *lines.read_text("utf-8").splitlines()])
+
+
+def test_a_large_table_may_be_padded_by_a_twentieth(tmp_path):
+  """As DeepSeek's, of 102,400 rows for 100,015 tokens."""
+  vocab = {f"t{i}": i for i in range(100_015)}
+  model = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
+  empty = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+  text = json.dumps({"version": "1.0", "added_tokens": [], **empty, "model": model})
+  (tmp_path / "tokenizer.json").write_text(text)
+  assert load_tokenizer(tmp_path, 102_400).get_vocab_size() == 100_015
+  with pytest.raises(ValueError, match="do not belong together"):
+    load_tokenizer(tmp_path, 106_000)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_tokenizer_json_alone_says_what_is_put_about_a_text(marked, tmp_path):
+  """Not tokenizer_config.json, which transformers does not ask either, since version 5."""
+  tokenizer = load_tokenizer(EMBEDDED)
+  if marked:
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single="$A <|endoftext|>", pair="$A $B:1", special_tokens=[("<|endoftext|>", 0)]
+    )
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  special = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+  written = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": not marked, **special}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(written))
+  expected = [*tokenizer.encode("low rank", add_special_tokens=False).ids, *[0] * marked]
+  assert load_tokenizer(tmp_path).encode("low rank").ids == expected
+  transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path).encode("low rank") == expected
 
 
 @pytest.mark.parametrize("vocab_size", [8192, 8320, 9215])

@@ -45,6 +45,7 @@ def get_config() -> Config:
   config.data.valid_file = ""  # likewise; "" holds out a part of data.file
   config.data.valid_share = 0.05  # of data.file that is held out, one line at least
   config.data.chat_template = ""  # a file with a template in Jinja; "" is that of the model
+  config.data.today = "2024-07-26"  # for templates that write the date; the same whenever it runs
   config.data.ignored_fields = ()  # of a line, besides those of its form, as ("id",)
   config.data.row_length = 0  # tokens; 0 is the longest example's, up to a multiple of 64
   config.data.truncate = False  # cuts longer lines; otherwise they are an error

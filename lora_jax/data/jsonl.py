@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ROLES = ("system", "user", "assistant")
-BOUNDARY = "\0"  # no tokenizer has a token of it and another character
+BOUNDARIES = ("\n", "\0")  # before a text; one of them is a token of its own there
 
 
 class Completion(NamedTuple):
@@ -115,6 +115,11 @@ def _messages(where: str, messages: Any) -> list[dict[str, str]]:
 def _check_text(what: str, value: Any) -> None:
   if not isinstance(value, str) or not value:
     raise ValueError(f"{what}: expected a text that is not empty, got {value!r}")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    half = value[error.start]
+    raise ValueError(f"{what}: half of a surrogate pair, {half!a}, is no text") from None
 
 
 def encode_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], end_id: int) -> list[list[int]]:
@@ -152,20 +157,43 @@ def encode_completions(
     ValueError: if a record is too long, or has no room left for its completion.
   """
   prompts = encode_prompts(tokenizer, [record.prompt for record in records], end_id)
-  texts = [BOUNDARY + record.completion for record in records]
-  encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
   tokens, masks = [], []
-  for record, prompt, encoding in zip(records, prompts, encodings, strict=True):
-    completion = [
-      token for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True) if start > 0
-    ]
-    if any(start < 1 < end for start, end in encoding.offsets):
-      raise ValueError(f"{record.where}: the tokenizer has no token of NUL alone")
+  completions = _within_texts(tokenizer, records)
+  for record, prompt, completion in zip(records, prompts, completions, strict=True):
     if not completion:
       raise ValueError(f"{record.where}: the completion has no tokens: {record.completion!r}")
     tokens.append([*prompt, *completion, end_id])
     masks.append([False] * len(prompt) + [True] * (len(completion) + 1))
   return _examples([record.where for record in records], tokens, masks, max_length, truncate)
+
+
+def _within_texts(tokenizer: "Tokenizer", records: Sequence[Completion]) -> list[list[int]]:
+  """Returns the tokens of completions as they are within a text, not at the start of one.
+
+  A character goes before each that is a token of its own: tokenizers join line breaks with white
+  space, and NUL with punctuation.
+  """
+  found: dict[int, list[int]] = {}
+  for boundary in BOUNDARIES:
+    left = [
+      i
+      for i, record in enumerate(records)
+      if i not in found and not (boundary.isspace() and record.completion[0].isspace())
+    ]
+    before = tokenizer.encode(boundary, add_special_tokens=False).ids
+    texts = [boundary + records[i].completion for i in left]
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for i, encoding in zip(left, encodings, strict=True):
+      is_joined = any(start < 1 < end for start, end in encoding.offsets)
+      if before and encoding.ids[: len(before)] == before and not is_joined:
+        found[i] = encoding.ids[len(before) :]
+  for i, record in enumerate(records):
+    if i not in found:
+      raise ValueError(
+        f"{record.where}: the tokenizer has no token of a line break or NUL alone before "
+        f"{record.completion[:20]!r}"
+      )
+  return [found[i] for i in range(len(records))]
 
 
 def encode_rendered(
@@ -181,7 +209,13 @@ def encode_rendered(
   for record, encoding in zip(records, encodings, strict=True):
     sizes, has_loss = zip(*((len(text), flag) for text, flag in record.segments), strict=True)
     before = np.cumsum([0, *np.repeat(has_loss, sizes)])  # characters with a loss before each
-    masks.append([bool(before[end] > before[start]) for start, end in encoding.offsets])
+    ends = [0, *(end for _, end in encoding.offsets)]
+    masks.append(
+      [  # of white space some tokenizers say where it ends alone
+        bool(before[end] > before[start if start < end else last])
+        for last, (start, end) in zip(ends[:-1], encoding.offsets, strict=True)
+      ]
+    )
   tokens = [encoding.ids for encoding in encodings]
   return _examples([record.where for record in records], tokens, masks, max_length, truncate)
 

@@ -32,7 +32,7 @@ from lora_jax.trees import leaves_with_path, replace_leaves
 
 PyTree = Any
 
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja")  # configs, tokenizers, templates, licences
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # configs, tokenizers, templates
 
 
 def save_merged(

@@ -34,10 +34,12 @@ class ChatTemplate:
   Attributes:
     source: the template, in Jinja.
     special_tokens: what it may name, as `{"eos_token": "</s>"}`.
+    today: what it is told if it asks for the date, as some do for every text; None is the day.
   """
 
   source: str
   special_tokens: Mapping[str, str] = field(default_factory=dict)
+  today: datetime | None = None
 
 
 def load_chat_template(folder: str | Path) -> ChatTemplate:
@@ -48,8 +50,8 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     ValueError: if it is not text.
   """
   folder = Path(folder)
-  config = read_json(folder / "tokenizer_config.json")
-  file = folder / "chat_template.jinja"
+  path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+  config = read_json(path) if path.is_file() else {}
   source = read_text(file) if file.is_file() else config.get("chat_template")
   if isinstance(source, list):  # of several for different uses
     named = {part.get("name"): part.get("template") for part in source if isinstance(part, dict)}
@@ -120,6 +122,8 @@ def _render(
 ) -> str:
   _check(messages)
   names = {"tools": None, "documents": None, **template.special_tokens, **variables}
+  if template.today is not None:
+    names["strftime_now"] = template.today.strftime
   names["messages"] = [dict(message) for message in messages]
   names["add_generation_prompt"] = add_generation_prompt
   try:
@@ -177,11 +181,17 @@ def _turn_spans(
       raise ValueError("expected a message before the assistant's first, which nothing prompts")
     prompt = _render(template, messages[:i], True, variables)
     turns = _render(template, messages[: i + 1], False, variables)
-    if not (whole.startswith(turns) and turns.startswith(prompt)):
-      shown = prompt if not turns.startswith(prompt) else turns
+    if not turns.startswith(prompt):
+      raise ValueError(
+        f"message {i}: the chat does not begin with the prompt for it, which ends with "
+        f"{prompt[-60:]!r}. The template writes answers differently from how it asks for them, as "
+        "one that leaves out their reasoning: put {% generation %} and {% endgeneration %} around "
+        "the assistant's text in it"
+      )
+    if not whole.startswith(turns):
       raise ValueError(
         f"message {i}: the chat up to it is not how the whole chat begins: it ends with "
-        f"{shown[-60:]!r}. The template writes earlier turns differently from the last: put "
+        f"{turns[-60:]!r}. The template writes earlier turns differently from the last: put "
         "{% generation %} and {% endgeneration %} around the assistant's text in it, or give one "
         "turn at a time"
       )

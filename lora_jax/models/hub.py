@@ -126,7 +126,7 @@ def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
   """
   import huggingface_hub
 
-  patterns = ["config.json", *TOKENIZER_FILES]
+  patterns = ["config.json", "generation_config.json", "LICENSE*", *TOKENIZER_FILES]
   if weights:  # repositories may hold others besides, as consolidated.safetensors
     patterns += ["model*.safetensors", INDEX]
 
@@ -135,9 +135,10 @@ def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
 
   try:  # `snapshot_download` itself would wait without end for a server that does not answer
     about = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-  except huggingface_hub.errors.HfHubHTTPError:  # it has answered: no such repository, no right
-    raise
   except Exception as error:
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403, 404):  # no right, none there
+      raise
     try:
       folder = files(local_files_only=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:

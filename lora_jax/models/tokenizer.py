@@ -60,10 +60,11 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
   tokenizer.no_padding()  # which folders of fine-tuned models may have kept
   tokenizer.no_truncation()
   size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-  if vocab_size is not None and not 0 <= vocab_size - size < 1024:
+  if vocab_size is not None and not 0 <= vocab_size - size < max(1024, vocab_size // 20):
     raise ValueError(
       f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
-      "belong together. Take both from the same model"
+      "belong together. Take both from the same model; tokens that were added to the tokenizer "
+      "alone, as <pad>, must be taken out of its files"
     )
   return tokenizer
 
