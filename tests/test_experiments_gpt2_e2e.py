@@ -36,7 +36,7 @@ def test_a_run_writes_what_it_says(finished):
   workdir, result = finished
   names = {path.name for path in workdir.glob("[!.]*")}
   assert names == {
-    *("adapter", "checkpoints", "config.json", "examples.json", "metrics.jsonl"),
+    *("adapter", "checkpoints", "config.json", "examples.json", "metrics.jsonl", "model.json"),
     *("predictions.txt", "result.json", "tensorboard"),
   }
   assert result == json.loads((workdir / "result.json").read_text())
