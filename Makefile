@@ -8,6 +8,7 @@ CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% exp
   models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
 PEERS_TESTS ?= $(wildcard $(addprefix tests/test_,interop_*.py models_*.py decoding_beam.py docs_parity.py \
   experiments_finetune.py))
+PEERS_EXTRAS = $(EXTRAS),peers
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the
@@ -161,7 +162,7 @@ test-peers:  ## the tests of models and adapters, beside transformers and PEFT t
 
 .venv-peers/.stamp: pyproject.toml constraints.txt
 	echo "Installing the requirements and the peers into .venv-peers (minutes the first time) ..."
-	$(call pip_install,.venv-peers,-c constraints.txt -e '.[$(EXTRAS),peers]')
+	$(call pip_install,.venv-peers,-c constraints.txt -e '.[$(PEERS_EXTRAS)]')
 	echo "$(EXTRAS)" > $@
 
 .PHONY: test-nightly
