@@ -126,7 +126,7 @@ class _NewLeaves:
   ) -> np.ndarray:
     """Returns a tensor of the base with its new parts, in its own dtype."""
     array = np.array(array, order="C")
-    ours = stored.turned(array)
+    ours = stored.to_ours(array)
     stop = 0
     for path in stored.paths:
       start, stop = stop, stop + leaves[path].shape[-1]

@@ -172,7 +172,7 @@ def _drop_base_copies(
     if copy is None:
       continue
     (path,) = module.stored.paths
-    if not _is_copy(module.stored.turned(copy), leaves[path]):
+    if not _is_copy(module.stored.to_ours(copy), leaves[path]):
       raise ValueError(
         f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
         "Load the base that it was trained on"
@@ -264,7 +264,7 @@ def _extra(
   new: dict[str, np.ndarray] = {}
 
   def parts(stored: StoredTensor, array: np.ndarray) -> None:
-    array = stored.turned(array)
+    array = stored.to_ours(array)
     sizes = [leaves[path].shape[-1] for path in stored.paths]
     pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
     for path, piece in zip(stored.paths, pieces, strict=True):

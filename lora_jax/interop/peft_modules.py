@@ -51,8 +51,8 @@ class Module:
 
   @property
   def is_conv(self) -> bool:
-    """Whether it is a convolution, over one axis: its weight is (width, in, out) here."""
-    return len(self.shapes[0]) == 3 and not self.stored.is_parameter
+    """Whether it is a convolution: its weight is (..., in, out) here, over one axis or more."""
+    return len(self.shapes[0]) > 2 and not self.stored.is_parameter
 
   @property
   def experts(self) -> tuple[int, ...]:
@@ -61,8 +61,8 @@ class Module:
 
   @property
   def inputs(self) -> int:
-    """Returns what a row of A has; of a convolution inputs times width."""
-    return math.prod(self.shapes[0][-3:-1]) if self.is_conv else self.shapes[0][-2]
+    """Returns what a row of A has; of a convolution inputs times its window."""
+    return math.prod(self.shapes[0][:-1]) if self.is_conv else self.shapes[0][-2]
 
   @property
   def outputs(self) -> list[int]:
@@ -71,25 +71,29 @@ class Module:
   def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of A and B in the file, whose ranks of all experts are one axis."""
     if self.is_conv:
-      return (rank, *self.shapes[0][1::-1]), (*self.outputs, rank, 1)
+      *window, inputs, outputs = self.shapes[0]
+      return (rank, inputs, *window), (outputs, rank, *[1] * len(window))
     ranks = math.prod((rank, *self.experts))
     return (ranks, self.inputs), (sum(self.outputs), ranks)
 
   def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A (..., in, rank), of a convolution (width, in, rank), and B (..., rank, out).
+    """Returns A (..., in, rank), of a convolution over its window, and B (..., rank, out).
 
     In the file each expert has its own rows of A, one expert after another; in B, however, the
     experts alternate.
     """
+    if self.is_conv:
+      return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
     if not self.experts:
-      return a.T, b[..., 0].T if self.is_conv else b.T
+      return a.T, b.T
     a = a.reshape(*self.experts, -1, self.inputs)
     return a.swapaxes(-1, -2), b.reshape(len(b), -1, *self.experts).transpose(2, 1, 0)
 
   def to_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns A and B of the file from A (..., rank, in) and B (..., out, rank)."""
     if self.is_conv:
-      return a.reshape(-1, *self.shapes[0][1::-1]), b[..., None]
+      shape_a, shape_b = self.factor_shapes(len(a))
+      return a.reshape(shape_a), b.reshape(shape_b)
     if not self.experts:
       return a, b
     return a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
@@ -138,6 +142,11 @@ def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
 def is_encoder(tensors: Sequence[StoredTensor]) -> bool:
   """Tells whether a model is an encoder, with or without a classifier: no language model."""
   return any("encoder.layer." in stored.name for stored in tensors)
+
+
+def is_language_model(tensors: Sequence[StoredTensor]) -> bool:
+  """Tells whether a model writes text: it has an embedding and is no encoder."""
+  return any(stored.is_embedding for stored in tensors) and not is_encoder(tensors)
 
 
 def check_called(where: Path, adapted: Sequence[Module]) -> None:

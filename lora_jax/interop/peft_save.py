@@ -21,7 +21,7 @@ from lora_jax.interop.peft_modules import (
   check_tied,
   factor_names,
   find_modules,
-  is_encoder,
+  is_language_model,
   whole_name,
 )
 from lora_jax.models.hub import StoredTensor, new_folder, save_tensors
@@ -92,7 +92,7 @@ def save_peft(
   written = {
     "peft_type": "LORA",
     "base_model_name_or_path": base_model,
-    "task_type": None if is_encoder(tensors) else "CAUSAL_LM",
+    "task_type": "CAUSAL_LM" if is_language_model(tensors) else None,
     "inference_mode": True,
     "r": rank,
     "lora_alpha": alpha,
@@ -183,7 +183,7 @@ def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np
     raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
   a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
   if module.is_conv:
-    return a.T.reshape(a.shape[-1], -1), b.T
+    return np.moveaxis(a, (-1, -2), (0, 1)).reshape(a.shape[-1], -1), b.T
   place, layers = module.stored.place, weight.layers
   if layers is not None and not place:  # some experts; the others are zero
     some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))
@@ -236,7 +236,7 @@ def _trained_whole(
   arrays = {}
   for stored in (*trained, *biases):
     array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
-    arrays[whole_name(stored, adapted)] = stored.turned(array)
+    arrays[whole_name(stored, adapted)] = stored.to_file(array)
   own = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
   if own and set(own) <= set(names):
     names = [*(name for name in names if name not in own), CLASSIFIER]

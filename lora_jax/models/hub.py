@@ -43,8 +43,9 @@ class StoredTensor(NamedTuple):
     paths: of our leaves that stand one after another along its output axis: one, or the parts
       of a fused one, as query, key and value.
     layer: the index into leaves whose layers are stacked; None if they are not.
-    transposed: whether its axes are ours in reverse: (out, in) of torch's Linear, where ours is
-      (in, out), or (out, in, width) of its convolution; the experts' axis stays the first.
+    transposed: whether its axes are torch's: (out, in) of a Linear, where ours is (in, out), or
+      (out, in, height, width) of a convolution, where ours is (height, width, in, out); the
+      experts' axis stays the first.
     is_embedding: whether rows of it are looked up.
     expert: the index into leaves whose experts are stacked; None if it holds all of them.
     is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
@@ -73,14 +74,23 @@ class StoredTensor(NamedTuple):
     """Which part it holds of leaves that are stacked."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
 
-  def turned(self, array: np.ndarray) -> np.ndarray:
-    """Returns an array of its form in the form of our leaves, and the other way round."""
-    return array.transpose(self.turned_axes(tuple(range(array.ndim))))
+  def to_ours(self, array: np.ndarray) -> np.ndarray:
+    """Returns an array of its form in the form of our leaves."""
+    order = self.axes_to_file(tuple(range(array.ndim)))
+    return array.transpose([order.index(axis) for axis in range(array.ndim)])
 
-  def turned_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns what there is for each axis in the other form's order."""
-    stacked = int(self.is_parameter and len(axes) == 3)  # experts in one tensor
-    return (*axes[:stacked], *reversed(axes[stacked:])) if self.transposed else axes
+  def to_file(self, array: np.ndarray) -> np.ndarray:
+    """Returns an array of the form of our leaves in its own."""
+    return array.transpose(self.axes_to_file(tuple(range(array.ndim))))
+
+  def axes_to_file(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns what there is for each axis of our leaves in the order of its own axes."""
+    if not self.transposed or len(axes) < 2:
+      return axes
+    *others, inputs, outputs = axes
+    if self.is_parameter:  # experts in one tensor
+      return (*others, outputs, inputs)
+    return (outputs, inputs, *others)
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:

@@ -81,7 +81,7 @@ def expected_shapes(
 def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
   """Returns the shape of a tensor, from those of the leaves by path."""
   parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
-  return one.turned_axes((*parts[0][:-1], sum(part[-1] for part in parts)))
+  return one.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
 def _read(tensors: Tensors, of: Holding, index: Index) -> Parts:
@@ -89,7 +89,7 @@ def _read(tensors: Tensors, of: Holding, index: Index) -> Parts:
   if () in of:
     (one, start), last = of[()], index[-1]
     index = (*index[:-1], slice(start + last.start, start + last.stop))
-    return one.turned(tensors.read(one.name, one.turned_axes(index)))
+    return one.to_ours(tensors.read(one.name, one.axes_to_file(index)))
   by_first: dict[int, Holding] = {}
   for (first, *rest), one in of.items():
     by_first.setdefault(first, {})[tuple(rest)] = one
@@ -115,7 +115,7 @@ def tensors_of(
     )
   for one in stored:
     parts = [np.asarray(leaves[path][one.place]) for path in one.paths]
-    yield one.name, one.turned(np.concatenate(parts, axis=-1))
+    yield one.name, one.to_file(np.concatenate(parts, axis=-1))
 
 
 def _with_path(tree: PyTree) -> list[tuple[str, Any]]:
