@@ -12,7 +12,7 @@ from lora_jax.trees import leaves_with_path
 
 from tests.test_readme import ROOT, code_blocks
 
-PAGES = ["equimo", "keras", "tunix"]
+PAGES = ["equimo", "tunix", pytest.param("keras", marks=pytest.mark.long)]
 
 
 def is_near(one, other):

@@ -139,6 +139,7 @@ def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
     export.main([str(tmp_path / "run"), str(tmp_path / "other"), "--merged"])
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_with_a_sentencepiece_tokenizer(tmp_path, capsys):
   """Its experts are adapted too, for which servers have no names."""
   tokenizer = shutil.copytree(GOLDEN / "llama", tmp_path / "tokenizer")
@@ -249,8 +250,8 @@ def test_the_report_says_how_to_load_it(completions, capsys):
 def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
   """It is broken off in training, and once more after it."""
   config, result = completions
-  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": 1})
   step = result["num_train_steps"] // 2
+  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
   with broken_off_at(step):
     finetune.run(again)
 
