@@ -129,13 +129,14 @@ def end_token_id(folder: Path, tokenizer: Any) -> int:
 def load_text(config: Config, model: LanguageModel, chats: bool) -> Text:
   """Returns the tokenizer of a model's folder, and of chats the template."""
   tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
-  today = datetime.fromisoformat(config.data.today)
   end_id, template = end_token_id(model.folder, tokenizer), None
   if chats and config.data.chat_template:
     source = read_text(Path(config.data.chat_template))
-    template = ChatTemplate(source, read_special_tokens(model.folder), today)
+    template = ChatTemplate(source, read_special_tokens(model.folder))
   elif chats:
-    template = dataclasses.replace(load_chat_template(model.folder), today=today)
+    template = load_chat_template(model.folder)
+  if template is not None:
+    template = dataclasses.replace(template, today=datetime.fromisoformat(config.data.today))
   return Text(tokenizer, end_id, template, (end_id,))
 
 

@@ -83,7 +83,7 @@ class Module:
     experts alternate.
     """
     if self.is_conv:
-      return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
+      return self.stored.to_ours(a), b.reshape(b.shape[:2]).T
     if not self.experts:
       return a.T, b.T
     a = a.reshape(*self.experts, -1, self.inputs)

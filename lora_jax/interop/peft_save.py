@@ -183,7 +183,7 @@ def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np
     raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
   a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
   if module.is_conv:
-    return np.moveaxis(a, (-1, -2), (0, 1)).reshape(a.shape[-1], -1), b.T
+    return module.stored.to_file(a).reshape(a.shape[-1], -1), b.T
   place, layers = module.stored.place, weight.layers
   if layers is not None and not place:  # some experts; the others are zero
     some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.models.files import read_json, read_text
+from lora_jax.models.files import read_json_if_there, read_text
 from lora_jax.models.tokenizer import read_special_tokens
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     ValueError: if it is not text.
   """
   folder = Path(folder)
-  path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-  config = read_json(path) if path.is_file() else {}
+  config = read_json_if_there(folder / "tokenizer_config.json")
+  file = folder / "chat_template.jinja"
   source = read_text(file) if file.is_file() else config.get("chat_template")
   if isinstance(source, list):  # of several for different uses
     named = {part.get("name"): part.get("template") for part in source if isinstance(part, dict)}
@@ -121,9 +121,9 @@ def _render(
   marked: bool = False,
 ) -> str:
   _check(messages)
-  names = {"tools": None, "documents": None, **template.special_tokens, **variables}
-  if template.today is not None:
-    names["strftime_now"] = template.today.strftime
+  names: dict[str, Any] = {"tools": None, "documents": None}
+  names["strftime_now"] = (template.today or datetime.now()).strftime
+  names |= {**template.special_tokens, **variables}
   names["messages"] = [dict(message) for message in messages]
   names["add_generation_prompt"] = add_generation_prompt
   try:
@@ -212,7 +212,6 @@ def _compile(source: str, marked: bool) -> "jinja2.Template":
   environment.extend(marks=(START, END) if marked else ("", ""), has_generation=False)
   environment.filters["tojson"] = _to_json
   environment.globals["raise_exception"] = _raise_exception
-  environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
   try:
     return environment.from_string(source)
   except jinja2.TemplateSyntaxError as error:

@@ -34,3 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
   return value
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+  """Returns the object in a JSON file, an empty one if there is no such file; errors likewise."""
+  return read_json(path) if path.is_file() else {}

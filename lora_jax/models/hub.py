@@ -76,8 +76,7 @@ class StoredTensor(NamedTuple):
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
     """Returns an array of its form in the form of our leaves."""
-    order = self.axes_to_file(tuple(range(array.ndim)))
-    return array.transpose([order.index(axis) for axis in range(array.ndim)])
+    return array.transpose(np.argsort(self.axes_to_file(tuple(range(array.ndim)))))
 
   def to_file(self, array: np.ndarray) -> np.ndarray:
     """Returns an array of the form of our leaves in its own."""
