@@ -1,13 +1,13 @@
 # The project's tasks. `make` alone lists them. Needs GNU make 4 and Python 3.11 or newer.
 
 PYTHON ?= python3
-EXTRAS ?= test,metrics,notebooks,zoo
+EXTRAS ?= experiments,test,metrics,notebooks,zoo
 WORKERS ?= 2
-CORE_TESTS ?= $(filter-out $(addprefix tests/test_,benchmarks% data_% docs_% experiments_% \
-  interop_% metrics_% models_bert.py models_chat.py models_deberta.py models_folder.py models_sentencepiece.py \
-  models_tokenizer.py notebooks.py),$(wildcard tests/test_*.py))
-PEERS_TESTS ?= $(wildcard $(addprefix tests/test_,interop_*.py models_*.py decoding_beam.py docs_parity.py \
-  experiments_finetune.py))
+CORE_TESTS ?= $(filter-out tests/test_notebooks.py,$(wildcard tests/test_*.py)) \
+  $(wildcard $(addprefix tests/,adapters arithmetic methods transform variants decoding training \
+  models/gpt2 models/llama models/parts models/test_zoo.py))
+PEERS_TESTS ?= tests/interop tests/models tests/decoding/test_beam.py tests/docs/test_parity.py \
+  tests/experiments/test_finetune.py
 PEERS_EXTRAS = $(EXTRAS),peers
 NIGHTLY_INDEX ?=
 

@@ -36,11 +36,12 @@ import jax
 import numpy as np
 
 import lora_jax
-from lora_jax.data import e2e, text
+from lora_jax.data import text
+from lora_jax.data.sets import e2e
 from lora_jax.decoding import BeamConfig, beam_search, from_linen
-from lora_jax.models.gpt2 import GPT2, init_cache
-from lora_jax.models.gpt2_folder import load_gpt2
-from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
+from lora_jax.models.gpt2.folder import load_gpt2
+from lora_jax.models.gpt2.model import GPT2, init_cache
+from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 
 GOAL = 0.3
 BASE = Path(lora_jax.__file__).parent / "assets" / "gpt2"

@@ -60,10 +60,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.data import batches, e2e, text
-from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.models.gpt2_folder import load_gpt2, save_gpt2
-from lora_jax.models.tokenizer import end_of_text_id, load_tokenizer
+from lora_jax.data import batches, text
+from lora_jax.data.sets import e2e
+from lora_jax.models.gpt2.folder import load_gpt2, save_gpt2
+from lora_jax.models.gpt2.model import GPT2, GPT2Config
+from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch

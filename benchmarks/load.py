@@ -38,8 +38,8 @@ import jax
 import numpy as np
 
 from benchmarks.memory import finish, measure, wait_for_start
-from lora_jax.models.llama import LlamaConfig
-from lora_jax.models.llama_folder import load_llama, params_shapes, save_llama
+from lora_jax.models.llama.folder import load_llama, params_shapes, save_llama
+from lora_jax.models.llama.model import LlamaConfig
 
 GROWTH, TIME = 1.2, 1.0  # the goals: of the size, of the peer's time
 PAGE = 4096  # bytes

@@ -33,12 +33,12 @@ import numpy as np
 import lora_jax as lj
 from benchmarks.memory import finish, measure, wait_for_start
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2 import random_params
 from experiments.gpt2_pretrain import END_OF_TEXT_ID, flops_per_token, matmul_gflops, model_config
-from experiments.launch import apply
-from experiments.recipe import make_optimizer
+from experiments.harness.launch import apply
+from experiments.harness.recipe import make_optimizer
+from experiments.nlg.gpt2 import random_params
 from lora_jax.data import corpus
-from lora_jax.models.gpt2 import GPT2
+from lora_jax.models.gpt2.model import GPT2
 from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch

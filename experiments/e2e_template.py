@@ -13,11 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import table
 from experiments.gpt2_e2e import decoded_inputs
-from experiments.launch import explained
-from experiments.scoring import score_texts
-from experiments.workdir import Config, commit, run_once
+from experiments.harness import table
+from experiments.harness.launch import explained
+from experiments.harness.workdir import Config, commit, run_once
+from experiments.nlg.scoring import score_texts
 
 SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}

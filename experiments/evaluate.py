@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import table
-from experiments.finished import restore_params
-from experiments.gpt2 import load_base
 from experiments.gpt2_e2e import evaluate
-from experiments.launch import apply, explained
-from experiments.workdir import Config, flat, provenance, read_config, read_result, run_once
+from experiments.harness import table
+from experiments.harness.launch import apply, explained
+from experiments.harness.workdir import Config, flat, provenance, read_config, read_result, run_once
+from experiments.nlg.gpt2 import load_base
+from experiments.nlg.restore import restore_params
 from lora_jax.training.mesh import make_mesh
 
 SETTINGS = {  # the flag: the field of the config

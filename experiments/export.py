@@ -16,16 +16,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.classification.restore import load_encoder
 from experiments.finetune import weights_digests
-from experiments.finished import load_adapter, load_run
-from experiments.finished_encoder import load_encoder
-from experiments.gpt2 import load_base, model_folder
-from experiments.launch import explained
-from experiments.recipe import lora_config
-from experiments.workdir import Config, check_experiment, read_config, read_result
+from experiments.harness.launch import explained
+from experiments.harness.recipe import lora_config
+from experiments.harness.workdir import Config, check_experiment, read_config, read_result
+from experiments.nlg.gpt2 import load_base, model_folder
+from experiments.nlg.restore import load_adapter, load_run
 from lora_jax.interop import load_peft, save_merged, save_peft
-from lora_jax.models.gpt2_folder import save_gpt2, stored_tensors
-from lora_jax.models.hub import find_folder
+from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.gpt2.folder import save_gpt2, stored_tensors
 from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 

@@ -18,10 +18,9 @@ import optax
 from jax.sharding import Mesh
 
 import lora_jax as lj
-from experiments.finetune_data import Data, Text, load_data
-from experiments.launch import launch
-from experiments.recipe import fit_config, lora_config, make_optimizer, params_places
-from experiments.workdir import (
+from experiments.harness.launch import launch
+from experiments.harness.recipe import fit_config, lora_config, make_optimizer, params_places
+from experiments.harness.workdir import (
   Config,
   check_examples,
   check_experiment,
@@ -31,11 +30,12 @@ from experiments.workdir import (
   provenance,
   run_once,
 )
-from lora_jax.adapter import adapter_weights
+from experiments.nlg.user_data import Data, Text, load_data
+from lora_jax.adapters.delta import adapter_weights
 from lora_jax.data import batches as data_batches
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
 from lora_jax.interop import save_peft
-from lora_jax.models.hub import weight_files
+from lora_jax.models.checkpoints.hub import weight_files
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import fit

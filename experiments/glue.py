@@ -19,10 +19,10 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from experiments.encoder import Base, load_base, method, start_from
-from experiments.launch import launch
-from experiments.recipe import make_optimizer
-from experiments.workdir import (
+from experiments.classification.encoder import Base, load_base, method, start_from
+from experiments.harness.launch import launch
+from experiments.harness.recipe import make_optimizer
+from experiments.harness.workdir import (
   Config,
   check_examples,
   check_experiment,
@@ -33,8 +33,8 @@ from experiments.workdir import (
 )
 from lora_jax.data import classification
 from lora_jax.data.batches import as_grain
-from lora_jax.data.glue import Record
-from lora_jax.data.glue_tfds import load
+from lora_jax.data.sets.glue import Record
+from lora_jax.data.sets.glue_tfds import load
 from lora_jax.metrics import glue as metrics
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from experiments import paper_tables, table
 from experiments.glue import METHODS
-from experiments.groups import Run, read_runs
-from experiments.launch import explained
+from experiments.harness import paper as paper_tables
+from experiments.harness import table
+from experiments.harness.groups import Run, read_runs
+from experiments.harness.launch import explained
 
 NAMES = {"matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 Cells = dict[tuple[str, str], dict[str, list[Run]]]

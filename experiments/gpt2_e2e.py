@@ -15,18 +15,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import table
-from experiments.gpt2 import (
-  Base,
-  cached_model,
-  load_base,
-  method,
-  pretraining_tokens,
-)
-from experiments.launch import launch
-from experiments.recipe import fit_config, make_optimizer
-from experiments.scoring import score_texts
-from experiments.workdir import (
+from experiments.harness import table
+from experiments.harness.launch import launch
+from experiments.harness.recipe import fit_config, make_optimizer
+from experiments.harness.workdir import (
   Config,
   check_examples,
   check_experiment,
@@ -36,8 +28,11 @@ from experiments.workdir import (
   read_config,
   run_once,
 )
+from experiments.nlg.gpt2 import Base, cached_model, load_base, method, pretraining_tokens
+from experiments.nlg.scoring import score_texts
 from lora_jax.data import batches as data_batches
-from lora_jax.data import e2e, e2e_tfds, text
+from lora_jax.data import text
+from lora_jax.data.sets import e2e, e2e_tfds
 from lora_jax.decoding import BeamConfig, beam_search
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import evaluate_loss, fit

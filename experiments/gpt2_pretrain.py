@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2 import PRETRAINING, random_params
-from experiments.launch import launch
-from experiments.recipe import fit_config, make_optimizer
-from experiments.workdir import (
+from experiments.harness.launch import launch
+from experiments.harness.recipe import fit_config, make_optimizer
+from experiments.harness.workdir import (
   Config,
   check_experiment,
   check_same,
@@ -37,9 +36,10 @@ from experiments.workdir import (
   run_once,
   write_json,
 )
+from experiments.nlg.gpt2 import PRETRAINING, random_params
 from lora_jax.data import batches, corpus
-from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.models.gpt2_folder import save_gpt2
+from lora_jax.models.gpt2.folder import save_gpt2
+from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.training.loop import evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh

@@ -11,13 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import paper_tables, table
-from experiments.figure import draw
 from experiments.gpt2_e2e import decoded_inputs
-from experiments.groups import BASE, RATE, TOKENS, Group, Run, group, read_runs
-from experiments.launch import explained
-from experiments.report_csv import write_csv
-from experiments.workdir import read_config
+from experiments.harness import paper as paper_tables
+from experiments.harness import table
+from experiments.harness.figure import draw
+from experiments.harness.groups import BASE, RATE, TOKENS, Group, Run, group, read_runs
+from experiments.harness.launch import explained
+from experiments.harness.report_csv import write_csv
+from experiments.harness.workdir import read_config
 from lora_jax.metrics import Difference, differences, measure
 
 VALUES = ("valid_loss", *table.METRICS)

@@ -1,71 +1,41 @@
-"""Which axes of a weight are its inputs, which its outputs: inferred by probing.
+"""The axes of a weight: which are inputs, which outputs, and which both sides share."""
 
-The function is interpreted once on abstract values, with a probing factor for every axis of
-every targeted weight. Where the weight is used, the rules report which of its axes were
-contracted with the layer's input, shared with it, or left as outputs. Nothing is guessed
-from a shape: scanned, multi-head and fused kernels come out right.
-"""
-
-from collections.abc import Iterable
-
-import jax
-import jax.numpy as jnp
-
-from lora_jax.adapter import LoraAxes
-from lora_jax.factored import RANK, Factor, Factored, Label, Probe, Term, Use
-from lora_jax.interpreter import Interpreter
-from lora_jax.tracing import TracedCall
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
-def infer_axes(
-  call: TracedCall, paths: Iterable[str], interpreter: Interpreter
-) -> dict[str, tuple[LoraAxes, bool]]:
-  """Returns each weight's axes, and whether its first use is an embedding's lookup.
+class LoraAxes(NamedTuple):
+  """The axes of an adapted weight, as indices into its shape.
 
-  Weights that are never used are left out.
-
-  Raises:
-    ValueError: if two uses of one weight split its axes into different sides.
-    UnsupportedOperation: if a weight meets an operation that has no rule.
+  Attributes:
+    batch: the axes that both A and B have: the layers of a stack, the experts of a mixture.
+    inputs: the axes of A besides the batch and rank.
+    outputs: the axes of B besides the batch and rank.
   """
-  probes = {path: Probe(path) for path in paths}
 
-  def run(leaves):
-    values = list(leaves)
-    for path, probe in probes.items():
-      position = call.position[path]
-      values[position] = _probing(values[position], probe)
-    interpreter.evaluate(call.jaxpr, values)
+  batch: tuple[int, ...]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
 
-  jax.eval_shape(run, call.leaves)
-  return {path: _agreed(probe) for path, probe in probes.items() if probe.uses}
+  def a_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Returns the shape of `lora_a`: (batch..., in..., rank)."""
+    return (*(shape[d] for d in (*self.batch, *self.inputs)), rank)
 
+  def b_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Returns the shape of `lora_b`: (batch..., rank, out...)."""
+    return (*(shape[d] for d in self.batch), rank, *(shape[d] for d in self.outputs))
 
-def _probing(leaf: jax.Array, probe: Probe) -> Factored:
-  factors = tuple(
-    Factor(jnp.zeros((size, 1), jnp.float32), (axis, RANK)) for axis, size in enumerate(leaf.shape)
-  )
-  return Factored(leaf, (Term(factors, Label(probe.path), probe=probe),))
+  def sides(self, shape: Sequence[int]) -> tuple[int, int]:
+    """Returns the sizes of the two sides; a rank above the smaller one adds nothing."""
+    inputs, outputs = ([shape[d] for d in side] for side in (self.inputs, self.outputs))
+    return math.prod(inputs), math.prod(outputs)
 
-
-def _agreed(probe: Probe) -> tuple[LoraAxes, bool]:
-  """Returns the axes by the first use; the later ones may swap the sides, no more."""
-  first = probe.uses[0]
-  for use in probe.uses[1:]:
-    if _split(use) != _split(first):
+  def check(self, ndim: int, path: str) -> None:
+    """Raises ValueError unless every axis of a weight of `ndim` axes has one role."""
+    if sorted((*self.batch, *self.inputs, *self.outputs)) != list(range(ndim)):
       raise ValueError(
-        f"conflicting uses of {probe.path}: first {_describe(first)}, later {_describe(use)}. "
-        "One pair A, B cannot serve both; leave it out of `target`, or give "
-        "LoraRule(pattern, axes=LoraAxes(batch, inputs, outputs)) and a use that fits it"
+        f"{path}: axes must give each of the {ndim} axes of the weight one role, got {self}"
       )
-  return LoraAxes(first.batch, first.contracted, first.free), first.lookup
-
-
-def _split(use: Use) -> tuple[frozenset[tuple[int, ...]], tuple[int, ...]]:
-  return frozenset((use.contracted, use.free)), use.batch
-
-
-def _describe(use: Use) -> str:
-  verb = "looks up" if use.lookup else "contracts"
-  shared = f" per axes {use.batch}" if use.batch else ""
-  return f"one {verb} axes {use.contracted} into {use.free}{shared}"
+    if not self.inputs or not self.outputs:
+      raise ValueError(f"{path}: axes need an input and an output axis, got {self}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.sharding import place
+from lora_jax.placement import place
 from lora_jax.trees import key_parts
 
 PyTree = Any

@@ -24,9 +24,9 @@ import orbax.checkpoint as ocp
 
 from lora_jax.training.metrics_log import read_metrics
 
+from tests.paths import ROOT
 from tests.tiny_e2e import tiny_folder
 
-ROOT = Path(__file__).parents[1]
 STEPS = 24
 
 

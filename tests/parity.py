@@ -19,13 +19,16 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import lora_jax as lj
-from experiments import table
+from experiments.harness import table
 from lora_jax.interop import load_peft, save_merged, save_peft
-from lora_jax.models import bert_folder, deberta_folder, gpt2_folder, llama_folder
-from lora_jax.models.bert import Bert
-from lora_jax.models.deberta import Deberta
-from lora_jax.models.gpt2 import GPT2
-from lora_jax.models.llama import Llama
+from lora_jax.models.bert import folder as bert_folder
+from lora_jax.models.bert.model import Bert
+from lora_jax.models.deberta import folder as deberta_folder
+from lora_jax.models.deberta.model import Deberta
+from lora_jax.models.gpt2 import folder as gpt2_folder
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.llama import folder as llama_folder
+from lora_jax.models.llama.model import Llama
 
 from tests import (
   make_bert_golden,
@@ -34,7 +37,7 @@ from tests import (
   make_llama_golden,
   make_peft_golden,
 )
-from tests.models import relative_difference
+from tests.toy_models import relative_difference
 
 PEERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
 ROOT = make_peft_golden.MODELS

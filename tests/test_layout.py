@@ -1,55 +1,122 @@
-"""Imports point downwards, and the core needs jax, optax and jaxtyping alone."""
+"""Imports point downwards, runnable files are where they belong, and the core needs little."""
 
 import ast
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import lora_jax
+from tests.paths import ROOT
 
-PACKAGE = Path(lora_jax.__file__).parent
 LAYERS = [  # each may import from those before it
-  {"trees", "products", "_compat", "initializers", "tracing"},
-  {"factored", "adapter"},
-  {"rules", "config", "sharding", "adaptation", "optimizer", "flax_nnx"},
-  {"control_flow"},
-  {"interpreter"},
-  {"axes"},
-  {"low_rank", "methods", "inspection", "arithmetic"},
-  {"training", "decoding", "interop"},
+  {"trees", "axes", "placement", "quantized"},
+  {"adaptation", "transform"},
+  {"adapters", "optimizer", "flax_nnx"},
+  {"variants", "methods"},
+  {"arithmetic"},
+  {"training", "decoding", "interop", "analysis"},
 ]
-ALONE = {"models", "data", "metrics", "assets"}  # import no other part, and none of these them
-BESIDES = {"interop": {"models"}}  # which it has other packages' names of
-PART = {name: i for i, names in enumerate(LAYERS) for name in names}
+BESIDE = {"models", "data", "metrics", "assets"}  # import the bottom at most
+MAY_IMPORT_BESIDE = {"interop": {"models"}}  # other packages' names for the tensors
+FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
+EXPERIMENT_LAYERS = [{"harness"}, {"nlg", "classification"}, {"(runnable)"}]
+EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
 
 
-def modules():
-  return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+def modules(package):
+  folder = ROOT / package
+  return [path for path in folder.rglob("*.py") if path != folder / "__init__.py"]
 
 
-def imported(path):
-  """Yields the parts of lora_jax that a module imports from."""
+def relative(path):
+  return str(path.relative_to(ROOT))
+
+
+def imported(path, package):
+  """Yields `(name, module)` of each import from a package: its first part, and all of it."""
   for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_jax"):
-      parts = node.module.split(".")
-      yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+      assert node.module is not None
+      for alias in node.names:
+        parts = [*node.module.split("."), alias.name]
+        yield parts[1], ".".join(parts)
+    elif isinstance(node, ast.Import):
+      for alias in node.names:
+        parts = alias.name.split(".")
+        if parts[0] == package and len(parts) > 1:
+          yield parts[1], alias.name
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def part_of(path, package):
+  return path.relative_to(ROOT / package).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", modules("lora_jax"), ids=relative)
 def test_imports_point_downwards(path):
-  part = path.relative_to(PACKAGE).with_suffix("").parts[0]
-  for other in imported(path):
-    if other != part and not (part in BESIDES and other in BESIDES[part]):
-      assert part in PART, f"{part} imports {other}"
-      assert other in PART, f"{part} imports {other}"
-      assert PART[other] <= PART[part], f"{part} imports {other}"
+  part = part_of(path, "lora_jax")
+  for other, _ in imported(path, "lora_jax"):
+    if other == part or other in MAY_IMPORT_BESIDE.get(part, ()):
+      continue
+    if part in BESIDE:
+      assert other in LAYERS[0], f"{part} imports {other}"
+    else:
+      assert other in FLOOR, f"{part} imports {other}"
+      assert FLOOR[other] <= FLOOR[part], f"{part} imports {other}"
 
 
 def test_every_part_has_its_place():
-  parts = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in modules()}
-  assert parts == {*PART, *ALONE}
+  parts = {part_of(path, "lora_jax") for path in modules("lora_jax")}
+  assert parts <= {*FLOOR, *BESIDE}
+
+
+def test_no_two_modules_import_each_other():
+  for package in ("lora_jax", "experiments"):
+    edges = {}
+    for path in [*modules(package), ROOT / package / "__init__.py"]:
+      name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+      edges[name] = {full for _, full in imported(path, package)}
+    names = set(edges)
+    edges = {
+      name: {full if full in names else full.rpartition(".")[0] for full in found} & names - {name}
+      for name, found in edges.items()
+    }
+    while leaves := [name for name, found in edges.items() if not found & edges.keys()]:
+      for name in leaves:
+        del edges[name]
+    assert not edges, f"these import each other in a circle: {sorted(edges)}"
+
+
+def is_runnable(path):
+  return '__name__ == "__main__"' in path.read_text()
+
+
+def runnable():
+  return [path for path in (ROOT / "experiments").glob("*.py") if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", runnable(), ids=relative)
+def test_an_experiment_says_its_command_its_time_and_what_to_expect(path):
+  assert is_runnable(path), "experiments/*.py holds what can be run; parts belong in a folder"
+  docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+  assert f"python -m experiments.{path.stem}" in docstring
+  for heading in ("Time:", "Expect:"):
+    assert re.search(rf"^{heading} \S", docstring, re.MULTILINE), f"no line {heading!r}"
+
+
+@pytest.mark.parametrize("path", modules("experiments"), ids=relative)
+def test_parts_of_experiments_are_not_runnable_and_import_downwards(path):
+  folder = path.relative_to(ROOT / "experiments").parts
+  part = folder[0] if len(folder) > 1 else "(runnable)"
+  if part == "configs":
+    return
+  assert part in EXPERIMENT_FLOOR, f"{part} has no place"
+  assert (part == "(runnable)") == is_runnable(path)
+  for other, full in imported(path, "experiments"):
+    if other == "configs" or other == part:
+      continue
+    other = other if other in EXPERIMENT_FLOOR else "(runnable)"
+    assert EXPERIMENT_FLOOR[other] < EXPERIMENT_FLOOR[part], f"{relative(path)} imports {full}"
 
 
 def test_the_core_imports_jax_optax_and_jaxtyping_only():
@@ -65,7 +132,7 @@ def test_the_core_imports_jax_optax_and_jaxtyping_only():
 
 
 def test_no_private_jax_and_no_pickle():
-  for path in modules():
+  for path in modules("lora_jax"):
     text = path.read_text()
     assert "jax._src" not in text.replace("`jax._src`", ""), path
     assert "import pickle" not in text, path

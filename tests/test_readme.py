@@ -2,7 +2,6 @@
 
 import inspect
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,11 @@ from flax import linen as nn
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax import rules
+from lora_jax.transform import rules
 
 from tests.layer_kinds import kernel_dot, markdown
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "transform.md").read_text()
 

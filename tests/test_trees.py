@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 
-from tests.models import make_params, randomized, relative_difference, tokens, unrolled
+from tests.toy_models import make_params, randomized, relative_difference, tokens, unrolled
 
 KEY = jax.random.key(0)
 CONFIG = lj.LoraConfig(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 import lora_jax
 from experiments.configs import gpt2_e2e
-from lora_jax.models.gpt2 import GPT2, GPT2Config
-from lora_jax.models.gpt2_folder import save_gpt2
+from lora_jax.models.gpt2.folder import save_gpt2
+from lora_jax.models.gpt2.model import GPT2, GPT2Config
 
 EMBEDDED = Path(lora_jax.__file__).parent / "assets" / "gpt2"
 

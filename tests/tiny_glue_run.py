@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs import glue as configs
-from lora_jax.models.bert import Bert, BertConfig
-from lora_jax.models.bert_folder import save_bert
-from lora_jax.models.deberta import Deberta, DebertaConfig
-from lora_jax.models.deberta_folder import save_deberta
+from lora_jax.models.bert.folder import save_bert
+from lora_jax.models.bert.model import Bert, BertConfig
+from lora_jax.models.deberta.folder import save_deberta
+from lora_jax.models.deberta.model import Deberta, DebertaConfig
 
 from tests.tiny_glue import WORDS, write_glue, write_superglue
 from tests.tiny_tokenizer import tiny_tokenizer

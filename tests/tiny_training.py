@@ -21,7 +21,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.data.batches import Batches, as_grain, packed_batches
 from lora_jax.data.text import Example
-from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loop import FitConfig, Fitted, fit
 from lora_jax.training.loss import language_model_loss

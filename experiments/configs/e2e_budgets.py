@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from experiments.configs import gpt2_e2e
 from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
-from experiments.workdir import Config
+from experiments.harness.workdir import Config
 
 Changes = dict[str, object]
 

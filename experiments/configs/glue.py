@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.workdir import Config, read_config, read_result
-from lora_jax.data import glue, superglue
+from experiments.harness.workdir import Config, read_config, read_result
+from lora_jax.data.sets import glue, superglue
 
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
 METHODS = ("lora", "full_finetuning", "head_only")

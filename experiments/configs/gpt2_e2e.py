@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments.workdir import Config
+from experiments.harness.workdir import Config
 
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from lora_jax.data.batches import epoch_orders, shard_of
-from lora_jax.data.glue import Record
+from lora_jax.data.sets.glue import Record
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer

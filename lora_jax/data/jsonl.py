@@ -4,7 +4,7 @@
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 Loss is taken on the completion and the end token after it; of a conversation, on what its
-segments say (`lora_jax.models.chat` renders them by the model's template).
+segments say (`lora_jax.models.text.chat` renders them by the model's template).
 """
 
 import json

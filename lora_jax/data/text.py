@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from lora_jax.data.e2e import Record
+from lora_jax.data.sets.e2e import Record
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer

@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.decoding.beam_config import BeamConfig
 from lora_jax.decoding.beam_step import NO_TOKEN, Finished, Search, choose
 from lora_jax.decoding.cached_model import (
   Batch,
@@ -38,7 +39,6 @@ from lora_jax.decoding.cached_model import (
   read_prompts,
   take_slots,
 )
-from lora_jax.decoding.scoring import BeamConfig
 
 PyTree = Any
 MAX_THREADS = 4  # so that large models' caches do not fill the memory

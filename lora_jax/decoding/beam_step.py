@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from lora_jax.decoding.scoring import BeamConfig
+from lora_jax.decoding.beam_config import BeamConfig
 
 PyTree = Any
 NO_TOKEN = -1  # in the history, in front of a prompt: part of no n-gram

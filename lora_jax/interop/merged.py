@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapter import LoraAxes, LoraWeight, adapter_extra, adapter_weights, check_adapter
-from lora_jax.config import LoraConfig, find_leaves
-from lora_jax.low_rank import merge_weight
-from lora_jax.models.encoder_folder import OLD_NAMES
-from lora_jax.models.hub import (
+from lora_jax.adapters.adapt import merge_weight
+from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
+from lora_jax.adapters.targets import find_leaves
+from lora_jax.axes import LoraAxes
+from lora_jax.models.checkpoints.encoder_folder import OLD_NAMES
+from lora_jax.models.checkpoints.hub import (
   FLOATS,
   INDEX,
   StoredTensor,
@@ -27,7 +30,7 @@ from lora_jax.models.hub import (
   open_tensors,
   weight_files,
 )
-from lora_jax.models.stored import expected_shapes
+from lora_jax.models.checkpoints.stored import expected_shapes
 from lora_jax.trees import leaves_with_path, replace_leaves
 
 PyTree = Any

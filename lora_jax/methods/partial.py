@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapter import adapter_extra, check_adapter, copied
-from lora_jax.config import array_leaves
+from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.delta import adapter_extra, copied
+from lora_jax.adapters.targets import array_leaves
 from lora_jax.trees import nest, replace_leaves, select
 
 

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models import gpt2_folder, llama_folder, llama_json
-from lora_jax.models.causal_lm import Cache, CausalLM, init_cache
+from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
 from lora_jax.models.files import read_json
-from lora_jax.models.gpt2 import GPT2
-from lora_jax.models.hub import StoredTensor, find_folder
-from lora_jax.models.llama import Llama
+from lora_jax.models.gpt2 import folder as gpt2_folder
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.llama import config_json as llama_json
+from lora_jax.models.llama import folder as llama_folder
+from lora_jax.models.llama.model import Llama
+from lora_jax.models.parts.causal_lm import Cache, CausalLM, init_cache
 
 PyTree = Any
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from lora_jax.adapter import pack, packed_shapes, unpack
+from lora_jax.adapters.storage import pack, packed_shapes, unpack
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.trees import leaves_with_path
 

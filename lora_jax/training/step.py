@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.shardings import shardings
 from lora_jax.optimizer import freeze
-from lora_jax.sharding import shardings
 from lora_jax.training.loss import LossSum, mean, per_token
 from lora_jax.trees import combine, partition, trainable_mask
 

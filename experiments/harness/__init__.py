@@ -1,0 +1,1 @@
+"""What experiments share; nothing here can be run."""

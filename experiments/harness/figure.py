@@ -1,0 +1,132 @@
+"""The report's plot: scores by group, loss by learning rate, and all of them by rank."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from experiments.harness import paper as paper_tables
+from experiments.harness import table
+from experiments.harness.groups import Group
+
+VALUES = {"valid_loss": "validation loss, nats a token", **table.METRICS}
+OURS, PAPER = "tab:blue", "tab:orange"
+
+
+def draw(
+  path: Path,
+  groups: Sequence[Group],
+  rates: Mapping[str, Sequence[Group]],
+  sweeps: Sequence[Sequence[Group]],
+  budgets: Mapping[str, Mapping[int, Group]],
+) -> None:
+  """Writes a PNG file with one row of panels for each view of the groups that there is."""
+  rows: list[tuple[float, Callable[[SubFigure], None]]] = []
+  if any(one.first.is_decoded for one in groups) or not (rates or sweeps):
+    rows.append((1.6 + 0.35 * len(groups), partial(_by_group, groups)))
+  if rates:
+    rows.append((4.0, partial(_by_rate, rates)))
+  rows += [(3.6, partial(_by_rank, sweep)) for sweep in sweeps]
+  if budgets:
+    rows.append((4.0, partial(_by_budget, budgets)))
+  heights = [height for height, _ in rows]
+  figure = Figure(figsize=(16, sum(heights)), dpi=100, layout="constrained")
+  parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
+  for part, (_, fill) in zip(parts[:, 0], rows, strict=True):
+    fill(part)
+  figure.savefig(path)
+
+
+def _panels(figure: SubFigure, groups: Sequence[Group], share: bool) -> dict[str, Axes]:
+  """Returns axes for each value that any of the groups has."""
+  names = [name for name in VALUES if any(one.statistic(name) for one in groups)]
+  axes = figure.subplots(1, len(names), sharey=share, squeeze=False)[0]
+  return dict(zip(names, axes, strict=True))
+
+
+def _by_group(groups: Sequence[Group], figure: SubFigure) -> None:
+  figure.suptitle("Mean over the seeds, each seed, and the first seed's 95 % interval (inputs)")
+  for name, axes in _panels(figure, groups, share=True).items():
+    axes.set_xlabel(VALUES[name])
+    axes.set_yticks(range(len(groups)), [one.label for one in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    for y, one in enumerate(groups):
+      if (found := one.statistic(name)) is None:
+        continue
+      if (interval := one.first.interval(name)) is not None:
+        axes.hlines(y, *interval, color=OURS, alpha=0.4)
+      values = [value for run in one.runs if (value := run.value(name)) is not None]
+      axes.plot(values, [y] * len(values), ".", color=OURS, alpha=0.5)
+      axes.plot([found.mean], [y], "D", color=OURS, markersize=6)
+
+
+def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
+  axes = figure.subplots()
+  for label, members in rates.items():
+    found = [(one.rate, one.statistic("valid_loss")) for one in members]
+    known = [(rate, value.mean) for rate, value in found if rate and value]
+    axes.plot([rate for rate, _ in known], [loss for _, loss in known], "o-", label=label)
+  axes.set_xscale("log")
+  axes.set_yscale("log")  # a rate that is too high would hide the others
+  axes.yaxis.set_major_formatter(ScalarFormatter())
+  axes.yaxis.set_minor_formatter(ScalarFormatter())
+  axes.set_xlabel("learning rate")
+  axes.set_ylabel(VALUES["valid_loss"])
+  axes.grid(alpha=0.3)
+  axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
+  figure.suptitle(
+    "By rank: these runs (left axes), the paper's GPT-2 medium, Table 18 (right axes)"
+  )
+  ranks = [one.settings["lora.rank"] for one in sweep]
+  for name, axes in _panels(figure, sweep, share=False).items():
+    found = [one.statistic(name) for one in sweep]
+    known = [(rank, value) for rank, value in zip(ranks, found, strict=True) if value]
+    axes.errorbar(
+      [rank for rank, _ in known],
+      [value.mean for _, value in known],
+      yerr=[value.deviation or 0.0 for _, value in known],
+      fmt="o-",
+      color=OURS,
+    )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ranks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("rank")
+    axes.set_title(VALUES[name], fontsize="medium")
+    axes.tick_params(axis="y", labelcolor=OURS)
+    beside = axes.twinx()
+    paper = {rank: row[name] for rank, row in paper_tables.TABLE_18.items() if rank <= max(ranks)}
+    beside.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)
+    beside.tick_params(axis="y", labelcolor=PAPER)
+
+
+def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) -> None:
+  figure.suptitle("By the base's pretraining; left, new weights")
+  groups = [one for members in budgets.values() for one in members.values()]
+  known = sorted({tokens for members in budgets.values() for tokens in members if tokens})
+  panels = _panels(figure, groups, share=False)
+  for name, axes in panels.items():
+    for label, members in budgets.items():
+      found = {tokens: one.statistic(name) for tokens, one in members.items()}
+      points = [(tokens, value) for tokens, value in found.items() if value]
+      axes.errorbar(
+        [tokens for tokens, _ in points],
+        [value.mean for _, value in points],
+        yerr=[value.deviation or 0.0 for _, value in points],
+        fmt="o-",
+        label=label,
+      )
+    if known:
+      axes.set_xscale("symlog", linthresh=known[0])
+    axes.set_xlabel("pretraining tokens")
+    axes.set_title(VALUES[name], fontsize="medium")
+    axes.grid(alpha=0.3)
+  list(panels.values())[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,0 +1,212 @@
+"""A user's lines as batches, for `experiments.finetune`."""
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.harness.workdir import Config, examples_digest
+from lora_jax.data import batches as data_batches
+from lora_jax.data.jsonl import (
+  Completion,
+  Conversation,
+  Rendered,
+  encode_completions,
+  encode_prompts,
+  encode_rendered,
+  read_jsonl,
+)
+from lora_jax.data.text import Example
+from lora_jax.models.files import read_text
+from lora_jax.models.text.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
+from lora_jax.models.text.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
+from lora_jax.models.zoo import LanguageModel
+
+
+class Data(NamedTuple):
+  """The batches of a run, and held-out lines to be answered.
+
+  Attributes:
+    train: of all epochs.
+    valid: held out.
+    prompts: tokens of the first held-out prompts.
+    answers: what their lines say.
+    num_train: lines.
+    num_valid: likewise.
+    digest: of all examples.
+  """
+
+  train: data_batches.Batches
+  valid: data_batches.Batches
+  prompts: list[list[int]]
+  answers: list[str]
+  num_train: int
+  num_valid: int
+  digest: str
+
+
+class Text(NamedTuple):
+  """What a model's texts are made of.
+
+  Attributes:
+    tokenizer: of its folder.
+    end_id: the token that ends a text.
+    template: of chats; None if the lines are no chats.
+    end_ids: the tokens that end an answer; of chats also those that end a turn.
+  """
+
+  tokenizer: Any
+  end_id: int
+  template: ChatTemplate | None
+  end_ids: tuple[int, ...]
+
+
+def load_data(config: Config, model: LanguageModel) -> tuple[Text, Data]:
+  """Returns the model's tokenizer and the batches of both parts of the data."""
+  given = config.data
+  records: Sequence[Any] = read_jsonl(given.file, given.ignored_fields)
+  if given.valid_file:
+    held_out: Sequence[Any] = read_jsonl(given.valid_file, given.ignored_fields)
+    if type(records[0]) is not type(held_out[0]):
+      raise ValueError(
+        f"{given.file} and {given.valid_file} have lines of two forms: expected prompts and "
+        "completions in both, or messages in both"
+      )
+  else:
+    records, held_out = _hold_out(config, records)
+  text = load_text(config, model, isinstance(records[0], Conversation))
+  limit = min(given.row_length or model.num_positions, model.num_positions)
+  train, valid = (encode(text, part, limit, given.truncate) for part in (records, held_out))
+  text = text._replace(end_ids=_end_ids(text, train[0]))
+  longest = max(len(example.tokens) for example in (*train, *valid))
+  row_length = given.row_length or min(-(-longest // 64) * 64, model.num_positions)
+
+  loss_length = data_batches.suggest_loss_length([*train, *valid], row_length)
+  chunk = config.fit.loss_chunk or 1  # which must divide it
+
+  def batches(examples: list[Example], seed: int | None, epochs: int) -> data_batches.Batches:
+    shape = {
+      "batch_size": given.batch_size,
+      "loss_length": -(-loss_length // chunk) * chunk,
+      "seed": seed,
+      "num_epochs": epochs,
+      "shard_index": jax.process_index(),
+      "shard_count": jax.process_count(),
+    }
+    if given.packing:
+      return data_batches.packed_batches(examples, row_length=row_length, **shape)
+    return data_batches.padded_batches(examples, row_lengths=[row_length], **shape)
+
+  shown = held_out[: config.samples.count]
+  data = Data(
+    train=batches(train, config.seed, given.num_epochs),
+    valid=batches(valid, None, 1),
+    prompts=prompts(text, shown),
+    answers=[_answer(record) for record in shown],
+    num_train=len(train),
+    num_valid=len(valid),
+    digest=examples_digest(train, valid),
+  )
+  return text, data
+
+
+def end_token_id(folder: Path, tokenizer: Any) -> int:
+  """Returns the id of the token that ends a text; raises ValueError if the folder names none."""
+  name = read_special_tokens(folder).get("eos_token", END_OF_TEXT)
+  found = tokenizer.token_to_id(name)
+  if found is None:
+    raise ValueError(
+      f"{folder}: the tokenizer has no token {name!r} to end a text with; name its own as "
+      "eos_token in tokenizer_config.json"
+    )
+  return found
+
+
+def load_text(config: Config, model: LanguageModel, chats: bool) -> Text:
+  """Returns the tokenizer of a model's folder, and of chats the template."""
+  tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
+  end_id, template = end_token_id(model.folder, tokenizer), None
+  if chats and config.data.chat_template:
+    source = read_text(Path(config.data.chat_template))
+    template = ChatTemplate(source, read_special_tokens(model.folder))
+  elif chats:
+    template = load_chat_template(model.folder)
+  if template is not None:
+    template = dataclasses.replace(template, today=datetime.fromisoformat(config.data.today))
+  return Text(tokenizer, end_id, template, (end_id,))
+
+
+def _end_ids(text: Text, example: Example) -> tuple[int, ...]:
+  """Returns the end tokens: of chats also the special ones that an answer is learned with."""
+  if text.template is None:
+    return text.end_ids
+  added = text.tokenizer.get_added_tokens_decoder()
+  special = {i for i in example.targets.tolist() if i in added and added[i].special}
+  return tuple(sorted({text.end_id, *special}))
+
+
+def _hold_out(config: Config, records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """Splits lines, the same way whatever the seed; those of one prompt stay together."""
+  prompts: dict[str, list[Any]] = {}
+  for record in records:
+    prompts.setdefault(_prompt(record), []).append(record)
+  groups = list(prompts.values())
+  count = max(1, round(config.data.valid_share * len(groups)))
+  if count >= len(groups):
+    raise ValueError(
+      f"{config.data.file} has {len(groups)} different prompts, of which {count} are held out; "
+      "expected some to train on. Give more lines, or --config.data.valid_file"
+    )
+  held_out = set(np.random.default_rng(0).permutation(len(groups))[:count].tolist())
+  train = [record for i, group in enumerate(groups) if i not in held_out for record in group]
+  return train, [record for i in sorted(held_out) for record in groups[i]]
+
+
+def _prompt(record: Completion | Conversation) -> str:
+  if isinstance(record, Completion):
+    return record.prompt
+  return next((m["content"] for m in record.messages if m["role"] == "user"), record.where)
+
+
+def encode(text: Text, records: Sequence[Any], limit: int, truncate: bool) -> list[Example]:
+  """Returns the tokens of lines of either form, `limit` of each at most."""
+  if isinstance(records[0], Completion):
+    return encode_completions(text.tokenizer, records, text.end_id, limit, truncate)
+  assert text.template is not None, "chats have a template"
+  rendered = [Rendered(record.where, _segments(text.template, record)) for record in records]
+  return encode_rendered(text.tokenizer, rendered, limit, truncate)
+
+
+def _segments(template: ChatTemplate, record: Conversation) -> list[tuple[str, bool]]:
+  try:
+    return chat_segments(template, record.messages)
+  except ValueError as error:
+    raise ValueError(f"{record.where}: {error}") from error
+
+
+def prompts(text: Text, records: Sequence[Any]) -> list[list[int]]:
+  """Returns the tokens before each line's completion, or before the assistant's last turn."""
+  if not records:
+    return []
+  if isinstance(records[0], Completion):
+    return encode_prompts(text.tokenizer, [record.prompt for record in records], text.end_id)
+  assert text.template is not None, "chats have a template"
+  texts = [
+    render_chat(text.template, record.messages[: _last_answer(record)], add_generation_prompt=True)
+    for record in records
+  ]
+  return [e.ids for e in text.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _last_answer(record: Conversation) -> int:
+  return max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+
+
+def _answer(record: Completion | Conversation) -> str:
+  if isinstance(record, Completion):
+    return record.completion
+  return record.messages[_last_answer(record)]["content"]

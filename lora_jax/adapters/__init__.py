@@ -1,0 +1,1 @@
+"""What is trained, whatever the variant: targets, nodes, checks, storage, shardings."""

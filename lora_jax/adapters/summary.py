@@ -1,0 +1,119 @@
+"""What an adapter consists of, and what merging it costs in accuracy."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import adapter_extra, adapter_weights
+from lora_jax.adapters.targets import find_leaves
+from lora_jax.trees import leaves_with_path
+
+PyTree = Any
+
+
+def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None) -> str:
+  """Returns a table of what is trained: path, shapes, rank, scaling, count and share.
+
+  Leaves trained whole stand below the adapted weights and are counted apart, as the paper
+  counts heads apart. The share is of the parameters of the base.
+
+  >>> import jax, jax.numpy as jnp, lora_jax
+  >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((64, 32))}
+  >>> config = lora_jax.LoraConfig(rank=2, alpha=4.0, target="kernel")
+  >>> lora = lora_jax.lora(fn, config)
+  >>> print(summary(params, lora.init(jax.random.key(0), params, jnp.ones((1, 64))), config))
+  path      weight    lora_a   lora_b  rank  scaling  parameters   share
+  kernel    64 x 32   64 x 2   2 x 32     2        2         192  9.375%
+  adapter                                                    192  9.375%
+  base                                                     2,048
+
+  Args:
+    params: the base's parameters, or `ShapeDtypeStruct`s.
+    trainable: as `init` returns it.
+    config: for the column of scalings, which are not in the tree; None writes alpha/rank.
+  Raises:
+    ValueError: if `trainable` has a weight that `params` has not.
+  """
+  base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
+  total = sum(_size(leaf) for leaf in base.values())
+  targets, _ = find_leaves(config, params) if config is not None else ({}, {})
+  rows: list[tuple[str, ...]] = [
+    ("path", "weight", "lora_a", "lora_b", "rank", "scaling", "parameters", "share")
+  ]
+  adapted = 0
+  for path, weight in adapter_weights(trainable).items():
+    if path not in base:
+      raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
+    count = _size(weight.lora_a) + _size(weight.lora_b)
+    adapted += count
+    shapes = (_shape(base[path]), _shape(weight.lora_a), _shape(weight.lora_b))
+    scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{weight.rank}"
+    rows.append((path, *shapes, str(weight.rank), scaling, f"{count:,}", _share(count, total)))
+  blank = ("",) * 5
+  if adapted:
+    rows.append(("adapter", *blank, f"{adapted:,}", _share(adapted, total)))
+  whole = adapter_extra(trainable)
+  for path, leaf in whole.items():
+    rows.append((path, _shape(leaf), *blank[1:], f"{_size(leaf):,}", _share(_size(leaf), total)))
+  if whole:
+    count = sum(map(_size, whole.values()))
+    rows.append(("trained whole", *blank, f"{count:,}", _share(count, total)))
+  rows.append(("base", *blank, f"{total:,}", ""))
+  return _aligned(rows)
+
+
+def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
+  """Returns what rounding to the base's dtype cost each merged weight.
+
+  The error is max|merged - exact| / max|exact| over a weight, where `exact` is merged in
+  float32; zero for a float32 base. Dimensionless.
+
+  Args:
+    adaptation: as `lora` returns it, or another that can be merged.
+    params: the base's parameters.
+    trainable: as `init` returns it, trained.
+  """
+  merged = dict(leaves_with_path(adaptation.merge(params, trainable)))
+  wide = jax.tree.map(_widened, params)
+  exact = dict(leaves_with_path(adaptation.merge(wide, trainable)))
+  errors = {}
+  for path in adapter_weights(trainable):
+    difference = jnp.max(jnp.abs(merged[path].astype(exact[path].dtype) - exact[path]))
+    errors[path] = difference / jnp.max(jnp.abs(exact[path]))
+  return errors
+
+
+def _widened(leaf: Any) -> Any:
+  if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+  return leaf
+
+
+def _size(leaf: Any) -> int:
+  return math.prod(leaf.shape)
+
+
+def _shape(leaf: Any) -> str:
+  return " x ".join(map(str, leaf.shape)) or "()"
+
+
+def _share(count: int, total: int) -> str:
+  return f"{100 * count / total:.3f}%"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+  """Lays out rows: the first four columns to the left, the numbers to the right."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  gap = ["   ", "   ", "   ", "  ", "  ", "  ", "  ", ""]
+  lines = []
+  for row in rows:
+    cells = [
+      (cell.ljust if i < 4 else cell.rjust)(width) + gap[i]
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    lines.append("".join(cells).rstrip())
+  return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""The leaves of a parameter tree that a configuration means."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.config import Init, LoraConfig, LoraRule, OnUnhandled
+from lora_jax.axes import LoraAxes
+from lora_jax.transform.tracing import is_array
+from lora_jax.trees import as_patterns, key_parts, matches, select
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """One weight to adapt: where it is, and the settings that hold for it."""
+
+  path: str
+  keys: tuple[str, ...]
+  leaf: Any
+  rank: int
+  alpha: float
+  init: Init
+  dropout: float
+  axes: LoraAxes | None
+  by_number: bool  # chosen by `layers`, the number in its path
+  stacked_layers: tuple[int, ...] | None
+  on_unhandled: OnUnhandled
+
+  @property
+  def scaling(self) -> float:
+    return self.alpha / self.rank
+
+
+Extra = dict[str, tuple[tuple[str, ...], Any]]
+
+
+def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], Extra]:
+  """Returns the weights that `config` adapts, by path, in the order of `params`, and the extras.
+
+  Returns:
+    `{path: Target}`, and `{path: (keys, leaf)}` of the leaves that are trained whole.
+  Raises:
+    ValueError: if a pattern of `target`, `extra` or a rule matches nothing, or what it matches
+      cannot be adapted.
+  """
+  leaves = array_leaves(params)
+  chosen = select(config.target, leaves, "target")
+  for rule in config.rules:
+    select(rule.pattern, chosen, "the rule")
+  targets = {}
+  for path in chosen:
+    keys, leaf = leaves[path]
+    target = _target(config, path, keys, leaf)
+    if target is not None:
+      targets[path] = target
+  if not targets:
+    raise ValueError(f"layers={list(config.layers or ())} leaves none of the targeted weights")
+  extra = select(config.extra, leaves, "extra") if as_patterns(config.extra) else []
+  both = [path for path in extra if path in targets]
+  if both:
+    raise ValueError(f"both target and extra match {', '.join(both)}; expected one of them")
+  return targets, {path: leaves[path] for path in extra}
+
+
+def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
+  """Returns `{path: (keys, leaf)}` of the arrays of a tree.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
+  for key_path, leaf in flat:
+    keys = key_parts(key_path)
+    path = "/".join(keys)
+    if not keys:
+      raise ValueError("params are a single array; expected a tree, as {'kernel': array}")
+    if path in leaves:
+      raise ValueError(f"two leaves of params have the path {path!r}; rename one")
+    if is_array(leaf):
+      leaves[path] = (keys, leaf)
+  return leaves
+
+
+def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> Target | None:
+  rule = next((r for r in config.rules if matches(r.pattern, path)), LoraRule(".*"))
+  if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise ValueError(
+      f"{path} cannot be adapted by LoRA: expected a floating-point array of at least two axes, "
+      f"got {leaf.dtype.name} of shape {leaf.shape}. Train it whole with `extra`, "
+      "or narrow `target`"
+    )
+  number = layer_number(path)
+  if config.layers is not None:
+    if number is None:
+      raise ValueError(
+        f"{path}: layers={list(config.layers)} needs a layer's number in the path. Narrow "
+        "`target` to the layers' weights, or give stacked_layers for a stack of layers"
+      )
+    if number not in config.layers:
+      return None
+  stacked = config.stacked_layers if rule.stacked_layers is None else rule.stacked_layers
+  if rule.axes is not None:
+    rule.axes.check(leaf.ndim, path)
+  return Target(
+    path,
+    keys,
+    leaf,
+    rank=config.rank if rule.rank is None else rule.rank,
+    alpha=config.alpha if rule.alpha is None else rule.alpha,
+    init=config.init if rule.init is None else rule.init,
+    dropout=config.dropout if rule.dropout is None else rule.dropout,
+    axes=rule.axes,
+    by_number=config.layers is not None,
+    stacked_layers=None if stacked is None else tuple(stacked),
+    on_unhandled=rule.on_unhandled,
+  )
+
+
+def layer_number(path: str) -> int | None:
+  """Returns the first integer in a path, which numbers its layer; None if there is none.
+
+  >>> layer_number("h_11/attn/query/kernel"), layer_number("blocks/attn/query/kernel")
+  (11, None)
+  """
+  found = re.search(r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
+  return int(found[1]) if found else None

@@ -1,0 +1,5 @@
+"""Sums, truncation and alignment of adapters."""
+
+from lora_jax.arithmetic.combination import align as align
+from lora_jax.arithmetic.combination import weighted_sum as weighted_sum
+from lora_jax.arithmetic.truncation import truncate_rank as truncate_rank

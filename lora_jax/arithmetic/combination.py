@@ -1,0 +1,112 @@
+"""Adapters of one base, added, cut to a rank, and brought to one shape.
+
+An adapter is a pair `(config, trainable)`. Its weights' deltas are `scaling * A B`, so that
+
+    sum of w_i * scaling_i * A_i B_i  =  [A_1 A_2 ...] [w_1 scaling_1 B_1; w_2 scaling_2 B_2; ...]
+
+with As side by side and Bs one below another: exact, of rank r_1 + r_2 + ..., and of scaling 1.
+Adding As to As and Bs to Bs would be another thing: (A_1 + A_2)(B_1 + B_2) has A_1 B_2 in it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import LoraWeight
+from lora_jax.arithmetic.opened import Adapter, by_path, close_adapter, open_adapter
+from lora_jax.trees import leaves_with_path
+
+PyTree = Any
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: PyTree) -> Adapter:
+  """Returns the adapter whose deltas are the weighted sums of others' deltas; exact.
+
+  The ranks add up; `truncate_rank` brings them down again. A leaf that is trained whole goes
+  over as it is.
+
+  >>> import jax, jax.numpy as jnp, lora_jax
+  >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((8, 6))}
+  >>> config = lora_jax.LoraConfig(rank=2, alpha=4.0, target="kernel")
+  >>> one = lora_jax.lora(fn, config).init(jax.random.key(0), params, jnp.ones((1, 8)))
+  >>> both, trainable = weighted_sum([(config, one), (config, one)], [0.5, -1.0], params)
+  >>> both.rank, trainable["kernel"].lora_b.shape
+  (4, (4, 6))
+
+  Args:
+    adapters: `(config, trainable)` of each; ranks, alphas and targets may differ.
+    weights: one for each; any numbers.
+    params: of the base, or their shapes.
+
+  Returns:
+    The config that `lora_jax.lora` applies the sum by, and its trainable tree.
+  Raises:
+    ValueError: if an adapter is not for these params, a weight is factored along other axes in
+      two of them, or two have trained one leaf whole, to different values.
+  """
+  if len(adapters) != len(weights):
+    raise ValueError(f"expected one weight for each adapter, got {len(weights)}, {len(adapters)}")
+  opened = [open_adapter(*one, params, by) for one, by in zip(adapters, weights, strict=True)]
+  new: dict[str, Any] = {}
+  for path, having in by_path(opened).items():
+    parts = list(having.values())
+    a = jnp.concatenate([part.lora_a for part in parts], axis=-1)
+    b = jnp.concatenate([part.lora_b for part in parts], axis=len(parts[0].axes.batch))
+    new[path] = dataclasses.replace(parts[0], lora_a=a, lora_b=b)
+  for path, leaf in ((path, leaf) for one in opened for path, leaf in one.whole.items()):
+    if not jnp.array_equal(new.setdefault(path, leaf), leaf):
+      raise ValueError(
+        f"{path} is trained whole in several of the adapters, to different values, of which there "
+        "is no sum. Leave it out of all but one"
+      )
+  return close_adapter(opened, new)
+
+
+def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list[PyTree]]:
+  """Brings adapters to one config and one shape, so that one compiled function serves them all.
+
+  Exact: smaller ranks, and weights and layers that an adapter leaves alone, are filled up with
+  zeros; the scaling goes into B; and a leaf that only others have trained whole is the base's own.
+
+      config, (first, second) = lora_jax.align([(config_1, one), (config_2, other)], params)
+      apply = jax.jit(lora_jax.lora(fn, config).apply)
+      apply(params, first, x), apply(params, second, x)  # compiled once
+
+  Args:
+    adapters: `(config, trainable)` of each.
+    params: of the base; their shapes do if no leaves are trained whole, or the same in all.
+
+  Returns:
+    The config of all, and the trainable trees in the order of `adapters`.
+  Raises:
+    ValueError: if an adapter is not for these params, or a weight is factored along other axes
+      in two of them.
+  """
+  opened = [open_adapter(*one, params) for one in adapters]
+  own = dict(leaves_with_path(params))
+  new: list[dict[str, Any]] = [{} for _ in opened]
+  for path, having in by_path(opened).items():
+    rank = max(part.rank for part in having.values())
+    zeros = jax.tree.map(jnp.zeros_like, next(iter(having.values())))
+    for i, tree in enumerate(new):
+      tree[path] = _padded(having.get(i) or zeros, rank)
+  for path in dict.fromkeys(path for one in opened for path in one.whole):
+    for one, tree in zip(opened, new, strict=True):
+      tree[path] = one.whole.get(path, own[path])
+      if isinstance(tree[path], jax.ShapeDtypeStruct):
+        raise ValueError(f"{path} is trained whole in some of the adapters; give the base's params")
+  closed = [close_adapter(opened, tree) for tree in new]
+  return closed[0][0], [trainable for _, trainable in closed]
+
+
+def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
+  """Returns the same delta, with zeros up to a rank."""
+  more, at = rank - weight.rank, len(weight.axes.batch)
+  widths = [(0, 0)] * (weight.lora_b.ndim - 1)
+  a = jnp.pad(weight.lora_a, [(0, 0)] * (weight.lora_a.ndim - 1) + [(0, more)])
+  b = jnp.pad(weight.lora_b, [*widths[:at], (0, more), *widths[at:]])
+  return dataclasses.replace(weight, lora_a=a, lora_b=b)

@@ -1,0 +1,93 @@
+"""An adapter taken apart: its factors by path, the scaling multiplied into B, and put together."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights, weight_factors
+from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.trees import nest
+
+PyTree = Any
+Adapter = tuple[LoraConfig, PyTree]
+
+
+class Opened(NamedTuple):
+  """An adapter by path, its scaling multiplied into B."""
+
+  weights: dict[str, LoraWeight]
+  whole: dict[str, Any]
+  targets: dict[str, Target]
+  keys: dict[str, tuple[str, ...]]
+
+
+def open_adapter(config: LoraConfig, trainable: PyTree, params: PyTree, by: float = 1.0) -> Opened:
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  weights = {}
+  for path, weight in adapter_weights(trainable).items():
+    a, b = (jnp.asarray(factor, jnp.float32) for factor in (weight.lora_a, weight.lora_b))
+    b = b * jnp.float32(by * targets[path].scaling)
+    weights[path] = dataclasses.replace(weight, lora_a=a, lora_b=b)
+  keys = {path: target.keys for path, target in targets.items()}
+  keys |= {path: parts for path, (parts, _) in extra.items()}
+  return Opened(weights, adapter_extra(trainable), targets, keys)
+
+
+def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
+  """Returns by path the factors of each adapter that has any, by its number.
+
+  Where adapters have different layers of a stack, all get all of them.
+
+  Raises:
+    ValueError: if there are no adapters, two factor a weight along other axes, or one trains
+      whole what another has factors of.
+  """
+  if not opened:
+    raise ValueError("expected adapters, got none")
+  factored = {path for one in opened for path in one.weights}
+  if both := sorted(factored & {path for one in opened for path in one.whole}):
+    raise ValueError(
+      f"{', '.join(both)} is adapted by factors in one adapter and trained whole in another, of "
+      "which there is no common form. Merge one of them first"
+    )
+  found: dict[str, dict[int, LoraWeight]] = {}
+  for i, one in enumerate(opened):
+    for path, weight in one.weights.items():
+      found.setdefault(path, {})[i] = weight
+  for path, parts in found.items():
+    axes = {part.axes for part in parts.values()}
+    if len(axes) > 1:
+      raise ValueError(
+        f"{path} is factored along {' and along '.join(map(str, sorted(axes)))}; expected the "
+        "same axes in all adapters. Train with LoraRule(pattern, axes=LoraAxes(...))"
+      )
+    if len({part.layers for part in parts.values()}) > 1:
+      for i, part in parts.items():
+        a, b = weight_factors(part, opened[i].targets[path].leaf.shape)
+        parts[i] = LoraWeight(a.array, b.array, part.axes)
+  return found
+
+
+def close_adapter(opened: Sequence[Opened], new: dict[str, Any]) -> Adapter:
+  """Returns the adapter with new leaves at some of the paths, of scaling 1."""
+  rules, whole = {}, []
+  for path, leaf in new.items():
+    if not isinstance(leaf, LoraWeight):
+      whole.append(path)
+      continue
+    how = {one.targets[path].on_unhandled for one in opened if path in one.targets}
+    rules[path] = LoraRule(
+      re.escape(path),
+      rank=leaf.rank,
+      alpha=float(leaf.rank),
+      stacked_layers=leaf.layers,
+      on_unhandled="materialize" if "materialize" in how else "raise",
+    )
+  keys = {path: parts for one in opened for path, parts in one.keys.items()}
+  return exact_config(rules, whole), nest((keys[path], leaf) for path, leaf in new.items())

@@ -1,0 +1,64 @@
+"""The nearest adapter of a smaller rank."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import LoraWeight
+from lora_jax.arithmetic.opened import close_adapter, open_adapter
+
+PyTree = Any
+
+
+def truncate_rank(
+  config: LoraConfig, trainable: PyTree, params: PyTree, rank: int
+) -> tuple[LoraConfig, PyTree, dict[str, Float[Array, ""]]]:
+  """Returns the nearest adapter of a smaller rank, by truncated singular value decompositions.
+
+  With A = Q_a R_a and B^T = Q_b R_b, the singular values of A B are those of R_a R_b^T, a matrix
+  of rank x rank: no array of a weight's size is formed. Layers of a stack and experts are cut
+  one by one. A weight whose rank is not above `rank` keeps its delta.
+
+  Args:
+    config: of the adapter.
+    trainable: its tree.
+    params: of the base, or their shapes.
+    rank: of the result, at most.
+
+  Returns:
+    The config, the trainable tree, and by path the relative error of the delta in the
+    Frobenius norm, |new - old| / |old|, over all layers of a stack.
+  Raises:
+    ValueError: if the adapter is not for these params, or the rank is no positive integer.
+  """
+  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    raise ValueError(f"rank must be a positive integer, got {rank!r}")
+  opened = open_adapter(config, trainable, params)
+  with jax.default_matmul_precision("float32"):
+    cut = {path: _truncated(weight, rank) for path, weight in opened.weights.items()}
+  weights = {path: weight for path, (weight, _) in cut.items()}
+  errors = {path: error for path, (_, error) in cut.items()}
+  return *close_adapter([opened], weights | opened.whole), errors
+
+
+def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, ""]]:
+  """Returns the best approximation of a rank, and its relative error."""
+  a, b, own = weight.lora_a, weight.lora_b, weight.rank
+  if own <= rank:
+    return weight, jnp.zeros(())
+  batch = a.shape[: len(weight.axes.batch)]
+  q_a, r_a = jnp.linalg.qr(a.reshape(*batch, -1, own))
+  q_b, r_b = jnp.linalg.qr(b.reshape(*batch, own, -1).mT)
+  u, values, v = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+  rank = min(rank, values.shape[-1])
+  half = jnp.sqrt(values[..., :rank])
+  new_a = q_a @ (u[..., :rank] * half[..., None, :])
+  new_b = (half[..., None] * v[..., :rank, :]) @ q_b.mT
+  lost, all_of_it = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
+  error = jnp.where(all_of_it > 0, lost / jnp.maximum(all_of_it, jnp.finfo(a.dtype).tiny), 0.0)
+  a, b = new_a.reshape(*a.shape[:-1], rank), new_b.reshape(*batch, rank, *b.shape[len(batch) + 1 :])
+  return dataclasses.replace(weight, lora_a=a, lora_b=b), error

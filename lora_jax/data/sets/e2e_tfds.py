@@ -1,0 +1,200 @@
+"""The E2E NLG data set as a TFDS builder: `array_record` files, read without TensorFlow.
+
+    builder = E2E(config="reference")
+    builder.download_and_prepare()
+    source = builder.as_data_source("train")    # random access: source[123]["context"]
+
+`load` does that and returns what `e2e.read` returns. `e2e.py` alone, without TFDS, reads the same
+records; the builder is for pipelines that take their data from TFDS.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from lora_jax.data.sets import e2e
+
+DOWNLOAD = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
+
+DESCRIPTION = """Descriptions of restaurants in English (Novikova et al. 2017, arXiv 1706.09254):
+several texts for each input, which is a list of attributes and values."""
+CITATION = """@inproceedings{novikova2017e2e,
+  title = {The {E2E} Dataset: New Challenges for End-to-End Generation},
+  author = {Novikova, Jekaterina and Du{\\v{s}}ek, Ond{\\v{r}}ej and Rieser, Verena},
+  booktitle = {Proceedings of the 18th Annual SIGdial Meeting on Discourse and Dialogue},
+  year = {2017},
+  note = {arXiv:1706.09254},
+}"""
+
+
+class E2E(tfds.core.GeneratorBasedBuilder):
+  """Records of `context`, `completion` and `input_id`, the number of the distinct input.
+
+  The configs are the two forms of `e2e.py`, `reference` and `official`; the splits `train`, `valid`
+  and `test`, each in the order of its file.
+
+  Args:
+    source: `embedded`; `download`, the official form's files from their authors' repository; or a
+      folder that holds the three files of the form under their original names. The embedded copy
+      of the official form has no `train`.
+    data_dir: where the prepared files go, one folder for each source; None is `default_data_dir()`.
+    config: `reference` or `official`.
+    version: as in any TFDS builder.
+  """
+
+  name = "e2e"
+  code_path = epath.Path(__file__)  # finding it needs a package that TFDS does not require
+  pkg_dir_path = code_path.parent
+  VERSION = tfds.core.Version("1.0.0")
+  BUILDER_CONFIGS = [  # noqa: RUF012 (the form that TFDS prescribes)
+    tfds.core.BuilderConfig(name="reference", description="The lines of Hu et al.'s code."),
+    tfds.core.BuilderConfig(name="official", description="The challenge's CSV files."),
+  ]
+
+  def __init__(
+    self,
+    *,
+    source: str | os.PathLike[str] = "embedded",
+    data_dir: str | os.PathLike[str] | None = None,
+    config: Any = None,
+    version: Any = None,
+  ):
+    root = default_data_dir() if data_dir is None else Path(data_dir)
+    form = getattr(config, "name", config) or "reference"
+    if form not in e2e.FILES:
+      raise ValueError(f"config must be one of {', '.join(e2e.FILES)}, got {form!r}")
+    if source == "download" and form != "official":
+      raise ValueError("only the official form can be downloaded; the reference form is embedded")
+    self._source = source
+    self._form: e2e.Form = form
+    super().__init__(
+      data_dir=root / _folder_of(source, form),
+      config=config,
+      version=version,
+      file_format="array_record",
+    )
+    self._original_state = {
+      "source": source,
+      "data_dir": root,
+      "config": config,
+      "version": version,
+    }
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=DESCRIPTION,
+      features=tfds.features.FeaturesDict(
+        {
+          "context": tfds.features.Text(),
+          "completion": tfds.features.Text(),
+          "input_id": tfds.features.Scalar(np.int32),
+        }
+      ),
+      homepage="https://github.com/tuetschek/e2e-dataset",
+      citation=CITATION,
+      license="CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/",
+      disable_shuffling=True,
+    )
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    files = _files(self._source, self._form, dl_manager)
+    return {
+      split: self._generate_examples(e2e.parse(data, e2e.file_name(split, self._form), self._form))
+      for split, data in files.items()
+    }
+
+  def _generate_examples(self, records: list[e2e.Record]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for i, (record, number) in enumerate(zip(records, e2e.input_ids(records), strict=True)):
+      yield i, {**record._asdict(), "input_id": number}
+
+
+def default_data_dir() -> Path:
+  """Returns `$TFDS_DATA_DIR`, or `lora_jax/tfds` in the user's folder for cached files."""
+  if "TFDS_DATA_DIR" in os.environ:
+    return Path(os.environ["TFDS_DATA_DIR"])
+  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(cache) / "lora_jax" / "tfds"
+
+
+def _folder_of(source: str | os.PathLike[str], form: e2e.Form) -> str:
+  """Returns a name for the source's content, so that changed files are never read as prepared."""
+  if source in ("embedded", "download"):
+    return str(source)
+  digest = hashlib.sha256()
+  for name in e2e.FILES[form].values():
+    digest.update(hashlib.sha256(e2e.folder_bytes(name, source)).digest())
+  return f"folder-{digest.hexdigest()[:16]}"
+
+
+def _files(
+  source: str | os.PathLike[str], form: e2e.Form, dl_manager: tfds.download.DownloadManager
+) -> dict[e2e.Split, bytes]:
+  names = e2e.FILES[form]
+  if source == "embedded":
+    return {s: e2e.embedded_bytes(n) for s, n in names.items() if n in e2e.EMBEDDED_SHA256}
+  if source == "download":
+    paths = dl_manager.download({name: DOWNLOAD + name for name in names.values()})
+    return {split: paths[name].read_bytes() for split, name in names.items()}
+  return {split: e2e.folder_bytes(name, source) for split, name in names.items()}
+
+
+def prepare(
+  form: e2e.Form = "reference",
+  source: str | os.PathLike[str] = "embedded",
+  data_dir: str | os.PathLike[str] | None = None,
+) -> E2E:
+  """Returns the builder with its files in place; several processes may call it at once.
+
+  The arguments are those of `E2E`.
+  """
+  builder = E2E(config=form, source=source, data_dir=data_dir)
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  silence = io.StringIO()  # TFDS prints its progress, of about 3 seconds
+  try:
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+      builder.download_and_prepare(download_config=config)
+  except OSError:
+    # TFDS writes to a folder of its own and renames it. The rename fails if another process was
+    # the first, whose files are as good.
+    if not builder.data_path.exists():
+      raise
+    builder = E2E(config=form, source=source, data_dir=data_dir)
+  return builder
+
+
+def load(
+  split: e2e.Split,
+  form: e2e.Form = "reference",
+  source: str | os.PathLike[str] = "embedded",
+  data_dir: str | os.PathLike[str] | None = None,
+  choose: Callable[[int], Sequence[int]] = range,
+) -> list[e2e.Record]:
+  """Returns records of a split by way of TFDS.
+
+  Args:
+    choose: from the number of records to the indices of those that are read, in this order;
+      the rest are not touched. All, in the file's order, if not given.
+
+  The other arguments are those of `E2E`.
+
+  Raises:
+    FileNotFoundError: if a file of the folder is missing, or the source has no such split.
+    ValueError: if a line cannot be read, naming file and line, or a file is empty.
+  """
+  sources: Any = prepare(form, source, data_dir).as_data_source()
+  name = e2e.file_name(split, form)
+  if split not in sources:
+    e2e.embedded_bytes(name)  # raises, saying what to do
+  rows = sources[split].__getitems__(list(choose(len(sources[split]))))
+  return [e2e.Record(row["context"].decode(), row["completion"].decode()) for row in rows]

@@ -1,0 +1,170 @@
+"""Adapters in the form of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight   (rank, in)    ours, transposed
+    base_model.model.transformer.h.0.attn.c_attn.lora_B.weight   (out, rank)   likewise
+    base_model.model.transformer.wte.lora_embedding_A            (rank, V)
+    base_model.model.transformer.wte.lora_embedding_B            (D, rank)
+    base_model.model.model.layers.0.mlp.experts.lora_A.weight    (experts * rank, in)
+    base_model.model.model.layers.0.mlp.experts.lora_B.weight    (out, rank * experts)
+    base_model.model.deberta.encoder.conv.conv.lora_A.weight     (rank, in, width)
+    base_model.model.deberta.encoder.conv.conv.lora_B.weight     (out, rank, 1)
+
+Where PEFT adapts a fused weight and our leaves are its parts, an adapter goes over exactly. From
+PEFT, all parts share A, and each has its rows of B. To PEFT, the As of the parts stand one below
+another, with zeros in B where a part has no share in them, so that ranks add up; As that are equal
+stand there once.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.models.checkpoints.hub import StoredTensor
+
+Arrays = dict[str, np.ndarray]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class Module:
+  """A module with a weight, or a parameter: where it is in PEFT, and which leaves of ours it is."""
+
+  def __init__(self, stored: StoredTensor, params: Mapping[str, Any]):
+    self.stored = stored
+    self.name = stored.name if stored.is_parameter else stored.name.removesuffix(".weight")
+    self.module = stored.module
+    self.shapes = [tuple(params[path].shape)[len(stored.place) :] for path in stored.paths]
+
+  @property
+  def is_linear(self) -> bool:
+    return not self.stored.is_embedding
+
+  @property
+  def is_body(self) -> bool:
+    """Whether it is what PEFT calls linear: neither an embedding nor a convolution nor the head."""
+    return self.is_linear and not self.is_conv and self.name != "lm_head"
+
+  @property
+  def is_conv(self) -> bool:
+    """Whether it is a convolution: its weight is (..., in, out) here, over one axis or more."""
+    return len(self.shapes[0]) > 2 and not self.stored.is_parameter
+
+  @property
+  def experts(self) -> tuple[int, ...]:
+    """Their number, if it is a parameter of several; else ()."""
+    return () if self.is_conv else self.shapes[0][:-2]
+
+  @property
+  def inputs(self) -> int:
+    """Returns what a row of A has; of a convolution inputs times its window."""
+    return math.prod(self.shapes[0][:-1]) if self.is_conv else self.shapes[0][-2]
+
+  @property
+  def outputs(self) -> list[int]:
+    return [shape[-1] for shape in self.shapes]
+
+  def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the shapes of A and B in the file, whose ranks of all experts are one axis."""
+    if self.is_conv:
+      *window, inputs, outputs = self.shapes[0]
+      return (rank, inputs, *window), (outputs, rank, *[1] * len(window))
+    ranks = math.prod((rank, *self.experts))
+    return (ranks, self.inputs), (sum(self.outputs), ranks)
+
+  def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A (..., in, rank), of a convolution over its window, and B (..., rank, out).
+
+    In the file each expert has its own rows of A, one expert after another; in B, however, the
+    experts alternate.
+    """
+    if self.is_conv:
+      return self.stored.to_ours(a), b.reshape(b.shape[:2]).T
+    if not self.experts:
+      return a.T, b.T
+    a = a.reshape(*self.experts, -1, self.inputs)
+    return a.swapaxes(-1, -2), b.reshape(len(b), -1, *self.experts).transpose(2, 1, 0)
+
+  def to_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of the file from A (..., rank, in) and B (..., out, rank)."""
+    if self.is_conv:
+      shape_a, shape_b = self.factor_shapes(len(a))
+      return a.reshape(shape_a), b.reshape(shape_b)
+    if not self.experts:
+      return a, b
+    return a.reshape(-1, self.inputs), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+
+def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
+  """Returns the names of A and B in the file.
+
+  PEFT wraps a module once for each parameter of it that is adapted, so that the wrapper of the
+  last one is outside.
+
+  Args:
+    module: that is adapted.
+    adapted: all that are, in the order of the model's tensors.
+  """
+  name = PREFIX + module.name
+  if module.stored.is_embedding:
+    return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+  if module.stored.is_parameter:
+    same = [other.name for other in adapted if other.module == module.module]
+    name = PREFIX + module.module + ".base_layer" * (len(same) - 1 - same.index(module.name))
+  return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
+def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> list[Module]:
+  """Returns a model's linear layers, embeddings and convolutions, and the parameters like them."""
+
+  def has_factors(stored: StoredTensor) -> bool:
+    matrix = len(leaves[stored.paths[0]].shape) - len(stored.place) >= 2
+    return stored.is_parameter or (matrix and stored.name.endswith(".weight"))
+
+  return [Module(stored, leaves) for stored in tensors if has_factors(stored)]
+
+
+def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
+  """Returns the name in the file of a tensor that is trained whole.
+
+  Args:
+    stored: the tensor; one of an adapted module's own, as its bias, is one level deeper.
+    adapted: the names of the adapted modules.
+  """
+  module, _, kind = stored.name.rpartition(".")
+  return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
+
+
+def is_encoder(tensors: Sequence[StoredTensor]) -> bool:
+  """Tells whether a model is an encoder, with or without a classifier: no language model."""
+  return any("encoder.layer." in stored.name for stored in tensors)
+
+
+def is_language_model(tensors: Sequence[StoredTensor]) -> bool:
+  """Tells whether a model writes text: it has an embedding and is no encoder."""
+  return any(stored.is_embedding for stored in tensors) and not is_encoder(tensors)
+
+
+def check_called(where: Path, adapted: Sequence[Module]) -> None:
+  """Raises ValueError if `transformers` reads a weight and never calls its module."""
+  names = [module.name for module in adapted if module.name.endswith(".rel_embeddings")]
+  if names:
+    raise ValueError(
+      f"{where}: transformers reads the weight of {names[0]} and never calls the module, so that "
+      "PEFT's adapter of it changes nothing; lora_jax's would. Leave it out"
+    )
+
+
+def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
+  """Raises ValueError if a trained embedding is the head too, where PEFT trains one use alone."""
+  untied = is_encoder(tensors) or any(stored.name == "lm_head.weight" for stored in tensors)
+  tied = [m.name for m in embeddings if re.search(r"(wte|embed_tokens|word_embeddings)$", m.name)]
+  if tied and not untied:
+    raise ValueError(
+      f"{where}: {tied[0]} is the head too. PEFT trains its lookup alone, lora_jax both uses: they "
+      "would compute different things. Leave it out, or untie the head"
+    )

@@ -1,0 +1,206 @@
+"""BERT and RoBERTa from and to Hugging Face folders, with and without heads."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.models.bert.model import Bert, BertConfig
+from lora_jax.models.checkpoints.encoder_folder import (
+  FLOATS,
+  INTEGERS,
+  check_integers,
+  head_size,
+  load_encoder,
+  save_encoder,
+  stored_by_module,
+  tensor_names,
+)
+from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
+from lora_jax.models.files import read_json
+from lora_jax.models.parts.causal_lm import shapes_of
+
+PyTree = Any
+
+CLASSES = {"bert": "Bert", "roberta": "Roberta"}
+DEFAULTS = {  # of `transformers`, where a config leaves them out
+  "type_vocab_size": 2,
+  "hidden_act": "gelu",
+  "layer_norm_eps": 1e-12,
+  "hidden_dropout_prob": 0.1,
+  "attention_probs_dropout_prob": 0.1,
+}
+PAD_ID = {"bert": 0, "roberta": 1}
+OUTSIDE = {  # our modules: Hugging Face's
+  "token_embedding": "embeddings.word_embeddings",
+  "position_embedding": "embeddings.position_embeddings",
+  "token_type_embedding": "embeddings.token_type_embeddings",
+  "embed_norm": "embeddings.LayerNorm",
+  "pooler": "pooler.dense",
+}
+HEAD = {
+  "bert": {"head/out": "classifier"},
+  "roberta": {"head/dense": "classifier.dense", "head/out": "classifier.out_proj"},
+}
+LAYER = {
+  "attn/query": "attention.self.query",
+  "attn/key": "attention.self.key",
+  "attn/value": "attention.self.value",
+  "attn/out": "attention.output.dense",
+  "attn_norm": "attention.output.LayerNorm",
+  "mlp/up": "intermediate.dense",
+  "mlp/down": "output.dense",
+  "mlp_norm": "output.LayerNorm",
+}
+OTHER_HEADS = re.compile(r"(cls|lm_head)\..*|(.*\.)?position_ids")  # and constants of old files
+
+
+def load_bert(
+  name: str | Path,
+  *,
+  num_labels: int | None = None,
+  key: jax.Array | None = None,
+  param_dtype: Any = "float32",
+  shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+  **computation: Any,
+) -> tuple[BertConfig, PyTree]:
+  """Loads a BERT or RoBERTa from a local folder or the hub.
+
+  Heads of language models in the folder are left out.
+
+  Args:
+    name: a folder with config.json and safetensors, or a hub repository.
+    num_labels: of the head; None takes the folder's head, or no head if it has none.
+    key: makes a new head of `num_labels`, in place of the folder's if it has one, and the pooler
+      that a BERT's head needs if the folder has none. None makes nothing.
+    param_dtype: that the weights are brought to.
+    shardings: where the params lie, each device reading its own part: a tree like theirs or
+      a prefix of it, or a function from `params_shapes` to such a tree. None is the default
+      device.
+    **computation: fields of `BertConfig` that the folder does not give: `dtype`, `scan_layers`,
+      `remat`; or that are to be other than there: `hidden_dropout`, `attention_dropout`,
+      `head_dropout`.
+
+  Returns:
+    The model's config and params, `Bert(config).apply({"params": params}, tokens)`.
+  Raises:
+    FileNotFoundError: if config.json or weights are missing.
+    ValueError: if the folder holds no such model that is computed as ours is, its tensors are
+      missing, unexpected, mis-shaped or truncated, or it has not the head that is asked for.
+  """
+  folder = find_folder(name)
+  computation |= {"num_labels": num_labels, "new_head": key is not None}
+  config = read_config(folder, param_dtype=param_dtype, **computation)
+  prefix = f"{config.kind}."
+  names = {name.removeprefix(prefix) for name in tensor_names(folder)}
+  absent = ["head"] if key is not None else []
+  if key is not None and config.pooler and "pooler.dense.weight" not in names:
+    absent.append("pooler")
+
+  def ignored(tensor: str) -> bool:
+    short = tensor.removeprefix(prefix)
+    replaced = key is not None and short.startswith("classifier.")
+    unused = not config.pooler and short.startswith("pooler.")
+    return replaced or unused or bool(OTHER_HEADS.fullmatch(tensor))
+
+  model, stored = Bert(config), stored_tensors(config)
+  return config, load_encoder(
+    folder, model, stored, prefix, shardings, ignored, new=absent, key=key
+  )
+
+
+def params_shapes(config: BertConfig) -> PyTree:
+  """Returns the params' tree of `ShapeDtypeStruct`s."""
+  return shapes_of(Bert(config))
+
+
+def stored_tensors(config: BertConfig) -> list[StoredTensor]:
+  """Returns the tensors of a model in `transformers`, and which of our leaves they hold.
+
+  Names are those of the class for sequence classification, or without a head of the bare model.
+  """
+  return stored_by_module(Bert(config), f"{config.kind}.", OUTSIDE, HEAD[config.kind], LAYER)
+
+
+def read_config(
+  folder: str | Path,
+  num_labels: int | None = None,
+  new_head: bool = False,
+  **computation: Any,
+) -> BertConfig:
+  """Returns the config of the model in a local folder, and of the head it is to have.
+
+  Args:
+    folder: with config.json and safetensors, whose names tell which parts there are.
+    num_labels: of the head, as of `load_bert`.
+    new_head: whether the head is to be a new one.
+    **computation: as of `load_bert`.
+  Raises:
+    FileNotFoundError: if config.json or weights are missing.
+    ValueError: if it is no such model, or one that is computed otherwise.
+  """
+  path = Path(folder) / "config.json"
+  given = read_json(path)
+  kind = given.get("model_type")
+  if kind not in CLASSES:
+    raise ValueError(f"{path}: expected model_type {' or '.join(CLASSES)}, got {kind!r}")
+  given = DEFAULTS | {key: value for key, value in given.items() if value is not None}
+  if given.get("pad_token_id") is None:
+    given["pad_token_id"] = PAD_ID[kind]
+  check_integers(path, given, dict.fromkeys(INTEGERS.values(), 1) | {"pad_token_id": 0})
+  for key, ours in (
+    ("position_embedding_type", "absolute"),
+    ("is_decoder", False),
+    ("add_cross_attention", False),
+  ):
+    if given.get(key, ours) != ours:
+      raise ValueError(f"{path}: {key}={given[key]!r} is not supported; expected {ours!r}")
+  names = {name.removeprefix(f"{kind}.") for name in tensor_names(path.parent)}
+  num_labels = head_size(path, given, names, num_labels, new_head)
+  has_pooler = "pooler.dense.weight" in names
+  of_head = given.get("classifier_dropout")
+  read = {
+    **{ours: given[theirs] for ours, theirs in (INTEGERS | FLOATS).items()},
+    "kind": kind,
+    "activation": given["hidden_act"],
+    "pooler": has_pooler if num_labels is None else kind == "bert",
+    "num_labels": num_labels,
+    "head_dropout": given["hidden_dropout_prob"] if of_head is None else of_head,
+  }
+  try:
+    return BertConfig(**read | computation)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def save_bert(
+  folder: str | Path,
+  config: BertConfig,
+  params: PyTree,
+  tokenizer_from: str | Path | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+  labels: Sequence[str] | None = None,
+) -> None:
+  """Writes a model as a new folder that `transformers` and `load_bert` read.
+
+  Args:
+    folder: to make.
+    config: of the model.
+    params: of the model, unrolled or scanned, with the dtype they are saved in; merged, if it
+      was adapted.
+    tokenizer_from: a folder whose tokenizer files are copied.
+    max_shard_bytes: of one file.
+    labels: the names of the head's outputs; None is LABEL_0, LABEL_1, ...
+  Raises:
+    FileExistsError: if there is such a folder.
+    ValueError: if the params are not those of the config.
+  """
+  fields = {
+    "model_type": config.kind,
+    "architectures": [CLASSES[config.kind]],
+    "classifier_dropout": config.head_dropout,
+  }
+  model, stored = Bert(config), stored_tensors(config)
+  save_encoder(folder, model, params, stored, fields, tokenizer_from, max_shard_bytes, labels)

@@ -1,0 +1,206 @@
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) in Flax Linen.
+
+    x = norm(tokens[token] + positions[position] + types[token type])
+    for each layer:  x = norm(x + attn(x));  x = norm(x + mlp(x))
+
+    BERT     logits = out(tanh(pooler(x of the first token)))
+    RoBERTa  logits = out(tanh(dense(x of the first token)))
+
+They differ in which positions there are, in the head's names and in where it has dropout.
+`bert_folder.py` reads and writes Hugging Face folders.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.gpt2.model import layer_norm
+from lora_jax.models.parts.causal_lm import check_choice, dense, make_dense, make_layers, take
+from lora_jax.models.parts.encoder import (
+  Encoder,
+  Seen,
+  attention_weights,
+  check_encoder,
+  dropout,
+  embedding,
+  finish_layer,
+  head_layer,
+  heads,
+  positions_of,
+)
+
+__all__ = ["Bert", "BertConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+  """The shape of a BERT or RoBERTa and how it is computed; the defaults are BERT base's.
+
+  Attributes:
+    kind: `bert` or `roberta`.
+    vocab_size: V, tokens.
+    num_positions: rows of the table of positions. RoBERTa's first `pad_id + 1` are of no token.
+    num_token_types: rows of the table of token types.
+    embed_dim: D.
+    num_layers: blocks.
+    num_heads: of attention; divides `embed_dim`.
+    mlp_dim: inner width of the MLP.
+    activation: of the MLP, by Hugging Face's name.
+    layer_norm_epsilon: added to the variance.
+    pad_id: the token that pads rows.
+    pooler: whether there is one; BERT's head is on top of it, RoBERTa's has a layer of its own.
+    num_labels: L, of the head: classes, or 1 of a regression; None is no head.
+    hidden_dropout: rate, after the embeddings and each sublayer.
+    attention_dropout: rate, of the attention's weights.
+    head_dropout: rate, before the head's layers.
+    dtype: of the computation; softmax, normalization and the head's last layer are float32.
+    param_dtype: of new parameters.
+    scan_layers: stacks the layers' parameters (`layers/...` with a leading axis) and scans over
+      them; otherwise they are `layers_0/...`, `layers_1/...`.
+    remat: as of `GPT2Config`.
+  """
+
+  kind: str = "bert"
+  vocab_size: int = 30522
+  num_positions: int = 512
+  num_token_types: int = 2
+  embed_dim: int = 768
+  num_layers: int = 12
+  num_heads: int = 12
+  mlp_dim: int = 3072
+  activation: str = "gelu"
+  layer_norm_epsilon: float = 1e-12
+  pad_id: int = 0
+  pooler: bool = True
+  num_labels: int | None = None
+  hidden_dropout: float = 0.1
+  attention_dropout: float = 0.1
+  head_dropout: float = 0.1
+  dtype: Any = "float32"
+  param_dtype: Any = "float32"
+  scan_layers: bool = False
+  remat: str | None = None
+
+  def __post_init__(self):
+    check_choice("kind", self.kind, ("bert", "roberta"))
+    if self.num_labels is not None and self.pooler != (self.kind == "bert"):
+      raise ValueError(
+        f"the head of a {self.kind} {'needs the' if self.kind == 'bert' else 'has no'} pooler; "
+        f"expected pooler={not self.pooler} beside num_labels={self.num_labels}"
+      )
+    check_encoder(self)
+
+  @property
+  def first_position(self) -> int:
+    """The row of the table for the first token of a sequence."""
+    return self.pad_id + 1 if self.kind == "roberta" else 0
+
+
+class Attention(nn.Module):
+  """Multi-head attention among the tokens of a segment."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B S D"], seen: Seen, deterministic: bool
+  ) -> Float[Array, "B T D"]:
+    config = self.config
+    query = heads(config, "query", take(x, seen.at))
+    key, value = heads(config, "key", x), heads(config, "value", x)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    weights = attention_weights(config, scores, seen.mask, deterministic)
+    out = jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+    return dense(config, config.embed_dim, "out", out.reshape(*out.shape[:2], -1))
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each added to its input and normalized."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B S D"], number: Any, seen: Seen, deterministic: bool
+  ) -> tuple[Float[Array, "B T D"], None]:
+    attended = Attention(self.config, name="attn")(x, seen, deterministic)
+    return finish_layer(self.config, x, attended, seen.at, deterministic), None
+
+
+class Head(nn.Module):
+  """The classifier or regressor on the first token of a sequence."""
+
+  config: BertConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
+    config = self.config
+    x = dropout(config.head_dropout, x, deterministic)
+    if config.kind == "roberta":
+      x = nn.tanh(dense(config, config.embed_dim, "dense", x))
+      x = dropout(config.head_dropout, x, deterministic)
+    return head_layer(config)(x)
+
+
+class Bert(Encoder):
+  """A BERT or RoBERTa; `Encoder` has what it is called by."""
+
+  config: BertConfig
+
+  def setup(self):
+    config = self.config
+    self.token_embedding = embedding(config, config.vocab_size)
+    self.position_embedding = embedding(config, config.num_positions)
+    self.token_type_embedding = embedding(config, config.num_token_types)
+    self.embed_norm = layer_norm(config, None)
+    self.embed_dropout = nn.Dropout(config.hidden_dropout)
+    self.layers = make_layers(config, Block, num_static=1)
+    if config.pooler:
+      self.pooler = make_dense(config, config.embed_dim, None)
+    if config.num_labels is not None:
+      self.head = Head(config)
+
+  def embed(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    token_types: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B T D"]:
+    places = self._places(tokens, positions)
+    types = jnp.zeros_like(tokens) if token_types is None else token_types
+    x = self.token_embedding(tokens) + self.token_type_embedding(types)
+    x = x + self.position_embedding(places)
+    if self.is_initializing() and self.config.pooler:
+      self.pooled(x)  # which no call reaches that has no head
+    return self.embed_dropout(self.embed_norm(x), deterministic=deterministic)
+
+  def _places(
+    self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None
+  ) -> Int[Array, "B T"]:
+    """Returns the rows of the table of positions; those that RoBERTa counts leave padding out."""
+    config = self.config
+    found = positions_of(tokens, positions, config.num_positions - config.first_position)
+    if positions is not None or config.kind == "bert":
+      return found + config.first_position
+    is_token = (tokens != config.pad_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + config.pad_id
+
+  def stack(self) -> Any:
+    return self.layers
+
+  def pooled(self, first: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns the pooler's output for the last layer's of sequences' first tokens."""
+    if not self.config.pooler:
+      raise ValueError("the model has no pooler, as its folder had none; use `hidden`")
+    return nn.tanh(self.pooler(first))
+
+  def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
+    """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
+    first = self.pooled(first) if self.config.kind == "bert" else first
+    return self.head(first, deterministic)

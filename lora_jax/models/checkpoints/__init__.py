@@ -1,0 +1,1 @@
+"""Weights of other packages: where they are stored, and their tensors, read strictly."""

@@ -1,0 +1,202 @@
+"""What the folders of the encoders have in common: names of tensors, heads, new heads."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.models.checkpoints.hub import StoredTensor, make_leaf, open_tensors, save_folder
+from lora_jax.models.checkpoints.stored import load_params, tensors_of
+from lora_jax.models.parts.causal_lm import shapes_of
+from lora_jax.models.parts.encoder import Encoder
+
+PyTree = Any
+
+TENSOR = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+INTEGERS = {  # fields of any encoder's config: Hugging Face's
+  "vocab_size": "vocab_size",
+  "num_positions": "max_position_embeddings",
+  "num_token_types": "type_vocab_size",
+  "embed_dim": "hidden_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "mlp_dim": "intermediate_size",
+  "pad_id": "pad_token_id",
+}
+FLOATS = {  # likewise
+  "layer_norm_epsilon": "layer_norm_eps",
+  "hidden_dropout": "hidden_dropout_prob",
+  "attention_dropout": "attention_probs_dropout_prob",
+}
+
+
+def stored_by_module(
+  model: Encoder,
+  prefix: str,
+  outside: Mapping[str, str],
+  head: Mapping[str, str],
+  layer: Mapping[str, str],
+) -> list[StoredTensor]:
+  """Returns the tensors of a model whose modules are ours by other names.
+
+  Args:
+    model: with its config.
+    prefix: of all names but the head's, if there is a head.
+    outside: names of the modules outside the layers, by our paths.
+    head: names of the head's.
+    layer: names of those in a layer.
+  """
+  prefix = "" if model.config.num_labels is None else prefix
+  outside = {**{ours: prefix + theirs for ours, theirs in outside.items()}, **head}
+  stored = []
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    module, kind = path.rsplit("/", 1)
+    traits = {"transposed": kind == "kernel", "is_embedding": kind == "embedding"}
+    if module in outside:
+      stored.append(StoredTensor(f"{outside[module]}.{TENSOR[kind]}", (path,), **traits))
+      continue
+    stack, inside = module.split("/", 1)
+    name = f"{layer[inside]}.{TENSOR[kind]}"
+    stacked = stack == "layers"
+    for i in range(leaf.shape[0]) if stacked else [int(stack.removeprefix("layers_"))]:
+      own = f"{prefix}encoder.layer.{i}.{name}"
+      stored.append(StoredTensor(own, (path,), i if stacked else None, **traits))
+  return stored
+
+
+def check_integers(path: Path, given: Mapping[str, Any], least: Mapping[str, int]) -> None:
+  """Raises ValueError unless fields of config.json are integers of at least so much."""
+  for key, low in least.items():
+    value = given.get(key)
+    if type(value) is not int or value < low:
+      raise ValueError(f"{path}: expected an integer of at least {low} for {key}, got {value!r}")
+
+
+def head_size(
+  path: Path, given: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
+) -> int | None:
+  """Returns the labels of the head that a model is to have; None is no head.
+
+  Args:
+    path: of config.json, for messages.
+    given: what stands there.
+    names: of the folder's tensors.
+    num_labels: that are asked for; None takes the folder's head, or none.
+    is_new: whether a new head is asked for.
+  Raises:
+    ValueError: if the folder has no such head, and no new one is asked for.
+  """
+  if is_new:
+    if num_labels is None:
+      raise ValueError("a key makes a new head; expected num_labels beside it")
+    return num_labels
+  found = None
+  kinds = given.get("architectures") or ["ForSequenceClassification"]
+  of_sequences = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+  if of_sequences and any(name.startswith("classifier.") for name in names):
+    labels = given.get("id2label")
+    found = len(labels) if isinstance(labels, dict) else given.get("num_labels", 2)
+  if num_labels is not None and num_labels != found:
+    has = "no head" if found is None else f"a head of {found} labels"
+    raise ValueError(
+      f"{path.parent} has {has}, not one of {num_labels}. Give a key to make a new one: "
+      f"num_labels={num_labels}, key=jax.random.key(0)"
+    )
+  return found
+
+
+def tensor_names(folder: Path) -> set[str]:
+  """Returns the names of a folder's tensors."""
+  with open_tensors(folder) as tensors:
+    return set(tensors)
+
+
+def load_encoder(
+  folder: Path,
+  model: Encoder,
+  stored: Sequence[StoredTensor],
+  prefix: str,
+  shardings: PyTree | Callable[[PyTree], PyTree] | None,
+  ignored: Callable[[str], bool],
+  new: Sequence[str],
+  key: jax.Array | None,
+) -> PyTree:
+  """Returns an encoder's params: those of its folder, and new parts.
+
+  Args:
+    folder: with safetensors.
+    model: with its config.
+    stored: which tensors hold which leaves, by the names that they have below the prefix.
+    prefix: of the encoder's names in some files: all those that have it lose it first.
+    shardings: as of `load_params`.
+    ignored: tells the names, as they stand in the files, of tensors that are not read.
+    new: parts that are made with the key, not read, by their names in the tree's first level.
+    key: None if there are none.
+  """
+  shapes = shapes_of(model)
+  names = tensor_names(folder)
+  by_name = {name.removeprefix(prefix): name for name in sorted(names, key=len)}
+  for now, old in OLD_NAMES.items():
+    of_old = [name for name in by_name if name.endswith(old)]
+    by_name |= {name.removesuffix(old) + now: by_name[name] for name in of_old}
+  read = [
+    one._replace(name=by_name.get(one.name.removeprefix(prefix), one.name))
+    for one in stored
+    if one.paths[0].split("/")[0] not in new
+  ]
+  places = shardings(shapes) if callable(shardings) else shardings
+  places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
+  old_shapes, old_places = (
+    {part: tree[part] for part in shapes if part not in new} for tree in (shapes, places)
+  )
+  params = load_params(folder, read, old_shapes, old_places, ignored)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  for part in new:
+    made = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
+    params[part] = jax.tree.map(_placed, made, places[part])
+  return {part: params[part] for part in shapes}
+
+
+def save_encoder(
+  folder: str | Path,
+  model: Encoder,
+  params: PyTree,
+  stored: Sequence[StoredTensor],
+  fields: Mapping[str, Any],
+  tokenizer_from: str | Path | None,
+  max_shard_bytes: int,
+  labels: Sequence[str] | None,
+) -> None:
+  """Writes a folder; arguments as of `save_bert`, and:
+
+  Args:
+    stored: the tensors to write.
+    fields: of config.json, beside those of any encoder; of its class the name of the family.
+  """
+  config = model.config
+  (family,) = fields["architectures"]
+  kind = "Model" if config.num_labels is None else "ForSequenceClassification"
+  written = {
+    **fields,
+    "architectures": [family + kind],
+    **{theirs: getattr(config, ours) for ours, theirs in (INTEGERS | FLOATS).items()},
+    "hidden_act": config.activation,
+    "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
+  }
+  if config.num_labels is not None:  # `transformers` has the size of a head from its labels
+    names = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
+    if len(set(names)) != config.num_labels:
+      raise ValueError(f"expected {config.num_labels} labels, each once, got {', '.join(names)}")
+    written["id2label"] = {str(i): name for i, name in enumerate(names)}
+    written["label2id"] = {name: i for i, name in enumerate(names)}
+  tensors = tensors_of(stored, shapes_of(model), params)
+  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
+
+
+def _placed(leaf: jax.Array, place: Any) -> jax.Array:
+  return make_leaf(leaf.shape, leaf.dtype, lambda index: np.asarray(leaf)[index], place)

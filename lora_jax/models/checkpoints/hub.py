@@ -1,0 +1,475 @@
+"""Hugging Face folders: where they are, and their tensors, read strictly.
+
+Weights are read from safetensors alone, never from a pickle, and no folder can name a file
+outside itself. Files are mapped, and a part of a tensor is a view of that until it is copied to its
+device, so that no model is twice in memory, and a sharded one never whole.
+"""
+
+import json
+import logging
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding
+
+from lora_jax.models.files import read_json
+from lora_jax.models.text.tokenizer import TOKENIZER_FILES, tokenizer_files
+
+logger = logging.getLogger(__name__)
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
+
+Index = tuple[slice, ...]
+Parts: TypeAlias = "np.ndarray | list[Parts]"
+"""An array, or the parts that are stacked to one."""
+
+
+class StoredTensor(NamedTuple):
+  """A tensor of a Hugging Face model, and the leaves of ours that it holds.
+
+  Attributes:
+    name: as in the safetensors files, with the model's prefix.
+    paths: of our leaves that stand one after another along its output axis: one, or the parts
+      of a fused one, as query, key and value.
+    layer: the index into leaves whose layers are stacked; None if they are not.
+    transposed: whether its axes are torch's: (out, in) of a Linear, where ours is (in, out), or
+      (out, in, height, width) of a convolution, where ours is (height, width, in, out); the
+      experts' axis stays the first.
+    is_embedding: whether rows of it are looked up.
+    expert: the index into leaves whose experts are stacked; None if it holds all of them.
+    is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
+      parameter of its own: fused experts, a router.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  layer: int | None = None
+  transposed: bool = False
+  is_embedding: bool = False
+  expert: int | None = None
+  is_parameter: bool = False
+
+  @property
+  def module(self) -> str:
+    """The name of the module that has it."""
+    return self.name.rpartition(".")[0]
+
+  @property
+  def is_bias(self) -> bool:
+    return self.name.endswith(".bias")
+
+  @property
+  def place(self) -> tuple[int, ...]:
+    """Which part it holds of leaves that are stacked."""
+    return tuple(i for i in (self.layer, self.expert) if i is not None)
+
+  def to_ours(self, array: np.ndarray) -> np.ndarray:
+    """Returns an array of its form in the form of our leaves."""
+    return array.transpose(np.argsort(self.axes_to_file(tuple(range(array.ndim)))))
+
+  def to_file(self, array: np.ndarray) -> np.ndarray:
+    """Returns an array of the form of our leaves in its own."""
+    return array.transpose(self.axes_to_file(tuple(range(array.ndim))))
+
+  def axes_to_file(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns what there is for each axis of our leaves in the order of its own axes."""
+    if not self.transposed or len(axes) < 2:
+      return axes
+    *others, inputs, outputs = axes
+    if self.is_parameter:  # experts in one tensor
+      return (*others, outputs, inputs)
+    return (outputs, inputs, *others)
+
+
+def find_folder(name: str | Path, weights: bool = True) -> Path:
+  """Returns a local folder: `name` itself if it is one, else a hub repository's files.
+
+  Args:
+    name: a folder or a repository.
+    weights: whether weights are wanted; of a repository the other files alone are had otherwise.
+  Raises:
+    FileNotFoundError: if there is neither, saying what to do.
+  """
+  if Path(name).is_dir():
+    return Path(name)
+  repository = str(name)
+  if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
+    raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
+  try:
+    folder, files = _from_hub(repository, weights)
+  except Exception as error:  # the hub's client raises errors of several libraries
+    raise FileNotFoundError(
+      f"{repository!r} is neither a local folder nor could it be had from the hub "
+      f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
+      "*.safetensors, or see to the network and HF_TOKEN"
+    ) from error
+  if weights and not _has_weights(folder):
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    raise FileNotFoundError(
+      f"{repository!r} on the hub has no model.safetensors{', but ' if pickles else ''}"
+      f"{', '.join(pickles[:3])}; pickles are not read. Where you trust it, load it once in "
+      "transformers, save it by save_pretrained, and give that folder"
+    )
+  return folder
+
+
+def _has_weights(folder: Path) -> bool:
+  return any((folder / name).is_file() for name in ("model.safetensors", INDEX))
+
+
+def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
+  """Returns a repository's files: the newest, or without network those that were had before.
+
+  With them come the names of all files that the hub has there, if it was asked.
+  """
+  import huggingface_hub
+
+  patterns = ["config.json", "generation_config.json", "LICENSE*", *TOKENIZER_FILES]
+  if weights:  # repositories may hold others besides, as consolidated.safetensors
+    patterns += ["model*.safetensors", INDEX]
+
+  def files(**options: Any) -> Path:  # of main, which is noted then for when there is no network
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options))
+
+  try:  # `snapshot_download` itself would wait without end for a server that does not answer
+    about = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+  except Exception as error:
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code in (401, 403, 404):  # no right, none there
+      raise
+    try:
+      folder = files(local_files_only=True)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+      raise error from None
+    if weights and not _has_weights(folder):  # those of a --dry_run
+      raise error
+    logger.warning("the hub is out of reach (%s); %s is used", type(error).__name__, folder)
+    return folder, []
+  return files(), [file.rfilename for file in about.siblings or ()]
+
+
+class Tensors:
+  """The tensors of a folder by name; open only inside `open_tensors`."""
+
+  def __init__(self, files: Mapping[str, "_File"]):
+    self._files = files  # by the tensors' names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._files[name].header[name]["shape"])
+
+  def dtype(self, name: str) -> str:
+    """Returns the dtype by the file's name for it, as `F32` or `BF16`."""
+    return self._files[name].header[name]["dtype"]
+
+  def place(self, name: str) -> tuple[str, int]:
+    """Returns the name of a tensor's file, and the byte of it that it starts at."""
+    file = self._files[name]
+    return file.name, file.start + file.header[name]["data_offsets"][0]
+
+  def read(self, name: str, index: Index = ()) -> np.ndarray:
+    """Returns a tensor of floats, or a part of it: a view of the file, which cannot be written."""
+    array = self._bytes(name).view(FLOATS[self.dtype(name)]).reshape(self.shape(name))
+    return array[index] if index else array
+
+  def are_same(self, name: str, other: str) -> bool:
+    """Returns whether two tensors are the same in shape, dtype and bytes."""
+    alike = self.shape(name) == self.shape(other) and self.dtype(name) == self.dtype(other)
+    return alike and np.array_equal(self._bytes(name), self._bytes(other))
+
+  def _bytes(self, name: str) -> np.ndarray:
+    file = self._files[name]
+    start, stop = (file.start + offset for offset in file.header[name]["data_offsets"])
+    return file.data[start:stop]
+
+
+class _File(NamedTuple):
+  """A mapped safetensors file: its header, and where the tensors start."""
+
+  name: str
+  data: np.ndarray
+  header: dict[str, Any]
+  start: int
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+  """Opens a safetensors file; raises ValueError if it is truncated or none."""
+  from safetensors import SafetensorError, safe_open
+
+  try:
+    with safe_open(path, "numpy") as file:
+      yield file
+  except SafetensorError as error:
+    raise ValueError(
+      f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
+    ) from error
+
+
+def _map(path: Path) -> _File:
+  """Maps a safetensors file, which must be whole."""
+  with open_safetensors(path):  # checks the header against the file's length
+    pass
+  data = np.asarray(np.memmap(path, np.uint8, "r"))
+  start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+  header = json.loads(data[8:start].tobytes())
+  header.pop("__metadata__", None)
+  return _File(path.name, data, header, start)
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Tensors]:
+  """Opens the safetensors of a folder, one file or several with an index.
+
+  Raises:
+    FileNotFoundError: if weights are missing.
+    ValueError: if a file is truncated or the index is wrong or points out of the folder.
+  """
+  names, where = weight_files(folder)
+  files: dict[str, _File] = {}
+  for name in names:
+    file = _map(folder / name)
+    for tensor in file.header:
+      if tensor in files:
+        raise ValueError(f"{folder}: {tensor} is in {files[tensor].name} and in {name}")
+      files[tensor] = file
+  found = {tensor: file.name for tensor, file in files.items()}
+  if where is not None and where != found:
+    wrong = sorted({key for key, _ in where.items() ^ found.items()})
+    raise ValueError(f"{folder / INDEX} and the files disagree about {', '.join(wrong[:5])}")
+  yield Tensors(files)
+
+
+def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+  """Returns the weights' files, and of several what the index says is in which.
+
+  A folder with both forms is read as `transformers` reads it: the single file counts.
+  """
+  single, index = folder / "model.safetensors", folder / INDEX
+  if single.is_file():
+    return [single.name], None
+  if not index.is_file():
+    others = sorted(path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind))
+    hint = f"; {', '.join(others)} may be pickles and are not read" if others else ""
+    raise FileNotFoundError(
+      f"{single} does not exist: the weights are missing{hint}. Expected model.safetensors, or "
+      f"several files with {INDEX}"
+    )
+  where = read_json(index).get("weight_map")
+  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    raise ValueError(f"{index}: expected an object 'weight_map' of file names")
+  names = sorted(set(where.values()))
+  for name in names:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+      raise ValueError(f"{index}: {name!r} is not the name of a safetensors file of the folder")
+    if not (folder / name).is_file():
+      raise FileNotFoundError(f"{folder / name} does not exist, but {INDEX} names it")
+  return names, where
+
+
+def dtype_of(folder: Path) -> np.dtype:
+  """Returns the dtype that most of a folder's numbers have; errors as of `open_tensors`."""
+  counts = dict.fromkeys(FLOATS, 0)
+  with open_tensors(folder) as tensors:
+    for name in tensors:
+      if tensors.dtype(name) in counts:
+        counts[tensors.dtype(name)] += math.prod(tensors.shape(name))
+  return np.dtype(FLOATS[max(counts, key=lambda dtype: counts[dtype])])
+
+
+def check_tensors(
+  folder: Path,
+  tensors: Tensors,
+  expected: Mapping[str, tuple[int, ...]],
+  ignored: Callable[[str], bool] = lambda name: False,
+) -> None:
+  """Raises ValueError naming each tensor that is missing, unexpected, mis-shaped or no float."""
+  found = {name: tensors.shape(name) for name in tensors if not ignored(name)}
+  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+  faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+  faults += [
+    f"{name} has shape {found[name]}, expected {shape}"
+    for name, shape in expected.items()
+    if name in found and found[name] != shape
+  ]
+  faults += [
+    f"{name} is of {tensors.dtype(name)}, expected one of {', '.join(FLOATS)}"
+    for name in expected
+    if name in found and tensors.dtype(name) not in FLOATS
+  ]
+  if faults:
+    more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
+    raise ValueError(
+      f"{folder}: the tensors are not those of its config.json: {'; '.join(faults[:12])}{more}"
+    )
+
+
+def check_tied(folder: Path, tensors: Tensors, head: str, *embeddings: str) -> None:
+  """Raises ValueError if a head stands in a folder and is not its embedding, by any name of it."""
+  for embedding in embeddings:
+    if {head, embedding} <= set(tensors) and not tensors.are_same(head, embedding):
+      raise ValueError(
+        f"{folder}: {head} differs from {embedding}, but config.json says that they are tied. Set "
+        "tie_word_embeddings to false there"
+      )
+
+
+def make_leaf(
+  shape: tuple[int, ...],
+  dtype: Any,
+  read: Callable[[Index], Parts],
+  sharding: Sharding | None = None,
+) -> jax.Array:
+  """Returns an array of which each device reads its own part.
+
+  Args:
+    shape: of the whole array.
+    dtype: of the result.
+    read: returns the part of the array at an index, which is copied once.
+    sharding: where it lies; None is the default device.
+  """
+  if sharding is None:
+    parts = read((slice(None),) * len(shape))
+    if isinstance(parts, np.ndarray) and not parts.flags.c_contiguous:
+      return jax.device_put(parts.astype(dtype, copy=False))  # whose copy is transposed faster
+    return jax.device_put(_aligned_copy(parts, dtype))
+
+  def part(index: Index | None) -> np.ndarray:
+    assert index is not None, "a part of this process's own devices has an index"
+    return _aligned_copy(read(index), dtype)
+
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _aligned_copy(parts: Parts, dtype: Any) -> np.ndarray:
+  """Returns a copy that JAX takes on CPUs as it is: one that begins at a multiple of 64 bytes.
+
+  It would take a view of a file too, whose later changes the weights would follow. Pages are had
+  from the system: NumPy asks for huge ones, and to find those can take longer than all the loading.
+  """
+  shape = _shape(parts)
+  size = math.prod(shape) * jnp.dtype(dtype).itemsize
+  pages = mmap.mmap(-1, max(size, 1), access=mmap.ACCESS_COPY)
+  copy = np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
+  _copy_into(copy, parts)
+  return copy
+
+
+def _shape(parts: Parts) -> tuple[int, ...]:
+  return parts.shape if isinstance(parts, np.ndarray) else (len(parts), *_shape(parts[0]))
+
+
+def _copy_into(out: np.ndarray, parts: Parts) -> None:
+  if isinstance(parts, list):
+    for one, part in zip(out, parts, strict=True):
+      _copy_into(one, part)
+  else:
+    out[...] = parts
+
+
+def save_folder(
+  folder: str | Path,
+  config: Mapping[str, Any],
+  tensors: Iterable[tuple[str, np.ndarray]],
+  tokenizer_from: str | Path | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a new Hugging Face folder, whole or not at all.
+
+  Args:
+    folder: to make.
+    config: for config.json.
+    tensors: names and arrays, taken one after another; a shard at a time is in memory.
+    tokenizer_from: a folder whose tokenizer files are copied.
+    max_shard_bytes: of one file; more weights go to several, with an index.
+  Raises:
+    FileExistsError: if there is such a folder.
+    FileNotFoundError: if `tokenizer_from` holds no tokenizer.
+    OSError: if it cannot be written, as on a full disk; then nothing is left behind.
+  """
+  copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
+  with new_folder(folder) as new:
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    _save_shards(new, tensors, max_shard_bytes)
+    for file in copied:
+      shutil.copyfile(file, new / file.name)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+  """Gives a place for files, which becomes `folder` at the end, or vanishes if an error is raised.
+
+  Raises:
+    FileExistsError: if there is such a folder.
+  """
+  folder = Path(folder)
+  if folder.exists():
+    raise FileExistsError(f"{folder} exists; nothing is overwritten")
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+    new = Path(name) / "folder"
+    new.mkdir()
+    yield new
+    os.rename(new, folder)
+
+
+def _save_shards(
+  folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int
+) -> None:
+  shards: list[list[str]] = []
+  shard: dict[str, np.ndarray] = {}
+  total = 0
+
+  def write() -> None:
+    shards.append(list(shard))
+    save_tensors(folder / f"{len(shards)}.safetensors", shard)
+    shard.clear()
+
+  for name, array in tensors:
+    if shard and sum(x.nbytes for x in shard.values()) + array.nbytes > max_shard_bytes:
+      write()
+    shard[name] = np.ascontiguousarray(array)
+    total += array.nbytes
+  write()
+  if len(shards) == 1:
+    os.rename(folder / "1.safetensors", folder / "model.safetensors")
+    return
+  weight_map = {}
+  for i, names in enumerate(shards, 1):
+    file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+    os.rename(folder / f"{i}.safetensors", folder / file)
+    weight_map |= dict.fromkeys(names, file)
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a safetensors file with the mode of the JSON file beside it.
+
+  safetensors makes files that the owner alone can read; ours are as the umask has it.
+
+  Raises:
+    OSError: if it cannot be written, as on a full disk.
+  """
+  from safetensors import SafetensorError
+  from safetensors.numpy import save_file
+
+  try:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+  except SafetensorError as error:
+    raise OSError(f"could not write {path}: {error}. Nothing is left behind") from error
+  shutil.copymode(next(path.parent.glob("*config.json")), path)

@@ -1,0 +1,123 @@
+"""Params from and to the tensors of a Hugging Face folder, by a table of which holds which."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.models.checkpoints.hub import (
+  Index,
+  Parts,
+  StoredTensor,
+  Tensors,
+  check_tensors,
+  make_leaf,
+  open_tensors,
+)
+
+PyTree = Any
+Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
+"""Tensors that hold a leaf, by their index into it, and where it starts on their last axis."""
+
+
+def load_params(
+  folder: Path,
+  stored: Sequence[StoredTensor],
+  shapes: PyTree,
+  shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+  ignored: Callable[[str], bool] = lambda name: False,
+) -> PyTree:
+  """Returns a model's params, each device reading its own part of them.
+
+  Args:
+    folder: with safetensors.
+    stored: which tensors hold which leaves, or which layers and experts of stacked ones.
+    shapes: of the params, `ShapeDtypeStruct`s.
+    shardings: where they lie: a tree like theirs or a prefix of it, a function from `shapes` to
+      such a tree, or None for the default device.
+    ignored: tells the names of tensors that may be there and are not read.
+  Raises:
+    FileNotFoundError: if weights are missing.
+    ValueError: if tensors are missing, unexpected, mis-shaped, truncated or no floats.
+  """
+  leaves, structure = jax.tree.flatten(shapes)
+  paths = [path for path, _ in _with_path(shapes)]
+  sizes = dict(zip(paths, leaves, strict=True))
+  holding: dict[str, Holding] = {}
+  for one in stored:
+    start = 0
+    for path in one.paths:
+      holding.setdefault(path, {})[one.place] = one, start
+      start += sizes[path].shape[-1]
+  places = shardings(shapes) if callable(shardings) else shardings
+  places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
+  places = jax.tree.leaves(places, is_leaf=lambda x: x is None)
+  with open_tensors(folder) as tensors:
+    check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
+
+    def leaf(path: str, shape: Any, place: Any) -> jax.Array:
+      def read(index: Index) -> Parts:
+        last = range(shape.shape[-1])[index[-1]]  # as numbers, for a part of a fused tensor
+        return _read(tensors, holding[path], (*index[:-1], slice(last.start, last.stop)))
+
+      return make_leaf(shape.shape, shape.dtype, read, place)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies let go of the interpreter
+      new = list(pool.map(leaf, paths, leaves, places))
+  return jax.tree.unflatten(structure, new)
+
+
+def expected_shapes(
+  stored: Sequence[StoredTensor], shapes: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors by name, from those of the leaves by path."""
+  return {one.name: stored_shape(one, shapes) for one in stored}
+
+
+def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+  """Returns the shape of a tensor, from those of the leaves by path."""
+  parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
+  return one.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
+
+
+def _read(tensors: Tensors, of: Holding, index: Index) -> Parts:
+  """Returns a part of a leaf, its stacked layers and experts from a tensor each."""
+  if () in of:
+    (one, start), last = of[()], index[-1]
+    index = (*index[:-1], slice(start + last.start, start + last.stop))
+    return one.to_ours(tensors.read(one.name, one.axes_to_file(index)))
+  by_first: dict[int, Holding] = {}
+  for (first, *rest), one in of.items():
+    by_first.setdefault(first, {})[tuple(rest)] = one
+  numbers = range(len(by_first))[index[0]]
+  return [_read(tensors, by_first[i], index[1:]) for i in numbers]
+
+
+def tensors_of(
+  stored: Sequence[StoredTensor], shapes: PyTree, params: PyTree
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields params under their tensors' names, one after another.
+
+  Raises:
+    ValueError: if the params' paths or shapes are not those of `shapes`.
+  """
+  leaves = dict(_with_path(params))
+  expected = {(path, tuple(leaf.shape)) for path, leaf in _with_path(shapes)}
+  found = {(path, tuple(leaf.shape)) for path, leaf in leaves.items()}
+  if expected != found:
+    raise ValueError(
+      "the params are not those of the config: expected "
+      f"{sorted(expected - found)[:3]}, got {sorted(found - expected)[:3]}"
+    )
+  for one in stored:
+    parts = [np.asarray(leaves[path][one.place]) for path in one.paths]
+    yield one.name, one.to_file(np.concatenate(parts, axis=-1))
+
+
+def _with_path(tree: PyTree) -> list[tuple[str, Any]]:
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in flat]

@@ -1,0 +1,192 @@
+"""GPT-2 from and to a Hugging Face folder, whose fused c_attn is our query, key and value."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.checkpoints.hub import (
+  StoredTensor,
+  check_tied,
+  find_folder,
+  open_tensors,
+  save_folder,
+)
+from lora_jax.models.checkpoints.stored import load_params, tensors_of
+from lora_jax.models.files import read_json
+from lora_jax.models.gpt2.model import GPT2, GPT2Config
+from lora_jax.models.parts.causal_lm import shapes_of
+
+PyTree = Any
+
+FIELDS = {  # ours: Hugging Face's
+  "vocab_size": "vocab_size",
+  "num_positions": "n_positions",
+  "embed_dim": "n_embd",
+  "num_layers": "n_layer",
+  "num_heads": "n_head",
+}
+PREFIX, HEAD = "transformer.", "lm_head.weight"
+LAYER = {  # the tensor: our leaves along its last axis
+  "ln_1.weight": ("ln_1/scale",),
+  "ln_1.bias": ("ln_1/bias",),
+  "attn.c_attn.weight": ("attn/query/kernel", "attn/key/kernel", "attn/value/kernel"),
+  "attn.c_attn.bias": ("attn/query/bias", "attn/key/bias", "attn/value/bias"),
+  "attn.c_proj.weight": ("attn/out/kernel",),
+  "attn.c_proj.bias": ("attn/out/bias",),
+  "ln_2.weight": ("ln_2/scale",),
+  "ln_2.bias": ("ln_2/bias",),
+  "mlp.c_fc.weight": ("mlp/up/kernel",),
+  "mlp.c_fc.bias": ("mlp/up/bias",),
+  "mlp.c_proj.weight": ("mlp/down/kernel",),
+  "mlp.c_proj.bias": ("mlp/down/bias",),
+}
+OUTSIDE = {
+  "wte/embedding": "wte.weight",
+  "wpe/embedding": "wpe.weight",
+  "ln_f/scale": "ln_f.weight",
+  "ln_f/bias": "ln_f.bias",
+}
+MASKS = re.compile(r".*\.attn\.(bias|masked_bias)")  # constants that old files hold
+
+
+def load_gpt2(
+  name: str | Path,
+  *,
+  param_dtype: Any = "float32",
+  shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+  **computation: Any,
+) -> tuple[GPT2Config, PyTree]:
+  """Loads a GPT-2 from a local folder or the hub.
+
+  Args:
+    name: a folder with config.json and safetensors, or a hub repository.
+    param_dtype: that the weights are brought to.
+    shardings: where the params lie, each device reading its own part: a tree like theirs or
+      a prefix of it, as one `Sharding` for all; or a function from `params_shapes` to such a
+      tree. None is the default device.
+    **computation: fields of `GPT2Config` that the folder does not give: `dtype`,
+      `scan_layers`, `remat`, `attention`.
+
+  Returns:
+    The model's config and params, `GPT2(config).apply({"params": params}, tokens)`.
+  Raises:
+    FileNotFoundError: if config.json or weights are missing.
+    ValueError: if the folder holds no GPT-2 that is computed as ours is, or its tensors are
+      missing, unexpected, mis-shaped or truncated.
+  """
+  folder = find_folder(name)
+  config = read_config(folder, param_dtype=param_dtype, **computation)
+  with open_tensors(folder) as tensors:
+    if config.tie_head:
+      check_tied(folder, tensors, HEAD, "transformer.wte.weight", "wte.weight")
+    is_old = not any(name.startswith(PREFIX) for name in tensors)
+  stored = stored_tensors(config)
+  if is_old:
+    stored = [one._replace(name=one.name.removeprefix(PREFIX)) for one in stored]
+
+  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+    return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
+
+  return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
+
+
+def params_shapes(config: GPT2Config) -> PyTree:
+  """Returns the params' tree of `ShapeDtypeStruct`s."""
+  return shapes_of(GPT2(config))
+
+
+def read_config(folder: str | Path, **computation: Any) -> GPT2Config:
+  """Returns the config of the GPT-2 in a local folder.
+
+  Raises:
+    ValueError: if it is no GPT-2, or one that is computed otherwise.
+  """
+  path = Path(folder) / "config.json"
+  given = read_json(path)
+  if given.get("model_type") != "gpt2":
+    raise ValueError(f"{path}: expected model_type 'gpt2', got {given.get('model_type')!r}")
+  for key, ours in (
+    ("scale_attn_weights", True),
+    ("scale_attn_by_inverse_layer_idx", False),
+    ("add_cross_attention", False),
+  ):
+    if given.get(key, ours) != ours:
+      raise ValueError(f"{path}: {key}={given[key]} is not supported; expected {ours}")
+  missing = [key for key in FIELDS.values() if key not in given]
+  if missing:
+    raise ValueError(f"{path}: missing {', '.join(missing)}")
+  inner = {} if given.get("n_inner") is None else {"n_inner": given["n_inner"]}
+  for key, value in ({key: given[key] for key in FIELDS.values()} | inner).items():
+    if type(value) is not int or value < 1:
+      raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
+  try:
+    return GPT2Config(
+      **{ours: given[theirs] for ours, theirs in FIELDS.items()},
+      mlp_dim=given.get("n_inner"),
+      activation=given.get("activation_function", "gelu_new"),
+      layer_norm_epsilon=given.get("layer_norm_epsilon", 1e-5),
+      tie_head=given.get("tie_word_embeddings", True),
+      **computation,
+    )
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def save_gpt2(
+  folder: str | Path,
+  config: GPT2Config,
+  params: PyTree,
+  tokenizer_from: str | Path | None = None,
+  end_of_text_id: int | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a GPT-2 as a new folder that `transformers` and `load_gpt2` read.
+
+  Args:
+    folder: to make.
+    config: of the model.
+    params: of the model, unrolled or scanned, with the dtype they are saved in; merged, if it
+      was adapted.
+    tokenizer_from: a folder whose tokenizer files are copied.
+    end_of_text_id: for config.json's bos_token_id and eos_token_id.
+    max_shard_bytes: of one file.
+  Raises:
+    FileExistsError: if there is such a folder.
+    ValueError: if the params are not those of the config.
+  """
+  given = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+  written = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    **given,
+    "n_inner": config.mlp_dim,
+    "activation_function": config.activation,
+    "layer_norm_epsilon": config.layer_norm_epsilon,
+    "tie_word_embeddings": config.tie_head,
+    "bos_token_id": end_of_text_id,
+    "eos_token_id": end_of_text_id,
+    "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+  }
+  tensors = tensors_of(stored_tensors(config), params_shapes(config), params)
+  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
+
+
+def stored_tensors(config: GPT2Config) -> list[StoredTensor]:
+  """Returns the tensors of a GPT-2 in `transformers`, and which of our leaves they hold."""
+  stored = [
+    StoredTensor(PREFIX + name, (path,), is_embedding=path.endswith("embedding"))
+    for path, name in OUTSIDE.items()
+  ]
+  for i in range(config.num_layers):
+    layer, stack = (i, "h") if config.scan_layers else (None, f"h_{i}")
+    for name, paths in LAYER.items():
+      ours = tuple(f"{stack}/{path}" for path in paths)
+      stored.append(StoredTensor(f"{PREFIX}h.{i}.{name}", ours, layer))
+  if not config.tie_head:
+    stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))
+  return stored

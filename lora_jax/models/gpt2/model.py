@@ -1,0 +1,198 @@
+"""GPT-2 (Radford et al. 2019) in Flax Linen.
+
+    x = wte[token] + wpe[position]
+    for each layer:  x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))
+    logits = ln_f(x) wte^T
+
+Query, key and value have kernels of their own, so that LoRA of `attn/(query|value)/kernel` is
+the paper's. `gpt2_folder.py` reads and writes Hugging Face folders. There is no dropout in the
+model: the paper fine-tunes with LoRA's own alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from lora_jax.models.parts.causal_lm import (
+  CausalLM,
+  Seen,
+  attend,
+  check_choice,
+  check_computation,
+  dense,
+  head,
+  init_cache,
+  make_head,
+  make_layers,
+  take,
+)
+
+__all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache", "layer_norm"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu_new": nn.gelu,
+  "gelu_pytorch_tanh": nn.gelu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+  "silu": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """The shape of a GPT-2 and how it is computed; the defaults are GPT-2 small's.
+
+  Attributes:
+    vocab_size: V, tokens.
+    num_positions: the longest sequence, tokens.
+    embed_dim: D.
+    num_layers: blocks.
+    num_heads: of attention; divides `embed_dim`.
+    mlp_dim: inner width of the MLP; None is 4 D.
+    activation: of the MLP, by Hugging Face's name. `gelu_new` is the tanh form.
+    layer_norm_epsilon: added to the variance.
+    tie_head: whether the head is the token embedding.
+    dtype: of the computation; softmax, normalization and logits are float32.
+    param_dtype: of new parameters.
+    scan_layers: stacks the layers' parameters (`h/...` with a leading axis) and scans over
+      them, which compiles faster; otherwise they are `h_0/...`, `h_1/...`.
+    remat: what the backward pass keeps of each layer: None is everything; else the name of a
+      policy of `jax.checkpoint_policies`, one of `REMAT_POLICIES`.
+    attention: `compact`, whose backward pass is the shorter one of `attention.py`; `xla` and
+      `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only).
+  """
+
+  vocab_size: int = 50257
+  num_positions: int = 1024
+  embed_dim: int = 768
+  num_layers: int = 12
+  num_heads: int = 12
+  mlp_dim: int | None = None
+  activation: str = "gelu_new"
+  layer_norm_epsilon: float = 1e-5
+  tie_head: bool = True
+  dtype: Any = "float32"
+  param_dtype: Any = "float32"
+  scan_layers: bool = False
+  remat: str | None = None
+  attention: str = "compact"
+
+  def __post_init__(self):
+    if self.embed_dim % self.num_heads:
+      raise ValueError(
+        f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
+      )
+    check_choice("activation", self.activation, tuple(ACTIVATIONS))
+    check_computation(self)
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def sliding_window(self) -> None:
+    return None
+
+  @property
+  def head_size(self) -> int:
+    return self.embed_dim // self.num_heads
+
+
+class Attention(nn.Module):
+  """Causal multi-head attention, over the sequence itself or over a cache."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+  ) -> tuple[Float[Array, "B T D"], Any]:
+    config = self.config
+
+    def heads(name: str, x: Array) -> Array:
+      return dense(config, config.embed_dim, name, x).reshape(*x.shape[:2], -1, config.head_size)
+
+    query, key, value = heads("query", take(x, seen.at)), heads("key", x), heads("value", x)
+    out, cache = attend(config, query, key, value, cache, seen)
+    out = out.reshape(*out.shape[:2], -1)
+    return dense(config, config.embed_dim, "out", out, _residual_std(config)), cache
+
+
+class MLP(nn.Module):
+  """Two dense layers with an activation between them."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    config = self.config
+    x = dense(config, config.mlp_dim or 4 * config.embed_dim, "up", x)
+    x = ACTIVATIONS[config.activation](x)
+    return dense(config, config.embed_dim, "down", x, _residual_std(config))
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each after a LayerNorm and added to its input."""
+
+  config: GPT2Config
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+  ) -> tuple[Float[Array, "B T D"], Any]:
+    config = self.config
+    attention = Attention(config, name="attn")
+    attended, cache = attention(layer_norm(config, "ln_1")(x), cache, seen)
+    x = take(x, seen.at) + attended
+    return x + MLP(config, name="mlp")(layer_norm(config, "ln_2")(x)), cache
+
+
+class GPT2(CausalLM):
+  """A GPT-2 language model; `CausalLM` has what it is called by."""
+
+  config: GPT2Config
+
+  def setup(self):
+    config = self.config
+    embed = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    init = nn.initializers.normal(0.02)
+    self.wte = nn.Embed(config.vocab_size, config.embed_dim, embedding_init=init, **embed)
+    self.wpe = nn.Embed(config.num_positions, config.embed_dim, embedding_init=init, **embed)
+    self.h = make_layers(config, Block)
+    self.ln_f = layer_norm(config, None)
+    if not config.tie_head:
+      self.lm_head = make_head(config)
+
+  def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return self.wte(tokens) + self.wpe(positions)
+
+  def stack(self) -> Any:
+    return self.h
+
+  def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return self.ln_f(x)
+
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Returns the head's output, float32, for any of the hidden states."""
+    if self.config.tie_head:
+      return head(hidden, None, self.wte.embedding.astype(self.config.dtype))
+    return head(hidden, self.lm_head, None)
+
+
+def _residual_std(config: GPT2Config) -> float:
+  """Radford et al. 2019, sec. 2.3: new kernels before each of the 2 L sums are smaller."""
+  return 0.02 / (2 * config.num_layers) ** 0.5
+
+
+def layer_norm(config: Any, name: str | None) -> nn.LayerNorm:
+  """Returns a LayerNorm whose variance is that of the differences, as torch has it."""
+  return nn.LayerNorm(
+    config.layer_norm_epsilon,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    use_fast_variance=False,
+    name=name,
+  )

@@ -1,0 +1,187 @@
+"""The Llama family from and to Hugging Face folders."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.checkpoints.hub import (
+  StoredTensor,
+  check_tied,
+  find_folder,
+  open_tensors,
+  save_folder,
+)
+from lora_jax.models.checkpoints.stored import load_params, tensors_of
+from lora_jax.models.llama.config_json import family_of, read_config, written_config
+from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.parts.causal_lm import shapes_of
+
+PyTree = Any
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = {  # our leaf: the tensor, and whether it is transposed
+  "attn_norm/scale": ("input_layernorm.weight", False),
+  "attn/query/kernel": ("self_attn.q_proj.weight", True),
+  "attn/query/bias": ("self_attn.q_proj.bias", False),
+  "attn/key/kernel": ("self_attn.k_proj.weight", True),
+  "attn/key/bias": ("self_attn.k_proj.bias", False),
+  "attn/value/kernel": ("self_attn.v_proj.weight", True),
+  "attn/value/bias": ("self_attn.v_proj.bias", False),
+  "attn/query_norm/scale": ("self_attn.q_norm.weight", False),
+  "attn/key_norm/scale": ("self_attn.k_norm.weight", False),
+  "attn/out/kernel": ("self_attn.o_proj.weight", True),
+  "attn/out/bias": ("self_attn.o_proj.bias", False),
+  "mlp_norm/scale": ("post_attention_layernorm.weight", False),
+  "mlp/gate/kernel": ("mlp.gate_proj.weight", True),
+  "mlp/gate/bias": ("mlp.gate_proj.bias", False),
+  "mlp/up/kernel": ("mlp.up_proj.weight", True),
+  "mlp/up/bias": ("mlp.up_proj.bias", False),
+  "mlp/down/kernel": ("mlp.down_proj.weight", True),
+  "mlp/down/bias": ("mlp.down_proj.bias", False),
+  "mlp/router/kernel": ("mlp.gate.weight", True),
+  "mlp/shared/gate/kernel": ("mlp.shared_expert.gate_proj.weight", True),
+  "mlp/shared/up/kernel": ("mlp.shared_expert.up_proj.weight", True),
+  "mlp/shared/down/kernel": ("mlp.shared_expert.down_proj.weight", True),
+  "mlp/shared_gate/kernel": ("mlp.shared_expert_gate.weight", True),
+}
+EXPERTS = {  # one after another in files, as published: tensors of each expert
+  "mixtral": {"gate": "w1", "up": "w3", "down": "w2"},
+  "qwen2_moe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+  "qwen3_moe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+}
+FUSED = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # all experts in one tensor
+
+
+def load_llama(
+  name: str | Path,
+  *,
+  param_dtype: Any = "float32",
+  shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
+  **computation: Any,
+) -> tuple[LlamaConfig, PyTree]:
+  """Loads a model of the Llama family from a local folder or the hub.
+
+  Args:
+    name: a folder with config.json and safetensors, or a hub repository.
+    param_dtype: that the weights are brought to.
+    shardings: where the params lie, each device reading its own part: a tree like theirs or
+      a prefix of it, or a function from `params_shapes` to such a tree. None is the default
+      device.
+    **computation: fields of `LlamaConfig` that the folder does not give: `dtype`,
+      `scan_layers`, `remat`, `attention`.
+
+  Returns:
+    The model's config and params, `Llama(config).apply({"params": params}, tokens)`.
+  Raises:
+    FileNotFoundError: if config.json or weights are missing.
+    ValueError: if the folder holds no model of the family that is computed as ours is, or its
+      tensors are missing, unexpected, mis-shaped or truncated.
+  """
+  folder = find_folder(name)
+  config = read_config(folder, param_dtype=param_dtype, **computation)
+
+  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+    return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
+
+  if config.tie_head:
+    with open_tensors(folder) as tensors:
+      check_tied(folder, tensors, HEAD, EMBEDDING)
+  stored = stored_in(folder, config)
+  return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
+
+
+def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
+  """Returns the tensors as a folder's files have them: experts fused, or each its own."""
+  with open_tensors(folder) as tensors:
+    fused = any(".experts.gate_up_proj" in name for name in tensors)
+  return stored_tensors(config, published=not fused)
+
+
+@functools.cache
+def params_shapes(config: LlamaConfig) -> PyTree:
+  """Returns the params' tree of `ShapeDtypeStruct`s."""
+  return shapes_of(Llama(config))
+
+
+def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[StoredTensor]:
+  """Returns the tensors of a model in `transformers`, and which of our leaves they hold.
+
+  Args:
+    config: of the model.
+    published: whether as in published folders, where each expert has tensors of its own;
+      otherwise as in the module, by whose names adapters go, where a layer's experts are fused.
+  """
+  shapes = jax.tree_util.tree_leaves_with_path(params_shapes(config))
+  paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in shapes}
+  stored = [StoredTensor(EMBEDDING, ("token_embedding/embedding",), is_embedding=True)]
+  for i in range(config.num_layers):
+    layer, stack = (i, "layers") if config.scan_layers else (None, f"layers_{i}")
+    of_layer = [
+      StoredTensor(
+        name,
+        (f"{stack}/{leaf}",),
+        layer,
+        transposed,
+        is_parameter=leaf == "mlp/router/kernel" and not published,
+      )
+      for leaf, (name, transposed) in LAYER.items()
+      if f"{stack}/{leaf}" in paths
+    ]
+    if config.mixture is not None:
+      of_layer += _experts(config, f"{stack}/mlp/experts", layer, published)
+    for one in of_layer:
+      name = one.name
+      if published and config.mixture is not None and family_of(config) == "mixtral":
+        name = re.sub(r"^mlp\.", "block_sparse_moe.", name)
+      stored.append(one._replace(name=f"model.layers.{i}.{name}"))
+  stored.append(StoredTensor("model.norm.weight", ("final_norm/scale",)))
+  if not config.tie_head:
+    stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))
+  return stored
+
+
+def _experts(
+  config: LlamaConfig, path: str, layer: int | None, published: bool
+) -> list[StoredTensor]:
+  """Returns the tensors of a layer's experts: some for each of them, or two of all."""
+  assert config.mixture is not None, "a model with experts"
+  if not published:
+    return [
+      StoredTensor(
+        f"mlp.experts.{name}",
+        tuple(f"{path}/{leaf}" for leaf in leaves),
+        layer,
+        transposed=True,
+        is_parameter=True,
+      )
+      for name, leaves in FUSED.items()
+    ]
+  return [
+    StoredTensor(f"mlp.experts.{i}.{name}.weight", (f"{path}/{leaf}",), layer, True, expert=i)
+    for i in range(config.mixture.num_experts)
+    for leaf, name in EXPERTS[family_of(config)].items()
+  ]
+
+
+def save_llama(
+  folder: str | Path,
+  config: LlamaConfig,
+  params: PyTree,
+  tokenizer_from: str | Path | None = None,
+  end_of_text_id: int | None = None,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a model as a new folder that `transformers` and `load_llama` read.
+
+  Arguments and errors as of `save_gpt2`.
+  """
+  dtype = str(jnp.result_type(*jax.tree.leaves(params)))
+  written = written_config(config, end_of_text_id) | {"torch_dtype": dtype}
+  stored = stored_tensors(config, published=True)
+  tensors = tensors_of(stored, params_shapes(config), params)
+  save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)

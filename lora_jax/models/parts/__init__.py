@@ -1,0 +1,1 @@
+"""Layers, masks and caches that several models of the zoo share."""

@@ -1,0 +1,399 @@
+"""What the language models of the zoo have in common: layers, masks, caches, the last layer's part.
+
+x = embed(tokens, positions)
+for each layer:  x = block(x, its cache, seen)
+logits = head(norm(x))
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
+
+PyTree = Any
+Cache = tuple[Any, ...] | tuple[Array, Array]
+REMAT_POLICIES = (
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+  "everything_saveable",
+)
+ATTENTION = ("compact", "xla", "cudnn")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Layers(Protocol):
+  """What layers of any model read of its config."""
+
+  @property
+  def num_layers(self) -> int: ...
+  @property
+  def dtype(self) -> Any: ...
+  @property
+  def param_dtype(self) -> Any: ...
+  @property
+  def scan_layers(self) -> bool: ...
+  @property
+  def remat(self) -> str | None: ...
+
+
+class Shape(Layers, Protocol):
+  """What the parts in this file read of a language model's config."""
+
+  @property
+  def num_positions(self) -> int: ...
+  @property
+  def num_kv_heads(self) -> int: ...
+  @property
+  def head_size(self) -> int: ...
+  @property
+  def attention(self) -> str: ...
+  @property
+  def sliding_window(self) -> int | None: ...
+
+
+class Seen(NamedTuple):
+  """What all layers are given besides their input and cache.
+
+  Attributes:
+    mask: (#B, 1, T, S), True where a token sees another, causal order apart; None is everywhere.
+    index: the first slot of a cache that is written.
+    at: (B, T), the tokens of each row whose output is wanted; None is all.
+    rotation: of queries and keys by their positions, (B, T, H) cosines and sines; None is none.
+  """
+
+  mask: Any = None
+  index: Any = None
+  at: Any = None
+  rotation: Any = None
+
+
+class CausalLM(nn.Module):
+  """A language model; a subclass has `embed`, `stack`, `norm`, `logits`, and maybe the others."""
+
+  config: Any
+
+  def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    raise NotImplementedError
+
+  def stack(self) -> Any:
+    """Returns what `make_layers` has returned."""
+    raise NotImplementedError
+
+  def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    raise NotImplementedError
+
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Returns the head's output, float32, for any of the hidden states."""
+    raise NotImplementedError
+
+  def rotation(self, positions: Int[Array, "B T"]) -> Any:
+    del positions
+
+  def slides(self, layer: int) -> bool:
+    """Returns whether a layer has the config's sliding window, if there is one."""
+    del layer
+    return True
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T V"]:
+    """Returns the logits of each next token, float32.
+
+    Args:
+      tokens: ids.
+      positions: of each token in its sequence, from 0; None counts along each row.
+      segment_ids: tokens attend within their own segment only: packed examples are 1, 2, ...,
+        and padding is 0. None is one segment a row.
+    """
+    return self.logits(self.hidden(tokens, positions, segment_ids))
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    at: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns the normalized output of the last layer; arguments as of a call.
+
+    Args:
+      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
+        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
+        that are not scanned).
+    """
+    mask = None
+    if segment_ids is not None:
+      mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return self._run(tokens, positions, None, Seen(mask, at=at))[0]
+
+  def extend(
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    index: Int[Array, ""] | int,
+    mask: Bool[Array, "#B T S"],
+  ) -> tuple[Float[Array, "B T D"], Cache]:
+    """Processes further tokens, whose keys and values it writes into the cache.
+
+    The mask alone decides what a token sees: it holds the causal order, padding, and which
+    slots a beam descends from.
+
+    Args:
+      tokens: ids.
+      positions: of each token in its sequence.
+      cache: as `init_cache` makes it, with S slots.
+      index: the first of the T slots that are written.
+      mask: True where a token attends to a slot; a token's own slot included.
+
+    Returns:
+      The normalized output of the last layer, for `logits`, and the cache.
+    """
+    slots, window = jax.tree.leaves(cache)[0].shape[-1], self.config.sliding_window
+    if window is not None and slots > window:
+      raise ValueError(
+        f"the model's sliding window is {window} tokens; a cache of {slots} slots needs one that "
+        "slides, which there is none of yet. Generate less"
+      )
+    if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
+      raise ValueError(
+        f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
+      )
+    return self._run(tokens, positions, cache, Seen(mask[:, None], index))
+
+  def _run(self, tokens, positions, cache, seen: Seen) -> tuple[Array, Any]:
+    limit = self.config.num_positions
+    if positions is None:
+      if tokens.shape[1] > limit:
+        raise ValueError(
+          f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; "
+          "cut the rows, or give positions of packed examples"
+        )
+      positions = jnp.arange(tokens.shape[1])[None]
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    x, at = self.embed(tokens, positions), seen.at
+    near, window = seen.mask, self.config.sliding_window
+    if cache is None and window is not None and window < tokens.shape[1]:
+      near = near_mask(near, window, tokens.shape[1])
+    seen = seen._replace(at=None, rotation=self.rotation(positions))
+    stack = self.stack()
+    if self.config.scan_layers:
+      x, cache = stack(x, cache, seen._replace(mask=near))
+      return self.norm(take(x, at)), cache
+    written = []
+    for i, block in enumerate(stack):
+      before = None if cache is None else cache[i]
+      own = seen._replace(mask=near) if self.slides(i) else seen
+      if at is not None and block is stack[-1] and at.shape[1] < tokens.shape[1]:
+        mask = causal_mask(own.mask, at, tokens.shape[1])
+        x, layer = block(x, before, own._replace(mask=mask, at=at))
+        at = None  # the others are gone
+      else:
+        x, layer = block(x, before, own)
+      written.append(layer)
+    return self.norm(take(x, at)), None if cache is None else tuple(written)
+
+
+def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int = 0) -> Any:
+  """Returns the layers of a model: a list, or one module that scans over stacked ones.
+
+  Args:
+    config: of the model.
+    block: makes a layer, which is called with its input, what is its own (a cache), what all see,
+      and Python values.
+    num_static: how many such values.
+  """
+  if config.remat is not None:
+    policy = getattr(jax.checkpoint_policies, config.remat)
+    static = tuple(range(4, 4 + num_static))  # the block itself is 0
+    remat: Any = nn.remat
+    block = remat(block, policy=policy, prevent_cse=not config.scan_layers, static_argnums=static)
+  if not config.scan_layers:
+    return [block(config) for _ in range(config.num_layers)]
+  in_axes: Any = (0, nn.broadcast, *[nn.broadcast] * num_static)
+  return nn.scan(
+    block,  # pyright: ignore
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=in_axes,
+    length=config.num_layers,
+  )(config)
+
+
+def shapes_of(model: nn.Module) -> PyTree:
+  """Returns the `ShapeDtypeStruct`s of a model's params; of its layers, all alike, one is traced.
+
+  Args:
+    model: whose `config` has `num_layers` and `scan_layers`, and its layers by `make_layers`.
+  """
+  config: Any = getattr(model, "config")  # noqa: B009
+  one = model.clone(config=dataclasses.replace(config, num_layers=1, scan_layers=False))
+  tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+  shapes = dict(jax.eval_shape(one.init, jax.random.key(0), tokens)["params"])
+  (first,) = (name for name in shapes if name.endswith("_0"))
+  layer, layers = shapes.pop(first), first.removesuffix("_0")
+  if not config.scan_layers:
+    return shapes | {f"{layers}_{i}": layer for i in range(config.num_layers)}
+
+  def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
+
+  return shapes | {layers: jax.tree.map(stacked, layer)}
+
+
+def attend(
+  config: Shape,
+  query: Float[Array, "B T N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  cache: Any,
+  seen: Seen,
+) -> tuple[Float[Array, "B T N H"], Any]:
+  """Returns the attention over the sequence itself or over a cache, and the cache.
+
+  Several heads of the queries share one of the keys and values, N / K of them.
+  """
+  if cache is not None:
+    keys, values = cache = write_cache(cache, key, value, seen.index)
+    assert seen.mask is not None, "a cache is read by a mask"
+    return cached_attention(query, keys, values, seen.mask), cache
+  if config.attention == "compact":
+    group = query.shape[2] // key.shape[2]
+    key, value = (x if group == 1 else jnp.repeat(x, group, axis=2) for x in (key, value))
+    return causal_attention(query, key, value, seen.mask), None
+  implementation: Any = config.attention
+  out = jax.nn.dot_product_attention(
+    query, key, value, mask=seen.mask, is_causal=seen.at is None, implementation=implementation
+  )
+  return out, None
+
+
+def init_cache(config: Shape, batch_size: int, num_slots: int) -> Cache:
+  """Returns an empty cache of keys and values for `CausalLM.extend`.
+
+  Each layer has keys (batch_size, heads, head size, num_slots) and values (batch_size, heads,
+  num_slots, head size) of the model's dtype; the axis of scanned layers comes first.
+  """
+  heads, size = config.num_kv_heads, config.head_size
+  shapes = (batch_size, heads, size, num_slots), (batch_size, heads, num_slots, size)
+  if config.scan_layers:
+    keys, values = (jnp.zeros((config.num_layers, *shape), config.dtype) for shape in shapes)
+    return keys, values
+  return tuple(
+    tuple(jnp.zeros(shape, config.dtype) for shape in shapes) for _ in range(config.num_layers)
+  )
+
+
+def dense(
+  config: Layers,
+  features: int,
+  name: str,
+  x: Float[Array, "B T D"],
+  std: float = 0.02,
+  use_bias: bool = True,
+) -> Float[Array, "B T F"]:
+  """Applies a dense layer that sees one axis of tokens instead of rows and positions.
+
+  With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
+  first copies the transposed gradient of the output, at the cost of several such products.
+  """
+  layer = make_dense(config, features, name, std, use_bias)
+  return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+
+def make_dense(
+  config: Layers, features: int, name: str | None, std: float = 0.02, use_bias: bool = True
+) -> nn.Dense:
+  """Returns a dense layer."""
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=nn.initializers.normal(std),
+    name=name,
+  )
+
+
+float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+"""Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
+
+
+def make_head(config: Any) -> nn.Dense:
+  """Returns a head of its own, for a model whose head is not its embedding."""
+  return nn.Dense(
+    config.vocab_size,
+    use_bias=False,
+    kernel_init=nn.initializers.normal(0.02),
+    dot_general=float32_dot,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+  )
+
+
+def head(
+  hidden: Float[Array, "*B D"], lm_head: nn.Dense | None, embedding: Float[Array, "V D"] | None
+) -> Float[Array, "*B V"]:
+  """Returns the logits of a head, or of the embedding if the head is tied to it.
+
+  It sees one axis of tokens, for the reason given in `dense`.
+  """
+  tokens = hidden.reshape(-1, hidden.shape[-1])
+  if lm_head is not None:
+    logits = lm_head(tokens)
+  else:
+    assert embedding is not None, "a head of its own, or the embedding"
+    logits = float32_dot(tokens, embedding, (((1,), (1,)), ((), ())))
+  return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def take(x: Float[Array, "B S *D"], at: Int[Array, "B T"] | None) -> Float[Array, "B T *D"]:
+  """Returns some tokens of each row; all of them if `at` is None."""
+  return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def near_mask(
+  mask: Bool[Array, "#B 1 T T"] | None, window: int, length: int
+) -> Bool[Array, "#B 1 T T"]:
+  """Returns a mask by which a token sees none that is `window` or more before it."""
+  place = jnp.arange(length)
+  near = (place[:, None] - place[None] < window)[None, None]
+  return near if mask is None else mask & near
+
+
+def causal_mask(
+  mask: Bool[Array, "#B 1 S S"] | None, at: Int[Array, "B T"], length: int
+) -> Bool[Array, "B 1 T S"]:
+  """Returns what some tokens of each row see: up to themselves, and by the mask."""
+  causal = (at[:, :, None] >= jnp.arange(length)[None, None])[:, None]
+  return causal if mask is None else causal & jnp.take_along_axis(mask, at[:, None, :, None], 2)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+  """Raises ValueError if a value is none of the choices."""
+  if value not in choices:
+    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def check_computation(config: Shape) -> None:
+  """Raises ValueError if a config's computation is none that there is."""
+  check_choice("attention", config.attention, ATTENTION)
+  check_layers(config)
+
+
+def check_layers(config: Layers) -> None:
+  """Raises ValueError if a config's layers are computed in no way that there is."""
+  check_choice("remat", config.remat, (None, *REMAT_POLICIES))
+  for name in ("dtype", "param_dtype"):
+    check_choice(name, jnp.dtype(getattr(config, name)).name, DTYPES)

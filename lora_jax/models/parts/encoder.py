@@ -1,0 +1,242 @@
+"""What the encoders of the zoo have in common: layers, what a token sees, heads, dropout.
+
+x = embed(tokens, positions, token types)
+for each layer:  x = norm(x + attn(x));  x = norm(x + mlp(x))
+logits = head(x of the first token)
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from lora_jax.models.gpt2.model import ACTIVATIONS, layer_norm
+from lora_jax.models.parts.causal_lm import Layers, check_choice, check_layers, dense, take
+
+
+class EncoderShape(Layers, Protocol):
+  """What the parts in this file read of a model's config."""
+
+  @property
+  def embed_dim(self) -> int: ...
+  @property
+  def num_heads(self) -> int: ...
+  @property
+  def mlp_dim(self) -> int: ...
+  @property
+  def activation(self) -> str: ...
+  @property
+  def hidden_dropout(self) -> float: ...
+  @property
+  def attention_dropout(self) -> float: ...
+  @property
+  def num_labels(self) -> int | None: ...
+
+
+class Seen(NamedTuple):
+  """What all layers are given besides their input.
+
+  Attributes:
+    mask: (B, 1, T, S), True where a token sees another; None is everywhere.
+    at: (B, T), the tokens of each row whose output is wanted; None is all.
+    beside: what else a model's layers need.
+  """
+
+  mask: Any = None
+  at: Any = None
+  beside: Any = None
+
+
+class Encoder(nn.Module):
+  """An encoder; a subclass has `embed`, `stack`, `logits`, and maybe `beside`."""
+
+  config: Any
+
+  def embed(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    token_types: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B T D"]:
+    raise NotImplementedError
+
+  def stack(self) -> Any:
+    """Returns what `make_layers` has returned."""
+    raise NotImplementedError
+
+  def beside(
+    self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
+  ) -> Any:
+    """Returns what the layers need beside the embeddings and the mask."""
+    del x, segment_ids, deterministic
+
+  def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
+    """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
+    raise NotImplementedError
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    token_types: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    at: Int[Array, "B A"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "B *A L"]:
+    """Returns the logits of each row, float32; of a model without a head, the hidden states.
+
+    Args:
+      tokens: ids.
+      segment_ids: tokens attend within their own segment only. A mask, 1 for tokens and 0 for
+        padding, is one; packed sequences are 1, 2, ... None is one segment a row.
+      token_types: of each token (BERT: 1 in the second sentence of a pair); None is 0.
+      positions: of each token in its sequence, from 0; None counts along each row.
+      at: indices in each row of the first tokens of packed sequences, of each of which there
+        are logits then, (B, A, L). None is the row's first token.
+      deterministic: whether there is no dropout; if False, a key is taken from the rng `dropout`.
+    """
+    inputs = tokens, segment_ids, token_types, positions
+    if self.config.num_labels is None:
+      return self.hidden(*inputs, at, deterministic)
+    first = jnp.zeros((tokens.shape[0], 1), jnp.int32) if at is None else at
+    logits = self.logits(self.hidden(*inputs, first, deterministic), deterministic)
+    return logits[:, 0] if at is None else logits
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    token_types: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    at: Int[Array, "B A"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "B A D"]:
+    """Returns the output of the last layer; arguments as of a call.
+
+    Args:
+      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
+        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
+        that are not scanned).
+    """
+    x = self.embed(tokens, segment_ids, token_types, positions, deterministic)
+    mask = None
+    if segment_ids is not None:
+      mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    seen = Seen(mask, beside=self.beside(x, segment_ids, deterministic))
+    stack = self.stack()
+    if self.config.scan_layers:
+      return take(stack(x, jnp.arange(self.config.num_layers), seen, deterministic)[0], at)
+    numbers = [0, *[None] * (len(stack) - 1)]  # the first is the one that may differ
+    for block, number in zip(stack[:-1], numbers, strict=False):
+      x, _ = block(x, number, seen, deterministic)
+    if at is not None and at.shape[1] >= tokens.shape[1]:
+      return take(stack[-1](x, numbers[-1], seen, deterministic)[0], at)
+    if mask is not None and at is not None:
+      mask = jnp.take_along_axis(mask, at[:, None, :, None], axis=2)
+    return stack[-1](x, numbers[-1], seen._replace(mask=mask, at=at), deterministic)[0]
+
+
+class MLP(nn.Module):
+  """Two dense layers with an activation between them."""
+
+  config: EncoderShape
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    config = self.config
+    x = ACTIVATIONS[config.activation](dense(config, config.mlp_dim, "up", x))
+    return dense(config, config.embed_dim, "down", x)
+
+
+def finish_layer(
+  config: EncoderShape,
+  x: Float[Array, "B S D"],
+  attended: Float[Array, "B T D"],
+  at: Int[Array, "B T"] | None,
+  deterministic: bool,
+) -> Float[Array, "B T D"]:
+  """Returns a layer's output from its input and its attention's output, inside its module."""
+  x = take(x, at) + dropout(config.hidden_dropout, attended, deterministic)
+  x = layer_norm(config, "attn_norm")(x)
+  x = x + dropout(config.hidden_dropout, MLP(config, name="mlp")(x), deterministic)
+  return layer_norm(config, "mlp_norm")(x)
+
+
+def attention_weights(
+  config: EncoderShape,
+  scores: Float[Array, "B N T S"],
+  mask: Bool[Array, "B 1 T S"] | None,
+  deterministic: bool,
+) -> Float[Array, "B N T S"]:
+  """Returns the softmax over what is seen, in float32, after dropout."""
+  scores = scores.astype(jnp.float32)
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  weights = nn.softmax(scores, axis=-1).astype(config.dtype)
+  return dropout(config.attention_dropout, weights, deterministic)
+
+
+def dropout(rate: float, x: Array, deterministic: bool) -> Array:
+  return nn.Dropout(rate)(x, deterministic=deterministic)
+
+
+def positions_of(
+  tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None, limit: int
+) -> Int[Array, "B T"]:
+  """Returns the given positions; without any they are counted along each row, up to a limit."""
+  if positions is not None:
+    return positions
+  if tokens.shape[1] > limit:
+    raise ValueError(
+      f"{tokens.shape[1]} tokens a row, but the model has {limit} positions; cut the rows, or "
+      "give positions of packed sequences"
+    )
+  return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+
+
+def embedding(config: EncoderShape, size: int) -> nn.Embed:
+  """Returns a table of so many embeddings."""
+  return nn.Embed(
+    size,
+    config.embed_dim,
+    embedding_init=nn.initializers.normal(0.02),
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+  )
+
+
+def heads(config: EncoderShape, name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+  """Applies a dense layer and splits its output into the heads of the attention."""
+  out = dense(config, config.embed_dim, name, x)
+  return out.reshape(*x.shape[:2], config.num_heads, -1)
+
+
+def head_layer(config: EncoderShape) -> nn.Dense:
+  """Returns a head's last layer, which is computed in float32."""
+  assert config.num_labels is not None, "the model has a head"
+  return nn.Dense(
+    config.num_labels,
+    kernel_init=nn.initializers.normal(0.02),
+    dtype="float32",
+    param_dtype=config.param_dtype,
+    name="out",
+  )
+
+
+def check_encoder(config: EncoderShape) -> None:
+  """Raises ValueError if a config is of no encoder that there is."""
+  if config.embed_dim % config.num_heads:
+    raise ValueError(
+      f"num_heads must divide embed_dim, got {config.num_heads} heads for {config.embed_dim}"
+    )
+  if config.num_labels is not None and config.num_labels < 1:
+    raise ValueError(f"num_labels must be at least 1, or None for no head; got {config.num_labels}")
+  for name in ("hidden_dropout", "attention_dropout", "head_dropout"):
+    rate = getattr(config, name)
+    if not 0 <= rate < 1:
+      raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+  check_choice("activation", config.activation, tuple(ACTIVATIONS))
+  check_layers(config)

@@ -1,0 +1,32 @@
+"""Where an array is placed on a mesh: the sharding of a leaf, and putting an array there."""
+
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
+  """Returns the sharding of a leaf, or the leaf itself if it is one; None if it has none."""
+  if isinstance(leaf, NamedSharding | PartitionSpec) or leaf is None:
+    return leaf
+  if isinstance(leaf, Tracer):
+    sharding = jax.typeof(leaf).sharding  # of use where sharding is part of the types
+    return None if sharding.mesh.empty or sharding.mesh.are_all_axes_auto else sharding
+  sharding = getattr(leaf, "sharding", None)
+  return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def place(array: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> jax.Array:
+  """Puts an array where `sharding` says, in and out of `jit`; None leaves it."""
+  if sharding is None:
+    return array
+  if isinstance(array, Tracer):
+    mesh = (
+      sharding.mesh if isinstance(sharding, NamedSharding) else jax.sharding.get_abstract_mesh()
+    )
+    if mesh.are_all_axes_explicit:
+      return jax.sharding.reshard(array, sharding)
+    return jax.lax.with_sharding_constraint(array, sharding)
+  return jax.device_put(array, sharding)

@@ -1,0 +1,1 @@
+"""The engine: pushes a jaxpr through factored weights; knows no variant and no config."""

@@ -1,0 +1,201 @@
+"""Walks a jaxpr with factored weights among its values.
+
+An equation that touches no factored weight goes through unchanged, custom derivatives
+included. One that does is handed to its rule. Control flow is emitted again with JAX's
+public functions (`jit`, `scan`, `while_loop`, `switch`, `checkpoint`, `shard_map`) around
+an interpreted body. All of this happens while JAX traces: nothing of it is left at run time.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+from lora_jax.transform import _compat, rules
+from lora_jax.transform.control_flow import (
+  CONTROL_FLOW,
+  Values,
+  enter,
+  fold,
+  form,
+  leave,
+  with_origin,
+)
+from lora_jax.transform.factored import Factored, Unsupported
+
+OpaqueRule = Callable[..., Any]
+
+
+class UnsupportedOperation(NotImplementedError):
+  """An operation that cannot be pushed through a factored weight."""
+
+
+class Interpreter:
+  """Evaluates jaxprs for one call of `apply` or one probe of `init`.
+
+  Args:
+    opaque: traced name of a function to its rule, `rule(call, *args)`: `call` is the function
+      itself, to be applied to plain arrays; an adapted weight among `args` is a `Factored`.
+    materialize: the paths whose weights may be formed where an operation has no rule.
+  """
+
+  def __init__(self, opaque: Mapping[str, OpaqueRule], materialize: Collection[str]):
+    self.opaque = opaque
+    self.materialize = materialize
+    self._opaque_sources: dict[str, Any] = {}
+    self._enclosing: list[Any] = []  # the equations whose bodies are being interpreted
+    self._warned: set[str] = set()
+    self.functions: dict[int, tuple[Any, Callable[..., Any]]] = {}
+
+  def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> Values:
+    """Returns the outputs of a whole function's jaxpr, arrays all.
+
+    Raises:
+      UnsupportedOperation: if a weight meets an operation it cannot be pushed through.
+    """
+    outputs = []
+    for out in self.run(jaxpr, args):
+      try:
+        outputs.append(form(out, "returned by the function"))
+      except Unsupported as error:
+        raise UnsupportedOperation(
+          f"cannot adapt {' and '.join(out.paths)} by LoRA: {error}. Use it otherwise in the "
+          "adapted function, or leave it out of `target`"
+        ) from error
+    return outputs
+
+  def run(self, jaxpr: Any, args: Sequence[Any]) -> Values:
+    """Returns the outputs of a jaxpr; those that depend on a weight may be `Factored`."""
+    jaxpr, consts = _compat.open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    last_use = _last_uses(jaxpr)
+
+    def read(atom: Any) -> Any:
+      return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for number, equation in enumerate(jaxpr.eqns):
+      values = [read(atom) for atom in equation.invars]
+      with _compat.equation_context(equation):
+        if any(isinstance(value, Factored) for value in values):
+          outputs = self._adapted(number, equation, values)
+        else:
+          outputs = _compat.bind(equation, values)
+      env.update(zip(equation.outvars, outputs, strict=True))
+      for variable in last_use[number]:
+        env.pop(variable, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _adapted(self, number: int, equation: Any, values: Values) -> Values:
+    """Evaluates an equation with a factored operand."""
+    name = equation.primitive.name
+    try:
+      rule = self._opaque_rule(equation)
+      if rule is not None:
+        return self._apply_rule(rule, number, equation, values, {})
+      if name in CONTROL_FLOW:
+        inner = [enter(value, number, i) for i, value in enumerate(values)]
+        self._enclosing.append(equation)
+        try:
+          outputs = CONTROL_FLOW[name](self, equation, inner)
+        finally:
+          self._enclosing.pop()
+        return [leave(out, values) for out in outputs]
+      if name in rules.CONSUMERS:
+        return self._apply_rule(rules.CONSUMERS[name], number, equation, values, equation.params)
+      if name in rules.STRUCTURAL:
+        return self._apply_rule(rules.STRUCTURAL[name], None, equation, values, equation.params)
+      raise Unsupported("no rule for it")
+    except Unsupported as error:
+      try:
+        return self._without_rule(equation, values, str(error))
+      except Unsupported as other:  # a row that cannot be formed either
+        raise self._refusal(equation, values, str(other)) from other
+
+  def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
+    def call(*arrays):
+      outputs = _compat.bind(equation, arrays)
+      return outputs[0] if len(outputs) == 1 else outputs
+
+    operands = values if number is None else [fold(value, number) for value in values]
+    outputs = rule(call, *operands, **params)
+    outputs = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    return [_settled(out) for out in outputs]
+
+  def _opaque_rule(self, equation: Any) -> OpaqueRule | None:
+    name = _compat.traced_name(equation)
+    if name is None or name not in self.opaque:
+      return None
+    source = _compat.traced_source(equation)
+    if self._opaque_sources.setdefault(name, source) != source:
+      raise ValueError(
+        f"two functions are traced under the name {name!r} ({self._opaque_sources[name]} and "
+        f"{source}), so that opaque={{{name!r}: ...}} is ambiguous; rename one of them"
+      )
+    return self.opaque[name]
+
+  def _without_rule(self, equation: Any, values: Values, reason: str) -> Values:
+    """Forms activations, and weights where the user allows it; raises for any other."""
+    name = equation.primitive.name
+    values = list(values)
+    for i, value in enumerate(values):
+      if not isinstance(value, Factored):
+        continue
+      if value.lookup or value.is_rows:
+        values[i] = value.look_up()
+      elif set(value.paths) <= set(self.materialize):
+        values[i] = self._materialize(value, name)
+      else:
+        raise self._refusal(equation, [value], reason)
+    return _compat.bind(equation, values)
+
+  def _refusal(self, equation: Any, values: Values, reason: str) -> UnsupportedOperation:
+    paths = [path for value in values if isinstance(value, Factored) for path in value.paths]
+    traced = _compat.traced_name(equation)
+    hint = f", or opaque={{{traced!r}: rule}} if you know its rule" if traced else ""
+    return UnsupportedOperation(
+      f"cannot adapt {' and '.join(dict.fromkeys(paths))} by LoRA: {equation.primitive.name!r} is "
+      f"applied to it at {self._source_line(equation)}, and {reason}. Leave it out of `target`, "
+      f"or give LoraRule(pattern, on_unhandled='materialize') for it{hint}"
+    )
+
+  def _source_line(self, equation: Any) -> str:
+    """Returns the user's line behind an equation; for a library's inner function, the call's."""
+    lines = map(_compat.source_line, (equation, *reversed(self._enclosing)))
+    return next(filter(None, lines), "an unknown line")
+
+  def _materialize(self, value: Factored, name: str) -> jax.Array:
+    if any(term.key is not None for term in value.terms):
+      raise ValueError(
+        f"{' and '.join(value.paths)}: LoRA dropout acts on the input of a product, and "
+        f"{name!r} has none. Set dropout=0.0 for it in a LoraRule"
+      )
+    paths = " and ".join(value.paths)
+    if value.probing and paths not in self._warned:
+      self._warned.add(paths)
+      warnings.warn(
+        f"{paths}: W + scaling * AB is formed for {name!r} (on_unhandled='materialize')",
+        stacklevel=2,
+      )
+    return value.materialize()
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+  """Returns, for each equation, the variables that no later one reads."""
+  seen = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+  last: list[list[Any]] = []
+  for equation in reversed(jaxpr.eqns):
+    atoms = [atom for atom in equation.invars if not isinstance(atom, Literal)]
+    mine = [atom for atom in dict.fromkeys((*atoms, *equation.outvars)) if atom not in seen]
+    seen.update(mine)
+    last.append(mine)
+  return last[::-1]
+
+
+def _settled(out: Any) -> Any:
+  """Returns what a rule made as the next equations see it: rows are an array."""
+  if isinstance(out, Factored) and out.is_rows:
+    return out.look_up()
+  return with_origin(out, None)

@@ -1,0 +1,179 @@
+"""Structural rules: the weight's elements are moved or cut, its values stay."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lora_jax.transform.factored import RANK, Factor, Factored, Unsupported
+from lora_jax.transform.products import Labels
+
+
+def transpose(call, w, *, permutation, **_):
+  return w.move(call(w.base), {old: (new,) for new, old in enumerate(permutation)})
+
+
+def broadcast_in_dim(call, w, *dynamic_shape, shape, broadcast_dimensions, **_):
+  pairs = zip(w.shape, broadcast_dimensions, strict=True)
+  where = {d: (new,) if size == shape[new] else () for d, (size, new) in enumerate(pairs)}
+  return w.move(call(w.base, *dynamic_shape), where)
+
+
+def squeeze(call, w, *, dimensions, **_):
+  rest = [d for d in range(w.ndim) if d not in dimensions]
+  where = {d: (rest.index(d),) if d in rest else () for d in range(w.ndim)}
+  return w.move(call(w.base), where)
+
+
+def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
+  """Splits and merges dimensions, as long as each group of them lies on one side."""
+  if dimensions is not None:
+    raise Unsupported("reshape with a permutation of dimensions")
+  if 0 in w.shape:
+    raise Unsupported("reshape of an empty array")
+  groups = reshape_groups(w.shape, new_sizes)
+
+  def reshaped(factor: Factor) -> Factor:
+    sizes, labels, order = [], [], []
+    for old, new in groups:
+      carried = [d for d in old if d in factor.dims]
+      wide = [d for d in old if w.shape[d] > 1]
+      order += carried
+      if not carried or (wide and not set(wide) & set(carried)):
+        continue  # constant along this group, or only axes of size 1 in it
+      if not set(wide) <= set(carried) and not w.probing:
+        raise Unsupported(f"reshape from {w.shape} to {new_sizes} merges both factors' axes")
+      sizes += [new_sizes[n] for n in new]
+      labels += new
+    labels = (*labels, RANK)
+    if w.probing:  # labels matter here, values do not
+      return Factor(jnp.zeros((*sizes, 1), factor.array.dtype), labels)
+    array = lax.transpose(factor.array, [factor.axis(d) for d in (*order, RANK)])
+    return Factor(lax.reshape(array, (*sizes, array.shape[-1])), labels)
+
+  lookup = sorted(n for old, new in groups if set(old) & set(w.lookup) for n in new)
+  return replace(w.map_factors(reshaped), base=call(w.base, *dynamic_shape), lookup=tuple(lookup))
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels, Labels]]:
+  """Pairs the dimensions of two shapes into the smallest groups of equal size.
+
+  >>> reshape_groups((6, 5, 4), (2, 3, 20))
+  [((0,), (0, 1)), ((1, 2), (2,))]
+  """
+  groups: list[tuple[Labels, Labels]] = []
+  i = j = 0
+  while i < len(old) or j < len(new):
+    start_i, start_j = i, j
+    i, j = min(i + 1, len(old)), min(j + 1, len(new))
+    while math.prod(old[start_i:i]) != math.prod(new[start_j:j]):
+      if math.prod(old[start_i:i]) < math.prod(new[start_j:j]):
+        i += 1
+      else:
+        j += 1
+    groups.append((tuple(range(start_i, i)), tuple(range(start_j, j))))
+  return groups
+
+
+def unchanged(call, w, *rest, **_):
+  """What changes neither shape nor factors: a copy, a cast's base, a constraint's base."""
+  return w.rebase(call(w.base, *rest))
+
+
+def convert_element_type(call, w, *, new_dtype, **_):
+  if not jnp.issubdtype(new_dtype, jnp.floating):
+    raise Unsupported(f"a cast to {np.dtype(new_dtype).name}")
+  return w.rebase(call(w.base))
+
+
+def each_array(call, w, **_):
+  """What does the same to every array, whatever its shape."""
+  return w.rebase(call(w.base)).map_factors(lambda f: Factor(call(f.array), f.labels))
+
+
+def optimization_barrier(call, *operands, **_):
+  bases = call(*(w.base if isinstance(w, Factored) else w for w in operands))
+  pairs = zip(operands, bases, strict=True)
+  return [w.rebase(base) if isinstance(w, Factored) else base for w, base in pairs]
+
+
+def sharding_constraint(call, w, *, sharding, **_):
+  """Constrains the factors like the base: each axis as its dimension, rank replicated."""
+  return _sharded(w, call(w.base), sharding, lax.with_sharding_constraint)
+
+
+def reshard(call, w, *, dst_sharding, **_):
+  """The same where sharding is part of the types."""
+  return _sharded(w, call(w.base), dst_sharding, jax.sharding.reshard)
+
+
+def _sharded(w: Factored, base, sharding, put: Callable[[Any, Any], Any]) -> Factored:
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return w.rebase(base)
+
+  def moved(factor: Factor) -> Factor:
+    spec = factor_spec(factor.labels, sharding.spec)
+    return Factor(put(factor.array, sharding.update(spec=spec)), factor.labels)
+
+  return w.rebase(base).map_factors(moved)
+
+
+def all_gather(call, w, *, all_gather_dimension, axis_name, axis_index_groups, tiled, **_):
+  """A shard's weight made whole, as fully sharded layers do inside `shard_map`."""
+  if not tiled or axis_index_groups is not None:
+    raise Unsupported("all_gather into a new axis, or in groups")
+
+  def gathered(array, axis, dim):
+    if dim != all_gather_dimension:
+      return array
+    return lax.all_gather(array, axis_name, axis=axis, tiled=True)
+
+  return along_dims(w, call(w.base), gathered)
+
+
+def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
+  """Returns a factor's PartitionSpec from its weight's: the rank axis is replicated."""
+  axes = (*spec, *(None for _ in labels))  # a spec may be shorter than the shape
+  return jax.sharding.PartitionSpec(*(None if d == RANK else axes[d] for d in labels))
+
+
+def along_dims(w: Factored, base: jax.Array, on_axis: Callable[[jax.Array, int, int], jax.Array]):
+  """Applies `on_axis(array, axis, dim)` to every axis of every factor."""
+
+  def cut(factor: Factor) -> jax.Array:
+    array = factor.array
+    for axis, dim in enumerate(factor.labels):
+      array = array if dim == RANK else on_axis(array, axis, dim)
+    return array
+
+  return w.move(base, {d: (d,) for d in range(w.ndim)}, cut)
+
+
+def slice_(call, w, *, start_indices, limit_indices, strides, **_):
+  strides = strides or [1] * w.ndim
+
+  def cut(array, axis, dim):
+    return lax.slice_in_dim(array, start_indices[dim], limit_indices[dim], strides[dim], axis)
+
+  return along_dims(w, call(w.base), cut)
+
+
+def dynamic_slice(call, w, *starts, slice_sizes, **_):
+  def cut(array, axis, dim):
+    if slice_sizes[dim] == w.shape[dim]:
+      return array
+    return lax.dynamic_slice_in_dim(array, starts[dim], slice_sizes[dim], axis)
+
+  return along_dims(w, call(w.base, *starts), cut)
+
+
+def rev(call, w, *, dimensions, **_):
+  def flip(array, axis, dim):
+    return lax.rev(array, (axis,)) if dim in dimensions else array
+
+  return along_dims(w, call(w.base), flip)

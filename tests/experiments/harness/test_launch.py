@@ -1,0 +1,244 @@
+"""From the command line to a run's folder: one process, one config, and plain errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.configs import gpt2_e2e
+from experiments.harness.launch import apply
+from experiments.harness.workdir import commit, open_workdir, read_config, read_result, write_json
+
+from tests.paths import ROOT
+
+EXPERIMENT = """
+import sys
+from pathlib import Path
+import experiments.harness.launch
+from experiments.harness.launch import launch
+from experiments.workdir import open_workdir, write_json
+
+experiments.harness.launch.keep_freed_memory = lambda: print("memory is kept")
+
+def run(config):
+  with open_workdir(config.workdir, config) as workdir:
+    if config.lora.rank == 3:
+      raise ValueError("rank 3 is no good")
+    if config.lora.rank == 5:
+      int("a bug")
+    if config.lora.rank == 7:
+      import logging
+      logging.getLogger("lora_jax.training").warning("a checkpoint is damaged")
+    if config.lora.rank == 9:
+      (workdir / "nothere").read_text()
+    print("ran", config.lora.rank, workdir)
+    write_json(workdir / "result.json", {"rank": config.lora.rank})
+  return {}
+
+if __name__ == "__main__":
+  launch(run, "gpt2_e2e.py")
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+  """A folder with the package `experiments` and a small experiment in it, as all have it."""
+  folder = tmp_path_factory.mktemp("package")
+  (folder / "experiments").mkdir()
+  for name in ("__init__.py", "launch.py", "workdir.py", "configs"):
+    (folder / "experiments" / name).symlink_to(ROOT / "experiments" / name)
+  (folder / "experiments" / "small.py").write_text(EXPERIMENT)
+  (folder / "ranks.py").write_text(
+    textwrap.dedent("""
+      from experiments.configs import gpt2_e2e
+
+      def get_config(variant="mini"):
+        return gpt2_e2e.get_config(variant)
+
+      def sweep(config):
+        for rank in (1, 3, 2, 4):
+          yield {"lora.rank": rank}
+    """)
+  )
+  return folder
+
+
+def launched(package, *arguments, code=0):
+  """Runs the small experiment in a process of its own; returns what it wrote."""
+  run = subprocess.run(
+    [sys.executable, "-m", "experiments.small", *arguments],
+    cwd=package,
+    env=os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": f"{package}:{ROOT}"},
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == code, run.stdout + run.stderr
+  return run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.lora.rnk=8", "error: the config has no field 'lora.rnk'; near: lora.rank,"),
+    ("--config=experiments/configs/gpt2_e2e.py:midi", "error: variant must be one of mini, small"),
+    ("--config=nothere.py", "error: there is no config file 'nothere.py'; expected --config=FILE"),
+    ("--config.lora.rank=four", "flag --config.lora.rank=four: invalid literal for int()"),
+    ("--config.lora.rank=4.5", "flag --config.lora.rank=4.5: invalid literal for int()"),
+    ("rubbish", "unexpected arguments rubbish; see --help"),
+    ("--config.lora.rank=3", "error: rank 3 is no good\n"),
+    ("--config.lora.rank=9", "error: [Errno 2] No such file or directory"),
+  ],
+)
+def test_mistakes_end_with_a_message(package, argument, message):
+  written = launched(package, argument, code=1)
+  assert message in written
+  assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(("kept", "platforms"), [(True, "cpu"), (False, "cpu"), (True, "")])
+def test_memory_is_kept_on_cpus_where_the_config_says_so(package, kept, platforms, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  if not platforms:  # as where a GPU's plugin is installed
+    (package / "libtpu").mkdir()
+  written = launched(package, f"--config.keep_freed_memory={kept}", "--config.lora.rank=2")
+  assert ("memory is kept" in written) == (kept and platforms == "cpu")
+
+
+def test_bugs_keep_their_traceback(package):
+  written = launched(package, "--config.lora.rank=5", code=1)
+  assert "Traceback" in written
+  assert 'int("a bug")' in written
+  written = launched(package, "--config.lora.rank=3", "--traceback", code=1)
+  assert "Traceback" in written
+
+
+def test_the_folder_is_named_by_what_the_flags_change(package):
+  assert "ran 7 runs/gpt2_e2e/mini,lora.rank=7\n" in launched(package, "--config.lora.rank=7")
+  written = launched(
+    package, "--config.lora.rank=7", "--config.lora.target=.*/kernel", "--config.workdir=own"
+  )
+  assert "ran 7 own\n" in written
+  assert "WARNING: a checkpoint is damaged" in written
+  written = launched(
+    package, "--config=experiments/configs/gpt2_e2e.py:small", "--config.lora.target=.*/kernel"
+  )
+  assert "ran 4 runs/gpt2_e2e/small,lora.target=" in written
+
+
+def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(package):
+  arguments = ("--sweep", "--config=ranks.py", "--config.workdir=ranks")
+  written = launched(package, *arguments, "--sweep_shard=1/2", code=1)  # ranks 3 and 4
+  assert "failed: rank 3 is no good" in written
+  assert "ran 4 ranks/lora.rank=4" in written
+  assert "error: 1 of 2 runs failed: ranks/lora.rank=3" in written
+  assert "Traceback" not in written
+  written = launched(package, *arguments, code=1)
+  assert written.count("finished before") == 1
+  assert "ran 1 " in written
+  assert "ran 2 " in written
+  written = launched(package, *arguments, "--config.seed=5", code=1)
+  assert "belongs to a run with another config: seed=110 there, 5 now" in written
+  written = launched(package, "--sweep", "--sweep_shard=2/2", code=1)
+  assert "error: --sweep_shard must be i/n with 0 <= i < n, got '2/2'" in written
+
+
+def test_apply_changes_a_copy():
+  config = gpt2_e2e.get_config()
+  assert apply(config, {"lora.rank": 2}).lora.rank == 2
+  assert config.lora.rank == 16
+  with pytest.raises(ValueError, match=r"no field 'lora.rnk'; near: lora\.rank"):
+    apply(config, {"lora.rnk": 2})
+  with pytest.raises(ValueError, match="does not fit the config"):
+    apply(config, {"lora.rank": "two"})
+
+
+def config(**fields):
+  return ConfigDict({"workdir": "", "seed": 1, "lora": {"rank": 4, "target": [".*"]}, **fields})
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "adapter", "peft", "base"])
+def test_what_was_trained_belongs_to_its_config(tmp_path, left):
+  """Were an old adapter left behind, the next run's would not be written."""
+  with open_workdir(tmp_path, config()) as workdir:
+    (workdir / left).mkdir()
+  with (
+    pytest.raises(ValueError, match="another config: seed=1 there, 2 now"),
+    open_workdir(tmp_path, config(seed=2)),
+  ):
+    pass
+
+
+def test_a_folder_belongs_to_one_config(tmp_path):
+  with open_workdir(tmp_path / "run", config()) as workdir:
+    write_json(workdir / "result.json", {"loss": 0.5})
+  with open_workdir(tmp_path / "run", config(workdir="elsewhere")) as workdir:
+    assert read_result(workdir) == {"loss": 0.5}
+    assert read_config(workdir).lora.rank == 4
+  other = config(seed=2, lora={"rank": 8, "target": [".*"]})
+  message = "another config: lora.rank=4 there, 8 now, seed=1 there, 2 now. Give another"
+  with pytest.raises(ValueError, match=message), open_workdir(tmp_path / "run", other):
+    pass
+  assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json", "result.json"]
+  assert read_result(tmp_path) is None
+  with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+    read_config(tmp_path)
+
+
+HOLDER = """
+import sys, time
+from ml_collections import ConfigDict
+from experiments.workdir import open_workdir
+with open_workdir(sys.argv[1], ConfigDict({"seed": 1})):
+  print("open", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  with process:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    one = ConfigDict({"seed": 1})
+    message = "is in use by another process"
+    with pytest.raises(RuntimeError, match=message), open_workdir(tmp_path, one):
+      pass
+    process.send_signal(signal.SIGKILL)
+  with open_workdir(tmp_path, one):
+    pass
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from experiments.workdir import write_json
+print("begun", flush=True)
+for i in range(10**9):
+  write_json(Path(sys.argv[1]), {"numbers": [i] * 2000})
+"""
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "result.json"
+  process = subprocess.Popen(
+    [sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  with process:
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.kill()
+  assert len(json.loads(path.read_text())["numbers"]) == 2000
+
+
+def test_the_commit_is_this_repository_s():
+  run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+  assert commit().rstrip("+") == run.stdout[:12]

@@ -1,0 +1,159 @@
+"""Decoding finished runs anew: the same settings give the same texts, others their own folder."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate, gpt2_e2e
+from experiments.evaluate import evaluate_run
+from experiments.harness.launch import apply
+from experiments.harness.workdir import read_config, write_json
+from experiments.nlg.restore import restore_params
+from experiments.report import report
+from lora_jax.training.mesh import make_mesh
+
+from tests.tiny_e2e import tiny_config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_java():
+  """METEOR takes seconds to start."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PATH", "")
+    yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, without_java):
+  root = tmp_path_factory.mktemp("runs")
+  rate = {"optimizer.learning_rate": 10.0, "optimizer.schedule": "constant"}
+  for seed in range(1, 9):  # far too high a rate: the best step is the last for some seeds alone
+    run = gpt2_e2e.run(apply(tiny_config(root / "lora"), rate | {"seed": seed}))
+    if run["best_step"] < run["num_train_steps"]:
+      break
+    shutil.rmtree(root / "lora")
+  assert run["best_step"] < run["num_train_steps"]
+  full = {"method": "full_finetuning", "optimizer.learning_rate": 0.01}
+  gpt2_e2e.run(apply(tiny_config(root / "full"), full | {"decoding.num_inputs": 0}))
+  return root
+
+
+def texts(folder):
+  return (folder / "predictions.txt").read_text("utf-8")
+
+
+def stored(folder):
+  return json.loads((folder / "result.json").read_text("utf-8"))
+
+
+def test_unchanged_settings_give_the_runs_texts_and_scores(runs):
+  found = evaluate_run(runs / "lora", {})
+  folder = runs / "lora" / "evaluations" / "unchanged"
+  assert texts(folder) == texts(runs / "lora")
+  run = stored(runs / "lora")
+  assert found == stored(folder)
+  for name in ("scores", "intervals", "valid_loss", "trainable_parameters", "seed", "method"):
+    assert found[name] == run[name]
+  assert found["run"] == str(runs / "lora")
+  config = read_config(folder).to_dict() | {"workdir": ""}
+  assert config == read_config(runs / "lora").to_dict() | {"workdir": ""}
+
+
+def test_other_settings_have_a_folder_and_a_row_of_their_own(runs, tmp_path, capsys):
+  before = {path: path.read_bytes() for path in (runs / "lora").glob("*.*")}
+  arguments = ["--num_beams=1", "--max_new_tokens=5", "--num_inputs=3", "--length_penalty=0.9"]
+  evaluate.main([str(runs / "lora"), *arguments])
+  folder = runs / "lora" / "evaluations" / "num_beams=1,max_new_tokens=5,num_inputs=3"
+  assert f"wrote {folder}" in capsys.readouterr().out
+  assert len(texts(folder).splitlines()) == 3
+  assert read_config(folder).decoding.num_beams == 1
+  assert before == {path: path.read_bytes() for path in (runs / "lora").glob("*.*")}
+  text = report([runs / "lora", folder], tmp_path / "r")
+  assert "LoRA, max_new_tokens 5, num_beams 1" in text
+  assert "LoRA, max_new_tokens 8, num_beams 2" in text
+
+
+def test_a_finished_evaluation_is_not_done_again(runs, capsys):
+  first = evaluate_run(runs / "lora", {"num_inputs": 2})
+  assert evaluate_run(runs / "lora", {"num_inputs": 2}) == first
+  assert "is finished" in capsys.readouterr().out
+
+
+def test_the_last_checkpoint_of_lora(runs):
+  found = evaluate_run(runs / "lora", {"checkpoint": "last", "num_inputs": 2})
+  assert found["valid_loss"] == stored(runs / "lora")["last_valid_loss"]
+  folder = runs / "lora" / "evaluations" / "num_inputs=2,checkpoint=last"
+  assert read_config(folder).fit.keep == "last"
+
+
+def test_the_checkpoint_of_the_best_step_is_the_adapter(runs):
+  """Both ways to a run's params lead to the same bits."""
+  folder, mesh = runs / "lora", make_mesh()
+  base = gpt2_e2e.load_base(read_config(folder), mesh)
+  from_adapter, _ = restore_params(folder, "best", base, mesh)
+  config = json.loads((folder / "config.json").read_text("utf-8"))
+  write_json(folder / "config.json", config | {"fit": config["fit"] | {"keep": "last"}})
+  try:
+    from_checkpoint, loss = restore_params(folder, "best", base, mesh)
+  finally:
+    write_json(folder / "config.json", config)
+  assert loss == stored(folder)["valid_loss"]
+  jax.tree.map(np.testing.assert_array_equal, from_adapter, from_checkpoint)
+  kernel = ("h_0", "mlp", "up", "kernel")
+  assert np.abs(of(from_adapter, kernel) - of(base.params, kernel)).max() > 0
+
+
+def of(tree, keys):
+  for key in keys:
+    tree = tree[key]
+  return np.asarray(tree)
+
+
+def test_full_finetuning_from_its_checkpoint(runs):
+  """A run that decoded nothing is decoded, with what it trained: its loss on its own data."""
+  with pytest.raises(ValueError, match="as --num_inputs=630"):
+    evaluate_run(runs / "full", {})
+  found = evaluate_run(runs / "full", {"num_inputs": 2})
+  assert found["num_inputs"] == 2
+  config, mesh = read_config(runs / "full"), make_mesh()
+  base = gpt2_e2e.load_base(config, mesh)
+  params, loss = restore_params(runs / "full", "best", base, mesh)
+  assert loss == stored(runs / "full")["valid_loss"]
+  measured = gpt2_e2e.train(
+    apply(config, {"method": "frozen_base"}),
+    base._replace(params=params),
+    gpt2_e2e.load_data(config, base),
+    mesh,
+    runs / "full",
+  )[1]["valid_loss"]
+  assert measured == pytest.approx(loss, rel=1e-6)
+
+
+def test_what_cannot_be_evaluated(runs, tmp_path):
+  with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+    evaluate_run(tmp_path, {})
+  config = json.loads((runs / "lora" / "config.json").read_text("utf-8"))
+  write_json(tmp_path / "config.json", config)
+  with pytest.raises(ValueError, match="is not finished"):
+    evaluate_run(tmp_path, {})
+  write_json(tmp_path / "result.json", stored(runs / "lora"))
+  with pytest.raises(FileNotFoundError, match="holds no adapter"):
+    evaluate_run(tmp_path, {"num_inputs": 1})
+  with pytest.raises(FileNotFoundError, match=r"the last checkpoint of .* is not there"):
+    evaluate_run(tmp_path, {"num_inputs": 1, "checkpoint": "last"})
+  with pytest.raises(ValueError, match="scoring must be"):
+    evaluate_run(runs / "lora", {"scoring": "other"})
+  write_json(tmp_path / "config.json", config | {"experiment": "e2e_template"})
+  with pytest.raises(ValueError, match="only 'gpt2_e2e' can be decoded"):
+    evaluate_run(tmp_path, {})
+
+
+def test_the_command_explains_its_errors(tmp_path, capsys):
+  with pytest.raises(SystemExit, match=r"error: .*is not the folder of a run"):
+    evaluate.main([str(tmp_path)])
+  with pytest.raises(SystemExit):
+    evaluate.main([str(tmp_path), "--num_beams=many"])
+  assert "invalid int value: 'many'" in capsys.readouterr().err

@@ -1,0 +1,99 @@
+"""Finished runs in other packages' forms: they compute what the run's own model does."""
+
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax as lj
+from experiments import export, gpt2_e2e
+from experiments.harness.launch import apply
+from experiments.nlg.restore import load_run
+from lora_jax.interop import load_peft
+from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
+from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.text.tokenizer import load_tokenizer
+from lora_jax.training.fingerprint import fingerprint
+
+from tests.tiny_e2e import tiny_config, tiny_folder
+from tests.toy_models import relative_difference
+
+TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """A LoRA run and one of full fine-tuning, both short, and the logits of the first."""
+  root = tmp_path_factory.mktemp("runs")
+  short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
+  for name, changes in {"lora": {}, "full": {"method": "full_finetuning"}}.items():
+    gpt2_e2e.run(apply(tiny_config(root / name), {**short, **changes}))
+  return root
+
+
+def logits_of(run):
+  return run.base.module.apply({"params": run.params}, TOKENS)
+
+
+@pytest.mark.parametrize("form", [[], ["--server"]])
+def test_an_adapter_for_peft(runs, form, tmp_path, capsys):
+  export.main([str(runs / "lora"), str(tmp_path / "new"), *form])
+  assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
+  config, params = load_gpt2(tiny_folder())
+  lora_config, trainable = load_peft(tmp_path / "new", stored_tensors(config), params)
+  adapted = lj.lora(lambda p, tokens: GPT2(config).apply({"params": p}, tokens), lora_config)
+  expected = logits_of(load_run(runs / "lora"))
+  assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
+  base = GPT2(config).apply({"params": params}, TOKENS)
+  assert relative_difference(base, expected) > 1e-2
+  written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+  assert written["target_modules"] == ["c_attn", "c_proj", "c_fc"]
+  assert ("rank_pattern" in written) == (not form)  # 3 x 4 on the fused weight, 4 elsewhere
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_merged_model_for_transformers(runs, name, tmp_path):
+  export.main([str(runs / name), str(tmp_path / "new"), "--merged"])
+  config, params = load_gpt2(tmp_path / "new")
+  got = GPT2(config).apply({"params": params}, TOKENS)
+  assert relative_difference(got, logits_of(load_run(runs / name))) < 1e-6
+  assert load_tokenizer(tmp_path / "new").get_vocab_size() == 8192
+
+
+def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):
+  """The base's folder is what is copied; that rounding to bfloat16 costs something is printed."""
+  shutil.copytree(runs / "lora", tmp_path / "run")
+  base = shutil.copytree(tiny_folder(), tmp_path / "base")
+  narrow = {
+    name: array.astype(ml_dtypes.bfloat16)
+    for name, array in load_file(base / "model.safetensors").items()
+  }
+  save_file(narrow, base / "model.safetensors")
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  config["model"]["folder"] = str(base)
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  with pytest.raises(SystemExit, match="was trained on a base with fingerprint"):
+    export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  result["base"] = fingerprint(load_gpt2(base)[1])  # as if it had been
+  (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+  export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  printed = capsys.readouterr().out
+  error = float(re.search(r"by at most\n(\S+) of their largest element \(h_", printed)[1])
+  assert 1e-4 < error < 2**-8
+  merged = load_file(tmp_path / "new" / "model.safetensors")
+  assert {array.dtype for array in merged.values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_what_cannot_be_exported(runs, tmp_path):
+  with pytest.raises(SystemExit, match="is a run of full_finetuning, which has no adapter"):
+    export.main([str(runs / "full"), str(tmp_path / "new")])
+  with pytest.raises(SystemExit, match="is not the folder of a run"):
+    export.main([str(tmp_path), str(tmp_path / "new")])
+  with pytest.raises(SystemExit, match="exists; nothing is overwritten"):
+    export.main([str(runs / "lora"), str(tmp_path)])

@@ -1,0 +1,377 @@
+"""The finetune experiment: own lines and an own model in, an adapter that others read out."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from experiments import export, finetune
+from experiments.configs.finetune import get_config
+from experiments.harness.launch import apply
+from experiments.report import report
+from lora_jax.data.sets.e2e_tfds import load
+from lora_jax.interop import load_peft
+from lora_jax.models.llama.folder import save_llama
+from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.parts.mixture import MixtureConfig
+from lora_jax.models.text.tokenizer import load_tokenizer
+from lora_jax.models.zoo import load_causal_lm
+from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.metrics_log import read_metrics
+
+from tests.make_tokenizer_golden import GOLDEN
+from tests.tiny_e2e import EMBEDDED, tiny_folder
+from tests.tiny_training import broken_off_at
+from tests.toy_models import relative_difference
+
+TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
+CHAT_TEMPLATE = (
+  "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+  """The tiny GPT-2, with a chat template."""
+  folder = tmp_path_factory.mktemp("chat")
+  for file in tiny_folder().iterdir():
+    (folder / file.name).symlink_to(file)
+  config = {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def write_lines(path, chats=False, count=60):
+  with path.open("w") as file:
+    for record in load("train", choose=lambda size: range(0, size, size // count)):
+      line = {"prompt": record.context + "\n", "completion": record.completion}
+      if chats:
+        roles = {"user": line["prompt"], "assistant": line["completion"]}
+        line = {"messages": [{"role": role, "content": roles[role]} for role in roles]}
+      file.write(json.dumps(line) + "\n")
+  return path
+
+
+def config_of(model, data, workdir):
+  config = get_config()
+  changes = {
+    "workdir": str(workdir),
+    "model.folder": str(model),
+    "data.file": str(data),
+    "data.num_epochs": 1,
+    "data.batch_size": 4,
+    "lora.rank": 4,
+    "optimizer.learning_rate": 3e-2,
+    "optimizer.warmup_steps": 2,
+    "fit.log_every_steps": 1,
+    "samples.count": 2,
+    "samples.max_new_tokens": 6,
+  }
+  return apply(config, changes)
+
+
+def finished_run(chat_folder, folder, chats):
+  data = write_lines(folder / "mine.jsonl", chats)
+  config = config_of(chat_folder, data, folder / "run")
+  return config, finetune.run(config)
+
+
+@pytest.fixture(scope="module")
+def completions(chat_folder, tmp_path_factory):
+  return finished_run(chat_folder, tmp_path_factory.mktemp("completions"), chats=False)
+
+
+@pytest.fixture(scope="module")
+def chats(chat_folder, tmp_path_factory):
+  return finished_run(chat_folder, tmp_path_factory.mktemp("chats"), chats=True)
+
+
+def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
+  """Prompts are longer than the window, and as many are answered at once as devices share rows."""
+  config = LlamaConfig(
+    vocab_size=8192,
+    num_positions=256,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=64,
+    sliding_window=24,
+  )
+  params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  save_llama(tmp_path / "model", config, params, tokenizer_from=EMBEDDED, end_of_text_id=0)
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  changes = {"mesh.data": 2, "mesh.fsdp": 2, "samples.count": 1}
+  run = apply(config_of(tmp_path / "model", data, tmp_path / "run"), changes)
+  result = finetune.run(run)
+  assert len(result["samples"]) == 1
+  model = load_causal_lm(tmp_path / "model")
+  assert model.model_type == "mistral"
+  lora_config, adapter = load_peft(tmp_path / "run" / "peft", model.stored, model.params)
+  adapted = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
+  assert relative_difference(model.call(model.params, TOKENS), adapted) > 1e-3
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS), adapted) < 1e-5
+  (tmp_path / "run" / "result.json").rename(tmp_path / "run" / "result_before.json")
+  file = tmp_path / "model" / "config.json"
+  written = file.read_text()
+  file.write_text(json.dumps(json.loads(written) | {"rms_norm_eps": 0.1}))
+  with pytest.raises(ValueError, match=r"was begun with other model, by its config\.json"):
+    finetune.run(run)
+  file.write_text(written)
+  weights = tmp_path / "model" / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-1] + b"@")
+  with pytest.raises(ValueError, match=r"was begun with other weights .*it has changed since"):
+    finetune.run(run)
+  (tmp_path / "run" / "result_before.json").rename(tmp_path / "run" / "result.json")
+  with pytest.raises(SystemExit, match=r"was trained on other weights than .*model\.safetensors"):
+    export.main([str(tmp_path / "run"), str(tmp_path / "other"), "--merged"])
+
+
+@pytest.mark.long
+def test_a_mixture_of_experts_with_a_sentencepiece_tokenizer(tmp_path, capsys):
+  """Its experts are adapted too, for which servers have no names."""
+  tokenizer = shutil.copytree(GOLDEN / "llama", tmp_path / "tokenizer")
+  (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+  config = LlamaConfig(
+    vocab_size=load_tokenizer(tokenizer).get_vocab_size(),
+    num_positions=256,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_dim=48,
+    mixture=MixtureConfig(num_experts=4, experts_per_token=2),
+  )
+  params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  save_llama(tmp_path / "model", config, params, tokenizer_from=tokenizer, end_of_text_id=2)
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  run = apply(config_of(tmp_path / "model", data, tmp_path / "run"), {"samples.count": 1})
+  run.lora.target += "|.*/mlp/experts/(gate|up|down)"
+  result = finetune.run(run)
+  assert result["valid_loss"] < math.log(config.vocab_size) - 0.02
+  assert "# in PEFT" in (out := capsys.readouterr().out)
+  assert "vllm serve" not in out
+  written = json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())
+  assert sorted(written["target_parameters"]) == ["down_proj", "gate_up_proj"]
+  model = load_causal_lm(tmp_path / "model")
+  assert model.model_type == "mixtral"
+  lora_config, adapter = load_peft(tmp_path / "run" / "peft", model.stored, model.params)
+  adapted = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS % 300)
+  assert relative_difference(model.call(model.params, TOKENS % 300), adapted) > 1e-3
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS % 300), adapted) < 1e-5
+
+
+def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
+  first = write_lines(tmp_path / "first.jsonl", count=20)
+  second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
+  for data, valid in ((first, second), (second, first)):
+    config = apply(config_of(chat_folder, data, tmp_path / "run"), {"data.valid_file": str(valid)})
+    with pytest.raises(ValueError, match=r"have lines of two forms"):
+      finetune.run(config)
+
+
+@pytest.mark.parametrize("form", ["completions", "chats"])
+def test_it_learns_and_answers(form, request):
+  _, result = request.getfixturevalue(form)
+  assert result["valid_loss"] < math.log(8192) - 0.02  # of the random weights' uniform guess
+  assert result["num_train_records"] + result["num_valid_records"] >= 60
+  assert len(result["samples"]) == 2
+  assert all(one["answer"] for one in result["samples"])
+  assert result["samples"][0]["prompt"].endswith(
+    {"completions": "\n", "chats": "assistant: "}[form]
+  )
+
+
+def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
+  config, _ = completions
+  model = load_causal_lm(chat_folder)
+  lora_config, loaded = load_peft(f"{config.workdir}/peft", model.stored, model.params)
+  got = lj.lora(model.call, lora_config).apply(model.params, loaded, TOKENS)
+  ours = lj.lora(model.call, lj.LoraConfig(**config.lora.to_dict()))
+  trainable = restore_adapter(
+    f"{config.workdir}/adapter", ours.init(jnp.zeros(2, jnp.uint32), model.params, TOKENS)
+  )
+  expected = ours.apply(model.params, trainable, TOKENS, lora_key=None)
+  assert relative_difference(got, expected) < 1e-5
+  assert relative_difference(model.call(model.params, TOKENS), expected) > 1e-2
+
+
+def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path, capsys):
+  config, _ = completions
+  export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+  assert "rounding to the base's dtype changed 12 weights" in capsys.readouterr().out
+  model, merged = load_causal_lm(chat_folder), load_causal_lm(tmp_path / "merged")
+  lora_config, adapter = load_peft(f"{config.workdir}/peft", model.stored, model.params)
+  expected = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
+  assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
+  with pytest.raises(SystemExit, match="is in PEFT's form already"):
+    export.main([config.workdir, str(tmp_path / "adapter")])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
+def test_the_report_says_how_to_load_it(completions, capsys):
+  config, result = completions
+  again = finetune.run(config)
+  assert again == json.loads(json.dumps(result))
+  out = capsys.readouterr().out
+  assert "is finished" in out
+  folder = f"{config.workdir}/peft"
+  names = {}
+  here, in_peft = out.split("# here\n")[1].split("# in PEFT\n")
+  exec(here, names)
+  base = names["base"]
+  assert names["adapted"].apply(base.params, names["adapter"], TOKENS).shape == (1, 6, 8192)
+  assert "--max-lora-rank 16" in out  # 12 of the fused query, key and value
+  assert f"--lora-modules mine={folder}" in out
+  pytest.importorskip("peft", reason="the lines for PEFT need it")
+  import torch
+
+  exec(in_peft, names)
+  with torch.no_grad():
+    theirs = names["model"](torch.tensor(np.asarray(TOKENS))).logits.numpy()
+  ours = names["adapted"].apply(base.params, names["adapter"], TOKENS)
+  assert relative_difference(jnp.asarray(theirs), ours) < 1e-5
+
+
+def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
+  """It is broken off in training, and once more after it."""
+  config, result = completions
+  step = result["num_train_steps"] // 2
+  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
+  with broken_off_at(step):
+    finetune.run(again)
+
+  class Broken(Exception):
+    pass
+
+  def fails(*_):
+    raise Broken
+
+  monkeypatch.setattr(finetune, "export", fails)
+  with pytest.raises(Broken):
+    finetune.run(again)
+  monkeypatch.undo()
+  losses = [
+    [metrics["train/loss"] for metrics in read_metrics(path) if "train/loss" in metrics]
+    for path in (Path(run.workdir) / "metrics.jsonl" for run in (config, again))
+  ]
+  assert losses[0] == losses[1]
+  assert len(losses[0]) > 1
+  resumed = finetune.run(again)
+  assert resumed["valid_loss"] == result["valid_loss"]
+  assert resumed["samples"] == result["samples"]
+  assert resumed["train_tokens"] == 0  # of this sitting
+
+
+def test_data_that_has_changed_since_a_run_was_finished(completions):
+  config, result = completions
+  data = Path(config.data.file)
+  before = data.read_text()
+  data.write_text(before + before)
+  with pytest.raises(ValueError, match=r"was begun with other data .* it has changed since"):
+    finetune.run(config)
+  data.write_text(before)
+  assert finetune.run(config)["valid_loss"] == result["valid_loss"]
+
+
+def test_runs_are_set_beside_each_other(completions, tmp_path):
+  config, result = completions
+  other = tmp_path / "run"
+  other.mkdir()
+  stored = json.loads((Path(config.workdir) / "config.json").read_text())
+  stored["optimizer"]["learning_rate"] = 1e-3
+  (other / "config.json").write_text(json.dumps(stored))
+  (other / "result.json").write_text(json.dumps(result | {"valid_loss": 9.0}))
+  text = report([config.workdir, other], tmp_path / "report")
+  assert "| LoRA, rate 0.001 |" in text
+  by_rate = text.split("## By learning rate")[1]
+  assert f"**{result['valid_loss']:.3f}**" in by_rate
+  assert "9.000" in by_rate
+
+
+def test_lines_may_be_mended_before_anything_was_trained(chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  lines = data.read_text()
+  data.write_text(lines + "{}")
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), {"samples.count": 0})
+  with pytest.raises(ValueError, match=r"mine.jsonl:"):
+    finetune.run(config)
+  data.write_text(lines)
+  assert finetune.run(config)["num_train_steps"] > 0
+
+
+def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
+  bare = tmp_path / "model"
+  bare.mkdir()
+  for file in chat_folder.iterdir():
+    if file.suffix != ".safetensors":
+      (bare / file.name).symlink_to(file)
+  data = write_lines(tmp_path / "mine.jsonl")
+  command = [sys.executable, "-m", "experiments.finetune", f"--model={bare}", f"--data={data}"]
+  done = subprocess.run([*command, "--dry_run"], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  assert "layers" not in done.stdout
+  for line in (
+    r"h_1/mlp/down/kernel +128 x 32 +128 x 16",
+    r"model +/.*model: gpt2, 295,808 parameters",
+    r"adapter +rank 16, 18,432 parameters \(\d+\.\d\d %\)",
+    r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
+    r"memory +0\.\d\d GB a device by the compiler's estimate",
+    r"nothing was trained",
+  ):
+    assert re.search(line, done.stdout), (line, done.stdout)
+  assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"lora.target": "wte/embedding"}, "wte is the head too"),
+    ({"model.folder": ""}, "no model is given: add --model"),
+    ({"data.file": ""}, "no data is given: add --data"),
+    ({"fit.keep": "first"}, "fit.keep must be best or last"),
+    ({"data.valid_share": 1.0}, "valid_share must be between 0 and 1"),
+    ({"data.today": "26 Jul"}, "data.today must be a day as 2024-07-26"),
+    ({"lora.target": r".*/attn/qurey/kernel"}, "h_0/attn/query/kernel"),
+    ({"lora.rank": 33}, "rank 33"),
+    ({"data.row_length": 8}, "lines have more than 8 tokens, .*mine.jsonl:1"),
+  ],
+)
+def test_what_is_refused(changes, message, chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  with pytest.raises(ValueError, match=message):
+    finetune.run(config)
+
+
+def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path):
+  data = write_lines(tmp_path / "mine.jsonl", chats=True, count=20)
+  with pytest.raises(FileNotFoundError, match=r"no chat template|tokenizer_config"):
+    finetune.run(config_of(tiny_folder(), data, tmp_path / "run"))
+  with data.open("a") as file:
+    messages = [{"role": "assistant", "content": "I begin"}, {"role": "user", "content": "Oh"}]
+    file.write(json.dumps({"messages": messages}) + "\n")
+  count = len(data.read_text().splitlines())
+  with pytest.raises(ValueError, match=f"mine.jsonl:{count}: expected a message before"):
+    finetune.run(config_of(chat_folder, data, tmp_path / "run2"))
+
+
+def test_too_few_lines(chat_folder, tmp_path):
+  data = tmp_path / "mine.jsonl"
+  data.write_text('{"prompt": "a", "completion": "b"}')
+  with pytest.raises(ValueError, match="has 1 different prompts, of which 1 are held out"):
+    finetune.run(config_of(chat_folder, data, tmp_path / "run"))

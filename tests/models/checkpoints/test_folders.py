@@ -1,0 +1,413 @@
+"""Hugging Face folders: strict reading, no pickles, whole writing, parts straight to devices."""
+
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file, save_file
+
+import lora_jax
+from lora_jax.models.checkpoints.hub import Tensors, find_folder
+from lora_jax.models.gpt2.folder import load_gpt2, params_shapes, save_gpt2
+
+from tests.make_gpt2_golden import GOLDEN
+
+EMBEDDED = Path(lora_jax.__file__).parent / "assets" / "gpt2"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return Path(shutil.copytree(GOLDEN / "tied", tmp_path / "model"))
+
+
+def change(folder, changes):
+  """Rewrites the weights: None takes a tensor away."""
+  tensors = load_file(folder / WEIGHTS) | changes
+  save_file({name: x for name, x in tensors.items() if x is not None}, folder / WEIGHTS)
+
+
+def set_config(folder, **values):
+  config = json.loads((folder / "config.json").read_text()) | values
+  given = {key: value for key, value in config.items() if value != "absent"}
+  (folder / "config.json").write_text(json.dumps(given))
+
+
+def shards(folder):
+  """Makes a folder of several files; returns its index."""
+  config, params = load_gpt2(folder)
+  shutil.rmtree(folder)
+  save_gpt2(folder, config, params, max_shard_bytes=40_000)
+  return json.loads((folder / INDEX).read_text())
+
+
+def refused(folder, message, error=ValueError, **options):
+  with pytest.raises(error, match=message):
+    load_gpt2(folder, **options)
+
+
+@pytest.mark.parametrize(
+  ("name", "tensor", "message"),
+  [
+    ("h.1.ln_2.bias", None, r"missing transformer\.h\.1\.ln_2\.bias \(32,\)"),
+    ("h.2.ln_2.bias", np.zeros(32), r"unexpected transformer\.h\.2\.ln_2\.bias \(32,\)"),
+    ("h.0.mlp.c_fc.weight", np.zeros((128, 32)), r"has shape \(128, 32\), expected \(32, 128\)"),
+    ("wpe.weight", np.zeros((24, 32), np.int8), r"wpe\.weight is of I8, expected one of F64, F32"),
+  ],
+)
+def test_tensors_other_than_the_configs_are_named(folder, name, tensor, message):
+  change(folder, {f"transformer.{name}": tensor})
+  refused(folder, message)
+
+
+def test_every_fault_is_named_at_once(folder):
+  change(folder, {"transformer.ln_f.bias": None, "more": np.zeros(3)})
+  refused(folder, r"missing transformer\.ln_f\.bias \(32,\); unexpected more \(3,\)$")
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000, 3, 0])
+def test_truncated_weights_are_refused(folder, size):
+  os.truncate(folder / WEIGHTS, size)
+  refused(folder, "model.safetensors is truncated or no safetensors file")
+
+
+class Trap:
+  """Makes a file when it is unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_named_and_never_opened(folder, tmp_path):
+  import pickle
+
+  (folder / WEIGHTS).unlink()
+  (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+  refused(folder, r"weights are missing; pytorch_model\.bin may be pickles", FileNotFoundError)
+  (folder / "pytorch_model.bin").rename(folder / WEIGHTS)
+  refused(folder, "truncated or no safetensors file")
+  assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+  "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin"]
+)
+def test_an_index_cannot_point_out_of_its_folder(folder, name):
+  index = shards(folder)
+  index["weight_map"]["transformer.wte.weight"] = name
+  (folder / INDEX).write_text(json.dumps(index))
+  refused(folder, f"'{name}' is not the name of a safetensors file of the folder")
+
+
+def test_wrong_indices_are_refused(folder):
+  index = shards(folder)
+  first, *_, last = sorted(set(index["weight_map"].values()))
+  (folder / last).rename(folder / "away")
+  refused(folder, f"{last} does not exist, but .*index.json names it", FileNotFoundError)
+  (folder / "away").rename(folder / last)
+
+  moved = dict(index["weight_map"], **{"transformer.wte.weight": last})
+  assert index["weight_map"]["transformer.wte.weight"] == first
+  (folder / INDEX).write_text(json.dumps({"weight_map": moved}))
+  refused(folder, r"and the files disagree about transformer\.wte\.weight$")
+
+  shutil.copy(folder / first, folder / "twice.safetensors")
+  more = index["weight_map"] | {"x": "twice.safetensors"}
+  (folder / INDEX).write_text(json.dumps({"weight_map": more}))
+  refused(folder, f"is in {first} and in twice.safetensors")
+
+  for wrong in (json.dumps({"weight_map": [1]}), json.dumps({"weight_map": {"x": 1}}), "{}"):
+    (folder / INDEX).write_text(wrong)
+    refused(folder, "expected an object 'weight_map' of file names")
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"model_type": "llama"}, "expected model_type 'gpt2', got 'llama'"),
+    ({"model_type": "absent"}, "expected model_type 'gpt2', got None"),
+    ({"scale_attn_weights": False}, "scale_attn_weights=False is not supported; expected True"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx=True is not supported"),
+    ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
+    ({"activation_function": "mish"}, "config.json: activation must be one of .* got 'mish'"),
+    ({"n_layer": "absent"}, "config.json: missing n_layer"),
+    ({"n_layer": "2"}, "expected a positive integer for n_layer, got '2'"),
+    ({"n_inner": 0}, "expected a positive integer for n_inner, got 0"),
+    ({"n_head": 5}, "config.json: num_heads must divide embed_dim"),
+  ],
+)
+def test_configs_that_are_computed_otherwise_are_refused(folder, values, message):
+  set_config(folder, **values)
+  refused(folder, message)
+
+
+def test_broken_and_missing_configs_are_refused(folder):
+  (folder / "config.json").write_text("{")
+  refused(folder, "config.json is not JSON")
+  (folder / "config.json").write_text("[]")
+  refused(folder, "expected a JSON object, got list")
+  (folder / "config.json").unlink()
+  refused(folder, "config.json does not exist", FileNotFoundError)
+  refused(folder / "none", "is not a folder", FileNotFoundError)
+
+
+def test_a_stored_head_must_be_the_tied_embedding(folder):
+  expected = load_gpt2(folder)[1]
+  embedding = load_file(folder / WEIGHTS)["transformer.wte.weight"]
+  change(folder, {"lm_head.weight": embedding})
+  assert_same_trees(load_gpt2(folder)[1], expected)
+  change(folder, {"lm_head.weight": embedding + 1e-3})
+  refused(folder, r"lm_head\.weight differs from transformer\.wte\.weight, .*_embeddings to false")
+
+
+def test_old_files_have_no_prefix_and_hold_masks(folder):
+  expected = load_gpt2(folder)[1]
+  tensors = {k.removeprefix("transformer."): x for k, x in load_file(folder / WEIGHTS).items()}
+  for i in range(2):
+    tensors[f"h.{i}.attn.bias"] = np.tri(24, dtype=np.float32)[None, None]
+    tensors[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+  save_file(tensors, folder / WEIGHTS)
+  assert_same_trees(load_gpt2(folder)[1], expected)
+
+
+FIND = """
+import time
+from lora_jax.models.hub import find_folder
+start = time.monotonic()
+try:
+  find_folder("some-user/some-model")
+except FileNotFoundError as error:
+  print(time.monotonic() - start, error)
+"""
+
+
+@pytest.mark.parametrize("network", ["closed", "silent", "offline"])
+def test_a_hub_name_without_network_fails_soon(network, tmp_path):
+  with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and never answers
+    port = silent.getsockname()[1] if network == "silent" else 9
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
+    env |= {"HF_HUB_OFFLINE": "1"} if network == "offline" else {}
+    command = [sys.executable, "-c", FIND]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+  seconds, message = run.stdout.split(" ", 1)
+  assert float(seconds) < 30  # on an idle machine half a second, or the timeout of five
+  assert "'some-user/some-model' is neither a local folder nor could it be had" in message
+  assert "Give the path of a folder with config.json" in message
+  assert ("HF_HUB_OFFLINE" in message) == (network == "offline")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """Answers as the hub does, about one repository, `user/tied`, with the files of a folder."""
+
+  folder: Path
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  refuses_with: int | None = None  # a status
+
+  def do_GET(self):
+    if self.refuses_with:
+      self.send_error(self.refuses_with)
+      return
+    parts = self.path.split("?")[0].split("/")
+    if parts[1:3] == ["api", "models"]:
+      names = sorted(path.name for path in self.folder.iterdir())
+      answer = {
+        "id": "user/tied",
+        "sha": self.commit,
+        "siblings": [{"rfilename": name} for name in names],
+      }
+      if "tree" in parts:
+        sizes = [(self.folder / name).stat().st_size for name in names]
+        answer = [
+          {"type": "file", "path": name, "size": size, "oid": f"{size:040}"}
+          for name, size in zip(names, sizes, strict=True)
+        ]
+      body = json.dumps(answer).encode()
+    elif not (self.folder / parts[-1]).is_file():
+      self.send_error(404)
+      return
+    else:  # user/tied/resolve/<revision>/<name>
+      body = (self.folder / parts[-1]).read_bytes()
+    self.send_response(200)
+    self.send_header("Content-Length", str(len(body)))
+    self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+    self.send_header("X-Repo-Commit", self.commit)
+    self.end_headers()
+    if self.command == "GET":
+      self.wfile.write(body)
+
+  do_HEAD = do_GET
+
+  def log_message(self, format, *args):
+    pass
+
+
+def run_find(code, **env):
+  command = [
+    sys.executable,
+    "-c",
+    f"from lora_jax.models.checkpoints.hub import find_folder\n{code}",
+  ]
+  run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+  return run.stdout + run.stderr
+
+
+def test_a_repository_of_the_hub_and_later_without_network(folder, tmp_path):
+  """The weights come when they are asked for, and what has come once is found again offline."""
+  (folder / "generation_config.json").write_text("{}")
+  handler = type("OfFolder", (Hub,), {"folder": folder})
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    online = env | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+    offline = env | {"HF_HUB_OFFLINE": "1"}
+    find, plan = (f"print(find_folder('user/tied', weights={w}))" for w in (True, False))
+    planned = Path(run_find(plan, **online).strip())
+    assert not (planned / WEIGHTS).exists()
+    assert "Give the path of a folder" in run_find(find, **offline)
+    found = Path(run_find(find, **online).strip())
+    assert (found / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert (found / "generation_config.json").is_file()
+    assert run_find(find, **offline).splitlines()[0] == str(found)
+    handler.refuses_with = 503
+    assert run_find(find, **online).splitlines()[0] == str(found)
+    handler.refuses_with = 401
+    assert "Give the path of a folder" in run_find(find, **online)
+    handler.refuses_with = None
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    message = run_find(find, **online | {"HF_HOME": str(tmp_path / "other")})
+    assert "has no model.safetensors, but pytorch_model.bin; pickles are not read" in message
+    server.shutdown()
+
+
+def test_a_local_folder_is_taken_as_it_is(folder):
+  assert find_folder(str(folder)) == folder
+
+
+def assert_same_trees(got, expected):
+  def same(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+  jax.tree.map(same, got, expected)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("max_shard_bytes", [20_000, 10**9])
+def test_a_saved_folder_loads_bit_for_bit(tmp_path, name, scan_layers, max_shard_bytes):
+  config, params = load_gpt2(GOLDEN / name, scan_layers=scan_layers)
+  new = tmp_path / "runs" / "new"
+  save_gpt2(new, config, params, max_shard_bytes=max_shard_bytes)
+  again, loaded = load_gpt2(new, scan_layers=scan_layers)
+  assert again == config
+  assert_same_trees(loaded, params)
+  if max_shard_bytes == 10**9:
+    assert_same_trees(load_file(new / WEIGHTS), load_file(GOLDEN / name / WEIGHTS))
+  assert (new / INDEX).exists() == (max_shard_bytes < 10**9)
+  assert {path.name for path in new.parent.iterdir()} == {"new"}
+  for path in new.glob("*.safetensors"):
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((new / "config.json").stat().st_mode)
+
+
+def test_bfloat16_is_kept_and_the_tokenizer_comes_with_it(tmp_path):
+  config, params = load_gpt2(EMBEDDED, param_dtype="bfloat16")
+  save_gpt2(tmp_path / "new", config, params, EMBEDDED, end_of_text_id=0)
+  got, expected = load_file(tmp_path / "new" / WEIGHTS), load_file(EMBEDDED / WEIGHTS)
+  assert got.keys() == expected.keys()
+  assert_same_trees(got, expected)
+  written = json.loads((tmp_path / "new" / "config.json").read_text())
+  assert written == json.loads((EMBEDDED / "config.json").read_text()) | {"n_inner": None}
+  same = (tmp_path / "new" / "tokenizer.json").read_bytes()
+  assert same == (EMBEDDED / "tokenizer.json").read_bytes()
+
+
+def test_what_cannot_be_saved_is_refused(folder, tmp_path):
+  config, params = load_gpt2(folder)
+  with pytest.raises(FileExistsError, match="exists; nothing is overwritten"):
+    save_gpt2(folder, config, params)
+  adapted = params | {"h_0": params["h_0"] | {"attn": params["h_0"]["attn"] | {"lora": {}}}}
+  save_gpt2(tmp_path / "same", config, adapted)  # an empty branch holds no array
+  del adapted["h_0"]["attn"]["key"]
+  with pytest.raises(ValueError, match=r"expected \[\('h_0/attn/key/bias', \(32,\)\), .* got \[\]"):
+    save_gpt2(tmp_path / "new", config, adapted)
+  with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+    save_gpt2(tmp_path / "new", config, params, tokenizer_from=folder)
+  assert {path.name for path in tmp_path.iterdir()} == {"model", "same"}
+
+
+@pytest.mark.parametrize(("max_shard_bytes", "shard"), [(20_000, 2), (10**9, 1)])
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, max_shard_bytes, shard):
+  config, params = load_gpt2(folder)
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # The system itself refuses files this long: the real failure, halfway through the weights.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (14_000, limits[1]))
+  try:
+    with pytest.raises(
+      OSError, match=rf"could not write .*/{shard}\.safetensors: .*File too large"
+    ):
+      save_gpt2(tmp_path / "new", config, params, max_shard_bytes=max_shard_bytes)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_each_device_reads_its_own_part(monkeypatch, name, scan_layers):
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+  def shardings(shapes):
+    specs = jax.tree.map(lambda x: P(*[None] * (len(x.shape) - 1), "fsdp"), shapes)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+  expected = load_gpt2(GOLDEN / name, scan_layers=scan_layers)[1]
+  read, sizes = Tensors.read, []
+
+  def spy(self, *args):
+    part = read(self, *args)
+    sizes.append(part.nbytes)
+    return part
+
+  monkeypatch.setattr(Tensors, "read", spy)
+  config, params = load_gpt2(GOLDEN / name, scan_layers=scan_layers, shardings=shardings)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  for leaf in jax.tree.leaves(params):
+    assert {shard.data.nbytes for shard in leaf.addressable_shards} == {leaf.nbytes // 8}
+  assert sum(sizes) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  layer = params_shapes(dataclasses.replace(config, scan_layers=False))
+  assert max(sizes) == max(4 * leaf.size // 8 for leaf in jax.tree.leaves(layer))
+
+
+def test_one_sharding_serves_all_leaves():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  replicated = NamedSharding(mesh, P())
+  params = load_gpt2(GOLDEN / "tied", shardings=replicated)[1]
+  assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {replicated}
+  part = {"wte": replicated}
+  with pytest.raises(ValueError, match="wpe"):
+    load_gpt2(GOLDEN / "tied", shardings=part)
+
+
+def test_weights_come_in_the_dtype_asked_for():
+  wide = load_gpt2(EMBEDDED)[1]
+  narrow = load_gpt2(EMBEDDED, param_dtype=jnp.bfloat16)[1]
+  assert_same_trees(jax.tree.map(lambda x: x.astype(jnp.float32), narrow), wide)

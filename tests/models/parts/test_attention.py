@@ -1,0 +1,90 @@
+"""Attention and its gradients are those of `jax.nn.dot_product_attention`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.models.parts import attention
+from lora_jax.models.parts.attention import causal_attention
+
+SEGMENT_IDS = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
+
+
+def segments_mask():
+  return (SEGMENT_IDS[:, :, None] == SEGMENT_IDS[:, None, :])[:, None]
+
+
+def inputs(scale=1.0, dtype="float32"):
+  keys = jax.random.split(jax.random.key(0), 4)
+  return tuple((scale * jax.random.normal(key, (2, 12, 3, 8))).astype(dtype) for key in keys)
+
+
+def outputs_and_gradients(attend, query, key, value, gradient):
+  out, pull = jax.vjp(attend, query, key, value)
+  return out, *pull(gradient)
+
+
+def by_jax(mask):
+  return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+
+
+@pytest.fixture(params=[128, 5], ids="blocks of {}".format)
+def block_size(request, monkeypatch):
+  """One block of all 12 queries, or three."""
+  monkeypatch.setattr(attention, "BLOCK_SIZE", request.param)
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+  ("scale", "dtype", "tolerance"),
+  [(1.0, "float32", 1e-5), (5.0, "float32", 1e-4), (1.0, "bfloat16", 3e-2)],
+)
+def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
+  mask = segments_mask() if masked else None
+  arrays = inputs(scale, dtype)
+  got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
+  wide = [array.astype("float32") for array in arrays]
+  expected = outputs_and_gradients(by_jax(mask), *wide)
+  for ours, theirs in zip(got, expected, strict=True):
+    assert ours.dtype == dtype
+    largest = float(jnp.abs(theirs).max())
+    np.testing.assert_allclose(ours.astype("float32"), theirs, atol=tolerance * largest)
+
+
+def test_fewer_queries_than_keys():
+  query, key, value, gradient = inputs()
+  at = jnp.asarray([9, 2, 2, 11, 0])
+  causal = jnp.tril(jnp.ones((12, 12), bool))[None, None]
+  mask = (segments_mask() & causal)[:, :, at]
+  arrays = (query[:, at], key, value, gradient[:, at])
+  got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
+  expected = outputs_and_gradients(
+    lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *arrays
+  )
+  for ours, theirs in zip(got, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.usefixtures("block_size")
+def test_a_token_sees_its_own_segment_up_to_itself():
+  query, key, value, _ = inputs()
+
+  def seen(position):
+    def output(value):
+      return causal_attention(query, key, value, segments_mask())[0, position].sum()
+
+    return np.flatnonzero(np.abs(jax.grad(output)(value)[0]).sum(axis=(1, 2))).tolist()
+
+  assert seen(3) == [0, 1, 2, 3]
+  assert seen(7) == [5, 6, 7]
+
+
+def test_no_more_than_eight_blocks_cover_all_queries():
+  for length in (1, 127, 128, 129, 1000, 1024, 5000):
+    blocks = attention._blocks(length, length)
+    assert len(blocks) <= 8
+    starts, stops, ends = map(list, zip(*blocks, strict=True))
+    assert [0, *stops] == [*starts, length]
+    assert ends == stops

@@ -1,0 +1,252 @@
+"""Whole training runs: broken off and gone on with, they end with the same bits."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from lora_jax.data.batches import as_grain
+from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.loop import Evaluation, FitConfig, evaluate_loss, fit
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
+from lora_jax.training.metrics_log import MetricsLog, read_metrics
+from lora_jax.training.step import make_eval_step
+
+from tests.paths import ROOT
+from tests.tiny_training import STEPS, batches, examples, fresh_params, method, model, train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+  """Keeps compiled programs: every run here compiles the same ones."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@cache
+def undisturbed(name="lora"):
+  """Returns what a run that nothing happened to ended with, and its folder."""
+  workdir = Path(mkdtemp(prefix="undisturbed-"))
+  return train(workdir, name), workdir
+
+
+def lines(workdir):
+  """Returns a run's log without its times."""
+  kept = read_metrics(workdir / "metrics.jsonl")
+  return [{k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in kept]
+
+
+def assert_same(got, got_workdir, name="lora"):
+  expected, workdir = undisturbed(name)
+  for ours, theirs in ((got.last, expected.last), (got.best, expected.best)):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  assert (got.best_step, got.best_loss) == (expected.best_step, expected.best_loss)
+  assert got.last_loss == expected.last_loss
+  assert lines(got_workdir) == lines(workdir)
+
+
+def copied(tmp_path, name="lora"):
+  """Returns a copy of an undisturbed run's folder."""
+  shutil.copytree(undisturbed(name)[1], tmp_path / "run")
+  return tmp_path / "run"
+
+
+def test_a_run_learns_and_reports(tmp_path):
+  fitted, workdir = undisturbed()
+  log = read_metrics(workdir / "metrics.jsonl")
+  training = {line["step"]: line["train/loss"] for line in log if "train/loss" in line}
+  valid = {line["step"]: line["valid/loss"] for line in log if "valid/loss" in line}
+  assert list(training) == list(range(1, STEPS + 1))
+  assert list(valid) == [3, 6, 8]
+  assert training[STEPS] < training[1]
+  assert fitted.best_loss == min(valid.values())
+  assert fitted.best_step == min(valid, key=valid.__getitem__)
+  assert fitted.last_loss == valid[STEPS]
+  data = batches()
+  assert fitted.tokens == sum(np.count_nonzero(data[i]["segment_ids"]) for i in range(STEPS))
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == sorted({6, 8, fitted.best_step})
+
+
+def test_checkpoints_hold_nothing_of_the_base():
+  """Neither an array of a base weight's shape, nor more elements than adapter and moments have."""
+  fitted, workdir = undisturbed()
+  base = {x.shape for x in jax.tree.leaves(model(num_layers=1)[1]) if x.ndim > 1}
+  args = ocp.args.Composite(state=ocp.args.StandardRestore())
+  for folder in (workdir / "checkpoints").iterdir():
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      arrays = checkpointer.restore(folder, args=args)["state"]
+    assert not base & {array.shape for array in arrays.values()}
+    adapter = sum(x.size for x in jax.tree.leaves(fitted.last))
+    assert sum(array.size for array in arrays.values()) == 3 * adapter + 2 + 2  # counts, key
+
+
+def test_tensorboard_files_hold_the_same():
+  _, workdir = undisturbed()
+  (file,) = (workdir / "tensorboard").iterdir()
+  data, tags, place = file.read_bytes(), [], 0
+  while place < len(data):  # TFRecord: length, its checksum, the data, their checksum
+    length = int.from_bytes(data[place : place + 8], "little")
+    tags.append(data[place + 12 : place + 12 + length])
+    place += 12 + length + 4
+  assert place == len(data)
+  assert sum(b"train/loss" in tag for tag in tags) == STEPS
+  assert sum(b"valid/loss" in tag for tag in tags) == 3
+
+
+@pytest.mark.parametrize("name", ["lora", "full_finetuning"])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, name):
+  command = [sys.executable, "-m", "tests.tiny_training", tmp_path, "--method", name]
+  run = subprocess.run([*command, "--kill_at", "6"], cwd=ROOT, capture_output=True, text=True)
+  assert run.returncode == -signal.SIGKILL, run.stderr
+  shown = run.stderr.splitlines()  # the console has a line for each log interval, and no more
+  assert [line.split(":")[0] for line in shown] == [f"step {i} of {STEPS}" for i in range(1, 6)]
+  with (tmp_path / "metrics.jsonl").open("a") as log:
+    log.write('{"step": 6, "train/lo')
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [3, 4]
+  assert_same(train(tmp_path, name), tmp_path, name)
+
+
+def test_a_run_killed_after_its_last_checkpoint_only_reports(tmp_path):
+  workdir = copied(tmp_path)
+  got = train(workdir)
+  assert_same(got, workdir)
+  assert got.tokens == 0
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_alone(tmp_path, caplog):
+  workdir = copied(tmp_path)
+  (data,) = (workdir / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
+  os.truncate(data, data.stat().st_size // 2)
+  assert_same(train(workdir), workdir)
+  assert f"the checkpoint of step {STEPS}" in caplog.text
+  assert "set aside" in caplog.text
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+  workdir = copied(tmp_path)
+  with pytest.raises(ValueError, match=r"another state: .*expected"):
+    train(workdir, "full_finetuning")
+  with pytest.raises(ValueError, match=r"longer run: .* step 8, and num_train_steps is 7"):
+    train(workdir, steps=7)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  with pytest.raises(FloatingPointError, match=r"of step \d: nan; .*Try a lower learning rate"):
+    train(tmp_path, learning_rate=1e38)
+  for line in read_metrics(tmp_path / "metrics.jsonl"):
+    assert all(math.isfinite(value) for value in line.values())
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == []
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+  """The second step's own loss is finite; its update is not."""
+  with pytest.raises(FloatingPointError, match=r"weights of step 2: nan; .*nothing was saved yet"):
+    train(tmp_path, steps=2, learning_rate=lambda count: jnp.where(count == 1, jnp.nan, 0.01))
+
+
+def test_batches_that_end_early_are_told(tmp_path):
+  count = len(batches())
+  message = f"ended before step {count + 1} of 99. Lower num_train_steps, or give more epochs"
+  with pytest.raises(ValueError, match=message):
+    train(tmp_path, "full_finetuning", steps=99, eval_every_steps=99)
+
+
+def test_evaluation_is_exact_over_uneven_batches():
+  loss = method("full_finetuning")(language_model_loss(model()[0]))
+  step, params = make_eval_step(loss), fresh_params()
+  data = batches(13, None, batch_size=8, epochs=1)
+  several = batches(13, None, batch_size=2, epochs=1)
+  weights = [float(several[i]["target_weights"].sum()) for i in range(len(several))]
+  assert len(several) > 1
+  assert len(set(weights)) > 1
+  whole, split = (
+    evaluate_loss(step, params, params, iter(x), make_mesh()) for x in (data, several)
+  )
+  assert whole == pytest.approx(split, rel=1e-6)
+  total = sum(
+    float(loss.apply(params, params, several[i], lora_key=None).total) for i in range(len(several))
+  )
+  assert split == pytest.approx(total / sum(len(e.targets) for e in examples(13)), rel=1e-6)
+  with pytest.raises(ValueError, match="there are no validation batches"):
+    evaluate_loss(step, params, params, [], make_mesh())
+
+
+def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
+  """The middle one of three is called the best, whatever its loss."""
+  params, seen = fresh_params(num_layers=1), []
+  loss = method("lora")(language_model_loss(model(num_layers=1)[0]))
+  data = batches()
+
+  def evaluate(params, trainable):
+    seen.append(jax.tree.map(np.array, trainable))
+    return Evaluation((3.0, 1.0, 2.0)[len(seen) - 1], {"accuracy": 0.1 * len(seen)})
+
+  given = {"workdir": tmp_path, "key": jax.random.key(0), "mesh": make_mesh(), "progress": False}
+  arguments = (
+    *(loss, params, loss.init(jax.random.key(2), params, data[0])),
+    *(optax.adamw(1e-2), iter(as_grain(data))),
+  )
+  with pytest.raises(ValueError, match="expected eval_loss and eval_batches, or evaluate"):
+    fit(*arguments, config=FitConfig(6, 2, 9, 1), **given)
+  got = fit(*arguments, config=FitConfig(6, 2, 9, 1), evaluate=evaluate, **given)
+  assert (got.best_step, got.best_loss, got.last_loss) == (4, 1.0, 2.0)
+  jax.tree.map(np.testing.assert_array_equal, got.best, seen[1])
+  logged = [m for m in read_metrics(tmp_path / "metrics.jsonl") if "valid/accuracy" in m]
+  assert [m["step"] for m in logged] == [2, 4, 6]
+
+
+def test_steps_are_positive():
+  with pytest.raises(
+    ValueError, match="eval_every_steps must be a positive number of steps, got 0"
+  ):
+    FitConfig(10, 0, 1)
+
+
+def test_the_log_drops_what_is_done_again(tmp_path):
+  with MetricsLog(tmp_path) as log:
+    for step in range(1, 6):
+      log.write(step, {"loss": step / 2})
+  with MetricsLog(tmp_path, first_step=3) as log:
+    log.write(4, {"loss": 7})
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+  (tmp_path / "bad").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+  with pytest.raises(ValueError, match="bad:2: expected a JSON object, got 'rubbish'"):
+    read_metrics(tmp_path / "bad")
+
+
+def test_training_does_without_tensorboard_and_grain(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with MetricsLog(tmp_path) as log:
+    log.write(1, {"loss": 0.5})
+  assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+  assert not (tmp_path / "tensorboard").exists()
+  assert "tensorboardX is not installed" in caplog.text

@@ -1,0 +1,105 @@
+"""Emulated devices equal one; what is split is split, and what cannot be is refused."""
+
+from functools import cache
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from experiments.harness.recipe import params_places
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
+from lora_jax.training.step import make_train_step, start
+
+from tests.tiny_training import batches, fresh_params, method, model
+from tests.toy_models import relative_difference
+
+
+def trained(name, scan_layers, parts, **axes):
+  """Returns the losses of three steps, and the state after them."""
+  mesh, shape = make_mesh(**axes), {"scan_layers": scan_layers, "num_layers": 1 + scan_layers}
+  params = fresh_params(**shape)
+  params = jax.device_put(params, params_places(mesh)(params))
+  loss = method(name, dropout=0.0)(language_model_loss(model(**shape)[0], 0.1))
+  data = batches(batch_size=8)
+  trainable = loss.init(jax.random.key(1), params, data[0])
+  state, frozen, optimizer = start(
+    params, trainable, optax.adamw(1e-2, eps=1e-4), jax.random.key(0), mesh
+  )
+  step = make_train_step(loss, optimizer, state, parts)
+  losses = []
+  for i in range(3):
+    state, metrics = step(state, frozen, place_batch(mesh, data[i], parts))
+    losses.append(metrics.loss)
+  return np.array(losses), state
+
+
+single = cache(trained)
+
+
+@pytest.mark.parametrize(
+  ("name", "scan_layers", "parts", "axes"),
+  [
+    pytest.param("lora", False, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),
+    ("lora", True, 2, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ("full_finetuning", False, 2, {"data": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param("full_finetuning", True, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),
+    pytest.param("lora", False, 2, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.long),
+    pytest.param("lora", True, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),
+  ],
+)
+def test_eight_devices_equal_one(name, scan_layers, parts, axes):
+  expected, alone = single(name, scan_layers, 1)
+  losses, state = trained(name, scan_layers, parts, **axes)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  assert losses[0] > losses[-1]
+  got, wanted = jax.device_get((state.trainable, alone.trainable))
+  assert relative_difference(got, wanted) < 1e-5
+  arrays = jax.tree.leaves((state.trainable, state.opt_state))
+  split = [x for x in arrays if x.addressable_shards[0].data.size < x.size]
+  if name == "lora":  # of A and B, one side of each weight is split, or both
+    assert len(split) >= len(arrays) // 4
+  else:
+    assert sum(x.size for x in split) > 0.9 * sum(x.size for x in arrays)
+  moments = [leaf.sharding for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  assert moments == [leaf.sharding for leaf in jax.tree.leaves(state.trainable)] * 2
+
+
+def test_a_fingerprint_does_not_depend_on_the_mesh():
+  params = fresh_params()
+  expected = fingerprint(params)
+  mesh = make_mesh(2, 2, 2)
+  assert fingerprint(jax.device_put(params, params_places(mesh)(params))) == expected
+
+
+def test_a_fingerprint_depends_on_every_bit_and_place():
+  array = np.arange(12, dtype=np.float32).reshape(3, 4)
+  flipped = array.copy()
+  flipped.view(np.uint32)[1, 2] ^= 1
+  swapped = array[[1, 0, 2]]
+  trees = [{"a": x} for x in (array, flipped, swapped, array.T, array.astype(np.float16))]
+  trees += [{"b": array}, {"a": array.astype(np.int32)}, {"a": array > 3}, {"a": array > 4}]
+  trees += [{"a": jax.random.key(i)} for i in range(2)]
+  assert len({fingerprint(jax.tree.map(jax.numpy.asarray, tree)) for tree in trees}) == len(trees)
+
+
+def test_what_cannot_be_split_is_refused():
+  with pytest.raises(ValueError, match=r"data=4 x fsdp=4 x tensor=1 needs 16 devices; there are 8"):
+    make_mesh(4, 4)
+  with pytest.raises(ValueError, match=r"at least 1, got data=1 fsdp=0"):
+    make_mesh(fsdp=0)
+  mesh = make_mesh(4, 2)
+  with pytest.raises(ValueError, match=r"a batch of 12 rows cannot be split over 1 accum.* 8 dev"):
+    place_batch(mesh, {"x": np.zeros((12, 2))})
+  with pytest.raises(ValueError, match=r"over 2 accum.* 8 devices.* a multiple of 16"):
+    place_batch(mesh, {"x": np.zeros((8, 2))}, 2)
+  shapes = {"wide": {"kernel": jax.ShapeDtypeStruct((3, 6, 4), "float32")}}
+  rules = [("wide/.*", P("fsdp", None))]
+  assert params_shardings(mesh, shapes, rules)["wide"]["kernel"].spec == P(None, "fsdp", None)
+  with pytest.raises(ValueError, match=r"wide/kernel \(3, 6, 4\): an axis of 6 .* over 4 devices"):
+    params_shardings(make_mesh(fsdp=4), shapes, rules)
+  with pytest.raises(ValueError, match="no sharding rule for wide/kernel; near rules: wide/bias"):
+    params_shardings(mesh, shapes | {"wide/bias": shapes["wide"]["kernel"]}, [("wide/bias", P())])

@@ -1,0 +1,222 @@
+"""The train step: what it updates, what it leaves alone, what it compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.loss import LossSum
+from lora_jax.training.mesh import make_mesh, place_batch
+from lora_jax.training.step import all_finite, make_eval_step, make_train_step, start
+
+from tests.toy_models import relative_difference
+
+KEY = jax.random.key(0)
+DRAW = np.random.default_rng(0)
+SHAPES = {"up": (6, 10), "bias": (10,), "down": (10, 4)}
+PARAMS = {
+  name: 0.5 * DRAW.standard_normal(shape).astype("float32") for name, shape in SHAPES.items()
+}
+BATCH = {"x": DRAW.standard_normal((8, 6)).astype("float32"), "y": np.ones((8, 4), "float32")}
+COMPILED = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilations():
+  """Notes every program that is compiled."""
+
+  def listener(event, seconds, **_):
+    if "backend_compile" in event:
+      COMPILED.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  yield
+  jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def squares(params, batch):
+  """A loss whose rows weigh 1, 2, ..., so that micro-batches weigh differently."""
+  hidden = jnp.tanh(batch["x"] @ params["up"] + params["bias"][None])
+  weights = jnp.abs(batch["x"][:, 0])
+  losses = jnp.sum((hidden @ params["down"] - batch["y"]) ** 2, axis=1)
+  return LossSum(jnp.sum(losses * weights), jnp.sum(weights))
+
+
+def lora(dropout=0.0):
+  return lj.lora(squares, lj.LoraConfig(2, 4.0, "up|down", extra="bias", dropout=dropout))
+
+
+def begin(adaptation, optimizer=None, accumulation_steps=1, **axes):
+  """Returns a step, its state and its frozen part on a mesh of the given axes."""
+  mesh = make_mesh(**axes)
+  params = jax.tree.map(jnp.array, PARAMS)
+  trainable = adaptation.init(jax.random.key(1), params, BATCH)
+  optimizer = optimizer or optax.adamw(1e-2)
+  state, frozen, optimizer = start(params, trainable, optimizer, KEY, mesh)
+  step = make_train_step(adaptation, optimizer, state, accumulation_steps)
+  return step, state, frozen, place_batch(mesh, BATCH, accumulation_steps)
+
+
+def host(tree):
+  """Returns copies that outlive a donation."""
+  return jax.tree.map(np.array, tree)
+
+
+def test_state_exists_for_trainable_leaves_alone():
+  _, state, frozen, _ = begin(lora())
+  sizes = [leaf.size for leaf in jax.tree.leaves(state.trainable)]
+  assert sum(sizes) == 2 * (6 + 10) + 2 * (10 + 4) + 10
+  moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  assert sorted(moments) == sorted(sizes * 2)
+  assert set(frozen["base"]) == set(PARAMS)
+  assert jax.tree.leaves(frozen["adapter"]) == []
+
+
+def test_frozen_leaves_stay_and_the_state_is_donated():
+  step, state, frozen, batch = begin(lora(), optax.adamw(1e-2, weight_decay=0.1))
+  before, old = host(frozen), state
+  for _ in range(3):
+    state, _ = step(state, frozen, batch)
+  jax.tree.map(np.testing.assert_array_equal, frozen, before)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.trainable, old.opt_state)))
+  assert int(state.step) == 3
+
+
+def test_a_step_is_the_update_of_the_mean_loss():
+  adaptation = lora()
+  step, state, frozen, batch = begin(adaptation, optax.sgd(0.1))
+  trainable = host(state.trainable["adapter"])
+
+  def mean_loss(trainable):
+    loss = adaptation.apply(PARAMS, trainable, jax.tree.map(jnp.asarray, BATCH), lora_key=None)
+    return loss.total / (loss.weight + 1e-4)
+
+  value, grads = jax.value_and_grad(mean_loss)(jax.tree.map(jnp.asarray, trainable))
+  state, metrics = step(state, frozen, batch)
+  expected = jax.tree.map(lambda x, g: x - 0.1 * g, trainable, grads)
+  assert relative_difference(state.trainable["adapter"], expected) < 1e-6
+  np.testing.assert_allclose(metrics.loss, value, rtol=1e-6)
+  np.testing.assert_allclose(metrics.weight, np.abs(BATCH["x"][:, 0]).sum(), rtol=1e-6)
+  norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_accumulated_micro_batches_are_the_whole_batch(method):
+  adaptation = lora() if method == "lora" else lj.full_finetuning(squares)
+  results = []
+  for parts in (1, 4):
+    step, state, frozen, batch = begin(adaptation, optax.sgd(0.1), parts)
+    assert batch["x"].shape == ((8, 6) if parts == 1 else (4, 2, 6))
+    for _ in range(2):
+      state, metrics = step(state, frozen, batch)
+    results.append((state.trainable, metrics))
+  assert relative_difference(results[1], results[0]) < 1e-6
+
+
+def test_full_finetuning_passes_nothing_twice():
+  step, state, frozen, batch = begin(lj.full_finetuning(squares))
+  assert jax.tree.leaves(frozen) == []
+  before, old = host(state.trainable["adapter"]), state
+  state, _ = step(state, frozen, batch)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.trainable))
+  changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable["adapter"], before)
+  assert changed == {"up": True, "bias": True, "down": True}
+
+
+def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
+  """With a learning rate of zero the losses differ by their masks alone."""
+  half = {name: np.concatenate([array[:4]] * 2) for name, array in BATCH.items()}
+
+  def losses(parts):
+    step, state, frozen, _ = begin(noisy, optax.sgd(0.0), parts)
+    batch = place_batch(make_mesh(), half, parts)
+    found = []
+    for _ in range(3):
+      state, metrics = step(state, frozen, batch)
+      found.append(float(metrics.loss))
+    return found
+
+  def apply(params, trainable, batch, *, lora_key):
+    """One mask for all rows, so that equal micro-batches differ by their keys alone."""
+    keep = jax.random.uniform(lora_key, (1, 6))
+    return full.apply(params, trainable, batch | {"x": batch["x"] * keep}, lora_key=None)
+
+  full = lj.full_finetuning(squares)
+  noisy = full._replace(apply=apply)
+  whole, parts = losses(1), losses(2)
+  assert len({*whole, *parts}) == 6
+  assert losses(2) == parts
+  keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(2)]
+  rows = {name: array[:4] for name, array in BATCH.items()}
+  masks = [jax.random.uniform(key, (1, 6)) for key in keys]
+  once = [squares(PARAMS, rows | {"x": rows["x"] * mask}) for mask in masks]
+  total, weight = (sum(float(loss[i]) for loss in once) for i in range(2))
+  np.testing.assert_allclose(parts[0], total / weight, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_models_own_dropout_has_a_key_of_the_step(parts):
+  """With a learning rate of zero the losses differ by their masks alone."""
+
+  def noisy(params, batch):
+    if "dropout_key" not in batch:
+      return squares(params, batch)
+    keep = jax.random.uniform(batch["dropout_key"], batch["x"].shape)
+    return squares(params, {**batch, "x": batch["x"] * keep})
+
+  adaptation = lj.lora(noisy, lj.LoraConfig(2, 4.0, "up|down", extra="bias"))
+  found = []
+  for _ in range(2):
+    step, state, frozen, batch = begin(adaptation, optax.sgd(0.0), parts)
+    losses = []
+    for _ in range(3):
+      state, metrics = step(state, frozen, batch)
+      losses.append(float(metrics.loss))
+    found.append(losses)
+  assert found[0] == found[1]
+  assert len(set(found[0])) == 3
+  _, state, frozen, batch = begin(adaptation)
+  adapter = state.trainable["adapter"]
+  plain = make_eval_step(adaptation)(frozen["base"], adapter, batch)
+  np.testing.assert_allclose(plain, squares(PARAMS, BATCH), rtol=1e-5)
+
+
+def test_evaluation_has_no_dropout():
+  adaptation = lora(dropout=0.5)
+  _, state, frozen, batch = begin(adaptation)
+  evaluate = make_eval_step(adaptation)
+  adapter = jax.tree.map(lambda x: x + 0.3, state.trainable["adapter"])
+  got = evaluate(frozen["base"], adapter, batch)
+  np.testing.assert_allclose(got, squares(lora().merge(frozen["base"], adapter), batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("axes", "parts"), [({}, 2), ({"data": 2, "fsdp": 2}, 1)])
+def test_one_compilation_serves_all_steps_and_a_resumed_run(axes, parts, tmp_path):
+  step, state, frozen, batch = begin(lora(dropout=0.1), None, parts, **axes)
+  state, _ = step(state, frozen, batch)
+  before = len(COMPILED)
+  for _ in range(2):
+    state, _ = step(state, frozen, batch)
+  assert len(COMPILED) == before
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(3, state, None, "base")
+    restored = checkpoints.restore(3, state, "base").state
+  assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+  before = len(COMPILED)
+  restored, _ = step(restored, frozen, batch)
+  assert len(COMPILED) == before
+  expected, _ = step(state, frozen, batch)
+  for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+    got, wanted = (x if x.dtype != KEY.dtype else jax.random.key_data(x) for x in (got, wanted))
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_all_finite():
+  tree = {"a": jnp.ones(3), "b": jnp.asarray([1.0, 2.0], jnp.bfloat16)}
+  assert all_finite(tree)
+  assert not all_finite(tree | {"b": jnp.asarray([1.0, jnp.nan], jnp.bfloat16)})
+  assert not all_finite(tree | {"a": jnp.asarray([jnp.inf])})
