@@ -58,6 +58,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from lora_jax.data import batches, text
@@ -70,7 +71,6 @@ from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.step import make_train_step, start
 
-PyTree = Any
 RANK, ALPHA = 16, 32.0
 TARGET = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 PEFT_TARGET = ["c_attn", "c_proj", "c_fc"]  # c_proj is the name in attention and in the MLP

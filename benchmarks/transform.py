@@ -46,10 +46,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 import lora_jax
 
-PyTree = Any
 ALPHA = 32.0
 HEAD_WIDTH = 64
 LAYERS = {

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.launch import launch
@@ -42,8 +43,6 @@ from lora_jax.training.loop import fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.step import make_train_step, start
-
-PyTree = Any
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from experiments.classification.encoder import Base, load_base, method, start_from
 from experiments.harness.launch import launch
@@ -43,7 +44,6 @@ from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.metrics_log import read_metrics
 from lora_jax.trees import key_parts, leaves_with_path, matches
 
-PyTree = Any
 METHODS = {
   "lora": "LoRA",
   "full_finetuning": "full fine-tuning",

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from experiments.harness import table
 from experiments.harness.launch import launch
@@ -39,8 +40,6 @@ from lora_jax.training.loop import evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import make_eval_step
-
-PyTree = Any
 
 
 class Data(NamedTuple):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
@@ -46,7 +47,6 @@ from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
 from lora_jax.training.step import make_eval_step
 
-PyTree = Any
 END_OF_TEXT_ID = 0
 ABOUT_BASE = ("train_tokens", "held_out_loss", "bits_per_byte", "commit")
 

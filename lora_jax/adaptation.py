@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-PyTree = Any
+from jaxtyping import PyTree
 
 
 class Adaptation(NamedTuple):

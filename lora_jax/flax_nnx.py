@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 def functional(model: Any) -> tuple[Callable[..., Any], PyTree]:

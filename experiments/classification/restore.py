@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from experiments.classification.encoder import (
   Base,
@@ -33,8 +33,6 @@ from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import classification_loss, classifier
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import start
-
-PyTree = Any
 
 
 class FinishedEncoder(NamedTuple):

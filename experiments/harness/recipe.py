@@ -1,11 +1,11 @@
 """What experiments read alike from their configs: LoRA, the optimizer, steps, and places."""
 
 from collections.abc import Callable
-from typing import Any
 
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.workdir import Config
@@ -13,7 +13,6 @@ from lora_jax.training.loop import FitConfig
 from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, matches
 
-PyTree = Any
 SHARDING: Rules = (  # of all models of the zoo, whose leaves have the same names
   (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
   (r".*/(query|key|value|gate|up)/bias", P("tensor")),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.recipe import lora_config, params_places
@@ -21,7 +22,6 @@ from lora_jax.models.gpt2.folder import read_config as read_gpt2_config
 from lora_jax.models.gpt2.model import GPT2, GPT2Config, init_cache
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 
-PyTree = Any
 PRETRAINING = "pretraining.json"  # of a base that `experiments.gpt2_pretrain` has made
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from experiments.gpt2_e2e import generate
 from experiments.harness.recipe import make_optimizer
@@ -17,8 +18,6 @@ from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import start
-
-PyTree = Any
 
 
 class Finished(NamedTuple):

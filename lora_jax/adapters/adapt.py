@@ -25,9 +25,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from lora_jax.adaptation import Adaptation, PyTree
+from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import (

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights, stored_shape
-
-PyTree = Any
 
 
 def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from lora_jax.adapters.initializers import BY_NAME, Initializer
 from lora_jax.axes import LoraAxes
 from lora_jax.trees import as_patterns, near
 
-PyTree = Any
 Init = Literal["kaiming_uniform", "gaussian", "original_code"] | Initializer
 OnUnhandled = Literal["raise", "materialize"]
 

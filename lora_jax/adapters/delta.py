@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.axes import LoraAxes
 from lora_jax.transform.factored import RANK, Factor
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 @partial(

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from lora_jax.adapters.delta import LoraWeight, is_lora_weight
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 def shardings(trainable: PyTree, params: PyTree) -> PyTree:

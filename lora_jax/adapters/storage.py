@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lora_jax.adapters.delta import LoraWeight, is_lora_weight
 from lora_jax.axes import LoraAxes
 from lora_jax.trees import key_parts, leaves_with_path, nest
-
-PyTree = Any
 
 
 def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:

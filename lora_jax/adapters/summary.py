@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import adapter_extra, adapter_weights
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None) -> str:

@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.adapters.config import Init, LoraConfig, LoraRule, OnUnhandled
 from lora_jax.axes import LoraAxes
 from lora_jax.transform.tracing import is_array
 from lora_jax.trees import as_patterns, key_parts, matches, select
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight
 from lora_jax.arithmetic.opened import Adapter, by_path, close_adapter, open_adapter
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: PyTree) -> Adapter:

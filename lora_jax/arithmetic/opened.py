@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
@@ -13,7 +14,6 @@ from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights, 
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.trees import nest
 
-PyTree = Any
 Adapter = tuple[LoraConfig, PyTree]
 
 

@@ -1,17 +1,14 @@
 """The nearest adapter of a smaller rank."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight
 from lora_jax.arithmetic.opened import close_adapter, open_adapter
-
-PyTree = Any
 
 
 def truncate_rank(

@@ -21,13 +21,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lora_jax.decoding.beam_config import BeamConfig
 from lora_jax.decoding.beam_step import NO_TOKEN, Finished, Search, choose
@@ -40,7 +40,6 @@ from lora_jax.decoding.cached_model import (
   take_slots,
 )
 
-PyTree = Any
 MAX_THREADS = 4  # so that large models' caches do not fill the memory
 SLOT_MULTIPLE = 32  # of which a cache has slots: matrix products are slower with odd sizes
 

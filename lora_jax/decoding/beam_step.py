@@ -4,15 +4,14 @@ The shapes' letters: B inputs, W beams each, K candidates, V tokens of the vocab
 tokens at most, L places of the history (the padded prompt's and M), S slots of the cache.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from lora_jax.decoding.beam_config import BeamConfig
 
-PyTree = Any
 NO_TOKEN = -1  # in the history, in front of a prompt: part of no n-gram
 
 

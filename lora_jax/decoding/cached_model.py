@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
-
-PyTree = Any
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from lora_jax.decoding.cached_model import CachedModel, grow_cache, make_batches, read_prompts
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.checks import check_adapter
@@ -32,8 +33,6 @@ from lora_jax.models.checkpoints.hub import (
 )
 from lora_jax.models.checkpoints.stored import expected_shapes
 from lora_jax.trees import leaves_with_path, replace_leaves
-
-PyTree = Any
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # configs, tokenizers, templates
 

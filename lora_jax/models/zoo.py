@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
 from lora_jax.models.files import read_json
@@ -16,8 +16,6 @@ from lora_jax.models.llama import config_json as llama_json
 from lora_jax.models.llama import folder as llama_folder
 from lora_jax.models.llama.model import Llama
 from lora_jax.models.parts.causal_lm import Cache, CausalLM, init_cache
-
-PyTree = Any
 
 
 class LanguageModel(NamedTuple):

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from lora_jax.adapters.storage import pack, packed_shapes, unpack
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.trees import leaves_with_path
 
-PyTree = Any
 logger = logging.getLogger(__name__)
 
 DAMAGED, REMOVED = ".damaged", ".removed"

@@ -1,15 +1,12 @@
 """A short name for the contents of a tree of arrays."""
 
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Array, PyTree, Shaped, UInt32
 
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 
 def fingerprint(tree: PyTree) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from lora_jax.adaptation import Adaptation
@@ -29,7 +30,6 @@ from lora_jax.training.step import (
   start,
 )
 
-PyTree = Any
 Batch = Mapping[str, Any]
 
 

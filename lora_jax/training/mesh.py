@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from lora_jax.trees import leaves_with_path, matches, near, select
 
-PyTree = Any
 Rules = Sequence[tuple[str, P]]
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.shardings import shardings
@@ -21,7 +21,6 @@ from lora_jax.optimizer import freeze
 from lora_jax.training.loss import LossSum, mean, per_token
 from lora_jax.trees import combine, partition, trainable_mask
 
-PyTree = Any
 Batch = Mapping[str, Any]
 DROPOUT_KEY = "dropout_key"
 OWN_DROPOUT = 1  # sets the model's own masks apart from LoRA's, which fold in a hash of the path

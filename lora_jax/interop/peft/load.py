@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.delta import LoraWeight
@@ -29,8 +30,6 @@ from lora_jax.models.checkpoints.hub import StoredTensor, open_safetensors
 from lora_jax.models.checkpoints.stored import stored_shape
 from lora_jax.models.files import read_json
 from lora_jax.trees import leaves_with_path, nest
-
-PyTree = Any
 
 
 def load_peft(

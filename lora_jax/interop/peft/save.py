@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
@@ -27,8 +28,6 @@ from lora_jax.interop.peft.modules import (
 )
 from lora_jax.models.checkpoints.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.trees import leaves_with_path
-
-PyTree = Any
 
 CLASSIFIER = "classifier"  # the head of a model for sequence classification
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.checkpoints.encoder_folder import (
@@ -21,8 +22,6 @@ from lora_jax.models.checkpoints.encoder_folder import (
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
 from lora_jax.models.files import read_json
 from lora_jax.models.parts.causal_lm import shapes_of
-
-PyTree = Any
 
 CLASSES = {"bert": "Bert", "roberta": "Roberta"}
 DEFAULTS = {  # of `transformers`, where a config leaves them out

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.hub import StoredTensor, make_leaf, open_tensors, save_folder
 from lora_jax.models.checkpoints.stored import load_params, tensors_of
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.parts.encoder import Encoder
-
-PyTree = Any
 
 TENSOR = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}

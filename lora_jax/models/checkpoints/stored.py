@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.hub import (
   Index,
@@ -19,7 +20,6 @@ from lora_jax.models.checkpoints.hub import (
   open_tensors,
 )
 
-PyTree = Any
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """Tensors that hold a leaf, by their index into it, and where it starts on their last axis."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.hub import (
   StoredTensor,
@@ -19,8 +20,6 @@ from lora_jax.models.checkpoints.stored import load_params, tensors_of
 from lora_jax.models.files import read_json
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
-
-PyTree = Any
 
 FIELDS = {  # ours: Hugging Face's
   "vocab_size": "vocab_size",

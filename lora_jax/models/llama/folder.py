@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.hub import (
   StoredTensor,
@@ -20,8 +21,6 @@ from lora_jax.models.checkpoints.stored import load_params, tensors_of
 from lora_jax.models.llama.config_json import family_of, read_config, written_config
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
-
-PyTree = Any
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = {  # our leaf: the tensor, and whether it is transposed

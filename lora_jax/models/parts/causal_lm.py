@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
 
-PyTree = Any
 Cache = tuple[Any, ...] | tuple[Array, Array]
 REMAT_POLICIES = (
   "nothing_saveable",
