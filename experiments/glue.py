@@ -38,8 +38,8 @@ from lora_jax.data.sets.glue import Record
 from lora_jax.data.sets.glue_tfds import load
 from lora_jax.metrics import glue as metrics
 from lora_jax.training.checkpoint import save_adapter
+from lora_jax.training.classification import classification_loss, classifier, label_loss
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
-from lora_jax.training.loss import classification_loss, classifier, label_loss
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.metrics_log import read_metrics
 from lora_jax.trees import key_parts, leaves_with_path, matches

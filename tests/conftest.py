@@ -16,11 +16,13 @@ from jaxtyping import install_import_hook
 CHECKED = (
   *("transform", "adapters.adapt", "adapters.initializers", "adapters.shardings", "placement"),
   *("models.parts.attention", "models.gpt2", "training.fingerprint", "training.loss"),
+  "training.classification",
 )
 """The modules of array functions; the others check what users give them themselves."""
 
 with install_import_hook([f"lora_jax.{name}" for name in CHECKED], "beartype.beartype"):
   import lora_jax.models.gpt2.model
+  import lora_jax.training.classification
   import lora_jax.training.fingerprint
   import lora_jax.training.loss  # noqa: F401
 

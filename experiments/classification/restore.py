@@ -29,10 +29,10 @@ from lora_jax.models.bert.model import Bert
 from lora_jax.models.checkpoints.hub import dtype_of
 from lora_jax.models.deberta import folder as deberta_folder
 from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.classification import classification_loss, classifier
 from lora_jax.training.fingerprint import fingerprint
-from lora_jax.training.loss import classification_loss, classifier
 from lora_jax.training.mesh import make_mesh
-from lora_jax.training.step import start
+from lora_jax.training.step import start, trainable_tree
 
 
 class FinishedEncoder(NamedTuple):
@@ -121,9 +121,9 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
   if config.method == "full_finetuning":
     steps = result["num_train_steps"]
     optimizer, _ = make_optimizer(config, steps, decays)
-    state, _, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
+    state, frozen, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
     found = read_checkpoint(folder, "best", result, state, fingerprint(base.params))
-    trainable = found.state.trainable["adapter"]
+    trainable = trainable_tree(found.state, frozen)
   else:
     check_base(folder, base.params)
     trainable = restore_adapter(folder / "adapter", trainable)

@@ -17,7 +17,7 @@ from lora_jax.training.checkpoint import Checkpoints, Restored, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
-from lora_jax.training.step import start
+from lora_jax.training.step import start, trainable_tree
 
 
 class Finished(NamedTuple):
@@ -80,9 +80,9 @@ def restore_params(
     adapter = restore_adapter(folder / "adapter", trainable)
     return adaptation.merge(base.params, adapter), result["valid_loss"]
   optimizer, _ = make_optimizer(config, result["num_train_steps"])
-  state, _, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
+  state, frozen, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
   found = read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
-  return adaptation.merge(base.params, found.state.trainable["adapter"]), found.loss
+  return adaptation.merge(base.params, trainable_tree(found.state, frozen)), found.loss
 
 
 def load_adapter(folder: str | Path, base: Base) -> PyTree:

@@ -1,4 +1,10 @@
-"""Adapters on disk: Orbax for the arrays, JSON for the axes; never the base, never a pickle."""
+"""Adapters and checkpoints on disk: arrays by Orbax, the rest as JSON; no base weights, no pickle.
+
+Versions of checkpoints:
+
+    1    has no field `version`
+    2    the same, with the field
+"""
 
 import glob
 import hashlib
@@ -20,11 +26,13 @@ from lora_jax.trees import leaves_with_path
 
 logger = logging.getLogger(__name__)
 
+VERSION = 2
 DAMAGED, REMOVED = ".damaged", ".removed"
+STORED_NAMES = {"part": "trainable"}  # of a train state's fields, where disk and code differ
 
 
 def save_adapter(folder: str | Path, trainable: PyTree) -> None:
-  """Writes a trainable tree to a new folder, as plain arrays with their axes beside them.
+  """Writes a trainable tree to a new folder: plain arrays, and their axes as JSON.
 
   Raises:
     ValueError: if the folder exists: nothing is overwritten.
@@ -47,10 +55,11 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
 
   Args:
     folder: as `save_adapter` wrote it.
-    like: arrays or `ShapeDtypeStruct`s; where they have shardings, the arrays are placed so.
+    like: arrays or `ShapeDtypeStruct`s; if they have shardings, the result has the same.
   Raises:
     FileNotFoundError: if there is no adapter.
-    ValueError: listing every missing, unexpected and mis-shaped leaf, and other axes.
+    ValueError: if the stored tree differs; every missing, unexpected or mis-shaped leaf and
+      every difference in axes is listed.
   """
   folder = Path(folder).absolute()
   if not (folder / "axes").is_dir():
@@ -58,8 +67,8 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
     stored = checkpointer.restore(folder, args=ocp.args.Composite(axes=ocp.args.JsonRestore()))
     axes = stored["axes"]["axes"]
-    wanted, _ = pack(like)
-    abstract = {path: _abstract(leaf) for path, leaf in wanted.items()}
+    expected, _ = pack(like)
+    abstract = {path: _abstract(leaf) for path, leaf in expected.items()}
     stored_shapes = packed_shapes(axes).items()
     shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in stored_shapes}
     unpack(shapes, axes, like)  # refuses before an array is read
@@ -81,7 +90,7 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 class Restored(NamedTuple):
-  """What a checkpoint holds, and the validation loss it was saved with, if any."""
+  """The contents of a checkpoint; `loss` is its validation loss, None if it was not evaluated."""
 
   state: PyTree
   data_state: Any
@@ -90,11 +99,12 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of a run: the last two and the best by validation loss, never the base.
+  """A run's checkpoints: the last two, and the best by validation loss. They hold no base weights.
 
-  Each is a folder named by its step, with the train state, the state of the data iterator and the
-  fingerprint of the base, and the state's own fingerprint, by which damage is found. Folders
-  come and go whole: Orbax writes under another name, and what is removed first gets another.
+  Each is a folder named by its step. It holds the train state, the state of the data iterator,
+  the base's fingerprint, and the train state's fingerprint, which reveals damage. A folder
+  appears and disappears as a whole: Orbax writes it under a temporary name and then renames it,
+  and a folder is renamed before it is removed.
   """
 
   def __init__(self, folder: str | Path):
@@ -111,11 +121,11 @@ class Checkpoints:
     try:
       self._checkpointer.close()
     except Exception:
-      if error[0] is None:  # an error on the way here says more than its consequences
+      if error[0] is None:  # an earlier error says more than its consequences
         raise
 
   def steps(self) -> list[int]:
-    """Returns the steps that there are checkpoints of, in order."""
+    """Returns the steps that have a checkpoint, in ascending order."""
     return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
   def save(
@@ -124,16 +134,17 @@ class Checkpoints:
     """Writes a checkpoint, then removes those that are neither the last two nor the best.
 
     Args:
-      step: of the run.
+      step: the step of the run.
       state: any tree of arrays, PRNG keys included.
-      data_state: of the data iterator, as JSON has it.
+      data_state: the state of the data iterator, a JSON value.
       base: the fingerprint of the base.
-      loss: of the validation set, nats per token; the smallest is the best.
+      loss: the validation loss, nats per token; the checkpoint with the smallest is the best.
     Raises:
       OSError: if it cannot be written, as on a full disk. The earlier ones are untouched.
     """
     arrays = _arrays(state)
     about = {
+      "version": VERSION,
       "base": base,
       "state": fingerprint(arrays),
       "shapes": _shapes(arrays),
@@ -150,7 +161,7 @@ class Checkpoints:
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder} "
         f"({type(error).__name__}: {_first_line(error)}). Those of steps {self.steps()} are "
-        "untouched. Make room, then start the same command again: it goes on from the last one"
+        "untouched. Make room, then rerun the same command: it resumes from the last one"
       ) from error
     losses, steps = self._losses(), self.steps()
     best = min(losses, key=losses.__getitem__, default=None)
@@ -161,15 +172,16 @@ class Checkpoints:
           _remove_leftovers(self.folder, str(old))
 
   def restore_last(self, like: PyTree, base: str) -> Restored | None:
-    """Reads the last checkpoint that is whole; None if there is none at all.
+    """Reads the last undamaged checkpoint; returns None if there is no checkpoint at all.
 
-    A damaged one is reported and set aside, and the one before is taken.
+    A damaged checkpoint is reported and set aside, and the one before it is read.
 
     Args:
-      like: the state to restore, with the shardings that it is to have.
+      like: a state of the same structure, with the shardings that the result is to have.
       base: the fingerprint of the base.
     Raises:
-      ValueError: if they are of another base or another state, or all are damaged.
+      ValueError: if a checkpoint belongs to another base or state, a later version of lora_jax
+        wrote it, or all are damaged.
     """
     steps = self.steps()
     for step in reversed(steps):
@@ -179,31 +191,31 @@ class Checkpoints:
     if steps:
       raise ValueError(
         f"all checkpoints in {self.folder} are damaged and have been set aside as *{DAMAGED}; "
-        "the same command starts anew"
+        "the same command starts afresh"
       )
     return None
 
   def restore_best(self, like: PyTree, base: str) -> Restored:
-    """Reads the checkpoint with the smallest validation loss of those that are whole.
+    """Reads the undamaged checkpoint with the smallest validation loss.
 
-    A damaged one is reported and set aside. Arguments as of `restore_last`.
+    A damaged checkpoint is reported and set aside. The arguments are those of `restore_last`.
 
     Raises:
-      ValueError: if none has a validation loss, or they are of another base or state.
+      ValueError: if none has a validation loss, or as in `restore_last`.
     """
     losses = self._losses()
     for step in sorted(losses, key=losses.__getitem__):
       restored = self._restore_whole(step, like, base)
       if restored is not None:
         return restored
-    raise ValueError(f"no whole checkpoint in {self.folder} has a validation loss")
+    raise ValueError(f"no undamaged checkpoint in {self.folder} has a validation loss")
 
   def restore(self, step: int, like: PyTree, base: str) -> Restored:
     """Reads the checkpoint of a step.
 
     Raises:
-      DamagedCheckpoint: if it is not what was written.
-      ValueError: if it is of another base or another state.
+      DamagedCheckpoint: if it differs from what was written.
+      ValueError: if it belongs to another base or state, or a later version of lora_jax wrote it.
     """
     about = self._about(step)
     where = f"the checkpoint of step {step} in {self.folder}"
@@ -213,11 +225,13 @@ class Checkpoints:
         "Load the base that it was trained on, or give another workdir"
       )
     arrays = _arrays(like)
-    wanted, stored = _shapes(arrays), about["shapes"]
-    if wanted != stored:
-      names = sorted(name for name in {*wanted, *stored} if wanted.get(name) != stored.get(name))
-      faults = (f"{n}: {stored.get(n, 'missing')}, expected {wanted.get(n, 'none')}" for n in names)
-      raise ValueError(f"{where} is of another state: {'; '.join(list(faults)[:5])}")
+    expected, stored = _shapes(arrays), about["shapes"]
+    if expected != stored:
+      names = sorted(n for n in {*expected, *stored} if expected.get(n) != stored.get(n))
+      faults = (
+        f"{n}: {stored.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in names
+      )
+      raise ValueError(f"{where} has another state: {'; '.join(list(faults)[:5])}")
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
@@ -225,7 +239,7 @@ class Checkpoints:
     except Exception as error:  # storage libraries raise errors of many kinds
       raise DamagedCheckpoint(f"{where} cannot be read ({type(error).__name__})") from error
     if fingerprint(restored) != about["state"]:
-      raise DamagedCheckpoint(f"{where} is damaged: its arrays are not those that were saved")
+      raise DamagedCheckpoint(f"{where} is damaged: its arrays differ from those that were saved")
     return Restored(_like(restored, like), about["data_state"], step, about["loss"])
 
   def _restore_whole(self, step: int, like: PyTree, base: str) -> Restored | None:
@@ -234,7 +248,7 @@ class Checkpoints:
       return self.restore(step, like, base)
     except DamagedCheckpoint as error:
       name = f"{step}{DAMAGED}"
-      logger.warning("%s. It is set aside as %s, and the next one is taken", error, name)
+      logger.warning("%s. It is set aside as %s, and the one before it is used", error, name)
       self._rename(step, name)
       return None
 
@@ -262,10 +276,16 @@ class Checkpoints:
       ) from error
     if _digest(about) != digest:
       raise DamagedCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged")
+    version = about.get("version", 1)
+    if version > VERSION:
+      raise ValueError(
+        f"the checkpoint of step {step} in {self.folder} has version {version}; this lora_jax "
+        f"reads versions 1 to {VERSION}. Use the version of lora_jax that wrote it, or a later one"
+      )
     return about
 
   def _rename(self, step: int, name: str) -> None:
-    """Renames a checkpoint once all processes are done with it."""
+    """Renames a checkpoint once no process uses it any more."""
     multihost_utils.sync_global_devices(f"rename {step}")
     if jax.process_index() == 0:
       if (self.folder / name).exists():
@@ -275,12 +295,17 @@ class Checkpoints:
 
 
 class DamagedCheckpoint(ValueError):
-  """A checkpoint is not what was written."""
+  """A checkpoint differs from what was written."""
 
 
 def _arrays(state: PyTree) -> dict[str, jax.Array]:
-  """Returns the leaves of a state by path, keys as plain integers."""
-  return {path: _plain(leaf) for path, leaf in leaves_with_path(state)}
+  """Returns the leaves of a state by their path on disk, PRNG keys as integers."""
+  return {_stored_path(path): _plain(leaf) for path, leaf in leaves_with_path(state)}
+
+
+def _stored_path(path: str) -> str:
+  field, slash, rest = path.partition("/")
+  return STORED_NAMES.get(field, field) + slash + rest
 
 
 def _plain(leaf: jax.Array) -> jax.Array:
@@ -291,12 +316,13 @@ def _plain(leaf: jax.Array) -> jax.Array:
 def _like(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
   """Returns arrays by path as a tree like `like`."""
 
-  def leaf(path: str, old: jax.Array) -> jax.Array:
-    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(arrays[path], impl=jax.random.key_impl(old))
-    return arrays[path]
+  def restored(path: str, leaf: jax.Array) -> jax.Array:
+    array = arrays[_stored_path(path)]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    return array
 
-  leaves = [leaf(*item) for item in leaves_with_path(like)]
+  leaves = [restored(*item) for item in leaves_with_path(like)]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -1,4 +1,4 @@
-"""The training loop. It knows nothing of LoRA or of a model: it sees an `Adaptation` of a loss."""
+"""The training loop. It knows neither LoRA nor any model, only an `Adaptation` of a loss."""
 
 import dataclasses
 import datetime
@@ -28,13 +28,14 @@ from lora_jax.training.step import (
   make_eval_step,
   make_train_step,
   start,
+  trainable_tree,
 )
 
 Batch = Mapping[str, Any]
 
 
 class Batches(Protocol):
-  """An iterator of batches whose place can be saved, as grain's are."""
+  """An iterator of batches whose position can be saved, such as grain's."""
 
   def __next__(self) -> Batch: ...
 
@@ -45,15 +46,15 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-  """How long to train and how often to do the rest, in steps.
+  """The length of a run, and how often it evaluates, saves and logs, in steps.
 
   Attributes:
-    num_train_steps: updates.
-    eval_every_steps: between evaluations; each is followed by a checkpoint. The last step is
-      always evaluated.
-    checkpoint_every_steps: between further checkpoints.
-    log_every_steps: between lines of `metrics.jsonl`.
-    accumulation_steps: parts that each batch is processed in.
+    num_train_steps: number of updates.
+    eval_every_steps: steps between evaluations; each is followed by a checkpoint. The last step
+      is always evaluated.
+    checkpoint_every_steps: steps between further checkpoints.
+    log_every_steps: steps between lines of `metrics.jsonl`.
+    accumulation_steps: number of micro-batches that each batch is split into.
   """
 
   num_train_steps: int
@@ -70,11 +71,11 @@ class FitConfig:
 
 
 class Evaluation(NamedTuple):
-  """What is known of a trainable tree from the validation set.
+  """The result of evaluating a trainable tree on the validation set.
 
   Attributes:
-    criterion: the checkpoint with the smallest is the best.
-    metrics: for the log, by name.
+    criterion: the checkpoint with the smallest criterion is the best.
+    metrics: values for the log, by name.
   """
 
   criterion: float
@@ -87,13 +88,13 @@ class Fitted:
 
   Attributes:
     last: the trainable tree after the last step.
-    best: that of the checkpoint with the smallest validation loss, or criterion.
-    best_step: of that checkpoint.
-    best_loss: its validation loss, nats per token; or criterion.
-    last_loss: that of the last step.
-    seconds: of this sitting's training, compilation and evaluation included.
-    tokens: processed in this sitting.
-    base: the fingerprint of the base's params.
+    best: the trainable tree of the checkpoint with the smallest validation loss, or criterion.
+    best_step: the step of that checkpoint.
+    best_loss: its validation loss, nats per token; or its criterion.
+    last_loss: the validation loss, or criterion, of the last step.
+    seconds: time since this session started training, compilation and evaluation included.
+    tokens: number of tokens processed in this session.
+    base: the fingerprint of the base params.
   """
 
   last: PyTree
@@ -123,29 +124,33 @@ def fit(
   schedule: Callable[[int], Any] | None = None,
   progress: bool = True,
 ) -> Fitted:
-  """Trains the trainable tree, from the last checkpoint in `workdir` if there is one.
+  """Trains the trainable tree, resuming from the last checkpoint in `workdir` if there is one.
 
-  A run that was broken off and started again ends with the same bits as one that was not.
+  A run that was interrupted and resumed ends with the same bits as one that was not.
 
   Args:
-    loss: a method applied to a function `fn(params, batch) -> LossSum`.
-    params: of the base, placed on `mesh`.
+    loss: a method applied to a function `fn(params, batch, *, key=None) -> LossSum`; `key` is
+      for the model's own dropout.
+    params: the base params, placed on `mesh`.
     trainable: as `loss.init` returns it. It is donated.
     optimizer: any optax transformation.
-    batches: of training. Dicts of arrays; `segment_ids` counts the tokens (0 is padding).
-    config: steps.
+    batches: the training batches, dicts of arrays; `segment_ids` counts the tokens (0 is
+      padding).
+    config: the number of steps.
     eval_loss: the same method applied to the loss of the validation set.
     eval_batches: returns the batches of the validation set, from the first.
-    evaluate: from `(params, trainable)` to an evaluation, instead of these two: where the best
-      checkpoint is to be chosen by a metric that is not a mean over tokens.
-    workdir: of the run; `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written there.
-    key: of the run's dropout.
+    evaluate: a function from `(params, trainable)` to an `Evaluation`, instead of these two, to
+      choose the best checkpoint by a metric that is not a mean over tokens.
+    workdir: the run's folder; `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written
+      there.
+    key: the key for dropout.
     mesh: as `make_mesh` returns it.
-    schedule: of the learning rate, for the log alone.
-    progress: whether to show a progress line; where stderr is no terminal, a line now and then.
+    schedule: the learning rate by step, for the log only.
+    progress: whether to show progress: a line that is updated, or, where stderr is not a
+      terminal, a line per log interval.
   Raises:
     FloatingPointError: if a loss, gradient or weight is not finite, saying what to do.
-    ValueError: if the batches end early or the checkpoints are of something else.
+    ValueError: if the batches end early or the checkpoints belong to another run.
     OSError: if a checkpoint cannot be written.
   """
   if (evaluate is None) == (eval_loss is None) or (eval_loss is None) != (eval_batches is None):
@@ -157,7 +162,7 @@ def fit(
   train_step = make_train_step(loss, optimizer, state, config.accumulation_steps)
   if evaluate is None:
     evaluate = _by_loss(eval_loss, eval_batches, mesh)
-  begun, tokens = time.perf_counter(), 0
+  started, tokens = time.perf_counter(), 0
 
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     state, first, last_loss = _resume(checkpoints, state, base, batches, config)
@@ -177,26 +182,25 @@ def fit(
           window.flush()
         if not saves:
           continue
-        finite = bool(all_finite(state.trainable))
+        finite = bool(all_finite(state.part))
         _check_finite(0.0 if finite else np.nan, "weights", step, checkpoints)
         last_loss = None
         if evaluates:
-          adapter = state.trainable["adapter"]
-          last_loss, found = evaluate(frozen["base"], adapter)
+          last_loss, values = evaluate(frozen["base"], trainable_tree(state, frozen))
           _check_finite(last_loss, "validation loss", step, checkpoints)
-          log.write(step, {f"valid/{name}": value for name, value in found.items()})
+          log.write(step, {f"valid/{name}": value for name, value in values.items()})
         checkpoints.save(step, state, batches.get_state(), base, last_loss)
         window.restart()
     best = checkpoints.restore_best(state, base)
   assert last_loss is not None, "the last step is always evaluated"
   assert best.loss is not None
   return Fitted(
-    last=state.trainable["adapter"],
-    best=best.state.trainable["adapter"],
+    last=trainable_tree(state, frozen),
+    best=trainable_tree(best.state, frozen),
     best_step=best.step,
     best_loss=best.loss,
     last_loss=last_loss,
-    seconds=time.perf_counter() - begun,
+    seconds=time.perf_counter() - started,
     tokens=tokens,
     base=base,
   )
@@ -206,8 +210,8 @@ def _by_loss(
   loss: Adaptation | None, batches: Callable[[], Iterable[Batch]] | None, mesh: Mesh
 ) -> Callable[[PyTree, PyTree], Evaluation]:
   """Returns the evaluation by the validation set's mean loss."""
-  assert loss is not None, "is checked"
-  assert batches is not None, "is checked"
+  assert loss is not None, "fit has checked it"
+  assert batches is not None, "fit has checked it"
   eval_step = make_eval_step(loss)
 
   def evaluate(params: PyTree, trainable: PyTree) -> Evaluation:
@@ -220,14 +224,14 @@ def _by_loss(
 def _resume(
   checkpoints: Checkpoints, state: TrainState, base: str, batches: Batches, config: FitConfig
 ) -> tuple[TrainState, int, float | None]:
-  """Returns the state to go on from, its step, and its validation loss if it has one."""
+  """Returns the state to resume from, its step, and its validation loss if it has one."""
   restored = checkpoints.restore_last(state, base)
   if restored is None:
     return state, 0, None
   if restored.step > config.num_train_steps - (restored.loss is None):
     raise ValueError(
-      f"{checkpoints.folder} is of a longer run: its last checkpoint is of step {restored.step}, "
-      f"and num_train_steps is {config.num_train_steps}. Give another workdir"
+      f"{checkpoints.folder} belongs to a longer run: its last checkpoint is of step "
+      f"{restored.step}, and num_train_steps is {config.num_train_steps}. Give another workdir"
     )
   batches.set_state(restored.data_state)
   return restored.state, restored.step, restored.loss
@@ -329,12 +333,12 @@ def _next(batches: Iterator[Batch] | Batches, step: int, config: FitConfig) -> B
     ) from None
 
 
-def _check_finite(value: float, what: str, step: int, checkpoints: Checkpoints) -> None:
+def _check_finite(value: float, quantity: str, step: int, checkpoints: Checkpoints) -> None:
   if np.isfinite(value):
     return
   steps = checkpoints.steps()
   kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
   raise FloatingPointError(
-    f"the {what} of step {step}: {value}; training has stopped and {kept}. Try a lower "
+    f"the {quantity} of step {step}: {value}; training has stopped and {kept}. Try a lower "
     "learning rate, a longer warmup or clipping of the gradient's norm; with float16, bfloat16"
   )

@@ -1,7 +1,8 @@
-"""The train step: gradients, state and updates for the trainable leaves alone.
+"""The train step: gradients, optimizer state and updates for the trainable leaves only.
 
-The combined tree `{"base": params, "adapter": trainable}` is partitioned into a trainable and a
-frozen part. The state holds the first and is donated; the second is an argument of every step.
+The combined tree `{"base": params, "adapter": trainable}` is partitioned into a trainable part and
+a frozen part. The state holds the first and is donated; the second is an argument of every step.
+`trainable_tree` gives back the tree that the method's `apply` takes.
 """
 
 import dataclasses
@@ -19,33 +20,37 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.shardings import shardings
 from lora_jax.optimizer import freeze
 from lora_jax.training.loss import LossSum, mean, per_token
-from lora_jax.trees import combine, partition, trainable_mask
+from lora_jax.trees import combine, leaves_with_path, partition, trainable_mask
 
 Batch = Mapping[str, Any]
-DROPOUT_KEY = "dropout_key"
-OWN_DROPOUT = 1  # sets the model's own masks apart from LoRA's, which fold in a hash of the path
+MODEL_DROPOUT = 1  # folded into the model's key; LoRA's masks fold in a hash of the path
 
 
 @struct.dataclass
 class TrainState:
-  """All that a step changes.
+  """Everything that a step changes.
 
   Attributes:
-    step: updates made so far.
-    trainable: the trainable part of the combined tree; `state.trainable["adapter"]` is what a
-      method's `apply` takes.
-    opt_state: of the optimizer, for the trainable leaves alone.
-    key: of the run; a step's dropout key is folded from it and the step.
+    step: number of updates made so far.
+    part: the trainable part of the combined tree, as `partition` returns it.
+    opt_state: the optimizer's state, for the trainable leaves only.
+    key: the run's key; a step's keys are folded from it and the step's number.
   """
 
   step: Int[Array, ""]
-  trainable: PyTree
+  part: PyTree
   opt_state: PyTree
   key: PRNGKeyArray
 
 
 class StepMetrics(NamedTuple):
-  """What a step reports: nats per token, tokens with a loss, and the gradient's global norm."""
+  """The metrics of a step.
+
+  Attributes:
+    loss: mean over the supervised tokens, nats.
+    weight: number of supervised tokens.
+    grad_norm: global norm of the gradient.
+  """
 
   loss: Float[Array, ""]
   weight: Float[Array, ""]
@@ -63,38 +68,62 @@ def start(
   key: PRNGKeyArray,
   mesh: Mesh,
 ) -> tuple[TrainState, PyTree, optax.GradientTransformation]:
-  """Partitions a base and its adapter into a train state and a frozen part.
+  """Partitions base params and a trainable tree into a train state and a frozen part.
+
+  In full fine-tuning the trainable tree is the base itself: pass the same object as both, as
+  `full_finetuning(fn).init` returns it. The frozen part then has no array.
 
   Args:
-    params: of the base. Where `trainable` is these arrays themselves (full fine-tuning), they
-      are not passed twice.
+    params: the base params.
     trainable: as a method's `init` returns it. The step donates it.
-    optimizer: any optax transformation; it gets to see the trainable leaves alone.
-    key: of the run.
-    mesh: over which what has no sharding of its own is replicated.
+    optimizer: any optax transformation; it sees the trainable leaves only.
+    key: the run's key.
+    mesh: arrays without a sharding are replicated over it.
 
   Returns:
-    The state, the frozen part, and the optimizer as the step needs it.
+    The state, the frozen part, and the optimizer restricted to the trainable leaves.
+
+  Raises:
+    ValueError: if the two trees are different objects that share an array, which the step would
+      donate and read.
   """
-  replicated, moved = NamedSharding(mesh, PartitionSpec()), {}
+  replicated = NamedSharding(mesh, PartitionSpec())
 
   def placed(leaf: jax.Array) -> jax.Array:
-    if isinstance(leaf.sharding, NamedSharding):
-      return leaf
-    if id(leaf) not in moved:  # what is in both trees stays one array
-      moved[id(leaf)] = jax.device_put(leaf, replicated)
-    return moved[id(leaf)]
+    return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, replicated)
 
-  params, trainable = jax.tree.map(placed, (params, trainable))
-  own = {id(leaf) for leaf in jax.tree.leaves(trainable)}
-  base = jax.tree.map(lambda leaf: None if id(leaf) in own else leaf, params)
+  if trainable is params:
+    trainable = params = jax.tree.map(placed, params)
+    base = jax.tree.map(lambda _: None, params)
+  else:
+    _check_disjoint(params, trainable)
+    base = params = jax.tree.map(placed, params)
+    trainable = jax.tree.map(placed, trainable)
   tree = {"base": base, "adapter": trainable}
-  places = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
   mask = trainable_mask(tree)
-  optimizer = freeze(optimizer, mask, places)
+  specs = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
+  optimizer = freeze(optimizer, mask, specs)
   part, frozen = partition(tree, mask)
   state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), jnp.copy(key))
   return jax.tree.map(placed, state), frozen, optimizer
+
+
+def trainable_tree(state: TrainState, frozen: PyTree) -> PyTree:
+  """Returns the current trainable tree, as the method's `init` returns it and `apply` takes it.
+
+  It includes the arrays that a variant holds and does not train, which are in the frozen part.
+  """
+  return combine(state.part, frozen)["adapter"]
+
+
+def _check_disjoint(params: PyTree, trainable: PyTree) -> None:
+  base = {id(leaf) for leaf in jax.tree.leaves(params)}
+  shared = [path for path, leaf in leaves_with_path(trainable) if id(leaf) in base]
+  if shared:
+    raise ValueError(
+      f"the trainable tree shares arrays with params: {', '.join(shared[:5])}. A step donates the "
+      "trainable tree, so give it copies; for full fine-tuning pass params itself as trainable"
+    )
 
 
 def make_train_step(
@@ -105,55 +134,52 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the jitted step `(state, frozen, batch) -> (state, metrics)`; it donates the state.
 
-  The batch that the loss sees has one entry more, `dropout_key`, for the dropout of the model
-  itself: a key of the step, and of the part of the batch. It is not there in evaluation, and a
-  loss without dropout leaves it alone, which costs nothing once it is compiled.
-
   Args:
-    loss: a method applied to a function `fn(params, batch) -> LossSum`.
+    loss: a method applied to a function `fn(params, batch, *, key=None) -> LossSum`. A step
+      passes a key for the model's own dropout; evaluation leaves it out. An unused key costs
+      nothing once compiled.
     optimizer: as `start` returns it.
-    state: likewise; the new state lies where it does.
-    accumulation_steps: parts of the batch, along a leading axis of its arrays, whose gradients
-      are added; the result is that of the whole batch at once.
+    state: as `start` returns it; the new state keeps its shardings.
+    accumulation_steps: number of micro-batches, along a leading axis of the batch's arrays,
+      whose gradients are summed; the result is that of the whole batch at once.
   """
-
   fold = jax.random.fold_in
 
-  def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
-    def total(trainable: PyTree) -> tuple[Array, LossSum]:
-      tree = combine(trainable, frozen)
-      given = {**batch, DROPOUT_KEY: fold(key, OWN_DROPOUT)}
-      of_batch = loss.apply(tree["base"], tree["adapter"], given, lora_key=key)
-      return of_batch.total, of_batch
+  def gradients(part: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
+    def total(part: PyTree) -> tuple[Array, LossSum]:
+      tree = combine(part, frozen)
+      keys = {"lora_key": key, "key": fold(key, MODEL_DROPOUT)}
+      loss_sum = loss.apply(tree["base"], tree["adapter"], batch, **keys)
+      return loss_sum.total, loss_sum
 
-    return jax.value_and_grad(total, has_aux=True)(state.trainable)
+    (_, loss_sum), grads = jax.value_and_grad(total, has_aux=True)(part)
+    return loss_sum, grads
 
-  def accumulated(state: TrainState, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
-    def add(carry: PyTree, part: tuple[Array, Batch]) -> tuple[PyTree, None]:
-      i, micro = part
-      new = gradients(state, frozen, micro, fold(key, i))
-      return jax.tree.map(jnp.add, carry, new), None
+  def accumulated(part: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
+    def add(sums: PyTree, micro_batch: tuple[Array, Batch]) -> tuple[PyTree, None]:
+      i, batch = micro_batch
+      return jax.tree.map(jnp.add, sums, gradients(part, frozen, batch, fold(key, i))), None
 
     zero = jnp.zeros(())
-    first = ((zero, LossSum(zero, zero)), jax.tree.map(jnp.zeros_like, state.trainable))
-    return jax.lax.scan(add, first, (jnp.arange(accumulation_steps), batch))[0]
+    zeros = (LossSum(zero, zero), jax.tree.map(jnp.zeros_like, part))
+    return jax.lax.scan(add, zeros, (jnp.arange(accumulation_steps), batch))[0]
 
   def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
-    key = fold(state.key, state.step)
-    of = gradients if accumulation_steps == 1 else accumulated
-    (_, of_batch), grads = of(state, frozen, batch, key)
-    grads = jax.tree.map(lambda g: per_token(g, of_batch.weight), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-    new = dataclasses.replace(
+    sum_gradients = gradients if accumulation_steps == 1 else accumulated
+    loss_sum, grads = sum_gradients(state.part, frozen, batch, fold(state.key, state.step))
+    grads = jax.tree.map(lambda g: per_token(g, loss_sum.weight), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.part)
+    next_state = dataclasses.replace(
       state,
       step=state.step + 1,
-      trainable=optax.apply_updates(state.trainable, updates),
+      part=optax.apply_updates(state.part, updates),
       opt_state=opt_state,
     )
-    return new, StepMetrics(mean(of_batch), of_batch.weight, optax.tree.norm(grads))
+    metrics = StepMetrics(mean(loss_sum), loss_sum.weight, optax.tree.norm(grads))
+    return next_state, metrics
 
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+  state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def make_eval_step(loss: Adaptation) -> EvalStep:

@@ -30,8 +30,8 @@ from lora_jax.models.deberta import folder as deberta_folder
 from lora_jax.models.deberta.folder import load_deberta
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.classification import classification_loss
 from lora_jax.training.loop import fit
-from lora_jax.training.loss import classification_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
 from lora_jax.trees import leaves_with_path
@@ -143,8 +143,8 @@ def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
   loss = jax.jit(classification_loss(base.module))
   batch = glue.load_data(config, base).train[0]
   assert float(loss(base.params, batch).total) == float(loss(base.params, batch).total)
-  keys = [{"dropout_key": jax.random.key(i)} for i in (0, 0, 1)]
-  a, b, c = (float(loss(base.params, {**batch, **key}).total) for key in keys)
+  keys = [jax.random.key(i) for i in (0, 0, 1)]
+  a, b, c = (float(loss(base.params, batch, key=key).total) for key in keys)
   assert a == b != c
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.training import checkpoint
 from lora_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 
 BASE = "0123456789abcdef"
@@ -132,7 +133,8 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
   assert "the checkpoint of step 1" in caplog.text
   saved(tmp_path, {4: None})
   truncate(files(tmp_path / "3")["about/metadata"])
-  with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="no whole checkpoint"):
+  message = "no undamaged checkpoint"
+  with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message):
     checkpoints.restore_best(state(), BASE)
 
 
@@ -140,7 +142,7 @@ def test_if_all_are_damaged_it_says_so(tmp_path):
   saved(tmp_path, {1: 1.0, 2: 3.0})
   for step in "12":
     truncate(files(tmp_path / step)["about/metadata"])
-  with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged and .* starts anew"):
+  with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged and .* starts afresh"):
     restored(tmp_path)
   assert restored(tmp_path) is None
 
@@ -152,9 +154,19 @@ def test_another_base_and_another_state_are_refused(tmp_path):
       checkpoints.restore_last(state(), "other")
     smaller = state() | {"w": jnp.zeros((64, 2))}
     with pytest.raises(
-      ValueError, match=r"another state: w: float32\[64, 4\], expected .*\[64, 2\]"
+      ValueError, match=r"has another state: w: float32\[64, 4\], expected .*\[64, 2\]"
     ):
       checkpoints.restore_last(smaller, BASE)
+    assert checkpoints.steps() == [1]
+
+
+def test_a_later_version_is_refused_and_not_set_aside(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "VERSION", 3)
+  saved(tmp_path, {1: 1.0})
+  monkeypatch.undo()
+  with pytest.raises(ValueError, match=r"step 1 in .* has version 3; .* reads versions 1"):
+    restored(tmp_path)
+  with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [1]
 
 

@@ -56,16 +56,16 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
   losses, state = trained(name, scan_layers, parts, **axes)
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
   assert losses[0] > losses[-1]
-  got, wanted = jax.device_get((state.trainable, alone.trainable))
+  got, wanted = jax.device_get((state.part, alone.part))
   assert relative_difference(got, wanted) < 1e-5
-  arrays = jax.tree.leaves((state.trainable, state.opt_state))
+  arrays = jax.tree.leaves((state.part, state.opt_state))
   split = [x for x in arrays if x.addressable_shards[0].data.size < x.size]
   if name == "lora":  # of A and B, one side of each weight is split, or both
     assert len(split) >= len(arrays) // 4
   else:
     assert sum(x.size for x in split) > 0.9 * sum(x.size for x in arrays)
   moments = [leaf.sharding for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-  assert moments == [leaf.sharding for leaf in jax.tree.leaves(state.trainable)] * 2
+  assert moments == [leaf.sharding for leaf in jax.tree.leaves(state.part)] * 2
 
 
 def test_a_fingerprint_does_not_depend_on_the_mesh():

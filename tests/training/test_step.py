@@ -10,7 +10,13 @@ import lora_jax as lj
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.loss import LossSum
 from lora_jax.training.mesh import make_mesh, place_batch
-from lora_jax.training.step import all_finite, make_eval_step, make_train_step, start
+from lora_jax.training.step import (
+  all_finite,
+  make_eval_step,
+  make_train_step,
+  start,
+  trainable_tree,
+)
 
 from tests.toy_models import relative_difference
 
@@ -37,7 +43,7 @@ def compilations():
   jax.monitoring.unregister_event_duration_listener(listener)
 
 
-def squares(params, batch):
+def squares(params, batch, *, key=None):
   """A loss whose rows weigh 1, 2, ..., so that micro-batches weigh differently."""
   hidden = jnp.tanh(batch["x"] @ params["up"] + params["bias"][None])
   weights = jnp.abs(batch["x"][:, 0])
@@ -67,7 +73,7 @@ def host(tree):
 
 def test_state_exists_for_trainable_leaves_alone():
   _, state, frozen, _ = begin(lora())
-  sizes = [leaf.size for leaf in jax.tree.leaves(state.trainable)]
+  sizes = [leaf.size for leaf in jax.tree.leaves(state.part)]
   assert sum(sizes) == 2 * (6 + 10) + 2 * (10 + 4) + 10
   moments = [leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   assert sorted(moments) == sorted(sizes * 2)
@@ -81,14 +87,14 @@ def test_frozen_leaves_stay_and_the_state_is_donated():
   for _ in range(3):
     state, _ = step(state, frozen, batch)
   jax.tree.map(np.testing.assert_array_equal, frozen, before)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.trainable, old.opt_state)))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.part, old.opt_state)))
   assert int(state.step) == 3
 
 
 def test_a_step_is_the_update_of_the_mean_loss():
   adaptation = lora()
   step, state, frozen, batch = begin(adaptation, optax.sgd(0.1))
-  trainable = host(state.trainable["adapter"])
+  trainable = host(trainable_tree(state, frozen))
 
   def mean_loss(trainable):
     loss = adaptation.apply(PARAMS, trainable, jax.tree.map(jnp.asarray, BATCH), lora_key=None)
@@ -97,7 +103,7 @@ def test_a_step_is_the_update_of_the_mean_loss():
   value, grads = jax.value_and_grad(mean_loss)(jax.tree.map(jnp.asarray, trainable))
   state, metrics = step(state, frozen, batch)
   expected = jax.tree.map(lambda x, g: x - 0.1 * g, trainable, grads)
-  assert relative_difference(state.trainable["adapter"], expected) < 1e-6
+  assert relative_difference(trainable_tree(state, frozen), expected) < 1e-6
   np.testing.assert_allclose(metrics.loss, value, rtol=1e-6)
   np.testing.assert_allclose(metrics.weight, np.abs(BATCH["x"][:, 0]).sum(), rtol=1e-6)
   norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
@@ -113,18 +119,24 @@ def test_accumulated_micro_batches_are_the_whole_batch(method):
     assert batch["x"].shape == ((8, 6) if parts == 1 else (4, 2, 6))
     for _ in range(2):
       state, metrics = step(state, frozen, batch)
-    results.append((state.trainable, metrics))
+    results.append((state.part, metrics))
   assert relative_difference(results[1], results[0]) < 1e-6
 
 
 def test_full_finetuning_passes_nothing_twice():
   step, state, frozen, batch = begin(lj.full_finetuning(squares))
   assert jax.tree.leaves(frozen) == []
-  before, old = host(state.trainable["adapter"]), state
+  before, old = host(trainable_tree(state, frozen)), state
   state, _ = step(state, frozen, batch)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.trainable))
-  changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.trainable["adapter"], before)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.part))
+  changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), trainable_tree(state, frozen), before)
   assert changed == {"up": True, "bias": True, "down": True}
+
+
+def test_a_trainable_tree_that_shares_arrays_with_the_base_is_refused():
+  params = jax.tree.map(jnp.array, PARAMS)
+  with pytest.raises(ValueError, match=r"shares arrays with params: bias, up. .* copies; for full"):
+    start(params, {"up": params["up"], "bias": params["bias"]}, optax.sgd(0.1), KEY, make_mesh())
 
 
 def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
@@ -140,7 +152,7 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
       found.append(float(metrics.loss))
     return found
 
-  def apply(params, trainable, batch, *, lora_key):
+  def apply(params, trainable, batch, *, lora_key, key):
     """One mask for all rows, so that equal micro-batches differ by their keys alone."""
     keep = jax.random.uniform(lora_key, (1, 6))
     return full.apply(params, trainable, batch | {"x": batch["x"] * keep}, lora_key=None)
@@ -162,10 +174,10 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
 def test_the_models_own_dropout_has_a_key_of_the_step(parts):
   """With a learning rate of zero the losses differ by their masks alone."""
 
-  def noisy(params, batch):
-    if "dropout_key" not in batch:
+  def noisy(params, batch, *, key=None):
+    if key is None:
       return squares(params, batch)
-    keep = jax.random.uniform(batch["dropout_key"], batch["x"].shape)
+    keep = jax.random.uniform(key, batch["x"].shape)
     return squares(params, {**batch, "x": batch["x"] * keep})
 
   adaptation = lj.lora(noisy, lj.LoraConfig(2, 4.0, "up|down", extra="bias"))
@@ -180,8 +192,7 @@ def test_the_models_own_dropout_has_a_key_of_the_step(parts):
   assert found[0] == found[1]
   assert len(set(found[0])) == 3
   _, state, frozen, batch = begin(adaptation)
-  adapter = state.trainable["adapter"]
-  plain = make_eval_step(adaptation)(frozen["base"], adapter, batch)
+  plain = make_eval_step(adaptation)(frozen["base"], trainable_tree(state, frozen), batch)
   np.testing.assert_allclose(plain, squares(PARAMS, BATCH), rtol=1e-5)
 
 
@@ -189,7 +200,7 @@ def test_evaluation_has_no_dropout():
   adaptation = lora(dropout=0.5)
   _, state, frozen, batch = begin(adaptation)
   evaluate = make_eval_step(adaptation)
-  adapter = jax.tree.map(lambda x: x + 0.3, state.trainable["adapter"])
+  adapter = jax.tree.map(lambda x: x + 0.3, trainable_tree(state, frozen))
   got = evaluate(frozen["base"], adapter, batch)
   np.testing.assert_allclose(got, squares(lora().merge(frozen["base"], adapter), batch), rtol=1e-5)
 

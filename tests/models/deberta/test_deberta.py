@@ -14,7 +14,7 @@ import lora_jax as lj
 from lora_jax.interop import load_peft, save_peft
 from lora_jax.models.deberta.folder import load_deberta, params_shapes, save_deberta, stored_tensors
 from lora_jax.models.deberta.model import Deberta, DebertaConfig, distance_rows
-from lora_jax.training.loss import classification_loss
+from lora_jax.training.classification import classification_loss
 
 from tests import make_deberta_golden as golden
 from tests.toy_models import randomized, relative_difference
