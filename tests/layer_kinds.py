@@ -4,6 +4,7 @@
 parameters and inputs. The sizes are chosen so that no activation has a weight's size.
 """
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -713,12 +714,14 @@ def _():
 
 
 def markdown() -> str:
-  """Returns the table for the README: the kinds of every family."""
+  """Returns the list for the README: the kinds of every family."""
   families: dict[str, list[str]] = {}
-  for one in KINDS:
-    families.setdefault(one.family, []).append(one.name)
-  rows = [f"| {family} | {'; '.join(names)} |" for family, names in families.items()]
-  return "\n".join(["| family | layer kinds |", "|---|---|", *rows])
+  for kind in KINDS:
+    families.setdefault(kind.family, []).append(kind.name)
+  items = (f"- **{family}**: {'; '.join(names)}" for family, names in families.items())
+  return "\n".join(
+    textwrap.fill(item, 110, subsequent_indent="  ", break_on_hyphens=False) for item in items
+  )
 
 
 if __name__ == "__main__":

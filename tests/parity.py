@@ -1,14 +1,15 @@
 """How near models and adapters are to those of `transformers` and PEFT: python -m tests.parity
 
-Prints the two tables of docs/parity.md. What the peers compute stands in tests/golden, made by
-`python -m tests.make_gpt2_golden` and its like; the columns of what they read of ours need them
-installed (extra `peers`) and are empty without them. A figure is max|a - b| / max|b|.
+Prints the two tables and the settings in docs/parity.md. The peers' outputs are in tests/golden,
+made by `python -m tests.make_gpt2_golden` and its like. The columns for peers that read our folders
+need them installed (extra `peers`) and are empty otherwise. A figure is max|a - b| / max|b|.
 """
 
 import functools
 import importlib.util
 import json
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ ROOT = make_peft_golden.MODELS
 
 
 class Family(NamedTuple):
-  """How models of a family are read, written and run; `peers` runs them in `transformers`."""
+  """Functions that read, write and run a family's models; `peers` runs them in `transformers`."""
 
   load: Callable[..., tuple[Any, Any]]
   save: Callable[..., None]
@@ -53,14 +54,14 @@ class Family(NamedTuple):
   peers: Callable[[Any, tuple[np.ndarray, ...]], np.ndarray]
 
 
-def _of_tokens(model: Any, given: tuple[np.ndarray, ...]) -> np.ndarray:
-  return make_llama_golden.logits(model, given[0].astype(np.int64))
+def _decoder_logits(model: Any, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
+  return make_llama_golden.logits(model, inputs[0].astype(np.int64))
 
 
-def _of_encoder(model: Any, given: tuple[np.ndarray, ...]) -> np.ndarray:
+def _encoder_outputs(model: Any, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
   names = ("tokens", "mask", "types")
-  outputs = make_bert_golden.outputs(model, dict(zip(names, given, strict=True)))
-  return outputs.get("logits", outputs["hidden"] * given[1][..., None])
+  outputs = make_bert_golden.outputs(model, dict(zip(names, inputs, strict=True)))
+  return outputs.get("logits", outputs["hidden"] * inputs[1][..., None])
 
 
 FAMILIES = {
@@ -69,24 +70,24 @@ FAMILIES = {
     functools.partial(gpt2_folder.save_gpt2, end_of_text_id=0),
     GPT2,
     gpt2_folder.stored_tensors,
-    _of_tokens,
+    _decoder_logits,
   ),
   "llama": Family(
     llama_folder.load_llama,
     functools.partial(llama_folder.save_llama, end_of_text_id=0),
     Llama,
     llama_folder.stored_tensors,
-    _of_tokens,
+    _decoder_logits,
   ),
   "bert": Family(
-    bert_folder.load_bert, bert_folder.save_bert, Bert, bert_folder.stored_tensors, _of_encoder
+    bert_folder.load_bert, bert_folder.save_bert, Bert, bert_folder.stored_tensors, _encoder_outputs
   ),
   "deberta": Family(
     deberta_folder.load_deberta,
     deberta_folder.save_deberta,
     Deberta,
     deberta_folder.stored_tensors,
-    _of_encoder,
+    _encoder_outputs,
   ),
 }
 MODELS = [
@@ -95,6 +96,8 @@ MODELS = [
   *(f"bert/{name}" for name in make_bert_golden.MODELS),
   *(f"deberta/{name}" for name in make_deberta_golden.MODELS),
 ]
+ADAPTER_COLUMNS = ["adapter", "base", "read", "merged", "same", "again", "PEFT", "transformers"]
+SETTINGS_INDENT = 16
 ADAPTERS: Mapping[str, tuple[str, dict[str, Any]]] = (
   make_peft_golden.ADAPTERS | make_peft_golden.ENCODERS
 )
@@ -105,13 +108,13 @@ def family_of(name: str) -> Family:
 
 
 def inputs_of(name: str) -> tuple[np.ndarray, ...]:
-  """Returns tokens (rows, time), of an encoder with their mask and types."""
+  """Returns tokens (rows, time); for an encoder also their mask and types."""
   encoder = make_peft_golden.is_encoder(name)
   return make_peft_golden.inputs_of(name) if encoder else (make_peft_golden.tokens_of(name),)
 
 
 def outputs_of(name: str) -> np.ndarray:
-  """Returns the logits of `transformers`; of an encoder without a head its states, no padding."""
+  """Returns the logits of `transformers`; for an encoder without a head its hidden states."""
   arrays = load_file(ROOT / f"{name}.safetensors")
   if "hidden" in arrays and "logits" not in arrays:
     return arrays["hidden"] * arrays["mask"][..., None]
@@ -123,7 +126,7 @@ def function(name: str, config: Any) -> Callable[..., jax.Array]:
   """Returns the model as a compiled function of its params and inputs."""
   module = family_of(name).module(config)
   if getattr(config, "num_labels", 0) is not None:
-    return jax.jit(lambda params, *given: module.apply({"params": params}, *given))
+    return jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))
 
   def hidden(params: Any, tokens: jax.Array, mask: jax.Array, types: jax.Array) -> jax.Array:
     states = module.apply({"params": params}, tokens, mask, types, method="hidden")
@@ -143,62 +146,63 @@ def peers_model(name: str, folder: Path) -> Any:
 def model_row(name: str) -> list[str]:
   """Returns the cells of a model's row."""
   family, expected = family_of(name), outputs_of(name)
-  given = tuple(map(jnp.asarray, inputs_of(name)))
+  inputs = tuple(map(jnp.asarray, inputs_of(name)))
   about = json.loads((ROOT / name / "config.json").read_text())
   config, params = family.load(ROOT / name)
-  found = {"unrolled": relative_difference(function(name, config)(params, *given), expected)}
+  differences = {"unrolled": relative_difference(function(name, config)(params, *inputs), expected)}
   if getattr(config, "window_layers", None) is None:
     stacked = family.load(ROOT / name, scan_layers=True)
-    found["scanned"] = relative_difference(function(name, stacked[0])(stacked[1], *given), expected)
+    outputs = function(name, stacked[0])(stacked[1], *inputs)
+    differences["scanned"] = relative_difference(outputs, expected)
   if PEERS and not about["architectures"][0].endswith(("MaskedLM", "PreTraining")):
     with tempfile.TemporaryDirectory() as root:
       family.save(Path(root) / "new", config, params)
       again = family.peers(peers_model(name, Path(root) / "new"), inputs_of(name))
-    found["read"] = relative_difference(again, expected)
-  cells = (_printed(found.get(key)) for key in ("unrolled", "scanned", "read"))
+    differences["read"] = relative_difference(again, expected)
+  cells = (_printed(differences.get(key)) for key in ("unrolled", "scanned", "read"))
   return [name, about["architectures"][0], *cells]
 
 
 def adapter_row(name: str) -> list[str]:
   """Returns the cells of an adapter's row."""
-  of, settings = ADAPTERS[name]
-  family, folder = family_of(of), make_peft_golden.GOLDEN / name
-  given = tuple(map(jnp.asarray, inputs_of(of)))
+  base_name, _ = ADAPTERS[name]
+  family, folder = family_of(base_name), make_peft_golden.GOLDEN / name
+  inputs = tuple(map(jnp.asarray, inputs_of(base_name)))
   expected = load_file(make_peft_golden.GOLDEN / f"{name}.safetensors")["logits"]
-  config, params = family.load(ROOT / of)
-  tensors, fn = family.stored_tensors(config), function(of, config)
+  config, params = family.load(ROOT / base_name)
+  tensors, fn = family.stored_tensors(config), function(base_name, config)
 
   def difference(lora_config: lj.LoraConfig, trainable: Any) -> float:
     adapted = jax.jit(lj.lora(fn, lora_config).apply)
-    return relative_difference(adapted(params, trainable, *given), expected)
+    return relative_difference(adapted(params, trainable, *inputs), expected)
 
   adapter = load_peft(folder, tensors, params)
   merged = lj.lora(fn, adapter[0]).merge(params, adapter[1])
-  found = {
+  differences = {
     "read": difference(*adapter),
-    "merged": relative_difference(fn(merged, *given), expected),
+    "merged": relative_difference(fn(merged, *inputs), expected),
   }
   with tempfile.TemporaryDirectory() as root:
-    new, whole, theirs = Path(root) / "adapter", Path(root) / "merged", []
-    in_folder = llama_folder.stored_in(ROOT / of, config) if of.startswith("llama") else tensors
-    save_merged(whole, ROOT / of, *adapter, in_folder, params)
-    save_peft(new, *adapter, tensors, params)
-    found["back"] = difference(*load_peft(new, tensors, params))
-    same = "yes" if _same_tensors(folder, new) else "no"
+    written, merged_folder = Path(root) / "adapter", Path(root) / "merged"
+    is_llama = base_name.startswith("llama")
+    in_folder = llama_folder.stored_in(ROOT / base_name, config) if is_llama else tensors
+    save_merged(merged_folder, ROOT / base_name, *adapter, in_folder, params)
+    save_peft(written, *adapter, tensors, params)
+    differences["again"] = difference(*load_peft(written, tensors, params))
+    same = "yes" if _same_tensors(folder, written) else "no"
     if PEERS:
       import peft
 
-      base = make_peft_golden.base_model(of)
-      theirs = [("folder", peers_model(of, whole))]
-      theirs.append(("peft", peft.PeftModel.from_pretrained(base, new).eval()))
-    for key, model in theirs:
-      logits = make_peft_golden.logits(model, *inputs_of(of))
-      found[key] = relative_difference(logits, expected)
-  described = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-  described = described.replace("|", "\\|")  # in a cell
-  first, rest = (_printed(found[key]) for key in ("read", "merged")), ("back", "peft", "folder")
-  cells = [*first, same, *(_printed(found.get(key)) for key in rest)]
-  return [name, of, f"`{described}`", *cells]
+      base = make_peft_golden.base_model(base_name)
+      peers_models = {
+        "transformers": peers_model(base_name, merged_folder),
+        "PEFT": peft.PeftModel.from_pretrained(base, written).eval(),
+      }
+      for key, model in peers_models.items():
+        logits = make_peft_golden.logits(model, *inputs_of(base_name))
+        differences[key] = relative_difference(logits, expected)
+  cells = {key: _printed(differences.get(key)) for key in ADAPTER_COLUMNS[2:]} | {"same": same}
+  return [name, base_name, *cells.values()]
 
 
 def _same_tensors(folder: Path, other: Path) -> bool:
@@ -220,10 +224,24 @@ def models_table() -> str:
 
 def adapters_table() -> str:
   """Returns the table of adapters."""
-  head = ["adapter", "base", "PEFT's settings", "ours", "merged", "written again the same"]
-  head += ["ours, read again", "PEFT on our folder", "transformers on the merged folder"]
-  return table.aligned([head, *map(adapter_row, ADAPTERS)])
+  return table.aligned([ADAPTER_COLUMNS, *map(adapter_row, ADAPTERS)])
+
+
+def settings() -> str:
+  """Returns PEFT's settings of each adapter, wrapped to 100 columns."""
+  lines = []
+  for name, (_, options) in ADAPTERS.items():
+    text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    indent = " " * SETTINGS_INDENT
+    lines += textwrap.wrap(
+      f"{name:{SETTINGS_INDENT}}{text}",
+      100,
+      subsequent_indent=indent,
+      break_long_words=False,
+      break_on_hyphens=False,
+    )
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":
-  print(models_table(), adapters_table(), sep="\n\n")
+  print(models_table(), adapters_table(), settings(), sep="\n\n")

@@ -1,4 +1,4 @@
-"""docs/parity.md has the tables of `python -m tests.parity`: all rows, each figure small enough."""
+"""docs/parity.md has what `python -m tests.parity` prints: all rows, each figure small enough."""
 
 import re
 
@@ -11,7 +11,7 @@ PAGE = ROOT / "docs" / "parity.md"
 
 
 def rows(title):
-  """Returns the cells of a section's table by their row's first cell, and the heads."""
+  """Returns the rows of a section's table by their first cell, and the names of its columns."""
   section = PAGE.read_text("utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
   lines = [line for line in section.splitlines() if line.startswith("|")]
   cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
@@ -27,9 +27,9 @@ def figures(cells):
   [("Models", parity.MODELS, 2), ("Adapters", list(parity.ADAPTERS), 5)],
 )
 def test_all_rows_are_there_and_small(title, names, least):
-  found, _ = rows(title)
-  assert list(found) == names
-  for name, cells in found.items():
+  table, _ = rows(title)
+  assert list(table) == names
+  for name, cells in table.items():
     assert len(figures(cells)) >= (1 if name == "llama/qwen2_mixed" else least), name
     assert all(figure < 1e-5 for figure in figures(cells)), name
 
@@ -40,7 +40,13 @@ def test_the_command_has_the_same_columns():
     ("Models", parity.model_row("gpt2/tied")),
     ("Adapters", parity.adapter_row("fused")),
   ):
-    found, head = rows(title)
-    assert len(row) == len(head)
-    assert row[1 : 2 if title == "Models" else 3] == found[row[0]][: 1 if title == "Models" else 2]
+    table, columns = rows(title)
+    assert len(row) == len(columns)
+    assert row[1] == table[row[0]][0]
     assert all(figure < 1e-5 for figure in figures(row))
+  assert columns == parity.ADAPTER_COLUMNS
+  assert row[columns.index("same")] == "yes"
+
+
+def test_the_settings_are_those_of_the_adapters():
+  assert f"```\n{parity.settings()}\n```" in PAGE.read_text("utf-8")
