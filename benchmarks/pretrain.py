@@ -33,10 +33,13 @@ import numpy as np
 import lora_jax as lj
 from benchmarks.memory import finish, measure, wait_for_start
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.gpt2_pretrain import END_OF_TEXT_ID, flops_per_token, matmul_gflops, model_config
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
-from experiments.harness.recipe import make_optimizer
-from experiments.nlg.gpt2 import random_params
+from experiments.harness.optimizer import make_optimizer
+from experiments.nlg.config import PretrainConfig
+from experiments.nlg.gpt2 import pretrained_config, random_params
+from experiments.nlg.model_card import flops_per_token, matmul_gflops
+from experiments.nlg.pretraining_text import END_OF_TEXT_ID
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.training.allocator import keep_freed_memory
@@ -58,17 +61,17 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def run(way: str, rows: int, steps: int) -> None:
   """Times some steps, in a process of its own."""
-  config = apply(get_config(), {**WAYS[way], "data.batch_size": rows})
+  config = read_config(PretrainConfig, apply(get_config(), {**WAYS[way], "data.batch_size": rows}))
   if config.keep_freed_memory:
     keep_freed_memory()
-  parts, model, mesh = config.fit.accumulation_steps, model_config(config), make_mesh()
+  parts, model, mesh = config.fit.accumulation_steps, pretrained_config(config), make_mesh()
   shape = {"batch_size": rows, "row_length": config.data.row_length}
   draw = np.random.default_rng(0)
   stream = draw.integers(1, model.vocab_size, 2 * rows * config.data.row_length, np.uint16)
   batch = corpus.Rows(stream, END_OF_TEXT_ID, seed=None, **shape)[0]
   params = random_params(model, mesh, jax.random.key(0))
   loss = lj.full_finetuning(language_model_loss(GPT2(model)))
-  optimizer, _ = make_optimizer(config, 1000)
+  optimizer, _ = make_optimizer(config.optimizer, 1000)
   state, frozen, optimizer = start(params, params, optimizer, jax.random.key(1), mesh)
   placed = place_batch(mesh, batch, parts)
   step: Any = make_train_step(loss, optimizer, state, parts)

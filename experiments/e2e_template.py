@@ -4,6 +4,9 @@
 
 The rule was written from the meaning of the slots and the wording of the training lines. Nothing
 in it was chosen by a score on the test set.
+
+Time: seconds, most of them for the metrics.
+Expect: BLEU 63.34 on the 630 test inputs.
 """
 
 import argparse
@@ -11,13 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from experiments.gpt2_e2e import decoded_inputs
-from experiments.harness import table
 from experiments.harness.launch import explained
-from experiments.harness.workdir import Config, commit, run_once
-from experiments.nlg.scoring import score_texts
+from experiments.harness.workdir import commit, run_once
+from experiments.nlg.config import TemplateConfig
+from experiments.nlg.e2e import decoded_inputs, score
+from experiments.nlg.scores import markdown
 
 SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
@@ -56,20 +57,19 @@ def describe(slots: Mapping[str, str]) -> str:
   name, family = slots["name"], slots.get("family friendly")
   kind = slots.get("Type", "restaurant")
   noun = f"family friendly {kind}" if family == "yes" else kind
-  text = f"{name} is {_article(noun)} {noun}"
+  text = f"{name} is {_a(noun)}"
   if "food" in slots:
     text += f" that serves {'fast' if slots['food'] == 'Fast food' else slots['food']} food"
   if "price" in slots:
     price = slots["price"]
-    of = (
-      f"a price range of {price}" if price in PRICES else f"{_article(price)} {price} price range"
-    )
-    text += f" with {of}"
+    exact = price in PRICES
+    text += f" with a price range of {price}" if exact else f" with {_a(price)} price range"
   sentences = [text]
   if "customer rating" in slots:
     rating = slots["customer rating"]
-    of = f"a customer rating of {rating}" if rating in RATINGS else None
-    sentences.append(f"It has {of or f'{_article(rating)} {rating} customer rating'}")
+    exact = rating in RATINGS
+    described = f"a customer rating of {rating}" if exact else f"{_a(rating)} customer rating"
+    sentences.append(f"It has {described}")
   place = {"city centre": "in the city centre", "riverside": "in the riverside area"}
   where = [place[slots["area"]]] if "area" in slots else []
   where += [f"near {slots['near']}"] if "near" in slots else []
@@ -80,34 +80,20 @@ def describe(slots: Mapping[str, str]) -> str:
   return " . ".join(sentences) + " ."
 
 
-def _article(noun: str) -> str:
-  return "an" if noun[0] in "aeiou" else "a"
+def _a(noun: str) -> str:
+  return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def get_config(workdir: str) -> Config:
-  """Returns the config of the baseline: all of the test set's inputs."""
-  return ConfigDict(
-    {
-      "experiment": "e2e_template",
-      "variant": "",
-      "workdir": workdir,
-      "seed": 0,
-      "method": "template",
-      "data": {"form": "reference", "source": "embedded"},
-      "decoding": {"split": "test", "num_inputs": 630},
-    }
-  )
-
-
-def run(config: Config) -> dict[str, Any]:
-  """Writes and scores one text for each input; a finished run is not done again."""
+def run(config: TemplateConfig) -> dict[str, Any]:
+  """Writes and scores one text for each input; a finished run is not repeated."""
   result = run_once(config, lambda workdir: _run(config, workdir))
-  print(table.markdown([result]))
+  print(markdown([result]))
   return result
 
 
-def _run(config: Config, workdir: Path) -> dict[str, Any]:
-  groups = decoded_inputs(config)
+def _run(config: TemplateConfig, workdir: Path) -> dict[str, Any]:
+  data, inputs = config.data, config.decoding
+  groups = decoded_inputs(data.form, data.source, inputs.split, inputs.num_inputs)
   texts = [describe(parse(group.context)) for group in groups]
   return {
     "experiment": config.experiment,
@@ -117,7 +103,7 @@ def _run(config: Config, workdir: Path) -> dict[str, Any]:
     "num_train_records": 0,
     "trainable_parameters": 0,
     "valid_loss": None,
-    **score_texts(texts, groups, workdir),
+    **score(texts, groups, workdir),
     "commit": commit(),
   }
 
@@ -127,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(prog="python -m experiments.e2e_template", description=__doc__)
   parser.add_argument("--workdir", default="runs/e2e_template", help="the folder to write")
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-  given = parser.parse_args(arguments)
+  options = parser.parse_args(arguments)
   with explained():
-    run(get_config(given.workdir))
+    run(TemplateConfig(workdir=options.workdir))
 
 
 if __name__ == "__main__":

@@ -4,21 +4,26 @@
 
 What is not given stays as it was in the run. The results are written to
 FOLDER/evaluations/<what differs>/, which `experiments.report` reads like the folder of a run.
+
+Time: 41 s for 630 inputs on the embedded base with a beam of 10 on 2 CPU cores, and the metrics.
+Expect: with no settings the texts and scores of the run itself.
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.gpt2_e2e import evaluate
-from experiments.harness import table
-from experiments.harness.launch import apply, explained
-from experiments.harness.workdir import Config, flat, provenance, read_config, read_result, run_once
+from experiments.harness.config import flat, replace_fields
+from experiments.harness.launch import explained
+from experiments.harness.workdir import provenance, read_finished, read_run, run_once
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.e2e import decode_and_score
 from experiments.nlg.gpt2 import load_base
 from experiments.nlg.restore import restore_params
-from lora_jax.training.mesh import make_mesh
+from experiments.nlg.scores import markdown
 
 SETTINGS = {  # the flag: the field of the config
   "num_beams": "decoding.num_beams",
@@ -44,43 +49,36 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
     FileNotFoundError: if the folder is no run's, or what was trained is not there any more.
     ValueError: if the run is of another experiment, not finished, or a setting does not fit.
   """
-  folder = Path(folder)
-  stored = read_config(folder)
-  result = read_result(folder)
-  if stored.experiment != "gpt2_e2e":
-    raise ValueError(f"{folder} is a run of {stored.experiment!r}; only 'gpt2_e2e' can be decoded")
-  if result is None:
-    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
-  config: Config = apply(stored, {SETTINGS[name]: value for name, value in settings.items()})
+  stored, result = read_run(E2EConfig, folder), read_finished(folder)
+  config = replace_fields(stored, {SETTINGS[name]: value for name, value in settings.items()})
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; say how many inputs, as --num_inputs=630")
-  config.workdir = str(folder / "evaluations" / _name(stored, config))
-  found = run_once(config, lambda workdir: _evaluate(config, result, folder, workdir))
-  print(table.markdown([found]))
-  print(f"\nwrote {config.workdir}")
-  return found
+  workdir = Path(folder) / "evaluations" / _name(stored, config)
+  config = dataclasses.replace(config, workdir=str(workdir))
+  evaluation = run_once(config, lambda _: _evaluate(config, stored, result))
+  print(markdown([evaluation]))
+  print(f"\nwrote {workdir}")
+  return evaluation
 
 
-def _evaluate(
-  config: Config, result: dict[str, Any], folder: Path, workdir: Path
-) -> dict[str, Any]:
-  begun = time.perf_counter()
-  mesh = make_mesh(**config.mesh)
+def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> dict[str, Any]:
+  start = time.perf_counter()
+  mesh = config.mesh.make()
   base = load_base(config, mesh)
-  params, loss = restore_params(folder, config.fit.keep, base, mesh)
+  params, loss = restore_params(stored, config.fit.keep, base, mesh)
   return {
     **{name: result[name] for name in KEPT if name in result},
     "valid_loss": loss,
-    **evaluate(config, base, params, workdir, mesh),
-    "run": str(folder),
-    "seconds": time.perf_counter() - begun,
+    **decode_and_score(config, base, params, mesh),
+    "run": stored.workdir,
+    "seconds": time.perf_counter() - start,
     **provenance(),
   }
 
 
-def _name(stored: Config, config: Config) -> str:
+def _name(stored: E2EConfig, config: E2EConfig) -> str:
   """Returns the folder's name for what differs from the run."""
-  before, now = flat(stored), flat(config)
+  before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
   differing = [name for name, field in SETTINGS.items() if before[field] != now[field]]
   return ",".join(f"{name}={now[SETTINGS[name]]}" for name in differing) or "unchanged"
 
@@ -100,14 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--max_new_tokens", type=int, help="of a text")
   parser.add_argument("--scoring", help="transformers, or reference: the paper's code's rules")
   parser.add_argument("--num_inputs", type=int, help="the first of the distinct inputs")
-  parser.add_argument("--split", choices=("train", "valid", "test"), help="whose inputs")
+  parser.add_argument("--split", choices=("train", "valid", "test"), help="of the inputs")
   parser.add_argument(
     "--checkpoint", choices=("best", "last"), help="the best by validation loss, or the last"
   )
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-  given = vars(parser.parse_args(arguments))
+  options = vars(parser.parse_args(arguments))
   with explained():
-    evaluate_run(given["folder"], {name: given[name] for name in SETTINGS if name in given})
+    evaluate_run(options["folder"], {n: options[n] for n in SETTINGS if n in options})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A finished run in the forms of other packages.
+"""A finished run in the formats of other packages.
 
     python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, as PEFT has it
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # as adapter servers read it
@@ -8,19 +8,25 @@ The adapter of separate query, key and value goes onto GPT-2's fused c_attn exac
 there. A merged model works without any adapter, and without LoRA: its method may be any. Of a LoRA
 run it is the base's own folder, with its dtype, and what rounding to that has cost is printed.
 
-A run of `experiments.finetune` has its adapter in PEFT's form already, for servers too, in `peft/`.
-Of a run of `experiments.glue` the new head goes along, which the form for servers has no place for.
+A run of `experiments.finetune` has its adapter in PEFT's format already, for servers too, in
+`peft/`, and its model in `model/` if that was fully trained. Of a run of `experiments.glue` the new
+head goes along, which the format for servers has no place for.
+
+Time: seconds for the embedded base; a merged model is read and written one weight at a time.
+Expect: a folder whose model computes what the run's own does.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.classification.config import GlueConfig
 from experiments.classification.restore import load_encoder
-from experiments.finetune import weights_digests
 from experiments.harness.launch import explained
-from experiments.harness.recipe import lora_config
-from experiments.harness.workdir import Config, check_experiment, read_config, read_result
+from experiments.harness.methods import find_method, lora_config
+from experiments.harness.workdir import read_finished, read_run, stored_config
+from experiments.nlg.config import E2EConfig, FinetuneConfig
+from experiments.nlg.finetuned import export_folder, weights_digests
 from experiments.nlg.gpt2 import load_base, model_folder
 from experiments.nlg.restore import load_adapter, load_run
 from lora_jax.interop import load_peft, save_merged, save_peft
@@ -29,29 +35,30 @@ from lora_jax.models.gpt2.folder import save_gpt2, stored_tensors
 from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
+EXPORTED = {kind.NAME: kind for kind in (E2EConfig, GlueConfig, FinetuneConfig)}
+
 
 def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False) -> None:
-  """Writes the adapter of a finished LoRA run in PEFT's form.
+  """Writes the adapter of a finished run in PEFT's format.
 
   Raises:
     FileExistsError: if there is such a folder.
-    ValueError: if the run was of another method, or PEFT has no form for its adapter.
+    ValueError: if the run's method has no adapter, or PEFT has no format for it.
   """
-  config: Config = read_config(folder)
-  if config.experiment == "finetune":
-    raise ValueError(f"the adapter of {folder} is in PEFT's form already: {folder}/peft")
+  config = _config_of(folder)
   base_model = config.model.folder or None
-  if config.experiment == "glue":
+  if isinstance(config, FinetuneConfig):
+    raise ValueError(_written_already(config))
+  if isinstance(config, GlueConfig):
     load_encoder(folder).save_adapter(out, base_model, for_server)
     return
-  check_experiment(config, "gpt2_e2e")
   if config.model.start == "random":
     raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
   base = load_base(config, make_mesh())
   save_peft(
     out,
     lora_config(config),
-    load_adapter(folder, base),
+    load_adapter(config, base),
     stored_tensors(base.config),
     base.params,
     base_model=base_model,
@@ -64,20 +71,19 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
 
   Returns:
     What rounding to the base's dtype cost each leaf, as `save_merged` has it; of runs without
-    LoRA or without a base's folder nothing: their weights are written as they are.
+    an adapter or a base's folder nothing: their weights are written as they are.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
   """
-  config: Config = read_config(folder)
-  if config.experiment == "finetune":
-    return _merge_finetuned(Path(folder), config, out)
-  if config.experiment == "glue":
+  config = _config_of(folder)
+  if isinstance(config, FinetuneConfig):
+    return _merge_finetuned(config, out)
+  if isinstance(config, GlueConfig):
     return load_encoder(folder).save_merged(out)
-  check_experiment(config, "gpt2_e2e")
-  if config.method == "lora" and config.model.start != "random":
+  if find_method(config.method).exports_adapter and config.model.start != "random":
     base = load_base(config, make_mesh())
-    adapter, stored = load_adapter(folder, base), stored_tensors(base.config)
+    adapter, stored = load_adapter(config, base), stored_tensors(base.config)
     lora = lora_config(config)
     return save_merged(out, model_folder(config), lora, adapter, stored, base.params)
   run = load_run(folder)
@@ -86,18 +92,32 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   return {}
 
 
-def _merge_finetuned(folder: Path, config: Config, out: str | Path) -> dict[str, float]:
+def _config_of(folder: str | Path) -> E2EConfig | GlueConfig | FinetuneConfig:
+  experiment = stored_config(folder)["experiment"]
+  if experiment not in EXPORTED:
+    raise ValueError(
+      f"{folder} is a run of {experiment!r}; those that can be exported are of "
+      f"{', '.join(EXPORTED)}"
+    )
+  return read_run(EXPORTED[experiment], folder)
+
+
+def _written_already(config: FinetuneConfig) -> str:
+  return f"{config.workdir} has written it already: {export_folder(config)}"
+
+
+def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float]:
   """Writes the merged model of a run of `experiments.finetune`; loads no weights but one by one."""
-  result = read_result(folder)
-  if result is None:
-    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
+  result = read_finished(config.workdir)
+  if not find_method(config.method).exports_adapter:
+    raise ValueError(_written_already(config))
   model = plan_causal_lm(config.model.folder)
-  lora, adapter = load_peft(folder / "peft", model.stored, model.params)
+  lora, adapter = load_peft(export_folder(config), model.stored, model.params)
   base = find_folder(config.model.folder)  # with its weights
   changed = result.get("weights", {}).items() - weights_digests(base).items()
   if changed:
     raise ValueError(
-      f"{folder} was trained on other weights than {base} has by now: "
+      f"{config.workdir} was trained on other weights than {base} has by now: "
       f"{', '.join(sorted(name for name, _ in changed))}. Restore them; on others the adapter "
       "means nothing"
     )
@@ -117,14 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   form.add_argument("--merged", action="store_true", help="the whole model, for transformers")
   form.add_argument("--server", action="store_true", help="one rank and one alpha for all")
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-  given = parser.parse_args(arguments)
+  options = parser.parse_args(arguments)
   errors: dict[str, float] = {}
   with explained():
-    if given.merged:
-      errors = export_merged(given.folder, given.out)
+    if options.merged:
+      errors = export_merged(options.folder, options.out)
     else:
-      export_adapter(given.folder, given.out, given.server)
-  print(f"wrote {given.out}")
+      export_adapter(options.folder, options.out, options.server)
+  print(f"wrote {options.out}")
   if errors:
     worst = max(errors, key=lambda path: errors[path])
     print(f"rounding to the base's dtype changed {len(errors)} weights by at most")

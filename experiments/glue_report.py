@@ -5,6 +5,9 @@
 Runs that differ in their seed alone are one cell: the median over the seeds of the best epoch's
 score, as the paper has it, and in brackets that of the last epoch's. Runs that tune are a table of
 their own. Every figure is read from the runs' folders.
+
+Time: seconds.
+Expect: the tables of docs/glue.md, from the runs that are listed there.
 """
 
 import argparse
@@ -13,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from experiments.glue import METHODS
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
-from experiments.harness.groups import Run, read_runs
 from experiments.harness.launch import explained
+from experiments.harness.runs import Run, joined_values, read_runs
 
 NAMES = {"matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 Cells = dict[tuple[str, str], dict[str, list[Run]]]
@@ -31,37 +33,33 @@ def report(folders: Sequence[str | Path]) -> str:
     ValueError: if no run is finished, two are the same run, or one is of another experiment.
   """
   runs, unfinished = read_runs(folders)
-  if not runs:
-    raise ValueError(f"none of the {len(folders)} runs is finished; there is nothing to report")
   for run in runs:
     if run.settings["experiment"] != "glue":
       raise ValueError(f"{run.folder} is a run of {run.settings['experiment']}, expected glue")
   tuning = [run for run in runs if run.settings["data.tuning"]]
   final = [run for run in runs if not run.settings["data.tuning"]]
   parts = [_results(final) if final else "", _tuning(tuning) if tuning else ""]
-  if unfinished:
-    parts.append(f"Not finished: {', '.join(f'`{folder}`' for folder in unfinished)}.")
-  return "\n\n".join(part for part in [*parts, _origin(runs)] if part) + "\n"
+  return "\n\n".join(part for part in [*parts, unfinished, _origin(runs)] if part) + "\n"
 
 
 def _results(runs: Sequence[Run]) -> str:
   cells: Cells = defaultdict(lambda: defaultdict(list))
   for run in runs:
-    cells[run.result["model"], run.result["method"]][run.result["task"]].append(run)
+    cells[run.result["model"], run.method.label][run.result["task"]].append(run)
   tasks = list(dict.fromkeys(run.result["task"] for run in runs))
   heads = {run.result["task"]: f"{run.result['task']}, {_metric(run)}" for run in runs}
   rows = [["what", "trained", *(heads[task] for task in tasks)]]
   models = list(dict.fromkeys(model for model, _ in cells))
   for model in models:
-    for (of, method), by_task in cells.items():
-      if of == model:
+    for (name, method), by_task in cells.items():
+      if name == model:
         counts = sorted({_trained(run) for members in by_task.values() for run in members})
-        found = [_cell(by_task[task]) if task in by_task else "" for task in tasks]
-        rows.append([f"{model}, {METHODS[method]}", " to ".join(_span(counts)), *found])
+        scores = [_cell(by_task[task]) if task in by_task else "" for task in tasks]
+        rows.append([f"{model}, {method}", " to ".join(_span(counts)), *scores])
     for row in paper_tables.TABLE_2:
       if row.model == model:
-        found = [_printed(row.scores.get(task)) for task in tasks]
-        rows.append([f"the paper, {row.what}", row.trainable, *found])
+        scores = [_printed(row.scores.get(task)) for task in tasks]
+        rows.append([f"the paper, {row.what}", row.trainable, *scores])
   note = (
     "Dev sets, percent. The median over the seeds of each one's best epoch, which the dev set "
     "chooses, as the paper does; in brackets the median of the last epoch; then the number of "
@@ -95,8 +93,8 @@ def _cell(runs: Sequence[Run]) -> str:
 
 def _check_alike(runs: Sequence[Run]) -> None:
   """Raises ValueError if runs differ in more than their seeds."""
-  own = ("seed", "workdir", "optimizer.tuned_in")
-  first, *others = ({k: v for k, v in run.settings.items() if k not in own} for run in runs)
+  free = ("seed", "workdir", "optimizer.tuned_in")
+  first, *others = ({k: v for k, v in run.settings.items() if k not in free} for run in runs)
   for run, other in zip(runs[1:], others, strict=True):
     if names := sorted(k for k in first | other if first.get(k) != other.get(k)):
       raise ValueError(
@@ -113,30 +111,28 @@ def _printed(value: paper_tables.Value | None) -> str:
 
 
 def _tuning(runs: Sequence[Run]) -> str:
-  found: dict[tuple[str, str, str], dict[float, float]] = defaultdict(dict)
+  scores: dict[str, dict[float, float]] = defaultdict(dict)
   for run in runs:
-    key = run.result["model"], run.result["task"], run.result["method"]
-    if run.result["learning_rate"] in found[key]:
-      raise ValueError(f"{run.folder}: another run of {', '.join(key)} has the same learning rate")
-    found[key][run.result["learning_rate"]] = 100 * run.result["score"]
-  of = {f"{model}, {task}, {METHODS[method]}": row for (model, task, method), row in found.items()}
+    label = f"{run.result['model']}, {run.result['task']}, {run.method.label}"
+    rate = run.result["learning_rate"]
+    if rate in scores[label]:
+      raise ValueError(f"{run.folder}: another run of {label} has the same learning rate")
+    scores[label][rate] = 100 * run.result["score"]
   cells = {
-    label: {rate: f"{score:.1f}" for rate, score in row.items()} for label, row in of.items()
+    label: {rate: f"{score:.1f}" for rate, score in row.items()} for label, row in scores.items()
   }
-  best = {label: max(row, key=row.__getitem__) for label, row in of.items()}
+  best = {label: max(row, key=row.__getitem__) for label, row in scores.items()}
   shown = table.by_rate("model, task, method", cells, best)
   return f"## Learning rates\n\n{shown} Percent, on the part of train that was held out."
 
 
 def _origin(runs: Sequence[Run]) -> str:
-  def all_of(name: str) -> str:
-    return ", ".join(sorted({str(run.result[name]) for run in runs if run.result.get(name)}))
-
+  devices, versions, commits = (joined_values(runs, n) for n in ("device", "jax", "commit"))
   hours = sum(run.result["seconds"] for run in runs) / 3600
   return (
     "## How they were made\n\n"
     f"- {len(runs)} runs, {hours:.2f} hours in all\n"
-    f"- devices: {all_of('device')}; JAX {all_of('jax')}; commits {all_of('commit')}"
+    f"- devices: {devices}; JAX {versions}; commits {commits}"
   )
 
 
@@ -150,13 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("folders", nargs="+", help="of runs, as runs/glue/cola/*")
   parser.add_argument("--out", help="a file to write besides")
   parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
-  given = parser.parse_args(arguments)
+  options = parser.parse_args(arguments)
   with explained():
-    text = report(given.folders)
+    text = report(options.folders)
     print(text, end="")
-    if given.out:
-      Path(given.out).parent.mkdir(parents=True, exist_ok=True)
-      Path(given.out).write_text(text, "utf-8")
+    if options.out:
+      Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+      Path(options.out).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -2,234 +2,124 @@
 
     python -m experiments.gpt2_e2e [--config=experiments/configs/gpt2_e2e.py:VARIANT]
 
+Time: 4 minutes on 2 CPU cores (`mini`, the default); the paper's variants have not been run here.
+Expect: BLEU 47.5, NIST 6.34 and 1.466 nats a token, with LoRA of 442,368 parameters on `mini`.
+
 `run` is the whole of it: data -> model -> method -> fit -> decode -> metrics -> result.json.
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
-from experiments.harness import table
+import lora_jax as lj
+from experiments.harness.config import read_config
+from experiments.harness.fit import fit_run, initialize
 from experiments.harness.launch import launch
-from experiments.harness.recipe import fit_config, make_optimizer
+from experiments.harness.methods import adapt, find_method
 from experiments.harness.workdir import (
-  Config,
   check_examples,
-  check_experiment,
   check_model,
-  examples_digest,
   provenance,
-  read_config,
+  read_run,
   run_once,
 )
-from experiments.nlg.gpt2 import Base, cached_model, load_base, method, pretraining_tokens
-from experiments.nlg.scoring import score_texts
-from lora_jax.data import batches as data_batches
-from lora_jax.data import text
-from lora_jax.data.sets import e2e, e2e_tfds
-from lora_jax.decoding import BeamConfig, beam_search
-from lora_jax.training.checkpoint import save_adapter
-from lora_jax.training.loop import evaluate_loss, fit
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data
+from experiments.nlg.gpt2 import Base, load_base, pretraining_tokens
+from experiments.nlg.scores import markdown
+from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
-from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import make_eval_step
 
 
-class Data(NamedTuple):
-  """The batches of a run, in full."""
-
-  train: data_batches.Batches
-  valid: data_batches.Batches
-  num_train_records: int
-  digest: str  # of the examples
-
-
-def run(config: Config) -> dict[str, Any]:
+def run(config: ConfigDict) -> dict[str, Any]:
   """Trains, decodes and scores one run; returns what `result.json` holds.
 
-  A finished run is not done again, and a broken one goes on where it was.
+  A finished run is not repeated, and an interrupted one is resumed.
   """
-  _check(config)
-  result = run_once(config, lambda workdir: _run(config, workdir))
-  print(report(Path(config.workdir), result))
+  settings = read_config(E2EConfig, config)
+  find_method(settings.method, settings.NAME)
+  result = run_once(settings, lambda workdir: _run(settings, workdir))
+  print(report(Path(settings.workdir), result))
   return result
 
 
-def _run(config: Config, workdir: Path) -> dict[str, Any]:
-  begun = time.perf_counter()
-  mesh = make_mesh(**config.mesh)
+def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
+  start = time.perf_counter()
+  mesh, method = config.mesh.make(), find_method(config.method)
   base = load_base(config, mesh)
+  base_parameters = optax.tree.size(base.params)
   data = load_data(config, base)
   check_examples(workdir, data.digest)
   check_model(workdir, base.config)
-  merged, trained = train(config, base, data, mesh, workdir)
+  params, trained = (train if method.trains else measure)(config, base, data, mesh)
   scores: dict[str, Any] = {}
   if config.decoding.num_inputs:
-    scores = evaluate(config, base, merged, workdir, mesh)
+    scores = decode_and_score(config, base, params, mesh)
   return {
     "experiment": config.experiment,
     "variant": config.variant,
     "method": config.method,
     "seed": config.seed,
-    "num_train_records": data.num_train_records if config.method != "frozen_base" else 0,
-    "base_parameters": optax.tree.size(
-      base.params if config.method != "full_finetuning" else merged
-    ),
+    "num_train_records": data.num_train_records if method.trains else 0,
+    "base_parameters": base_parameters,
     "pretraining_tokens": pretraining_tokens(config),
     **trained,
     **scores,
-    "seconds": time.perf_counter() - begun,
+    "seconds": time.perf_counter() - start,
     **provenance(),
   }
 
 
-def load_data(config: Config, base: Base) -> Data:
-  """Returns the batches of training and validation."""
-  data, limit = config.data, min(512, base.config.num_positions)
-
-  def examples(split: e2e.Split, count: int) -> list[text.Example]:
-    def choose(size: int) -> Sequence[int]:
-      if count > size:
-        raise ValueError(f"the {split} split has {size} records, expected {count} or more")
-      if not count:
-        return range(size)
-      return np.random.default_rng(0).permutation(size)[:count].tolist()  # whatever the seed
-
-    records = e2e_tfds.load(split, data.form, data.source, choose=choose)
-    return text.encode(base.tokenizer, records, base.end_of_text, limit, truncate=True)
-
-  train = examples("train", data.num_train_records)
-  valid = examples("valid", data.num_valid_records)
-
-  def batches(examples: list[text.Example], seed: int | None, epochs: int):
-    shape = {
-      "batch_size": data.batch_size,
-      "loss_length": data.loss_length,
-      "seed": seed,
-      "num_epochs": epochs,
-      "shard_index": jax.process_index(),
-      "shard_count": jax.process_count(),
-    }
-    if data.packing:
-      return data_batches.packed_batches(examples, row_length=data.row_length, **shape)
-    return data_batches.padded_batches(examples, row_lengths=[data.row_length], **shape)
-
-  in_epochs, once = batches(train, config.seed, data.num_epochs), batches(valid, None, 1)
-  return Data(in_epochs, once, len(train), examples_digest(train, valid))
-
-
-def train(
-  config: Config, base: Base, data: Data, mesh: Mesh, workdir: Path
-) -> tuple[PyTree, dict[str, Any]]:
-  """Fits the adapter; returns merged params and what the result holds about training."""
-  adapt = method(config)
-  eval_loss = adapt(language_model_loss(base.module))
-  if config.method == "frozen_base":
-    step = make_eval_step(eval_loss)
-    valid = evaluate_loss(step, base.params, base.params, iter(data.valid), mesh)
-    return base.params, {"trainable_parameters": 0, "valid_loss": valid}
-  loss = adapt(
+def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
+  """Adapts the base; returns the merged params, and what the result holds about training."""
+  adapted = adapt(config)
+  eval_loss = adapted(language_model_loss(base.module))
+  loss = adapted(
     language_model_loss(
       base.module, config.optimizer.label_smoothing, config.fit.loss_chunk or None
     )
   )
-  key_init, key_train = jax.random.split(jax.random.key(config.seed))
-  trainable = jax.block_until_ready(loss.init(key_init, base.params, data.train[0]))
-  steps = config.fit.num_train_steps or len(data.train)
-  optimizer, schedule = make_optimizer(config, steps)
-  count = optax.tree.size(trainable)
-  print(
-    f"{config.method} on {workdir}: {count:,} trainable parameters, "
-    f"{data.num_train_records:,} lines, {steps:,} steps",
-    flush=True,
-  )
-  fitted = fit(
+  trained = fit_run(
+    config,
+    find_method(config.method),
     loss,
     base.params,
-    trainable,
-    optimizer,
-    iter(data_batches.as_grain(data.train)),
-    config=fit_config(config, steps),
+    initialize(config, loss, base.params, data.train[0]),
+    data.train,
+    mesh,
+    examples=f"{data.num_train_records:,} lines",
+    num_train_steps=config.fit.num_train_steps,
+    keep=config.fit.keep,
     eval_loss=eval_loss,
     eval_batches=lambda: iter(data.valid),
-    workdir=workdir,
-    key=key_train,
-    mesh=mesh,
-    schedule=schedule,
   )
-  best = config.fit.keep == "best"
-  adapter = fitted.best if best else fitted.last
-  if config.method == "lora" and not (workdir / "adapter").exists():
-    save_adapter(workdir / "adapter", adapter)
-  return eval_loss.merge(base.params, adapter), {
-    "trainable_parameters": count,
-    "num_train_steps": steps,
-    "best_step": fitted.best_step,
-    "valid_loss": fitted.best_loss if best else fitted.last_loss,
-    "last_valid_loss": fitted.last_loss,
-    "train_seconds": fitted.seconds,
-    "train_tokens": fitted.tokens,
-    "base": fitted.base,
-  }
+  losses = {"valid_loss": trained.loss, "last_valid_loss": trained.fitted.last_loss}
+  return eval_loss.merge(base.params, trained.kept), trained.fields | losses
 
 
-def evaluate(
-  config: Config, base: Base, params: PyTree, folder: Path, mesh: Mesh
-) -> dict[str, Any]:
-  """Decodes and scores; writes predictions.txt to `folder`."""
-  groups = decoded_inputs(config)
-  begun = time.perf_counter()
-  print(f"decoding {len(groups)} inputs, beam {config.decoding.num_beams} ...", flush=True)
-  texts = generate(config, base, params, [group.context for group in groups], mesh)
-  seconds = time.perf_counter() - begun
-  return {**score_texts(texts, groups, folder), "decode_seconds": seconds}
-
-
-def decoded_inputs(config: Config) -> list[e2e.Group]:
-  """Returns the distinct inputs that are decoded, with their references."""
-  records = e2e_tfds.load(config.decoding.split, config.data.form, config.data.source)
-  return e2e.grouped(records)[: config.decoding.num_inputs]
-
-
-def generate(
-  config: Config, base: Base, params: PyTree, contexts: list[str], mesh: Mesh
-) -> list[str]:
-  """Returns one text for each context, by beam search; each is one line."""
-  given = config.decoding
-  newlines = base.tokenizer.encode("\n\n", add_special_tokens=False).ids
-  search = BeamConfig(
-    eos_ids=(base.end_of_text, *(newlines if len(newlines) == 1 else ())),
-    num_beams=given.num_beams,
-    length_penalty=given.length_penalty,
-    no_repeat_ngram_size=given.no_repeat_ngram_size,
-    max_new_tokens=given.max_new_tokens,
-    pad_id=base.end_of_text,
-    scoring=given.scoring,
-  )
-  room = min(448, base.config.num_positions - given.max_new_tokens)
-  prompts = [ids[-room:] for ids in text.encode_context(base.tokenizer, contexts, base.end_of_text)]
-  found = beam_search(
-    cached_model(base.config), params, prompts, search, batch_size=given.batch_size, mesh=mesh
-  )
-  texts = (base.tokenizer.decode(ids).split("\n\n")[0] for ids in found.best())
-  return [" ".join(text.splitlines()).strip() for text in texts]
+def measure(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
+  """Returns the base's own params and their validation loss, where nothing is trained."""
+  del config
+  loss = lj.full_finetuning(language_model_loss(base.module))
+  valid_loss = evaluate_loss(make_eval_step(loss), base.params, base.params, iter(data.valid), mesh)
+  return base.params, {"trainable_parameters": 0, "valid_loss": valid_loss}
 
 
 def report(workdir: Path, result: dict[str, Any]) -> str:
-  """Returns a finished run as text: the row, samples, and where everything is."""
-  lines = [table.markdown([result])]
-  config: Config = read_config(workdir)
+  """Returns a finished run as text: the row, samples, and the paths of its files."""
+  lines = [markdown([result])]
+  config = read_run(E2EConfig, workdir)
   predictions = workdir / "predictions.txt"
   if predictions.is_file():
     texts = predictions.read_text("utf-8").split("\n")
-    groups = decoded_inputs(config)
+    groups = inputs_of(config)
     for i in range(0, len(groups), max(1, len(groups) // 3)):
       lines += ["", f"input      {groups[i].context}", f"generated  {texts[i]}"]
       lines += [f"reference  {groups[i].references[0]}"]
@@ -246,17 +136,6 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
     lines.append(f"no {name}: {reason}")
   lines += ["", *(f"wrote      {path}" for path in sorted(workdir.glob("[!.]*")))]
   return "\n".join(lines)
-
-
-def _check(config: Config) -> None:
-  check_experiment(config, "gpt2_e2e")
-  for name, value, known in (
-    ("method", config.method, ("lora", "full_finetuning", "frozen_base")),
-    ("model.start", config.model.start, ("pretrained", "random")),
-    ("fit.keep", config.fit.keep, ("best", "last")),
-  ):
-    if value not in known:
-      raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import (
   Base,
   label_names,
   load_base,
-  lora_config,
-  method,
   model_folder,
   num_labels,
 )
-from experiments.glue import decays
-from experiments.harness.recipe import make_optimizer
-from experiments.harness.workdir import Config, read_config, read_result
-from experiments.nlg.restore import check_base, read_checkpoint
+from experiments.harness.methods import adapt, find_method, lora_config
+from experiments.harness.optimizer import decays
+from experiments.harness.restore import restore_trained
+from experiments.harness.workdir import read_finished, read_run
 from lora_jax.data.classification import encode, fill
 from lora_jax.data.sets.glue import Record
 from lora_jax.interop import merged_params, save_peft
@@ -28,11 +27,8 @@ from lora_jax.models.bert import folder as bert_folder
 from lora_jax.models.bert.model import Bert
 from lora_jax.models.checkpoints.hub import dtype_of
 from lora_jax.models.deberta import folder as deberta_folder
-from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.classification import classification_loss, classifier
-from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.mesh import make_mesh
-from lora_jax.training.step import start, trainable_tree
 
 
 class FinishedEncoder(NamedTuple):
@@ -45,7 +41,7 @@ class FinishedEncoder(NamedTuple):
     params: the base's, with that merged into them.
   """
 
-  config: Config
+  config: GlueConfig
   base: Base
   trainable: PyTree
   params: PyTree
@@ -60,21 +56,21 @@ class FinishedEncoder(NamedTuple):
   def save_adapter(
     self, folder: str | Path, base_model: str | None = None, for_server: bool = False
   ) -> None:
-    """Writes the adapter and the head in PEFT's form; arguments and errors as of `save_peft`.
+    """Writes the adapter and the head in PEFT's format; arguments and errors as of `save_peft`.
 
     Raises:
-      ValueError: if the run was not of LoRA.
+      ValueError: if PEFT has no format for the run's method.
     """
-    if self.config.method != "lora":
+    if not find_method(self.config.method).exports_adapter:
       raise ValueError(f"a run of {self.config.method} has no adapter; export it with --merged")
-    module, lora = self.base.module, lora_config(self.config)
+    module = self.base.module
     if isinstance(module, Bert):
       stored = bert_folder.stored_tensors(module.config)
     else:
       stored = deberta_folder.stored_tensors(module.config)
     save_peft(
       folder,
-      lora,
+      lora_config(self.config),
       self.trainable,
       stored,
       self.base.params,
@@ -86,13 +82,13 @@ class FinishedEncoder(NamedTuple):
     """Writes the whole model as a folder for `transformers`, with the names of its labels.
 
     Returns:
-      Of a LoRA run, which is written in the dtype of its base's folder, what rounding cost each
-      leaf that was trained; of others nothing: their weights are written as they are.
+      Of a run with an adapter, which is written in the dtype of its base's folder, what rounding
+      cost each leaf that was trained; of others nothing: their weights are written as they are.
     """
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
     errors: dict[str, float] = {}
-    if self.config.method == "lora":
+    if find_method(self.config.method).exports_adapter:
       lora = lora_config(self.config)
       params, errors = merged_params(lora, self.trainable, self.base.params, dtype_of(source))
     if isinstance(module, Bert):
@@ -109,22 +105,11 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
     FileNotFoundError: if the folder is no run's, or what was trained is not there.
     ValueError: if the run is not finished, or its base is another by now.
   """
-  folder, result = Path(folder), read_result(folder)
-  config: Config = read_config(folder)
-  if result is None:
-    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
-  mesh = make_mesh()
+  config, mesh = read_run(GlueConfig, folder), make_mesh()
+  read_finished(folder)
   base = load_base(config, mesh)
-  adapted = method(config)(classification_loss(base.module))
+  adapted = adapt(config)(classification_loss(base.module))
   batch = fill([], batch_size=1, row_length=2, label_type=float if num_labels(config) == 1 else int)
-  trainable = adapted.init(jax.random.key(config.seed), base.params, batch)
-  if config.method == "full_finetuning":
-    steps = result["num_train_steps"]
-    optimizer, _ = make_optimizer(config, steps, decays)
-    state, frozen, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
-    found = read_checkpoint(folder, "best", result, state, fingerprint(base.params))
-    trainable = trainable_tree(found.state, frozen)
-  else:
-    check_base(folder, base.params)
-    trainable = restore_adapter(folder / "adapter", trainable)
-  return FinishedEncoder(config, base, trainable, adapted.merge(base.params, trainable))
+  initial = adapted.init(jax.random.key(config.seed), base.params, batch)
+  trained, _ = restore_trained(config, base.params, initial, mesh, decays=decays)
+  return FinishedEncoder(config, base, trained, adapted.merge(base.params, trained))

@@ -12,9 +12,8 @@ test inputs.
 
 from collections.abc import Iterator
 
-from experiments.configs import gpt2_e2e
+from experiments.configs import Config, gpt2_e2e
 from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
-from experiments.harness.workdir import Config
 
 Changes = dict[str, object]
 

@@ -1,4 +1,4 @@
-"""LoRA on a model of your own, with data of your own.
+"""A model of your own, with data of your own.
 
     python -m experiments.finetune --model=FOLDER_OR_REPOSITORY --data=mine.jsonl --dry_run
     python -m experiments.finetune --model=FOLDER_OR_REPOSITORY --data=mine.jsonl
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments.harness.workdir import Config
-
-ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
+from experiments.configs import Config
+from experiments.harness.methods import ALL_LINEAR, multiples
 
 
 def get_config() -> Config:
@@ -24,6 +23,7 @@ def get_config() -> Config:
   config.workdir = ""  # "" is runs/finetune/<what differs from this file>
   config.seed = 0  # of the adapter, the order of the data and dropout
   config.keep_freed_memory = False  # on CPUs: faster, and more memory
+  config.method = "lora"  # or full_finetuning, at a tenth of the learning rate; harness/methods.py
 
   config.model = ConfigDict()
   config.model.folder = ""  # a Hugging Face folder, or a repository of the hub
@@ -37,7 +37,7 @@ def get_config() -> Config:
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.lora.dropout = 0.0
-  config.lora.target = ALL_LINEAR
+  config.lora.target = ALL_LINEAR  # which can be written as all-linear
   config.lora.init = "kaiming_uniform"
 
   config.data = ConfigDict()
@@ -89,6 +89,5 @@ def get_config() -> Config:
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields what each run of `--sweep` changes: learning rates half a decade apart."""
-  del config
-  for rate in (6e-5, 2e-4, 6e-4, 2e-3):
+  for rate in multiples(config.optimizer.learning_rate, (0.3, 1.0, 3.0, 10.0)):
     yield {"optimizer.learning_rate": rate}

@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.harness.workdir import Config, read_config, read_result
+from experiments.configs import Config
+from experiments.harness.methods import METHODS, multiples, names
+from experiments.harness.workdir import read_result, stored_config
 from lora_jax.data.sets import glue, superglue
 
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
-METHODS = ("lora", "full_finetuning", "head_only")
+TUNED_RATE = 1e-3  # whose multiples each method tries, by harness/methods.py
 PAPER_TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 FROM_MNLI = ("mrpc", "rte", "stsb")
 FOLDERS = {
@@ -113,7 +115,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.workdir = ""  # "" is runs/glue/<variant and what differs from this file>
   config.seed = 0  # of the head, the factors, the order of the data and dropout; the scripts have 0
   config.keep_freed_memory = True  # on CPUs: faster, and more memory
-  config.method = "lora"  # lora, full_finetuning, head_only
+  config.method = "lora"  # of harness/methods.py: full_finetuning, head_only, ...
 
   config.model = ConfigDict()
   config.model.name = model
@@ -253,13 +255,6 @@ def _paper(config: Config, model: str, task: str, recipe: str) -> None:
       config.optimizer.update({"warmup_ratio": 0.0, "warmup_steps": warmup})
 
 
-RATES = {  # three for each method, half a decade apart: equal effort
-  "lora": (1e-3, 3e-3, 1e-2),
-  "full_finetuning": (3e-5, 1e-4, 3e-4),
-  "head_only": (1e-3, 3e-3, 1e-2),
-}
-
-
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields what each run changes: with `data.tuning` each method's rates, else seeds.
 
@@ -267,8 +262,8 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
   `optimizer.tuned_in`, and of `minilm`, of each method at its best rate.
   """
   if config.data.tuning:
-    for method in METHODS:
-      for rate in RATES[method]:
+    for method in names("glue"):
+      for rate in tuned_rates(method):
         yield {"method": method, "optimizer.learning_rate": rate}
     return
   if config.model.name != "minilm" and not config.optimizer.tuned_in:  # the recipe's own rate
@@ -277,9 +272,14 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
     return
   few = (0,) if config.data.task == "sst2" else (0, 1, 2)
   for seed in few if config.model.name == "minilm" else range(5):
-    for method in METHODS:
+    for method in names("glue"):
       rate = best_rate(config, method)
       yield {"method": method, "optimizer.learning_rate": rate, "seed": seed}
+
+
+def tuned_rates(method: str) -> list[float]:
+  """Returns the learning rates that the tuning sweep tries: as many for each method."""
+  return multiples(TUNED_RATE, METHODS[method].tried_learning_rates)
 
 
 def best_rate(config: Config, method: str) -> float:
@@ -298,11 +298,13 @@ def best_rate(config: Config, method: str) -> float:
   folder = Path(config.optimizer.tuned_in)
   scores: dict[float, float] = {}
   for path in sorted(folder.glob("*/result.json")):
-    result, of = read_result(path.parent), read_config(path.parent)
-    if result and of.method == method and of.data.tuning and of.variant == config.variant:
-      _check_same_recipe(config, of, path.parent)
-      scores[of.optimizer.learning_rate] = result["score"]
-  missing = [rate for rate in RATES[method] if rate not in scores]
+    tuned: Config = ConfigDict(stored_config(path.parent))
+    result = read_result(path.parent)
+    same = tuned.method == method and tuned.variant == config.variant
+    if result and same and tuned.data.tuning:
+      _check_same_recipe(config, tuned, path.parent)
+      scores[tuned.optimizer.learning_rate] = result["score"]
+  missing = [rate for rate in tuned_rates(method) if rate not in scores]
   if missing:
     raise ValueError(
       f"{folder} has no finished tuning runs of {config.variant}, {method} with the rates "

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments.harness.workdir import Config
+from experiments.configs import Config
 
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
@@ -31,7 +31,7 @@ def get_config(variant: str = "mini") -> Config:
   config.workdir = ""  # "" is runs/gpt2_e2e/<variant and what differs from this file>
   config.seed = 110  # of the adapter, the order of the data and dropout; the paper's code has 110
   config.keep_freed_memory = True  # on CPUs: a fifth faster, and half as much memory again
-  config.method = "lora"  # lora, full_finetuning, or frozen_base (which trains nothing)
+  config.method = "lora"  # of harness/methods.py; frozen_base trains nothing
 
   config.model = ConfigDict()
   config.model.folder = ""  # a folder, or a hub repository; "" is the embedded base
@@ -46,7 +46,7 @@ def get_config(variant: str = "mini") -> Config:
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.lora.dropout = 0.0
-  config.lora.target = ALL_LINEAR
+  config.lora.target = ALL_LINEAR  # a pattern of paths, or all-linear
   # kaiming_uniform: A random, B zero (paper, today's code); gaussian: A ~ N(0, 0.02^2), B zero;
   # original_code: A and B ~ N(0, 0.02^2), as the branch that the paper was made with had it.
   config.lora.init = "kaiming_uniform"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from experiments.harness.workdir import Config
+from experiments.configs import Config
 
 
 def get_config() -> Config:

@@ -17,20 +17,24 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import lora_jax
-from experiments.harness.workdir import Config, flat, open_workdir, read_result
+from experiments.configs import Config
+from experiments.harness.config import flat
+from experiments.harness.methods import check_used, default_learning_rate, find_method
+from experiments.harness.workdir import read_result
 from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.trees import near
 
-Run = Callable[[ConfigDict], dict[str, Any]]
+RATE = "optimizer.learning_rate"
+Run = Callable[[Config], dict[str, Any]]
 OURS = (Path(__file__).parents[1], Path(lora_jax.__file__).parent)
 
 
@@ -38,7 +42,7 @@ def launch(
   run: Run,
   config_file: str,
   shorthands: Mapping[str, str] | None = None,
-  plan: Callable[[ConfigDict], None] | None = None,
+  plan: Callable[[Config], None] | None = None,
 ) -> None:
   """Runs an experiment as its command line says.
 
@@ -69,15 +73,15 @@ def launch(
     if config.value.get("keep_freed_memory") and _only_cpus():
       keep_freed_memory()
     with explained():
-      changes = _changes(config.value, default)
+      named = _named_fields(sys.argv[1:])
       if plan is not None and flags.FLAGS["dry_run"].value:
         if sweep.value:
           raise ValueError("--dry_run is for one run; leave out --sweep")
-        plan(_with_workdir(config.value, changes))
+        plan(single_run(config.value, default, named))
       elif sweep.value:
-        _sweep(run, module, config.value, changes, shard.value)
+        _sweep(run, sweep_runs(module, config.value, default, named), shard.value)
       else:
-        run(_with_workdir(config.value, changes))
+        run(single_run(config.value, default, named))
 
   app.run(main)
 
@@ -89,7 +93,7 @@ def _only_cpus() -> bool:
   return os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators
 
 
-def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, ConfigDict]:
+def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, Config]:
   """Returns the config file's module and its config, before the fields that flags change.
 
   Raises:
@@ -104,12 +108,21 @@ def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, ConfigDict]:
     raise FileNotFoundError(f"there is no config file {file!r}; expected --config=FILE.py:VARIANT")
   module = _load(file)
   config = module.get_config(*variant)
-  names = [match[1] for a in arguments if (match := re.match(r"--?(?:no)?config\.([\w.]+)", a))]
   known = flat(config)
-  for name in names:
+  for name in _named_fields(arguments):
     if name not in known and not any(field.startswith(f"{name}.") for field in known):
-      raise ValueError(f"the config has no field {name!r}; near: {', '.join(near(name, known))}")
+      raise ValueError(_no_field(name, known))
   return module, config
+
+
+def _named_fields(arguments: Sequence[str]) -> set[str]:
+  """Returns the fields of the config that a command line names."""
+  found = (re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments)
+  return {match[1] for match in found if match}
+
+
+def _no_field(name: str, known: Iterable[str]) -> str:
+  return f"the config has no field {name!r}; did you mean {', '.join(near(name, known))}?"
 
 
 def _show_warnings() -> None:
@@ -149,75 +162,108 @@ def _says_all(error: Exception) -> bool:
   return isinstance(error, OSError) or (raised and told)
 
 
-def apply(config: Config, changes: dict[str, Any]) -> Config:
+def apply(config: Config, changes: Mapping[str, Any]) -> Config:
   """Returns a copy of a config with some fields changed, by dotted name.
 
   Raises:
     ValueError: if there is no such field, or the value is of another type.
   """
-  new = config.copy_and_resolve_references()
-  known = flat(new)
+  copy, known = config.copy_and_resolve_references(), flat(config)
   for name in changes:
     if name not in known:
-      raise ValueError(f"the config has no field {name!r}; near: {', '.join(near(name, known))}")
+      raise ValueError(_no_field(name, known))
   try:
-    new.update_from_flattened_dict(changes)
+    copy.update_from_flattened_dict(dict(changes))
   except TypeError as error:
     raise ValueError(f"{changes} does not fit the config: {error}") from error
-  return new
+  return copy
 
 
-def _sweep(
-  run: Run, module: ModuleType, config: ConfigDict, changes: dict[str, Any], shard: str
-) -> None:
+def settle(
+  config: Config, default: Config, named: Collection[str]
+) -> tuple[Config, dict[str, Any]]:
+  """Returns a config with its method's learning rate, and the fields that are no default.
+
+  A config file's learning rate is that of its own method. The default of another method is a
+  multiple of it, by `harness.methods`, and holds unless `named` has the learning rate's field.
+
+  Raises:
+    ValueError: if the experiment does not have the method.
+  """
+  usual = flat(default)
+  if "method" in config and config.method != default.method:
+    method = find_method(config.method, config.experiment)
+    usual[RATE] = default_learning_rate(usual[RATE], default.method, config.method)
+    if RATE not in named and config.optimizer.learning_rate != usual[RATE]:
+      print(f"{RATE}={usual[RATE]:g}, the default for {method.label}")
+      config = apply(config, {RATE: usual[RATE]})
+  return config, {name: value for name, value in flat(config).items() if usual[name] != value}
+
+
+def single_run(config: Config, default: Config, named: Collection[str]) -> Config:
+  """Returns the config of a run; its folder, if it names none, is named by what it changes.
+
+  Raises:
+    ValueError: if a changed field has no effect on the method.
+  """
+  config, changes = settle(config, default, named)
+  if "method" in config:
+    check_used(config.method, changes)
+  if config.workdir:
+    return config
+  name = ",".join([str(config.variant), *_names(changes)])
+  return apply(config, {"workdir": f"runs/{config.experiment}/{name}"})
+
+
+def sweep_runs(
+  module: ModuleType, config: Config, default: Config, named: Collection[str]
+) -> list[Config]:
+  """Returns the configs of a config file's sweep.
+
+  Raises:
+    ValueError: if the file has none, or a field that the sweep changes has no effect on that run's
+      method, or one that the command line changes has none on any run's.
+  """
+  if not hasattr(module, "sweep"):
+    raise ValueError(f"{module.__file__} has no function sweep(config)")
+  config, flags = settle(config, default, named)
+  name = ",".join(["sweep", *_names(flags)])
+  root = Path(str(config.workdir) or f"runs/{config.experiment}/{name}")
+  before, runs = flat(config), []
+  for changes in module.sweep(config):
+    run, _ = settle(apply(config, changes), default, {*named, *changes})
+    if "method" in run:
+      check_used(run.method, {n: value for n, value in changes.items() if before[n] != value})
+    runs.append(apply(run, {"workdir": str(root / (",".join(_names(changes)) or "unchanged"))}))
+  methods = [run.method for run in runs if "method" in run]
+  for field, value in flags.items():
+    if methods and not any(find_method(method).uses(field) for method in methods):
+      check_used(methods[0], {field: value})
+  return runs
+
+
+def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
   match = re.fullmatch(r"(\d+)/(\d+)", shard)
   index, count = (int(x) for x in match.groups()) if match else (1, 0)
   if index >= count:
     raise ValueError(f"--sweep_shard must be i/n with 0 <= i < n, got {shard!r}")
-  if not hasattr(module, "sweep"):
-    raise ValueError(f"{module.__file__} has no function sweep(config)")
-  name = ",".join(["sweep", *_names(changes)])
-  root = Path(str(config.workdir)) if config.workdir else _home(config) / name
-  runs = list(module.sweep(config))[index::count]
+  runs = runs[index::count]
   failed = []
-  for number, own in enumerate(runs, 1):
-    one = apply(config, own)
-    one.workdir = str(root / (",".join(_names(own)) or "unchanged"))
-    print(f"[{number}/{len(runs)}] {one.workdir}", flush=True)
+  for number, config in enumerate(runs, 1):
+    print(f"[{number}/{len(runs)}] {config.workdir}", flush=True)
+    finished = read_result(config.workdir) is not None
+    if finished:
+      print("  finished before", flush=True)
     try:
-      with open_workdir(one.workdir, one) as workdir:
-        finished = read_result(workdir) is not None
-      if finished:
-        print("  finished before", flush=True)
       with contextlib.redirect_stdout(io.StringIO()) if finished else contextlib.nullcontext():
-        run(one)  # of a finished run, only whether its data is still the same
+        run(config)  # of a finished run, only whether it would be the same
     except Exception as error:  # the others are worth having
-      failed.append(one.workdir)
-      what = f"{error}" if _says_all(error) else traceback.format_exc()
-      print(f"  failed: {what}", file=sys.stderr, flush=True)
+      failed.append(config.workdir)
+      message = f"{error}" if _says_all(error) else traceback.format_exc()
+      print(f"  failed: {message}", file=sys.stderr, flush=True)
   if failed:
     sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
-  print(f"Done: {len(runs)} runs in {root}")
-
-
-def _changes(config: ConfigDict, default: ConfigDict) -> dict[str, Any]:
-  """Returns the fields that differ from the config file's, by dotted name."""
-  before = flat(default)
-  return {name: value for name, value in flat(config).items() if before[name] != value}
-
-
-def _with_workdir(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
-  """Returns a config whose folder, if it names none, is named by what it changes."""
-  if config.workdir:
-    return config
-  new = config.copy_and_resolve_references()
-  name = ",".join([str(config.variant), *_names(changes)])
-  new.workdir = str(_home(config) / name)
-  return new
-
-
-def _home(config: ConfigDict) -> Path:
-  return Path("runs") / str(config.experiment)
+  print(f"Done: {len(runs)} runs{f' in {Path(runs[0].workdir).parent}' if runs else ''}")
 
 
 def _names(changes: dict[str, Any]) -> list[str]:

@@ -1,28 +1,6 @@
-"""Results in the form of the paper's Table 3."""
+"""Tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-METRICS = {
-  "bleu": "BLEU",
-  "nist": "NIST",
-  "meteor": "METEOR",
-  "rouge_l": "ROUGE-L",
-  "cider": "CIDEr",
-}
-DIGITS = {"valid_loss": 3, "bleu": 2, "nist": 3, "meteor": 2, "rouge_l": 2, "cider": 3}
-METHODS = {
-  "lora": "LoRA",
-  "full_finetuning": "full fine-tuning",
-  "frozen_base": "frozen base",
-  "template": "template",
-}
-
-
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-  """Returns a Markdown table with a row for each result."""
-  head = ["model and method", "trainable", "lines", "valid loss", *METRICS.values()]
-  return aligned([head, *map(_row, results)])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
@@ -62,20 +40,3 @@ def by_rate(what: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[s
   ]
   note = f"At an end of the rates that were tried: {'; '.join(edges)}." if edges else ""
   return f"{aligned(rows)}\n\nThe best of each row in bold. {note}".rstrip()
-
-
-def number(name: str, value: float | None) -> str:
-  """Returns a metric's value with its digits; what is missing is an empty cell."""
-  return "" if value is None else f"{value:.{DIGITS[name]}f}"
-
-
-def _row(result: dict[str, Any]) -> list[str]:
-  scores = result.get("scores", {})
-  variant = [f"GPT-2 {result['variant']}"] if result["variant"] else []
-  return [
-    ", ".join([*variant, METHODS[result["method"]]]),
-    f"{result['trainable_parameters']:,}",
-    f"{result['num_train_records']:,}",
-    number("valid_loss", result["valid_loss"]),
-    *(number(name, scores.get(name)) for name in METRICS),
-  ]

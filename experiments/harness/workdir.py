@@ -4,36 +4,38 @@ config.json      what was asked for           checkpoints/    by Orbax, never th
 model.json       the base's configuration     adapter/        the trained tree alone
 examples.json    the digest of the examples   peft/, base/    it or the model, for others
 metrics.jsonl    losses by step               predictions.txt one text for each input
-tensorboard/     the same                     result.json     written last: the run is finished
+tensorboard/     the same                     model/          the model, fully trained
+                                              result.json     written last: the run is finished
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-EXPORTS = ("adapter", "peft", "base")
-Config = Any  # an ml_collections.ConfigDict, whose fields no type checker knows
+from experiments.harness.config import Config, RunConfig, flat, read_config
+
+EXPORTS = ("adapter", "peft", "base", "model")
 
 
 @contextlib.contextmanager
-def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
+def open_workdir(config: RunConfig) -> Iterator[Path]:
   """Makes or reopens the folder of a run, for this process alone.
 
   Raises:
     RuntimeError: if another process works there.
     ValueError: if it belongs to a run with another config, naming the fields.
   """
-  folder = Path(folder)
+  folder = Path(config.workdir)
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / ".lock").open("a") as lock:
     try:
@@ -42,18 +44,19 @@ def open_workdir(folder: str | Path, config: ConfigDict) -> Iterator[Path]:
       raise RuntimeError(
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
-    path, wanted = folder / "config.json", _plain(config)
-    stored = json.loads(path.read_text("utf-8")) if _has_trained(folder) else wanted
-    if stored != wanted:
+    stored = read_run(type(config), config.workdir) if _has_trained(folder) else config
+    if stored != config:
       raise ValueError(
-        f"{folder} belongs to a run with another config: {_differences(stored, wanted)}. "
+        f"{folder} belongs to a run with another config: {_differences(stored, config)}. "
         "Give another --config.workdir, or remove the folder"
       )
-    write_json(path, wanted)
+    values = dataclasses.asdict(config)
+    del values["workdir"]  # the folder may be moved
+    write_json(folder / "config.json", values)
     yield folder
 
 
-def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
   """Returns a run's result: the stored one, or what `make` returns, which is then stored.
 
   Args:
@@ -62,7 +65,7 @@ def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str
   Raises:
     RuntimeError, ValueError: as `open_workdir`.
   """
-  with open_workdir(config.workdir, config) as workdir:
+  with open_workdir(config) as workdir:
     result = read_result(workdir)
     if result is not None:
       print(f"{workdir} is finished; this is its result. Remove it to run it again.\n")
@@ -70,15 +73,6 @@ def run_once(config: Config, make: Callable[[Path], dict[str, Any]]) -> dict[str
     result = make(workdir)
     write_json(workdir / "result.json", result)
     return result
-
-
-def check_experiment(config: Config, name: str) -> None:
-  """Raises ValueError if a config is of another experiment than `name`."""
-  if config.experiment != name:
-    raise ValueError(
-      f"this is a config of {config.experiment!r}, and the experiment is {name!r}. Start it with "
-      f"python -m experiments.{config.experiment}"
-    )
 
 
 def check_same(path: Path, value: Any, what: str) -> None:
@@ -142,12 +136,34 @@ def read_result(folder: str | Path) -> dict[str, Any] | None:
   return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def read_config(folder: str | Path) -> Config:
-  """Returns the config of a run; raises FileNotFoundError if the folder is no run's."""
+def read_finished(folder: str | Path) -> dict[str, Any]:
+  """Returns the result of a run; raises ValueError if it is not finished."""
+  result = read_result(folder)
+  if result is None:
+    raise ValueError(f"{folder} is not finished: rerun its command, which resumes it")
+  return result
+
+
+def stored_config(folder: str | Path) -> dict[str, Any]:
+  """Returns a run's config as it was stored; raises FileNotFoundError if the folder is no run's."""
   path = Path(folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
-  return ConfigDict(json.loads(path.read_text("utf-8")) | {"workdir": str(folder)})
+  return json.loads(path.read_text("utf-8")) | {"workdir": str(folder)}
+
+
+def read_run(kind: type[Config], folder: str | Path) -> Config:
+  """Returns the config of a run.
+
+  Raises:
+    FileNotFoundError: if the folder is no run's.
+    ValueError: if the run is of another experiment, or its config cannot be read.
+  """
+  stored = stored_config(folder)
+  try:
+    return read_config(kind, stored)
+  except ValueError as error:
+    raise ValueError(f"{folder}: {error}") from error
 
 
 def provenance() -> dict[str, str]:
@@ -171,23 +187,7 @@ def commit() -> str:
     return ""
 
 
-def flat(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """Returns the fields of a nested config by dotted name."""
-  fields: dict[str, Any] = {}
-  for name, value in dict(config).items():
-    nested = isinstance(value, Mapping | ConfigDict)
-    fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-  return fields
-
-
-def _plain(config: ConfigDict) -> dict[str, Any]:
-  """Returns a config as JSON has it, without its workdir, which is where it lies."""
-  plain = json.loads(json.dumps(config.to_dict()))
-  plain.pop("workdir", None)
-  return plain
-
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-  a, b = flat(stored), flat(wanted)
-  names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-  return ", ".join(f"{n}={a.get(n, 'none')!r} there, {b.get(n, 'none')!r} now" for n in names[:8])
+def _differences(stored: RunConfig, config: RunConfig) -> str:
+  before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
+  names = [name for name in sorted(now) if before[name] != now[name]]
+  return ", ".join(f"{name}={before[name]!r} there, {now[name]!r} now" for name in names[:8])

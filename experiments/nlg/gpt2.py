@@ -1,8 +1,8 @@
-"""A GPT-2 under an adaptation method: the base, the method, the decoder."""
+"""The GPT-2 that is adapted: its weights, its tokenizer, its decoder."""
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-import lora_jax as lj
-from experiments.harness.recipe import lora_config, params_places
-from experiments.harness.workdir import Config
+from experiments.harness.sharding import sharding_of
+from experiments.nlg.config import E2EConfig, PretrainConfig
 from lora_jax.decoding import CachedModel, from_linen
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.gpt2.folder import load_gpt2, params_shapes
@@ -38,10 +37,10 @@ class Base(NamedTuple):
     return self.module.config
 
 
-def load_base(config: Config, mesh: Mesh) -> Base:
+def load_base(config: E2EConfig, mesh: Mesh) -> Base:
   """Loads the model that is adapted, placed on the mesh, and its tokenizer."""
   folder = model_folder(config)
-  computation = {
+  computation: dict[str, Any] = {
     "param_dtype": config.model.param_dtype,
     "dtype": config.model.dtype,
     "scan_layers": config.model.scan_layers,
@@ -52,40 +51,41 @@ def load_base(config: Config, mesh: Mesh) -> Base:
     model = read_gpt2_config(folder, **computation)
     params = random_params(model, mesh, jax.random.key(config.seed))
   else:
-    model, params = load_gpt2(folder, shardings=params_places(mesh), **computation)
+    model, params = load_gpt2(folder, shardings=sharding_of(mesh), **computation)
   tokenizer = load_tokenizer(folder, model.vocab_size)
   return Base(GPT2(model), params, tokenizer, end_of_text_id(tokenizer))
 
 
+def pretrained_config(config: PretrainConfig) -> GPT2Config:
+  """Returns the shape of a base to pretrain; `auto` computes in bfloat16, on CPUs in float32."""
+  shape = dataclasses.asdict(config.model)
+  if shape["dtype"] == "auto":
+    shape["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return GPT2Config(vocab_size=config.data.vocab_size, **shape)
+
+
 def random_params(model: GPT2Config, mesh: Mesh, key: jax.Array) -> PyTree:
-  """Returns new weights, made where they lie on the mesh."""
+  """Returns random weights, each device making its part of them."""
   init = jax.jit(
     lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
-    out_shardings=params_places(mesh)(params_shapes(model)),
+    out_shardings=sharding_of(mesh)(params_shapes(model)),
   )
   return init(key)
 
 
-def model_folder(config: Config) -> Path:
+def model_folder(config: E2EConfig) -> Path:
   """Returns the folder of the base; the embedded one if the config names none."""
   if config.model.folder:
     return find_folder(config.model.folder)
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
 
 
-def pretraining_tokens(config: Config) -> int | None:
+def pretraining_tokens(config: E2EConfig) -> int | None:
   """Returns the tokens that the base was trained on, 0 for new weights; None if it does not say."""
   if config.model.start == "random":
     return 0
   path = model_folder(config) / PRETRAINING
   return json.loads(path.read_text("utf-8"))["train_tokens"] if path.is_file() else None
-
-
-def method(config: Config) -> Callable[[Callable[..., Any]], lj.Adaptation]:
-  """Returns the method of adaptation that a config names, for any function of the params."""
-  if config.method == "lora":
-    return functools.partial(lj.lora, config=lora_config(config))
-  return lj.full_finetuning
 
 
 @functools.cache

@@ -1,23 +1,23 @@
 """Finished runs of `experiments.gpt2_e2e`: their weights, ready for use."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.gpt2_e2e import generate
-from experiments.harness.recipe import make_optimizer
-from experiments.harness.workdir import Config, read_config, read_result
-from experiments.nlg.gpt2 import Base, load_base, method
+from experiments.harness.methods import adapt, find_method
+from experiments.harness.restore import check_base, restore_trained
+from experiments.harness.workdir import read_finished, read_run
+from experiments.nlg.config import Checkpoint, E2EConfig
+from experiments.nlg.e2e import generate
+from experiments.nlg.gpt2 import Base, load_base
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import fill
-from lora_jax.training.checkpoint import Checkpoints, Restored, restore_adapter
-from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
-from lora_jax.training.step import start, trainable_tree
 
 
 class Finished(NamedTuple):
@@ -27,10 +27,10 @@ class Finished(NamedTuple):
     config: of the run.
     base: that it adapted.
     params: the base's, with what was trained merged into them.
-    mesh: that they lie on.
+    mesh: that they are placed on.
   """
 
-  config: Config
+  config: E2EConfig
   base: Base
   params: PyTree
   mesh: Mesh
@@ -47,93 +47,51 @@ def load_run(folder: str | Path) -> Finished:
     FileNotFoundError: if the folder is no run's, or what was trained is not there.
     ValueError: if the run is not finished.
   """
-  config: Config = read_config(folder)
-  mesh = make_mesh()
+  config, mesh = read_run(E2EConfig, folder), make_mesh()
   base = load_base(config, mesh)
-  params, _ = restore_params(folder, config.fit.keep, base, mesh)
+  params, _ = restore_params(config, config.fit.keep, base, mesh)
   return Finished(config, base, params, mesh)
 
 
 def restore_params(
-  folder: str | Path, checkpoint: str, base: Base, mesh: Mesh
+  config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh
 ) -> tuple[PyTree, float | None]:
   """Returns what a finished run trained, merged into its base, and its validation loss.
 
   Args:
-    folder: of the run, whatever its method.
+    config: of the run, whatever its method.
     checkpoint: best or last.
     base: that the run adapted, as `load_base` returns it.
-    mesh: that the base lies on.
+    mesh: that the base is placed on.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
     ValueError: if they are of another base or another method.
   """
-  folder, result = Path(folder), read_result(folder)
-  config: Config = read_config(folder)
-  if result is None:
-    raise ValueError(f"{folder} is not finished: start its command again, which goes on with it")
-  if config.method == "frozen_base":
+  result = read_finished(config.workdir)
+  if not find_method(config.method).trains:
     return base.params, result["valid_loss"]
-  adaptation, trainable = _begun(config, base)
-  if config.method == "lora" and checkpoint == config.fit.keep:  # which adapter/ holds
-    check_base(folder, base.params)
-    adapter = restore_adapter(folder / "adapter", trainable)
-    return adaptation.merge(base.params, adapter), result["valid_loss"]
-  optimizer, _ = make_optimizer(config, result["num_train_steps"])
-  state, frozen, _ = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
-  found = read_checkpoint(folder, checkpoint, result, state, fingerprint(base.params))
-  return adaptation.merge(base.params, trainable_tree(found.state, frozen)), found.loss
+  adaptation, trainable = _initial(config, base)
+  trained, loss = restore_trained(
+    config, base.params, trainable, mesh, checkpoint=checkpoint, saved=config.fit.keep
+  )
+  return adaptation.merge(base.params, trained), loss
 
 
-def load_adapter(folder: str | Path, base: Base) -> PyTree:
-  """Returns the trainable tree of a finished LoRA run.
+def load_adapter(config: E2EConfig, base: Base) -> PyTree:
+  """Returns the trainable tree of a finished run with an adapter.
 
   Raises:
     FileNotFoundError: if there is no adapter.
-    ValueError: if the run was of another method or another base.
+    ValueError: if the run's method has none, or its base is another one.
   """
-  config: Config = read_config(folder)
-  if config.method != "lora":
-    raise ValueError(f"{folder} is a run of {config.method}, which has no adapter")
-  check_base(folder, base.params)
-  return restore_adapter(Path(folder) / "adapter", _begun(config, base)[1])
+  if not find_method(config.method).exports_adapter:
+    raise ValueError(f"{config.workdir} is a run of {config.method}, which has no adapter")
+  check_base(config.workdir, base.params)
+  return restore_adapter(Path(config.workdir) / "adapter", _initial(config, base)[1])
 
 
-def check_base(folder: str | Path, params: PyTree) -> None:
-  """Raises ValueError if a finished run's result names another base than `params`."""
-  made = (read_result(folder) or {}).get("base")
-  if made is not None and made != (found := fingerprint(params)):
-    raise ValueError(
-      f"{folder} was trained on a base with fingerprint {made}, and its folder has {found} by now. "
-      "Restore that base; on another one the adapter means nothing"
-    )
-
-
-def _begun(config: Config, base: Base) -> tuple[Adaptation, PyTree]:
-  """Returns a run's method, applied to the loss, and the trainable tree as it began."""
-  adaptation = method(config)(language_model_loss(base.module))
+def _initial(config: E2EConfig, base: Base) -> tuple[Adaptation, PyTree]:
+  """Returns a run's method, applied to the loss, and a trainable tree as it starts with."""
+  adaptation = adapt(config)(language_model_loss(base.module))
   batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
   return adaptation, adaptation.init(jax.random.key(0), base.params, batch)
-
-
-def read_checkpoint(
-  folder: Path, checkpoint: str, result: dict[str, Any], like: PyTree, base: str
-) -> Restored:
-  """Returns a finished run's checkpoint.
-
-  Args:
-    folder: of the run.
-    checkpoint: best or last.
-    result: of the run.
-    like: the train state, as `start` returns it.
-    base: the fingerprint of the run's base.
-  Raises:
-    FileNotFoundError: if it is not there.
-    ValueError: if it is of another base or another method.
-  """
-  step = result["best_step" if checkpoint == "best" else "num_train_steps"]
-  path = folder / "checkpoints" / str(step)
-  if not path.is_dir():
-    raise FileNotFoundError(f"the {checkpoint} checkpoint of {folder} is not there: {path}")
-  with Checkpoints(folder / "checkpoints") as checkpoints:
-    return checkpoints.restore(step, like, base)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.harness.workdir import Config, examples_digest
+from experiments.harness.workdir import examples_digest
+from experiments.nlg.config import FinetuneConfig
 from lora_jax.data import batches as data_batches
 from lora_jax.data.jsonl import (
   Completion,
@@ -65,7 +66,7 @@ class Text(NamedTuple):
   end_ids: tuple[int, ...]
 
 
-def load_data(config: Config, model: LanguageModel) -> tuple[Text, Data]:
+def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]:
   """Returns the model's tokenizer and the batches of both parts of the data."""
   given = config.data
   records: Sequence[Any] = read_jsonl(given.file, given.ignored_fields)
@@ -126,7 +127,7 @@ def end_token_id(folder: Path, tokenizer: Any) -> int:
   return found
 
 
-def load_text(config: Config, model: LanguageModel, chats: bool) -> Text:
+def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text:
   """Returns the tokenizer of a model's folder, and of chats the template."""
   tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
   end_id, template = end_token_id(model.folder, tokenizer), None
@@ -149,7 +150,7 @@ def _end_ids(text: Text, example: Example) -> tuple[int, ...]:
   return tuple(sorted({text.end_id, *special}))
 
 
-def _hold_out(config: Config, records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _hold_out(config: FinetuneConfig, records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
   """Splits lines, the same way whatever the seed; those of one prompt stay together."""
   prompts: dict[str, list[Any]] = {}
   for record in records:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from experiments import e2e_template
-from experiments.e2e_template import describe, get_config, parse, run
+from experiments.e2e_template import describe, parse, run
+from experiments.nlg.config import TemplateConfig
 from experiments.report import report
 from lora_jax.data.sets import e2e
 
@@ -95,4 +96,4 @@ def test_the_run_and_its_scores(tmp_path, without_java, capsys):
   text = report([folder], tmp_path / "r")
   assert f"| template | {0:>9} | {0:>5} |" in text
   assert "`--against=FOLDER` names a run" in text
-  assert run(get_config(str(folder))) == result  # not done again
+  assert run(TemplateConfig(workdir=str(folder))) == result  # not done again

@@ -9,8 +9,12 @@ import pytest
 
 from experiments import evaluate, gpt2_e2e
 from experiments.evaluate import evaluate_run
+from experiments.harness.config import replace_fields
 from experiments.harness.launch import apply
-from experiments.harness.workdir import read_config, write_json
+from experiments.harness.workdir import read_run, write_json
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.e2e import load_data
+from experiments.nlg.gpt2 import load_base
 from experiments.nlg.restore import restore_params
 from experiments.report import report
 from lora_jax.training.mesh import make_mesh
@@ -58,8 +62,8 @@ def test_unchanged_settings_give_the_runs_texts_and_scores(runs):
   for name in ("scores", "intervals", "valid_loss", "trainable_parameters", "seed", "method"):
     assert found[name] == run[name]
   assert found["run"] == str(runs / "lora")
-  config = read_config(folder).to_dict() | {"workdir": ""}
-  assert config == read_config(runs / "lora").to_dict() | {"workdir": ""}
+  config, usual = read_run(E2EConfig, folder), read_run(E2EConfig, runs / "lora")
+  assert replace_fields(config, {"workdir": usual.workdir}) == usual
 
 
 def test_other_settings_have_a_folder_and_a_row_of_their_own(runs, tmp_path, capsys):
@@ -69,7 +73,7 @@ def test_other_settings_have_a_folder_and_a_row_of_their_own(runs, tmp_path, cap
   folder = runs / "lora" / "evaluations" / "num_beams=1,max_new_tokens=5,num_inputs=3"
   assert f"wrote {folder}" in capsys.readouterr().out
   assert len(texts(folder).splitlines()) == 3
-  assert read_config(folder).decoding.num_beams == 1
+  assert read_run(E2EConfig, folder).decoding.num_beams == 1
   assert before == {path: path.read_bytes() for path in (runs / "lora").glob("*.*")}
   text = report([runs / "lora", folder], tmp_path / "r")
   assert "LoRA, max_new_tokens 5, num_beams 1" in text
@@ -86,20 +90,17 @@ def test_the_last_checkpoint_of_lora(runs):
   found = evaluate_run(runs / "lora", {"checkpoint": "last", "num_inputs": 2})
   assert found["valid_loss"] == stored(runs / "lora")["last_valid_loss"]
   folder = runs / "lora" / "evaluations" / "num_inputs=2,checkpoint=last"
-  assert read_config(folder).fit.keep == "last"
+  assert read_run(E2EConfig, folder).fit.keep == "last"
 
 
 def test_the_checkpoint_of_the_best_step_is_the_adapter(runs):
   """Both ways to a run's params lead to the same bits."""
   folder, mesh = runs / "lora", make_mesh()
-  base = gpt2_e2e.load_base(read_config(folder), mesh)
-  from_adapter, _ = restore_params(folder, "best", base, mesh)
-  config = json.loads((folder / "config.json").read_text("utf-8"))
-  write_json(folder / "config.json", config | {"fit": config["fit"] | {"keep": "last"}})
-  try:
-    from_checkpoint, loss = restore_params(folder, "best", base, mesh)
-  finally:
-    write_json(folder / "config.json", config)
+  config = read_run(E2EConfig, folder)
+  base = load_base(config, mesh)
+  from_adapter, _ = restore_params(config, "best", base, mesh)
+  other = replace_fields(config, {"fit.keep": "last"})
+  from_checkpoint, loss = restore_params(other, "best", base, mesh)
   assert loss == stored(folder)["valid_loss"]
   jax.tree.map(np.testing.assert_array_equal, from_adapter, from_checkpoint)
   kernel = ("h_0", "mlp", "up", "kernel")
@@ -118,17 +119,12 @@ def test_full_finetuning_from_its_checkpoint(runs):
     evaluate_run(runs / "full", {})
   found = evaluate_run(runs / "full", {"num_inputs": 2})
   assert found["num_inputs"] == 2
-  config, mesh = read_config(runs / "full"), make_mesh()
-  base = gpt2_e2e.load_base(config, mesh)
-  params, loss = restore_params(runs / "full", "best", base, mesh)
+  config, mesh = read_run(E2EConfig, runs / "full"), make_mesh()
+  base = load_base(config, mesh)
+  params, loss = restore_params(config, "best", base, mesh)
   assert loss == stored(runs / "full")["valid_loss"]
-  measured = gpt2_e2e.train(
-    apply(config, {"method": "frozen_base"}),
-    base._replace(params=params),
-    gpt2_e2e.load_data(config, base),
-    mesh,
-    runs / "full",
-  )[1]["valid_loss"]
+  tuned = base._replace(params=params)
+  measured = gpt2_e2e.measure(config, tuned, load_data(config, base), mesh)[1]["valid_loss"]
   assert measured == pytest.approx(loss, rel=1e-6)
 
 
@@ -144,10 +140,10 @@ def test_what_cannot_be_evaluated(runs, tmp_path):
     evaluate_run(tmp_path, {"num_inputs": 1})
   with pytest.raises(FileNotFoundError, match=r"the last checkpoint of .* is not there"):
     evaluate_run(tmp_path, {"num_inputs": 1, "checkpoint": "last"})
-  with pytest.raises(ValueError, match="scoring must be"):
+  with pytest.raises(ValueError, match=r"decoding\.scoring must be one of"):
     evaluate_run(runs / "lora", {"scoring": "other"})
   write_json(tmp_path / "config.json", config | {"experiment": "e2e_template"})
-  with pytest.raises(ValueError, match="only 'gpt2_e2e' can be decoded"):
+  with pytest.raises(ValueError, match="of 'e2e_template', and the experiment is 'gpt2_e2e'"):
     evaluate_run(tmp_path, {})
 
 

@@ -52,8 +52,9 @@ def chat_folder(tmp_path_factory):
 
 
 def write_lines(path, chats=False, count=60):
+  records = load("train")
   with path.open("w") as file:
-    for record in load("train", choose=lambda size: range(0, size, size // count)):
+    for record in records[:: len(records) // count]:
       line = {"prompt": record.context + "\n", "completion": record.completion}
       if chats:
         roles = {"user": line["prompt"], "assistant": line["completion"]}
@@ -218,7 +219,7 @@ def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path,
   lora_config, adapter = load_peft(f"{config.workdir}/peft", model.stored, model.params)
   expected = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
   assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
-  with pytest.raises(SystemExit, match="is in PEFT's form already"):
+  with pytest.raises(SystemExit, match=r"has written it already: .*/peft"):
     export.main([config.workdir, str(tmp_path / "adapter")])
 
 
@@ -328,7 +329,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
   for line in (
     r"h_1/mlp/down/kernel +128 x 32 +128 x 16",
     r"model +/.*model: gpt2, 295,808 parameters",
-    r"adapter +rank 16, 18,432 parameters \(\d+\.\d\d %\)",
+    r"method +LoRA, rank 16, 18,432 parameters \(\d+\.\d\d %\)",
     r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
     r"memory +0\.\d\d GB a device by the compiler's estimate",
     r"nothing was trained",
@@ -343,7 +344,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     ({"lora.target": "wte/embedding"}, "wte is the head too"),
     ({"model.folder": ""}, "no model is given: add --model"),
     ({"data.file": ""}, "no data is given: add --data"),
-    ({"fit.keep": "first"}, "fit.keep must be best or last"),
+    ({"fit.keep": "first"}, r"fit\.keep must be one of best, last"),
     ({"data.valid_share": 1.0}, "valid_share must be between 0 and 1"),
     ({"data.today": "26 Jul"}, "data.today must be a day as 2024-07-26"),
     ({"lora.target": r".*/attn/qurey/kernel"}, "h_0/attn/query/kernel"),

@@ -12,12 +12,20 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import lora_jax as lj
 from experiments import export, glue, glue_report
+from experiments.classification import data as glue_data
 from experiments.classification import encoder
 from experiments.classification import restore as finished_encoder
+from experiments.classification.config import GlueConfig
+from experiments.classification.data import hold_out, load_data
 from experiments.classification.restore import load_encoder
 from experiments.configs import glue as configs
+from experiments.harness import fit as harness_fit
+from experiments.harness import methods
 from experiments.harness import paper as paper_tables
+from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply
+from experiments.harness.methods import adapt
+from experiments.harness.optimizer import decays, make_optimizer
 from experiments.harness.workdir import write_json
 from lora_jax.adapters.delta import adapter_extra, adapter_weights
 from lora_jax.data.sets.glue import Record
@@ -123,7 +131,7 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
     return fit(*args[:4], Stops(), *args[5:], **kwargs)
 
   with monkeypatch.context() as patched:
-    patched.setattr(glue, "fit", stops)
+    patched.setattr(harness_fit, "fit", stops)
     with pytest.raises(KeyboardInterrupt):
       glue.run(config)
   assert not (tmp_path / "run" / "result.json").exists()
@@ -141,7 +149,7 @@ def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
   config = tiny_config(tmp_path)
   base = encoder.load_base(config, make_mesh())
   loss = jax.jit(classification_loss(base.module))
-  batch = glue.load_data(config, base).train[0]
+  batch = load_data(config, base).train[0]
   assert float(loss(base.params, batch).total) == float(loss(base.params, batch).total)
   keys = [jax.random.key(i) for i in (0, 0, 1)]
   a, b, c = (float(loss(base.params, batch, key=key).total) for key in keys)
@@ -159,7 +167,8 @@ def test_other_methods(finished, tmp_path, method):
   assert glue.report(tmp_path, result)
   base = encoder.load_base(config, make_mesh())
   if method == "head_only":
-    like = encoder.method(config)(lambda params: params).init(jax.random.key(0), base.params)
+    head = adapt(read_config(GlueConfig, config))(lambda params: params)
+    like = head.init(jax.random.key(0), base.params)
     trained = dict(leaves_with_path(restore_adapter(tmp_path / "adapter", like)))
     assert {path.split("/")[0] for path in trained} == {"pooler", "head"}
     moved = np.abs(trained["head/out/kernel"] - base.params["head"]["out"]["kernel"]).max()
@@ -212,7 +221,7 @@ def test_a_finished_run_in_other_packages_forms(finished, tmp_path, monkeypatch)
     export.main([str(workdir), str(tmp_path / "server"), "--server"])
   (tmp_path / "begun").mkdir()
   shutil.copy(workdir / "config.json", tmp_path / "begun")
-  with pytest.raises(SystemExit, match="begun is not finished: start its command again"):
+  with pytest.raises(SystemExit, match="begun is not finished: rerun its command"):
     export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
 
 
@@ -281,22 +290,22 @@ def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
     splits.append(split)
     return load(task, split, *args, **how)
 
-  monkeypatch.setattr(glue, "load", noted)
-  data = glue.load_data(config, base)
+  monkeypatch.setattr(glue_data, "load", noted)
+  data = load_data(config, base)
   assert splits == ["train"]
   assert (data.num_train_records, len(data.valid_records)) == (36, 4)
   whole = load("cola", "train", tiny_source(), any_size=True, data_dir=config.data.tfds_dir)
   assert set(data.valid_records) <= set(whole)
-  again = glue.load_data(apply(config, {"seed": 7}), base)
+  again = load_data(apply(config, {"seed": 7}), base)
   assert again.valid_records == data.valid_records
   config.data.num_train_records = 10
-  less = glue.load_data(config, base)
+  less = load_data(config, base)
   assert (less.num_train_records, less.valid_records) == (10, data.valid_records)
 
 
 def test_candidates_of_one_question_stay_together():
   records = [Record(f"{i}", None, i % 2, group=i // 2) for i in range(40)]
-  train, valid = glue._hold_out(records, 0.1)
+  train, valid = hold_out(records, 0.1)
   assert (len(train), len(valid)) == (36, 4)
   assert not {record.group for record in train} & {record.group for record in valid}
 
@@ -325,11 +334,11 @@ def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
   mnli.fit.num_epochs = 1
   mnli.optimizer.learning_rate = 0.1
   glue.run(mnli)
-  config = tiny_config(tmp_path / "mrpc", "mrpc")
-  config.lora.start = str(tmp_path / "mnli")
+  config = read_config(GlueConfig, tiny_config(tmp_path / "mrpc", "mrpc"))
+  config = replace_fields(config, {"lora.start": str(tmp_path / "mnli")})
   base = encoder.load_base(config, make_mesh())
-  batch = glue.load_data(config, base).train[0]
-  loss = encoder.method(config)(classification_loss(base.module))
+  batch = load_data(config, base).train[0]
+  loss = adapt(config)(classification_loss(base.module))
   fresh = loss.init(jax.random.key(1), base.params, batch)
   started = encoder.start_from(config, fresh)
   assert jax.tree.structure(started) == jax.tree.structure(fresh)
@@ -337,32 +346,31 @@ def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
     assert np.any(np.asarray(weight.lora_b) != 0), path
   assert started["head"]["out"]["kernel"].shape == (32, 2)
   assert started["head"]["out"]["kernel"] is fresh["head"]["out"]["kernel"]
-  config.lora.rank = 4
   with pytest.raises(ValueError, match=r"mnli has lora\.rank=2, expected 4"):
-    encoder.start_from(config, fresh)
-  config.lora.rank = 2
-  other = apply(config, {"model.folder": str(tmp_path)})
+    encoder.start_from(replace_fields(config, {"lora.rank": 4}), fresh)
   with pytest.raises(ValueError, match=r"mnli has model\.folder="):
-    encoder.start_from(other, fresh)
+    encoder.start_from(replace_fields(config, {"model.folder": str(tmp_path)}), fresh)
+  with pytest.raises(ValueError, match="mnli has method='lora', expected 'head_only'"):
+    encoder.start_from(replace_fields(config, {"method": "head_only"}), fresh)
   shutil.move(tmp_path / "mnli" / "result.json", tmp_path / "kept")
   with pytest.raises(ValueError, match="mnli is not finished"):
     encoder.start_from(config, fresh)
 
 
 def test_what_has_weight_decay(tmp_path):
-  config = tiny_config(tmp_path)
+  config = read_config(GlueConfig, tiny_config(tmp_path))
   base = encoder.load_base(config, make_mesh())
-  kept = dict(leaves_with_path(glue.decays(base.params)))
+  kept = dict(leaves_with_path(decays(base.params)))
   assert kept["layers_0/attn/query/kernel"]
   assert not kept["layers_0/attn/query/bias"]
   assert not kept["layers_0/attn_norm/scale"]
-  batch = glue.load_data(config, base).train[0]
-  loss = encoder.method(config)(classification_loss(base.module))
+  batch = load_data(config, base).train[0]
+  loss = adapt(config)(classification_loss(base.module))
   trainable = loss.init(jax.random.key(1), base.params, batch)
-  kept = dict(leaves_with_path(glue.decays(trainable)))
+  kept = dict(leaves_with_path(decays(trainable)))
   assert kept["layers_0/attn/query/kernel/lora_a"]
   assert not kept["head/out/bias"]
-  optimizer, _ = glue.make_optimizer(config, 10, glue.decays)
+  optimizer, _ = make_optimizer(config.optimizer, 10, decays)
   zeros = jax.tree.map(np.zeros_like, trainable)
   state = optimizer.init(trainable)
   _, state = optimizer.update(zeros, state, trainable)
@@ -418,7 +426,7 @@ def test_the_report_has_medians_and_the_papers_rows(tmp_path):
   write_json(other / "config.json", settings)
   with pytest.raises(ValueError, match=r"differ in more than their seed: lora\.rank\."):
     glue_report.report([*folders, other])
-  with pytest.raises(ValueError, match="minilm, cola, lora has the same learning rate"):
+  with pytest.raises(ValueError, match="minilm, cola, LoRA has the same learning rate"):
     glue_report.report([*folders, made(tmp_path, "again_t", tuning=True)])
 
 
@@ -502,7 +510,7 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
   tuning = configs.get_config("minilm,cola")
   tuning.data.tuning = True
   runs = list(configs.sweep(tuning))
-  assert [sum(r["method"] == m for r in runs) for m in configs.METHODS] == [3, 3, 3]
+  assert [sum(r["method"] == m for r in runs) for m in methods.names("glue")] == [3, 3, 3]
   config = configs.get_config("minilm,cola")
   config.optimizer.tuned_in = str(tmp_path)
   for i, changes in enumerate(runs):

@@ -12,8 +12,11 @@ import pytest
 from experiments import gpt2_e2e
 from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
-from experiments.harness.workdir import read_config
+from experiments.harness.workdir import read_run
+from experiments.nlg import e2e as nlg_e2e
+from experiments.nlg.config import E2EConfig
 from experiments.nlg.gpt2 import load_base, model_folder
 from experiments.nlg.restore import load_run
 from lora_jax.data.sets import e2e
@@ -94,7 +97,7 @@ def test_a_text_is_one_line_up_to_an_empty_one(finished, monkeypatch):
     none = np.zeros((1, 1))
     return Hypotheses(tokens, none.astype(int) + len(ids), none, none.astype(bool), np.zeros(1))
 
-  monkeypatch.setattr(gpt2_e2e, "beam_search", search)
+  monkeypatch.setattr(nlg_e2e, "beam_search", search)
   assert run.generate(["name : The Punter"]) == ["One line and more ."]
 
 
@@ -170,8 +173,10 @@ def test_bad_input(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   config = tiny_config(tmp_path / "a")
   _fails(apply(config, {"experiment": "glue"}), "config of 'glue'.*python -m experiments.glue")
-  _fails(apply(config, {"method": "lora_plus"}), "method must be one of lora, full_finetuning")
-  _fails(apply(config, {"optimizer.schedule": "step"}), "schedule must be one of linear")
+  _fails(
+    apply(config, {"method": "lora_plus"}), "must be one of lora, full_finetuning, frozen_base"
+  )
+  _fails(apply(config, {"optimizer.schedule": "step"}), "optimizer.schedule must be one of linear")
   _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* Near names: ")
   _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller side")
   _fails(apply(config, {"data.num_train_records": 99_999}), "has 42061 records, expected 99999")
@@ -219,7 +224,7 @@ def test_bad_models(tmp_path):
 FULL_DISK = """
 import resource, sys
 from experiments import gpt2_e2e
-from experiments.launch import explained
+from experiments.harness.launch import explained
 from lora_jax.training.checkpoint import Checkpoints
 from tests.tiny_e2e import tiny_config
 
@@ -258,14 +263,14 @@ def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
 def test_the_embedded_base_is_the_default(tmp_path):
   config = tiny_config(tmp_path)
   config.model.folder = ""
-  assert model_folder(config) == EMBEDDED
+  assert model_folder(read_config(E2EConfig, config)) == EMBEDDED
   assert load_tokenizer(EMBEDDED, 8192).get_vocab_size() == 8192
 
 
 def test_the_sharding_rules_cover_the_model():
   config = tiny_config("unused")
   mesh = make_mesh(2, 2, 2)
-  base = load_base(config, mesh)
+  base = load_base(read_config(E2EConfig, config), mesh)
   specs = {path: leaf.sharding.spec for path, leaf in leaves_with_path(base.params)}
   assert specs["h_0/attn/query/kernel"] == jax.P("fsdp", "tensor")
   assert specs["h_1/mlp/down/kernel"] == jax.P("tensor", "fsdp")
@@ -275,8 +280,8 @@ def test_the_sharding_rules_cover_the_model():
 
 def test_a_runs_config_is_read_back(finished):
   workdir, _ = finished
-  config = read_config(workdir)
+  config = read_run(E2EConfig, workdir)
   assert config.lora.rank == 4
   assert config.workdir == str(workdir)
   with pytest.raises(FileNotFoundError, match="not the folder of a run"):
-    read_config(workdir / "checkpoints")
+    read_run(E2EConfig, workdir / "checkpoints")

@@ -9,8 +9,11 @@ import pytest
 
 from experiments import gpt2_e2e, gpt2_pretrain
 from experiments.configs import gpt2_pretrain as configs
-from experiments.gpt2_pretrain import flops_per_token, model_config
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
+from experiments.nlg.config import PretrainConfig
+from experiments.nlg.gpt2 import pretrained_config
+from experiments.nlg.model_card import flops_per_token
 from lora_jax.data import corpus
 from lora_jax.data.sets import e2e
 from lora_jax.models.gpt2.folder import load_gpt2
@@ -146,7 +149,7 @@ def test_text_must_be_given_and_be_enough(tmp_path):
 def test_operations_are_those_of_the_products():
   """Of every product with a weight, 2 a weight; of attention, 4 T D a layer; backward twice."""
   config = configs.get_config()
-  model = model_config(config)
+  model = pretrained_config(read_config(PretrainConfig, config))
   dense = 6 * (4 * 256**2 + 2 * 256 * 1024) + 8192 * 256
   assert flops_per_token(model, 128) == 6 * (dense + 6 * 2 * 128 * 256)
   assert [run["data.num_train_tokens"] for run in configs.sweep(config)] == [

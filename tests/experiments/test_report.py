@@ -13,12 +13,13 @@ from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
 from experiments.e2e_template import describe, parse
 from experiments.harness import paper as paper_tables
-from experiments.harness import table
-from experiments.harness.groups import group, read_runs, target
 from experiments.harness.launch import apply
+from experiments.harness.runs import read_runs
 from experiments.harness.workdir import write_json
-from experiments.nlg.scoring import score_texts
-from experiments.report import by_rank, by_rate, compare, report
+from experiments.nlg.e2e import score
+from experiments.nlg.groups import by_rank, by_rate, group_runs, target
+from experiments.nlg.scores import markdown
+from experiments.report import compare, report
 from lora_jax.data.sets import e2e
 from lora_jax.metrics import paired_bootstrap
 
@@ -50,7 +51,7 @@ def runs(tmp_path_factory):
       gpt2_e2e.run(apply(tiny_config(root / name), changes))
     for name, (source, config, of_result, texts) in CHANGED.items():
       folder = changed(root / source, root / name, config, of_result)
-      write_json(folder / "result.json", result(root, name) | score_texts(texts, INPUTS, folder))
+      write_json(folder / "result.json", result(root, name) | score(texts, INPUTS, folder))
   return root
 
 
@@ -208,7 +209,7 @@ def test_the_rank_sweep_stands_beside_table_18(runs, tmp_path):
 def test_ranks_of_other_layers_are_no_sweep(runs, tmp_path):
   other = {"lora.rank": 2, "lora.target": configs.QUERY_AND_VALUE}
   folder = changed(runs / "lora1", tmp_path / "qv", other, {})
-  groups = group(read_runs([runs / "lora1", folder])[0])
+  groups = group_runs(read_runs([runs / "lora1", folder])[0])
   assert by_rank(groups) == []
   assert [one.label for one in groups] == ["LoRA, rank 2, q,v", "LoRA, rank 4, all linear"]
 
@@ -297,20 +298,20 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
 
 
 def test_seeds_are_no_rates(runs):
-  assert by_rate(group(read_runs(folders(runs))[0])) == {}
+  assert by_rate(group_runs(read_runs(folders(runs))[0])) == {}
 
 
 def test_labels_name_the_rate_if_nothing_else_differs(runs, tmp_path):
   change = {"optimizer.learning_rate": 0.5}
   folder = changed(runs / "lora1", tmp_path / "r", change, {})
-  labels = [one.label for one in group(read_runs([runs / "lora1", folder, runs / "full"])[0])]
+  labels = [one.label for one in group_runs(read_runs([runs / "lora1", folder, runs / "full"])[0])]
   rate = configs.get_config().optimizer.learning_rate
   assert labels == [f"LoRA, rate {rate:g}", "LoRA, rate 0.5", "full fine-tuning"]
 
 
 def test_methods_ignore_what_they_do_not_use(runs, tmp_path):
   folder = changed(runs / "full", tmp_path / "r", {"lora.rank": 99, "seed": 7}, {"seed": 7})
-  groups = group(read_runs([folder, runs / "full"])[0])
+  groups = group_runs(read_runs([folder, runs / "full"])[0])
   assert [run.seed for run in groups[0].runs] == [1, 7]
 
 
@@ -344,7 +345,7 @@ def test_tables_are_markdown(runs, tmp_path):
   for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
     assert len({len(line) for line in block.splitlines()}) == 1
     assert len({line.count("|") for line in block.splitlines()}) == 1
-  row = table.markdown([result(runs, "full")]).splitlines()[-1]
+  row = markdown([result(runs, "full")]).splitlines()[-1]
   assert row.startswith("| GPT-2 mini, full fine-tuning |")
 
 

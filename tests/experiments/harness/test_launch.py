@@ -5,29 +5,30 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
-from ml_collections import ConfigDict
 
 from experiments.configs import gpt2_e2e
+from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply
-from experiments.harness.workdir import commit, open_workdir, read_config, read_result, write_json
+from experiments.harness.workdir import commit, open_workdir, read_result, read_run, write_json
+from experiments.nlg.config import E2EConfig, TemplateConfig
 
 from tests.paths import ROOT
 
 EXPERIMENT = """
-import sys
-from pathlib import Path
 import experiments.harness.launch
+from experiments.harness.config import read_config
 from experiments.harness.launch import launch
-from experiments.workdir import open_workdir, write_json
+from experiments.harness.workdir import open_workdir, write_json
+from experiments.nlg.config import E2EConfig
 
 experiments.harness.launch.keep_freed_memory = lambda: print("memory is kept")
 
 def run(config):
-  with open_workdir(config.workdir, config) as workdir:
+  config = read_config(E2EConfig, config)
+  with open_workdir(config) as workdir:
     if config.lora.rank == 3:
       raise ValueError("rank 3 is no good")
     if config.lora.rank == 5:
@@ -38,6 +39,7 @@ def run(config):
     if config.lora.rank == 9:
       (workdir / "nothere").read_text()
     print("ran", config.lora.rank, workdir)
+    print("learning rate", config.optimizer.learning_rate)
     write_json(workdir / "result.json", {"rank": config.lora.rank})
   return {}
 
@@ -51,21 +53,23 @@ def package(tmp_path_factory):
   """A folder with the package `experiments` and a small experiment in it, as all have it."""
   folder = tmp_path_factory.mktemp("package")
   (folder / "experiments").mkdir()
-  for name in ("__init__.py", "launch.py", "workdir.py", "configs"):
+  for name in ("__init__.py", "harness", "nlg", "configs"):
     (folder / "experiments" / name).symlink_to(ROOT / "experiments" / name)
   (folder / "experiments" / "small.py").write_text(EXPERIMENT)
-  (folder / "ranks.py").write_text(
-    textwrap.dedent("""
-      from experiments.configs import gpt2_e2e
-
-      def get_config(variant="mini"):
-        return gpt2_e2e.get_config(variant)
-
-      def sweep(config):
-        for rank in (1, 3, 2, 4):
-          yield {"lora.rank": rank}
-    """)
-  )
+  sweeps = {
+    "ranks": "({'lora.rank': rank} for rank in (1, 3, 2, 4))",
+    "full": "[{'method': 'full_finetuning'}]",
+    "methods": """[
+      {'seed': 1},
+      {'method': 'full_finetuning'},
+      {'method': 'full_finetuning', 'optimizer.learning_rate': 0.5},
+    ]""",
+  }
+  for name, sweep in sweeps.items():
+    (folder / f"{name}.py").write_text(
+      "from experiments.configs.gpt2_e2e import get_config\n\n"
+      f"def sweep(config):\n  return {sweep}\n"
+    )
   return folder
 
 
@@ -85,7 +89,7 @@ def launched(package, *arguments, code=0):
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--config.lora.rnk=8", "error: the config has no field 'lora.rnk'; near: lora.rank,"),
+    ("--config.lora.rnk=8", "error: the config has no field 'lora.rnk'; did you mean lora.rank,"),
     ("--config=experiments/configs/gpt2_e2e.py:midi", "error: variant must be one of mini, small"),
     ("--config=nothere.py", "error: there is no config file 'nothere.py'; expected --config=FILE"),
     ("--config.lora.rank=four", "flag --config.lora.rank=four: invalid literal for int()"),
@@ -148,53 +152,92 @@ def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(package):
   assert "error: --sweep_shard must be i/n with 0 <= i < n, got '2/2'" in written
 
 
+def test_a_method_has_its_own_learning_rate_unless_one_is_named(package):
+  rate = "--config.optimizer.learning_rate"
+  written = launched(package, "--config.method=full_finetuning")
+  assert written.count("optimizer.learning_rate=0.001, the default for full fine-tuning\n") == 1
+  assert "runs/gpt2_e2e/mini,method=full_finetuning\nlearning rate 0.001\n" in written
+  folder = package / "runs" / "gpt2_e2e" / "mini,method=full_finetuning"
+  assert json.loads((folder / "config.json").read_text())["optimizer"]["learning_rate"] == 0.001
+  written = launched(package, "--config.method=full_finetuning", f"{rate}=0.01")
+  assert "method=full_finetuning,optimizer.learning_rate=0.01\nlearning rate 0.01\n" in written
+  assert "the default for" not in written
+  assert "learning rate 0.01\n" in launched(package, "--config.lora.rank=2")
+
+
+def test_a_changed_field_that_the_method_ignores_is_an_error(package):
+  arguments = ("--config.method=full_finetuning", "--config.lora.rank=8")
+  message = "error: lora.rank=8 has no effect with method=full_finetuning: leave it out, or choose"
+  assert message in launched(package, *arguments, code=1)
+  arguments = ("--config.method=frozen_base", "--config.optimizer.weight_decay=0.5")
+  assert "optimizer.weight_decay=0.5 has no effect" in launched(package, *arguments, code=1)
+  assert message in launched(
+    package, "--sweep", "--config=ranks.py", "--config.method=full_finetuning", code=1
+  ).replace("rank=1 ", "rank=8 ")
+  arguments = ("--sweep", "--config=methods.py", "--config.workdir=methods")
+  written = launched(package, *arguments, "--config.lora.rank=2")  # LoRA's run uses it
+  assert [line for line in written.splitlines() if line.startswith("learning rate")] == [
+    "learning rate 0.01",
+    "learning rate 0.001",
+    "learning rate 0.5",
+  ]
+  written = launched(package, "--sweep", "--config=full.py", "--config.lora.rank=2", code=1)
+  assert "error: lora.rank=2 has no effect with method=full_finetuning" in written
+  assert "error: method must be one of lora, full_finetuning, frozen_base, got 'dora_plus'" in (
+    launched(package, "--config.method=dora_plus", code=1)
+  )
+
+
 def test_apply_changes_a_copy():
   config = gpt2_e2e.get_config()
   assert apply(config, {"lora.rank": 2}).lora.rank == 2
   assert config.lora.rank == 16
-  with pytest.raises(ValueError, match=r"no field 'lora.rnk'; near: lora\.rank"):
+  with pytest.raises(ValueError, match=r"no field 'lora.rnk'; did you mean lora\.rank"):
     apply(config, {"lora.rnk": 2})
   with pytest.raises(ValueError, match="does not fit the config"):
     apply(config, {"lora.rank": "two"})
 
 
-def config(**fields):
-  return ConfigDict({"workdir": "", "seed": 1, "lora": {"rank": 4, "target": [".*"]}, **fields})
+def config(workdir, **fields):
+  return replace_fields(
+    read_config(E2EConfig, gpt2_e2e.get_config()), {"workdir": str(workdir), "seed": 1, **fields}
+  )
 
 
-@pytest.mark.parametrize("left", ["checkpoints", "adapter", "peft", "base"])
+@pytest.mark.parametrize("left", ["checkpoints", "adapter", "peft", "base", "model"])
 def test_what_was_trained_belongs_to_its_config(tmp_path, left):
   """Were an old adapter left behind, the next run's would not be written."""
-  with open_workdir(tmp_path, config()) as workdir:
+  with open_workdir(config(tmp_path)) as workdir:
     (workdir / left).mkdir()
   with (
     pytest.raises(ValueError, match="another config: seed=1 there, 2 now"),
-    open_workdir(tmp_path, config(seed=2)),
+    open_workdir(config(tmp_path, seed=2)),
   ):
     pass
 
 
 def test_a_folder_belongs_to_one_config(tmp_path):
-  with open_workdir(tmp_path / "run", config()) as workdir:
+  with open_workdir(config(tmp_path / "run")) as workdir:
     write_json(workdir / "result.json", {"loss": 0.5})
-  with open_workdir(tmp_path / "run", config(workdir="elsewhere")) as workdir:
+  (tmp_path / "run").rename(tmp_path / "moved")
+  with open_workdir(config(tmp_path / "moved")) as workdir:
     assert read_result(workdir) == {"loss": 0.5}
-    assert read_config(workdir).lora.rank == 4
-  other = config(seed=2, lora={"rank": 8, "target": [".*"]})
-  message = "another config: lora.rank=4 there, 8 now, seed=1 there, 2 now. Give another"
-  with pytest.raises(ValueError, match=message), open_workdir(tmp_path / "run", other):
+    assert read_run(E2EConfig, workdir) == config(workdir)
+  message = "another config: lora.rank=16 there, 8 now, seed=1 there, 2 now. Give another"
+  other = replace_fields(config(tmp_path / "moved", seed=2), {"lora.rank": 8})
+  with pytest.raises(ValueError, match=message), open_workdir(other):
     pass
   assert sorted(p.name for p in workdir.iterdir()) == [".lock", "config.json", "result.json"]
   assert read_result(tmp_path) is None
   with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
-    read_config(tmp_path)
+    read_run(E2EConfig, tmp_path)
 
 
 HOLDER = """
 import sys, time
-from ml_collections import ConfigDict
-from experiments.workdir import open_workdir
-with open_workdir(sys.argv[1], ConfigDict({"seed": 1})):
+from experiments.harness.workdir import open_workdir
+from experiments.nlg.config import TemplateConfig
+with open_workdir(TemplateConfig(workdir=sys.argv[1])):
   print("open", flush=True)
   time.sleep(60)
 """
@@ -207,19 +250,19 @@ def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
   with process:
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
-    one = ConfigDict({"seed": 1})
+    held = TemplateConfig(workdir=str(tmp_path))
     message = "is in use by another process"
-    with pytest.raises(RuntimeError, match=message), open_workdir(tmp_path, one):
+    with pytest.raises(RuntimeError, match=message), open_workdir(held):
       pass
     process.send_signal(signal.SIGKILL)
-  with open_workdir(tmp_path, one):
+  with open_workdir(held):
     pass
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from experiments.workdir import write_json
+from experiments.harness.workdir import write_json
 print("begun", flush=True)
 for i in range(10**9):
   write_json(Path(sys.argv[1]), {"numbers": [i] * 2000})

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.harness import paper as paper_tables
-from experiments.harness import table
-from experiments.harness.groups import Group
+from experiments.nlg.groups import Group
+from experiments.nlg.scores import METRICS
 
-VALUES = {"valid_loss": "validation loss, nats a token", **table.METRICS}
+VALUES = {"valid_loss": "validation loss, nats a token", **METRICS}
 OURS, PAPER = "tab:blue", "tab:orange"
 
 
@@ -25,7 +25,7 @@ def draw(
 ) -> None:
   """Writes a PNG file with one row of panels for each view of the groups that there is."""
   rows: list[tuple[float, Callable[[SubFigure], None]]] = []
-  if any(one.first.is_decoded for one in groups) or not (rates or sweeps):
+  if any(group.first.is_decoded for group in groups) or not (rates or sweeps):
     rows.append((1.6 + 0.35 * len(groups), partial(_by_group, groups)))
   if rates:
     rows.append((4.0, partial(_by_rate, rates)))
@@ -42,7 +42,7 @@ def draw(
 
 def _panels(figure: SubFigure, groups: Sequence[Group], share: bool) -> dict[str, Axes]:
   """Returns axes for each value that any of the groups has."""
-  names = [name for name in VALUES if any(one.statistic(name) for one in groups)]
+  names = [name for name in VALUES if any(group.statistic(name) for group in groups)]
   axes = figure.subplots(1, len(names), sharey=share, squeeze=False)[0]
   return dict(zip(names, axes, strict=True))
 
@@ -51,24 +51,24 @@ def _by_group(groups: Sequence[Group], figure: SubFigure) -> None:
   figure.suptitle("Mean over the seeds, each seed, and the first seed's 95 % interval (inputs)")
   for name, axes in _panels(figure, groups, share=True).items():
     axes.set_xlabel(VALUES[name])
-    axes.set_yticks(range(len(groups)), [one.label for one in groups])
+    axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    for y, one in enumerate(groups):
-      if (found := one.statistic(name)) is None:
+    for y, group in enumerate(groups):
+      if (statistic := group.statistic(name)) is None:
         continue
-      if (interval := one.first.interval(name)) is not None:
+      if (interval := group.first.interval(name)) is not None:
         axes.hlines(y, *interval, color=OURS, alpha=0.4)
-      values = [value for run in one.runs if (value := run.value(name)) is not None]
+      values = [value for run in group.runs if (value := run.value(name)) is not None]
       axes.plot(values, [y] * len(values), ".", color=OURS, alpha=0.5)
-      axes.plot([found.mean], [y], "D", color=OURS, markersize=6)
+      axes.plot([statistic.mean], [y], "D", color=OURS, markersize=6)
 
 
 def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
   axes = figure.subplots()
   for label, members in rates.items():
-    found = [(one.rate, one.statistic("valid_loss")) for one in members]
-    known = [(rate, value.mean) for rate, value in found if rate and value]
+    losses = [(group.rate, group.statistic("valid_loss")) for group in members]
+    known = [(rate, loss.mean) for rate, loss in losses if rate and loss]
     axes.plot([rate for rate, _ in known], [loss for _, loss in known], "o-", label=label)
   axes.set_xscale("log")
   axes.set_yscale("log")  # a rate that is too high would hide the others
@@ -84,10 +84,10 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
   figure.suptitle(
     "By rank: these runs (left axes), the paper's GPT-2 medium, Table 18 (right axes)"
   )
-  ranks = [one.settings["lora.rank"] for one in sweep]
+  ranks = [group.settings["lora.rank"] for group in sweep]
   for name, axes in _panels(figure, sweep, share=False).items():
-    found = [one.statistic(name) for one in sweep]
-    known = [(rank, value) for rank, value in zip(ranks, found, strict=True) if value]
+    statistics = [group.statistic(name) for group in sweep]
+    known = [(rank, value) for rank, value in zip(ranks, statistics, strict=True) if value]
     axes.errorbar(
       [rank for rank, _ in known],
       [value.mean for _, value in known],
@@ -110,13 +110,13 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
 
 def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) -> None:
   figure.suptitle("By the base's pretraining; left, new weights")
-  groups = [one for members in budgets.values() for one in members.values()]
+  groups = [group for members in budgets.values() for group in members.values()]
   known = sorted({tokens for members in budgets.values() for tokens in members if tokens})
   panels = _panels(figure, groups, share=False)
   for name, axes in panels.items():
     for label, members in budgets.items():
-      found = {tokens: one.statistic(name) for tokens, one in members.items()}
-      points = [(tokens, value) for tokens, value in found.items() if value]
+      statistics = [(tokens, group.statistic(name)) for tokens, group in members.items()]
+      points = [(tokens, value) for tokens, value in statistics if value]
       axes.errorbar(
         [tokens for tokens, _ in points],
         [value.mean for _, value in points],

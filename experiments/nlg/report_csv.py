@@ -5,38 +5,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.harness import paper as paper_tables
-from experiments.harness import table
-from experiments.harness.groups import RATE, Group
+from experiments.nlg.groups import RATE, Group
+from experiments.nlg.scores import METRICS
 
-VALUES = ("valid_loss", *table.METRICS)
-WHAT = ("source", "what", "trainable", "lines", "learning_rate", "rank", "seeds")
-OF_VALUE = ("", "_deviation", "_low", "_high")  # over the seeds; of the first seed's interval
+VALUES = ("valid_loss", *METRICS)
+LABELS = ("source", "what", "trainable", "lines", "learning_rate", "rank", "seeds")
+PARTS = ("", "_deviation", "_low", "_high")  # over the seeds; of the first seed's interval
 
 
 def write_csv(path: Path, groups: Sequence[Group]) -> None:
   """Writes the groups' and the paper's figures in full; what is missing is an empty cell."""
-  names = [*WHAT, *(name + part for name in VALUES for part in OF_VALUE)]
+  names = [*LABELS, *(name + part for name in VALUES for part in PARTS)]
   with path.open("w", encoding="utf-8", newline="") as file:
     writer = csv.DictWriter(file, names, restval="")
     writer.writeheader()
-    writer.writerows(_ours(one) for one in groups)
+    writer.writerows(_ours(group) for group in groups)
     writer.writerows(_paper())
 
 
-def _ours(one: Group) -> dict[str, object]:
+def _ours(group: Group) -> dict[str, object]:
   row: dict[str, object] = {
     "source": "runs",
-    "what": one.label,
-    "trainable": one.first.result["trainable_parameters"],
-    "lines": one.first.result["num_train_records"],
-    "learning_rate": one.settings.get(RATE),
-    "rank": one.settings.get("lora.rank"),
-    "seeds": len(one.runs),
+    "what": group.label,
+    "trainable": group.first.result["trainable_parameters"],
+    "lines": group.first.result["num_train_records"],
+    "learning_rate": group.settings.get(RATE),
+    "rank": group.settings.get("lora.rank"),
+    "seeds": len(group.runs),
   }
   for name in VALUES:
-    if (found := one.statistic(name)) is not None:
-      row |= {name: found.mean, f"{name}_deviation": found.deviation}
-    if (interval := one.first.interval(name)) is not None:
+    if (statistic := group.statistic(name)) is not None:
+      row |= {name: statistic.mean, f"{name}_deviation": statistic.deviation}
+    if (interval := group.first.interval(name)) is not None:
       row |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
   return row
 
@@ -45,7 +45,7 @@ def _paper() -> Iterator[dict[str, object]]:
   for row in paper_tables.TABLE_3:
     cells: dict[str, object] = {"source": "paper, Table 3", "what": row.what}
     cells["trainable"] = row.trainable
-    for name, value in zip(table.METRICS, row[2:], strict=True):
+    for name, value in zip(METRICS, row[2:], strict=True):
       cells |= {name: value.mean, f"{name}_deviation": value.deviation}
     yield cells
   for rank, values in paper_tables.TABLE_18.items():

@@ -1,0 +1,100 @@
+"""The batches of a task of GLUE or SuperGLUE."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments.classification.config import GlueConfig
+from experiments.classification.encoder import Base
+from experiments.harness.workdir import examples_digest
+from lora_jax.data.classification import Batches, Example, bucketed_batches, encode
+from lora_jax.data.sets.glue import Record
+from lora_jax.data.sets.glue_tfds import load
+
+
+class Data(NamedTuple):
+  """The batches of a run, in full, and the records that it is evaluated on."""
+
+  train: Batches
+  valid: Batches
+  num_train_records: int
+  valid_records: list[Record]
+  num_matched: int  # of MNLI: the records of its matched part, which come first
+  digest: str  # of the examples
+
+
+def load_data(config: GlueConfig, base: Base) -> Data:
+  """Returns the batches of training and evaluation.
+
+  With `data.tuning` both are parts of the training set, and the dev set is not looked at.
+  """
+  data = config.data
+  train, valid, num_matched = _records(config)
+  if data.num_train_records:
+    train = train[: data.num_train_records]
+
+  def examples(records: list[Record]) -> list[Example]:
+    return encode(base.tokenizer, records, max(data.row_lengths))
+
+  train_examples, valid_examples = examples(train), examples(valid)
+  shape: dict[str, Any] = {
+    "row_lengths": data.row_lengths,
+    "shard_index": jax.process_index(),
+    "shard_count": jax.process_count(),
+  }
+  return Data(
+    bucketed_batches(
+      train_examples,
+      batch_size=data.batch_size,
+      seed=config.seed,
+      num_epochs=config.fit.num_epochs,
+      window=data.window,
+      **shape,
+    ),
+    bucketed_batches(valid_examples, batch_size=data.eval_batch_size, seed=None, **shape),
+    len(train),
+    valid,
+    num_matched,
+    examples_digest(train_examples, valid_examples),
+  )
+
+
+def _records(config: GlueConfig) -> tuple[list[Record], list[Record], int]:
+  """Returns the records of training and evaluation, and of MNLI how many are matched."""
+  data = config.data
+
+  def records(split: str) -> list[Record]:
+    return load(
+      data.task,
+      split,
+      data.source,
+      suite=data.suite,
+      data_dir=data.tfds_dir or None,
+      skip_malformed=data.skip_malformed,
+      any_size=data.any_size,
+    )
+
+  train = records("train")
+  if data.tuning:
+    return *hold_out(train, data.tuning_share), 0
+  if data.task == "mnli":  # the paper's accuracy is over both parts
+    matched, mismatched = records("validation_matched"), records("validation_mismatched")
+    return train, [*matched, *mismatched], len(matched)
+  return train, records("validation"), 0
+
+
+def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+  """Splits records, the same way whatever the seed; those of one question stay together."""
+  by_question: dict[int, list[Record]] = defaultdict(list)
+  for i, record in enumerate(records):
+    by_question[i if record.group is None else record.group].append(record)
+  groups = list(by_question.values())
+  order = np.random.default_rng(0).permutation(len(groups)).tolist()
+  count = round(share * len(groups))
+  valid, train = (
+    [record for i in part for record in groups[i]] for part in (order[:count], order[count:])
+  )
+  return train, valid

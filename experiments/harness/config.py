@@ -1,0 +1,162 @@
+"""What the configs of experiments share, as frozen dataclasses, and the strict reading of configs.
+
+A ConfigDict ends where an experiment begins, at the top of its `run`:
+
+    config = read_config(E2EConfig, config)  # from here on pyright knows the fields
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lora_jax.training.mesh import make_mesh
+from lora_jax.trees import near
+
+Section = TypeVar("Section")
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  rank: int
+  alpha: float
+  dropout: float
+  target: str  # a pattern of paths, or all-linear
+  init: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  learning_rate: float
+  weight_decay: float
+  b1: float
+  b2: float
+  eps: float
+  schedule: Literal["linear", "cosine", "constant"]
+  warmup_steps: int
+  clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  eval_every_steps: int
+  checkpoint_every_steps: int
+  log_every_steps: int
+  accumulation_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+  data: int
+  fsdp: int
+  tensor: int
+
+  def make(self) -> Mesh:
+    return make_mesh(self.data, self.fsdp, self.tensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """The config of any run. `NAME` is the experiment's."""
+
+  NAME: ClassVar[str]
+  experiment: str
+  variant: str
+  workdir: str
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+  """The config of a run that trains."""
+
+  keep_freed_memory: bool
+  optimizer: Optimizer
+  fit: Fit
+  mesh: MeshShape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptationConfig(TrainingConfig):
+  """The config of a run that adapts a base by one of `harness.methods`."""
+
+  method: str
+  lora: Lora
+
+  @property
+  def head(self) -> str | tuple[str, ...]:
+    """Patterns of the leaves that every method trains fully."""
+    return ()
+
+
+def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> Config:
+  """Returns the config of an experiment.
+
+  Args:
+    kind: the experiment's dataclass.
+    source: nested values. A field may be missing if it has a default in `kind`, which fields have
+      that were added after runs had been stored.
+  Raises:
+    ValueError: naming the field, if the config is of another experiment, or a field is unknown,
+      missing or of another type.
+  """
+  values = source.to_dict() if isinstance(source, ConfigDict) else source
+  if values.get("experiment") != kind.NAME:
+    raise ValueError(
+      f"this is a config of {values.get('experiment')!r}, and the experiment is {kind.NAME!r}. "
+      f"Start it with python -m experiments.{values.get('experiment')}"
+    )
+  return _section(kind, values, "")
+
+
+def replace_fields(config: Config, changes: Mapping[str, Any]) -> Config:
+  """Returns a config with some fields changed, by dotted name; errors as of `read_config`."""
+  values = dataclasses.asdict(config)
+  for dotted, value in changes.items():
+    *sections, name = dotted.split(".")
+    part = values
+    for section in sections:
+      part = part[section]
+    part[name] = value
+  return read_config(type(config), values)
+
+
+def flat(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """Returns the fields of a nested config by dotted name."""
+  fields: dict[str, Any] = {}
+  for name, value in dict(values).items():
+    nested = isinstance(value, Mapping | ConfigDict)
+    fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+  return fields
+
+
+def _section(kind: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
+  types = get_type_hints(kind)
+  fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+  for name in values:
+    if name not in fields:
+      likely = ", ".join(prefix + field for field in near(name, fields))
+      raise ValueError(f"the config has no field {prefix + name!r}; did you mean {likely}?")
+  for name, field in fields.items():
+    if name not in values and field.default is dataclasses.MISSING:
+      raise ValueError(f"the config lacks the field {prefix + name!r}")
+  return kind(**{name: _value(types[name], values[name], prefix + name) for name in values})
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+  if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    return _section(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+  if get_origin(kind) is Literal:
+    if value in get_args(kind):
+      return value
+    raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+  if get_origin(kind) is tuple and isinstance(value, list | tuple):
+    return tuple(_value(get_args(kind)[0], item, name) for item in value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is kind:
+    return value
+  raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -1,0 +1,161 @@
+"""The methods of adaptation that experiments can run: one table, and the only place with names.
+
+A new method is one row. Everything else asks a row for its fields: how results are labelled, which
+fields of a config matter, what is saved and exported.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxtyping import PyTree
+
+import lora_jax as lj
+from experiments.harness.config import AdaptationConfig
+
+Adapt = Callable[[Callable[..., Any]], lj.Adaptation]
+
+# The linear layers of the zoo's blocks, as PEFT's all-linear has them: not the heads, embeddings
+# and routers, nor the experts of a mixture, which are single three-dimensional weights.
+ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the table.
+
+  Attributes:
+    label: in tables and plots.
+    make: returns from a run's config what adapts a function; None trains nothing.
+    ignores: fields of configs, or whole sections, that its runs do not depend on.
+    owns_base: the trainable tree is the base itself, which is gone after training.
+    exports_adapter: PEFT has a format for what it trains.
+    learning_rate: its default, as a multiple of the config file's.
+    tried_learning_rates: by sweeps that tune it, as multiples of one rate for all methods.
+    experiments: that have it; None is all that adapt a base.
+  """
+
+  label: str
+  make: Callable[[AdaptationConfig], Adapt] | None
+  ignores: tuple[str, ...] = ()
+  owns_base: bool = False
+  exports_adapter: bool = False
+  learning_rate: float = 1.0
+  tried_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0)
+  experiments: tuple[str, ...] | None = None
+
+  @property
+  def trains(self) -> bool:
+    return self.make is not None
+
+  @property
+  def saves_adapter(self) -> bool:
+    """Whether a run's `adapter/` holds what it trained; otherwise its checkpoints do."""
+    return self.trains and not self.owns_base
+
+  def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:
+    """Returns the base's params after training, for `apply`: they may be what was trained."""
+    return trained if self.owns_base else params
+
+  def uses(self, field: str) -> bool:
+    """Tells whether runs depend on a field of the config, or on a section, by dotted name."""
+    return not any(field == name or field.startswith(f"{name}.") for name in self.ignores)
+
+
+def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
+  """Returns the LoRA of a config, and the head that is trained with it."""
+  lora = config.lora
+  target = ALL_LINEAR if lora.target == "all-linear" else lora.target
+  return lj.LoraConfig(lora.rank, lora.alpha, target, lora.dropout, lora.init, extra=config.head)  # pyright: ignore[reportArgumentType]
+
+
+def _low_rank(method: Callable[..., lj.Adaptation]) -> Callable[[AdaptationConfig], Adapt]:
+  return lambda config: functools.partial(method, config=lora_config(config))
+
+
+METHODS: Mapping[str, Method] = {
+  "lora": Method("LoRA", make=_low_rank(lj.lora), exports_adapter=True),
+  "full_finetuning": Method(
+    "full fine-tuning",
+    make=lambda config: lj.full_finetuning,
+    ignores=("lora",),
+    owns_base=True,
+    learning_rate=0.1,  # Schulman et al. 2025, "LoRA Without Regret": LoRA's is ten times this
+    tried_learning_rates=(0.03, 0.1, 0.3),
+  ),
+  "head_only": Method(
+    "head only",
+    make=lambda config: functools.partial(lj.partial_finetuning, train=config.head),
+    ignores=("lora",),
+    experiments=("glue",),
+  ),
+  "frozen_base": Method(
+    "frozen base",
+    make=None,
+    ignores=("lora", "optimizer", "fit", "data.num_train_records", "data.num_epochs"),
+    experiments=("gpt2_e2e",),
+  ),
+  "template": Method(
+    "template", make=None, ignores=("experiment", "variant"), experiments=("e2e_template",)
+  ),
+}
+
+
+def names(experiment: str | None = None, trains: bool = False) -> list[str]:
+  """Returns the methods of an experiment, or all; with `trains` those that train something."""
+  return [
+    name
+    for name, method in METHODS.items()
+    if (experiment is None or method.experiments is None or experiment in method.experiments)
+    and (method.trains or not trains)
+  ]
+
+
+def find_method(name: str, experiment: str | None = None) -> Method:
+  """Returns the row of a method; raises ValueError if the experiment does not have it."""
+  known = names(experiment)
+  if name not in known:
+    raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
+  return METHODS[name]
+
+
+def adapt(config: AdaptationConfig) -> Adapt:
+  """Returns the config's method, for any function of the params.
+
+  Raises:
+    ValueError: if the experiment does not have it, or it trains nothing.
+  """
+  method = find_method(config.method, config.NAME)
+  if method.make is None:
+    raise ValueError(
+      f"method={config.method} trains nothing; expected one of "
+      f"{', '.join(names(config.NAME, trains=True))}"
+    )
+  return method.make(config)
+
+
+def check_used(name: str, changed: Mapping[str, Any]) -> None:
+  """Raises ValueError if a field that was changed, by dotted name, has no effect on a method."""
+  for field, value in changed.items():
+    if not find_method(name).uses(field):
+      others = [other for other in names(trains=True) if METHODS[other].uses(field)]
+      raise ValueError(
+        f"{field}={value!r} has no effect with method={name}: leave it out, or choose a method "
+        f"that uses it: {', '.join(others)}"
+      )
+
+
+def default_learning_rate(learning_rate: float, tuned_for: str, name: str) -> float:
+  """Returns the default learning rate of a method, from that of another one."""
+  ratio = find_method(name).learning_rate / find_method(tuned_for).learning_rate
+  return multiples(learning_rate, [ratio])[0]
+
+
+def multiples(learning_rate: float, factors: Iterable[float]) -> list[float]:
+  """Returns multiples of a learning rate, without the last bits of the multiplication.
+
+  >>> multiples(1e-3, (0.03, 0.1, 0.3))
+  [3e-05, 0.0001, 0.0003]
+  """
+  return [float(f"{learning_rate * factor:.6g}") for factor in factors]

@@ -1,0 +1,65 @@
+"""What finished runs have trained, from their folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from experiments.harness.config import AdaptationConfig
+from experiments.harness.methods import find_method
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.workdir import read_finished, read_result
+from lora_jax.training.checkpoint import Checkpoints, restore_adapter
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.step import start, trainable_tree
+
+
+def restore_trained(
+  config: AdaptationConfig,
+  params: PyTree,
+  trainable: PyTree,
+  mesh: Mesh,
+  *,
+  checkpoint: str = "best",
+  saved: str = "best",
+  decays: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[PyTree, float | None]:
+  """Returns a finished run's trainable tree, and its validation loss if the run has one.
+
+  Args:
+    config: of the run.
+    params: of its base, on `mesh`.
+    trainable: as the method's `init` returns it.
+    mesh: that they are placed on.
+    checkpoint: best or last.
+    saved: which of the two `adapter/` holds, of a method that has an adapter.
+    decays: as the run's optimizer has them.
+  Raises:
+    FileNotFoundError: if there is no adapter or no such checkpoint.
+    ValueError: if the run is not finished, or of another base or another method.
+  """
+  folder, result = Path(config.workdir), read_finished(config.workdir)
+  if find_method(config.method).saves_adapter and checkpoint == saved:
+    check_base(folder, params)
+    return restore_adapter(folder / "adapter", trainable), result.get("valid_loss")
+  step = result["best_step" if checkpoint == "best" else "num_train_steps"]
+  path = folder / "checkpoints" / str(step)
+  if not path.is_dir():
+    raise FileNotFoundError(f"the {checkpoint} checkpoint of {folder} is not there: {path}")
+  optimizer, _ = make_optimizer(config.optimizer, result["num_train_steps"], decays)
+  state, frozen, _ = start(params, trainable, optimizer, jax.random.key(0), mesh)
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    restored = checkpoints.restore(step, state, fingerprint(params))
+  return trainable_tree(restored.state, frozen), restored.loss
+
+
+def check_base(folder: str | Path, params: PyTree) -> None:
+  """Raises ValueError if a finished run's result names another base than `params`."""
+  expected, actual = (read_result(folder) or {}).get("base"), fingerprint(params)
+  if expected not in (None, actual):
+    raise ValueError(
+      f"{folder} was trained on a base with fingerprint {expected}, and its folder has {actual} by "
+      "now. Restore that base; on another one the adapter means nothing"
+    )

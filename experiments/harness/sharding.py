@@ -1,0 +1,32 @@
+"""How the parameters of the zoo's models are split over a mesh."""
+
+from collections.abc import Callable
+
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from lora_jax.training.mesh import Rules, params_shardings
+from lora_jax.trees import leaves_with_path, matches
+
+SHARDING: Rules = (  # of all models of the zoo, whose leaves have the same names
+  (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
+  (r".*/(query|key|value|gate|up)/bias", P("tensor")),
+  (r".*/(attn/out|down)/kernel", P("tensor", "fsdp")),
+  (r".*/experts/(gate|up)", P("fsdp", "tensor")),
+  (r".*/experts/down", P("tensor", "fsdp")),
+  (r".*embedding|wte/.*|wpe/.*", P(None, ("fsdp", "tensor"))),
+  (r"lm_head/kernel", P("fsdp", "tensor")),
+  (r".*", P()),
+)
+
+
+def sharding_of(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+  """Returns a function from a model's params, or their shapes, to their shardings on a mesh."""
+
+  def shardings(params: PyTree) -> PyTree:
+    paths = [path for path, _ in leaves_with_path(params)]
+    rules = [rule for rule in SHARDING if any(matches(rule[0], path) for path in paths)]
+    return params_shardings(mesh, params, rules)
+
+  return shardings

@@ -1,0 +1,248 @@
+"""Finished runs, grouped by what they are: runs that differ in their seed alone are one group."""
+
+import dataclasses
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.harness.methods import Method
+from experiments.harness.runs import Run
+from lora_jax.trees import matches
+
+RATE = "optimizer.learning_rate"
+LINES = "data.num_train_records"
+TOKENS = "pretraining_tokens"  # of the result: it names a base better than its folder does
+BASE = {"model.folder", "model.start"}
+HAVE_COLUMNS = {RATE, LINES, "decoding.num_inputs"}  # of the report: in a label only if it must be
+LINEAR = ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/up", "mlp/down")
+SHORT = ("q", "k", "v", "o", "up", "down")
+
+
+class Statistic(NamedTuple):
+  """A mean over seeds and their sample standard deviation; None for a single seed."""
+
+  mean: float
+  deviation: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs that differ in their seed alone, by seed.
+
+  Attributes:
+    label: what tells it from the other groups.
+    family: the label without the learning rate.
+    settings: the fields that the runs share and that matter to their method.
+    runs: by seed.
+  """
+
+  label: str
+  family: str
+  settings: dict[str, Any]
+  runs: tuple[Run, ...]
+
+  @property
+  def first(self) -> Run:
+    return self.runs[0]
+
+  @property
+  def method(self) -> Method:
+    return self.first.method
+
+  @property
+  def rate(self) -> float | None:
+    return self.settings.get(RATE)
+
+  @property
+  def is_low_rank(self) -> bool:
+    return "lora.rank" in self.settings
+
+  @property
+  def method_label(self) -> str:
+    """The method, and the rank and the layers of one that has them."""
+    if not self.is_low_rank:
+      return self.method.label
+    layers = target(self.settings["lora.target"])
+    return f"{self.method.label}, rank {self.settings['lora.rank']}, {layers}"
+
+  def statistic(self, name: str) -> Statistic | None:
+    """Returns a metric over the seeds; None unless every run has it."""
+    values = [value for run in self.runs if (value := run.value(name)) is not None]
+    if len(values) < len(self.runs):
+      return None
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Statistic(float(np.mean(values)), deviation)
+
+  @property
+  def loss(self) -> float:
+    """The mean validation loss, to find the best group; infinite if there is none."""
+    statistic = self.statistic("valid_loss")
+    return float("inf") if statistic is None else statistic.mean
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+  """Returns the groups of runs: methods in the order in which they first appear, each by rank.
+
+  Raises:
+    ValueError: if two runs of a group have the same seed.
+  """
+  by_settings: dict[str, list[Run]] = defaultdict(list)
+  for run in runs:
+    by_settings[json.dumps(_settings(run), sort_keys=True)].append(run)
+  shared = [_settings(members[0]) for members in by_settings.values()]
+  names = [members[0].method.label for members in by_settings.values()]
+  labels, families = _labels(names, shared), _labels(names, shared, leave_out={RATE})
+  groups = []
+  for label, family, settings, members in zip(
+    labels, families, shared, by_settings.values(), strict=True
+  ):
+    members.sort(key=lambda run: run.seed)
+    for run, following in itertools.pairwise(members):
+      if run.seed == following.seed:
+        raise ValueError(f"{run.folder} and {following.folder} are the same run; give one of them")
+    groups.append(Group(label, family, settings, tuple(members)))
+  order = list(dict.fromkeys(names))
+  return sorted(
+    groups,
+    key=lambda group: (order.index(group.method.label), group.settings.get("lora.rank", 0)),
+  )
+
+
+def by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
+  """Returns the groups that differ in their learning rate alone, by label, from the lowest."""
+  families: dict[str, list[Group]] = defaultdict(list)
+  for group in groups:
+    if group.rate is not None:
+      families[group.family].append(group)
+  return {
+    label: sorted(members, key=lambda group: group.rate or 0.0)
+    for label, members in families.items()
+    if len({group.rate for group in members}) > 1
+  }
+
+
+def by_rank(groups: Sequence[Group]) -> list[list[Group]]:
+  """Returns the sets of groups of one method that differ in their rank, from the lowest.
+
+  Either alpha is the same in all of a set, or alpha / rank. Of several learning rates, a rank has
+  the one with the smallest validation loss.
+  """
+  sweeps: dict[str, dict[int, Group]] = defaultdict(dict)
+  for group in sorted(groups, key=lambda group: group.loss, reverse=True):  # the best comes last
+    if group.is_low_rank:
+      rest = {name: value for name, value in group.settings.items() if name != RATE}
+      rank = rest.pop("lora.rank")
+      sweeps[repr(sorted(rest.items()))][rank] = group
+      rest["lora.alpha"] = ("times the rank", rest["lora.alpha"] / rank)
+      sweeps[repr(sorted(rest.items(), key=repr))][rank] = group
+  return [[sweep[rank] for rank in sorted(sweep)] for sweep in sweeps.values() if len(sweep) > 1]
+
+
+def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
+  """Returns the groups that differ in their base alone, by method and pretraining tokens.
+
+  Groups whose base does not say how many these were are left out, and methods with one base
+  alone. Of several learning rates, a base has the one with the smallest validation loss.
+  """
+  families: dict[tuple[str, str], dict[int, Group]] = defaultdict(dict)
+  for group in sorted(groups, key=lambda group: group.loss, reverse=True):  # the best comes last
+    tokens = group.settings.get(TOKENS)
+    if tokens is not None:
+      base = {RATE, TOKENS, *BASE}
+      rest = {name: value for name, value in group.settings.items() if name not in base}
+      families[group.method_label, repr(sorted(rest.items()))][tokens] = group
+  order = list(dict.fromkeys(group.method_label for group in groups))
+  several = [item for item in families.items() if len(item[1]) > 1]
+  several.sort(key=lambda item: order.index(item[0][0]))
+  counts = Counter(label for (label, _), _ in several)
+  budgets: dict[str, dict[int, Group]] = {}
+  for (label, _), members in several:
+    lines = next(iter(members.values())).first.result["num_train_records"]
+    name = label + (f", {lines:,} lines" if counts[label] > 1 else "")
+    same = sum(other.startswith(name) for other in budgets)
+    budgets[name + (f" ({same + 1})" if same else "")] = dict(sorted(members.items()))
+  return budgets
+
+
+def _settings(run: Run) -> dict[str, Any]:
+  """Returns the fields that matter to a run's method, without what tells its group's runs apart."""
+  settings = {name: value for name, value in run.settings.items() if run.method.uses(name)}
+  settings |= {"method": run.result["method"]}
+  for name in ("seed", "workdir"):
+    settings.pop(name, None)
+  tokens = run.result.get(TOKENS)
+  return settings if tokens is None else {**settings, TOKENS: tokens}
+
+
+def _labels(
+  methods: Sequence[str], shared: Sequence[dict[str, Any]], leave_out: Iterable[str] = ()
+) -> list[str]:
+  """Returns a label for each group: its method and those settings in which the groups differ."""
+  fields = _differing(shared) - {"method"} - HAVE_COLUMNS
+  if TOKENS in fields:
+    fields -= BASE
+  labels = [_label(*group, fields) for group in zip(methods, shared, strict=True)]
+  clashes = {label for label, count in Counter(labels).items() if count > 1}
+  for clash in clashes:
+    members = [i for i, label in enumerate(labels) if label == clash]
+    more = _differing([shared[i] for i in members], absent_differs=True) - set(leave_out)
+    for i in members:
+      labels[i] = _label(methods[i], shared[i], fields | more)
+  return labels
+
+
+def _differing(shared: Sequence[dict[str, Any]], absent_differs: bool = False) -> set[str]:
+  """Returns the fields with more than one value among the settings that have them."""
+  values: dict[str, set[str]] = defaultdict(set)
+  for settings in shared:
+    for name, value in settings.items():
+      values[name].add(json.dumps(value))
+  absent = {name for settings in shared for name in values.keys() - settings.keys()}
+  differing = {name for name, different in values.items() if len(different) > 1}
+  return differing | absent if absent_differs else differing
+
+
+def _label(method: str, settings: dict[str, Any], fields: set[str]) -> str:
+  order = ("variant", "lora.rank", "lora.target", "model.start")
+  names = [name for name in order if name in fields]
+  names += sorted(fields - set(order))
+  return ", ".join([method, *(_setting(n, settings[n]) for n in names if n in settings)])
+
+
+def _setting(name: str, value: Any) -> str:
+  match name:
+    case "variant":
+      return f"GPT-2 {value}"
+    case "lora.rank":
+      return f"rank {value}"
+    case "lora.target":
+      return target(value)
+    case "model.start":
+      return f"{value} base"
+    case "optimizer.learning_rate":
+      return f"rate {value:g}"
+    case "pretraining_tokens":
+      return f"base of {value:,} tokens"
+    case "data.num_train_records":
+      return f"{value} lines"
+  return f"{name.rpartition('.')[2]} {value}"
+
+
+def target(pattern: str) -> str:
+  """Returns the layers of GPT-2 that a pattern selects.
+
+  >>> target(r".*/attn/(query|value)/kernel")
+  'q,v'
+  """
+  layers = [
+    short
+    for layer, short in zip(LINEAR, SHORT, strict=True)
+    if matches(pattern, f"h_0/{layer}/kernel")
+  ]
+  if len(layers) == len(LINEAR):
+    return "all linear"
+  return ",".join(layers) or pattern

@@ -1,0 +1,39 @@
+"""Scores of generated texts, in the form of the paper's Table 3."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.harness.methods import find_method
+from experiments.harness.table import aligned
+
+METRICS = {
+  "bleu": "BLEU",
+  "nist": "NIST",
+  "meteor": "METEOR",
+  "rouge_l": "ROUGE-L",
+  "cider": "CIDEr",
+}
+DIGITS = {"valid_loss": 3, "bleu": 2, "nist": 3, "meteor": 2, "rouge_l": 2, "cider": 3}
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+  """Returns a Markdown table with a row for each result."""
+  head = ["model and method", "trainable", "lines", "valid loss", *METRICS.values()]
+  return aligned([head, *map(_row, results)])
+
+
+def number(name: str, value: float | None) -> str:
+  """Returns a metric's value with its digits; what is missing is an empty cell."""
+  return "" if value is None else f"{value:.{DIGITS[name]}f}"
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+  scores = result.get("scores", {})
+  variant = [f"GPT-2 {result['variant']}"] if result["variant"] else []
+  return [
+    ", ".join([*variant, find_method(result["method"]).label]),
+    f"{result['trainable_parameters']:,}",
+    f"{result['num_train_records']:,}",
+    number("valid_loss", result["valid_loss"]),
+    *(number(name, scores.get(name)) for name in METRICS),
+  ]
