@@ -1,12 +1,23 @@
 """The axes of a weight: which are inputs, which outputs, and which both sides share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+RANK = -1
+"""The label of a factor's rank axis; labels from 0 are dimensions of the weight."""
+
+RANK2 = -2
+"""The label of a second inner axis."""
+
+INNER: Mapping[str, int] = {"rank": RANK, "rank2": RANK2}
 
 
 class LoraAxes(NamedTuple):
   """The axes of an adapted weight, as indices into its shape.
+
+  An array of an adapter has its axes written as words: `"batch in rank"` is lora_a, `"batch rank
+  out"` lora_b. Each of `batch`, `in` and `out` stands for that side's axes, in order.
 
   Attributes:
     batch: the axes that both A and B have: the layers of a stack, the experts of a mixture.
@@ -18,13 +29,28 @@ class LoraAxes(NamedTuple):
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
 
-  def a_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Returns the shape of `lora_a`: (batch..., in..., rank)."""
-    return (*(shape[d] for d in (*self.batch, *self.inputs)), rank)
+  def labels(self, words: str) -> tuple[int, ...]:
+    """Returns the label of each axis of an array: a dimension of the weight, or an inner one.
 
-  def b_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Returns the shape of `lora_b`: (batch..., rank, out...)."""
-    return (*(shape[d] for d in self.batch), rank, *(shape[d] for d in self.outputs))
+    >>> LoraAxes((0,), (1,), (2, 3)).labels("batch rank out")
+    (0, -1, 2, 3)
+    """
+    roles = {"batch": self.batch, "in": self.inputs, "out": self.outputs}
+    roles |= {word: (label,) for word, label in INNER.items()}
+    return tuple(label for word in words.split() for label in roles[word])
+
+  def array_shape(
+    self, words: str, shape: Sequence[int], sizes: Mapping[str, int]
+  ) -> tuple[int, ...]:
+    """Returns the shape of an array with these axes.
+
+    Args:
+      words: its axes.
+      shape: of the weight.
+      sizes: of the inner axes, by word.
+    """
+    inner = {INNER[word]: size for word, size in sizes.items()}
+    return tuple(inner[l] if l < 0 else shape[l] for l in self.labels(words))
 
   def sides(self, shape: Sequence[int]) -> tuple[int, int]:
     """Returns the sizes of the two sides; a rank above the smaller one adds nothing."""

@@ -5,6 +5,7 @@ One path language everywhere: the keys of a leaf joined by `/`, as in
 (`re.fullmatch`). A pattern that matches nothing is an error.
 """
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,16 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenKey:
+  """The key of an array that a node of an adapter holds and that is not trained."""
+
+  name: str
+
+  def __str__(self) -> str:
+    return self.name
 
 
 def key_parts(key_path: Sequence[Any]) -> tuple[str, ...]:
@@ -36,13 +47,13 @@ def nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
   return tree
 
 
-def replace_leaves(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
+def replace_leaves(tree: PyTree, replacements: Mapping[str, Any]) -> PyTree:
   """Returns a tree with the leaves at some paths replaced.
 
   >>> replace_leaves({"a": 1, "b": {"c": 2}}, {"b/c": 3})
   {'a': 1, 'b': {'c': 3}}
   """
-  leaves = [new.get(path, leaf) for path, leaf in leaves_with_path(tree)]
+  leaves = [replacements.get(path, leaf) for path, leaf in leaves_with_path(tree)]
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -75,33 +86,33 @@ def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
   return patterns
 
 
-def select(patterns: str | Iterable[str], paths: Iterable[str], what: str) -> list[str]:
+def select(patterns: str | Iterable[str], paths: Iterable[str], setting: str) -> list[str]:
   """Returns the `paths` that any pattern matches; each pattern must match one.
 
   Args:
     patterns: regular expressions for whole paths.
     paths: the candidates.
-    what: the name of the setting the patterns come from, for the message.
+    setting: the name of the setting that holds the patterns, for the message.
   Raises:
     ValueError: if a pattern matches no path; the message lists near names.
   """
   paths = list(paths)
   selected: set[str] = set()
   for pattern in as_patterns(patterns):
-    found = [path for path in paths if matches(pattern, path)]
-    if not found:
+    matching = [path for path in paths if matches(pattern, path)]
+    if not matching:
       raise ValueError(
-        f"{what} {pattern!r} matches none of the {len(paths)} leaves "
+        f"{setting} {pattern!r} matches none of the {len(paths)} leaves "
         f"(patterns must match whole paths). Near names: {', '.join(near(pattern, paths))}"
       )
-    selected.update(found)
+    selected.update(matching)
   return [path for path in paths if path in selected]
 
 
 def match(tree: PyTree, patterns: str | Iterable[str]) -> PyTree:
   """Returns a tree of bools: True where a leaf's path matches one of `patterns`.
 
-  The form in which optax takes a weight-decay mask:
+  This is the format of optax's weight-decay masks:
 
   >>> import jax.numpy as jnp
   >>> tree = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
@@ -119,7 +130,7 @@ def match(tree: PyTree, patterns: str | Iterable[str]) -> PyTree:
 def label(tree: PyTree, labels: Mapping[str, str]) -> PyTree:
   """Returns a tree of strings: each leaf's label by the first pattern that matches its path.
 
-  The form in which `optax.partition` takes its groups; with it, LoRA+ (Hayou et al. 2024,
+  This is the format of the groups of `optax.partition`. With it, LoRA+ (Hayou et al. 2024,
   arXiv 2402.12354) is a dict of two optimizers:
 
   >>> import jax.numpy as jnp
@@ -128,7 +139,7 @@ def label(tree: PyTree, labels: Mapping[str, str]) -> PyTree:
   {'query': {'lora_a': 'slow', 'lora_b': 'fast'}}
 
   Args:
-    tree: any tree of arrays; None marks the absence of a leaf, as JAX has it.
+    tree: any tree of arrays; as in JAX, None marks the absence of a leaf.
     labels: pattern to label, in order of precedence.
   Raises:
     ValueError: if a pattern matches no leaf or a leaf matches no pattern.
@@ -150,23 +161,29 @@ def label(tree: PyTree, labels: Mapping[str, str]) -> PyTree:
 def trainable_mask(tree: PyTree, extra: str | Iterable[str] = ()) -> PyTree:
   """Returns the optax mask of a combined tree `{"base": params, "adapter": trainable}`.
 
-  True for every leaf under `adapter` and for the leaves whose whole path (beginning with
-  `base/`) matches `extra`; False for the rest.
+  True for every leaf under `adapter`, but for arrays that a variant holds and does not train
+  (DoRA's `norm_squared`), and for the leaves whose whole path (beginning with `base/`) matches
+  `extra`; False for the rest.
 
   Raises:
     ValueError: if `tree` is not a combined tree, or a pattern matches nothing.
   """
   if not isinstance(tree, Mapping) or set(tree) != {"base", "adapter"}:
-    got = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+    actual = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
     raise ValueError(
-      f"expected a combined tree {{'base': params, 'adapter': trainable}}, got {got}. "
+      f"expected a combined tree {{'base': params, 'adapter': trainable}}, got {actual}. "
       "A trainable tree on its own needs no mask; for other trees use lora_jax.match"
     )
-  paths = [path for path, _ in leaves_with_path(tree)]
+  flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+  paths = ["/".join(key_parts(keys)) for keys, _ in flat]
   extra = as_patterns(extra)
   selected = set(select(extra, paths, "extra")) if extra else set()
-  mask = [path.startswith("adapter/") or path in selected for path in paths]
-  return jax.tree.unflatten(jax.tree.structure(tree), mask)
+  frozen = [any(isinstance(key, FrozenKey) for key in keys) for keys, _ in flat]
+  mask = [
+    (path.startswith("adapter/") and not is_frozen) or path in selected
+    for path, is_frozen in zip(paths, frozen, strict=True)
+  ]
+  return jax.tree.unflatten(structure, mask)
 
 
 def _is_none(leaf: Any) -> bool:
@@ -200,14 +217,14 @@ def combine(*parts: PyTree) -> PyTree:
   """Joins the parts of a tree that `partition` made, in any order.
 
   Raises:
-    ValueError: if a leaf is given by two parts.
+    ValueError: if a leaf is in two parts.
   """
 
   def join(path, *leaves):
-    given = [leaf for leaf in leaves if leaf is not None]
-    if len(given) > 1:
+    present = [leaf for leaf in leaves if leaf is not None]
+    if len(present) > 1:
       name = "/".join(key_parts(path))
-      raise ValueError(f"{name!r} is given by {len(given)} of the parts; expected one")
-    return given[0] if given else None
+      raise ValueError(f"{name!r} is in {len(present)} of the parts; expected one")
+    return present[0] if present else None
 
   return jax.tree_util.tree_map_with_path(join, *parts, is_leaf=_is_none)

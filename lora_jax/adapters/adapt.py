@@ -1,23 +1,14 @@
-"""Low-Rank Adaptation (Hu et al. 2021, arXiv 2106.09685) of any JAX function.
+"""The transform: `init`, `apply` and `merge` of any variant, made from an unmodified function.
 
-The paper's equation (sec. 4.1), with x a row vector as in JAX:
-
-    h = x W + scaling * x A B        scaling = alpha / rank
-
-W, (in, out), is frozen; A, (in, rank), and B, (rank, out), are trained, and no array of W's
-size but W itself is ever formed. `lora` returns three pure functions:
-
-    lora = lora_jax.lora(fn, LoraConfig(rank=4, alpha=32.0, target=r".*/kernel"))
-    trainable = lora.init(key, params, *args)
-    out = lora.apply(params, trainable, *args)
-    merged = lora.merge(params, trainable)
-
-    params                                  trainable
+    params                                  trainable (of LoRA, rank 4)
     h_0/attn/query/kernel  (64, 64)   ->    h_0/attn/query/kernel/lora_a  (64, 4)
                                             h_0/attn/query/kernel/lora_b  (4, 64)
     h_0/attn/query/bias    (64,)      ->    (nothing: frozen)
+
+A variant sees one weight and its arrays. Paths, layer subsets, dropout and its keys stay here.
 """
 
+import dataclasses
 import enum
 import zlib
 from collections.abc import Callable, Mapping
@@ -25,25 +16,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.checks import check_adapter, check_site
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import (
   LoraWeight,
+  Site,
+  Variant,
+  adapted_layers,
   adapter_extra,
   adapter_weights,
   copied,
-  stored_shape,
-  weight_factors,
+  named_factors,
 )
 from lora_jax.adapters.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
-from lora_jax.adapters.shardings import factor_shardings
+from lora_jax.adapters.shardings import array_sharding
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding, place
-from lora_jax.transform.factored import Factored, Label, Term
+from lora_jax.transform.factored import Factored, Source
+from lora_jax.transform.factors import Factor, Term
 from lora_jax.transform.inference import infer_axes
 from lora_jax.transform.interpreter import Interpreter, OpaqueRule
 from lora_jax.transform.tracing import trace_call
@@ -59,10 +54,13 @@ class NotGiven(enum.Enum):
 NOT_GIVEN = NotGiven.NOT_GIVEN
 
 
-def lora(
-  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
+def adapt(
+  fn: Callable[..., Any],
+  config: LoraConfig,
+  default: Variant,
+  opaque: Mapping[str, OpaqueRule] | None = None,
 ) -> Adaptation:
-  """Adapts `fn(params, *args, **kwargs)` by LoRA; `fn` stays as it is.
+  """Adapts `fn(params, *args, **kwargs)` by a variant of LoRA; `fn` stays as it is.
 
   `init` traces `fn` once to learn which axes of each targeted weight are inputs and outputs,
   and raises if one is unused or meets an operation without a rule. `apply` takes besides the
@@ -72,38 +70,34 @@ def lora(
   - `scaling`: replaces alpha / rank, as a scalar or by path; may be traced.
   - `dropout_rate`: replaces the config's rate, likewise.
 
-  Arguments that are no arrays are static. Call `apply` under `jax.jit`.
+  Arguments that are not arrays are static. Call `apply` under `jax.jit`.
 
   Args:
     fn: any JAX function of a parameter tree and further arguments.
     config: what to adapt, and how.
+    default: the variant of weights for which neither the config nor a rule names one.
     opaque: for functions that cannot be looked into (a `custom_vjp` kernel, a Pallas call),
-      the name they are traced under to `rule(call, *args)`. `call` is the function itself;
-      an adapted weight among the args is a `Factored`, whose `dot` is its low-rank part.
+      the name they are traced under to `rule(call, *args)`. `call` is the function itself; an
+      adapted weight among the args is a `Factored`, whose `dot(x, ..., base=...)` is the output.
 
   Returns:
     `Adaptation(init, apply, merge)`.
-
-  Examples:
-    >>> import jax, jax.numpy as jnp, lora_jax
-    >>> fn = lambda params, x: x @ params["kernel"]
-    >>> params = {"kernel": jnp.ones((8, 6))}
-    >>> config = lora_jax.LoraConfig(rank=2, alpha=4.0, target="kernel")
-    >>> adapted = lora_jax.lora(fn, config)
-    >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones((3, 8)))
-    >>> jax.tree.map(jnp.shape, trainable["kernel"].lora_a)
-    (8, 2)
-    >>> out = adapted.apply(params, trainable, jnp.ones((3, 8)))
-    >>> bool((out == fn(params, jnp.ones((3, 8)))).all())
-    True
   """
   opaque = dict(opaque or {})
 
-  def init(key: PRNGKeyArray, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+  def find(params: PyTree) -> tuple[dict[str, Target], dict[str, Any]]:
     targets, extra = find_leaves(config, params)
+    return {
+      path: dataclasses.replace(target, variant=target.variant or default)
+      for path, target in targets.items()
+    }, extra
+
+  def init(key: PRNGKeyArray, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    targets, extra = find(params)
     call = trace_call(fn, params, args, kwargs)
-    found = infer_axes(call, targets, _interpreter(opaque, targets))
-    unused = [path for path, target in targets.items() if not (path in found or target.axes)]
+    sources = {path: _source(target) for path, target in targets.items()}
+    inferred = infer_axes(call, sources, Interpreter(opaque))
+    unused = [path for path, target in targets.items() if not (path in inferred or target.axes)]
     if unused:
       raise ValueError(
         f"these targeted weights are never used by the function: {', '.join(unused)}. "
@@ -111,16 +105,16 @@ def lora(
       )
     items: list[tuple[tuple[str, ...], Any]] = []
     for path, target in targets.items():
-      inferred, lookup = found.get(path, (None, False))
-      axes = target.axes or inferred
-      assert axes is not None, "a weight that is not found has axes of its own"
-      items.append((target.keys, _new_weight(_fold_path(key, path), target, axes, lookup)))
+      axes, is_lookup = inferred.get(path, (None, False))
+      axes = target.axes or axes
+      assert axes is not None, "an unused weight has axes of its own"
+      items.append((target.keys, _start(_fold_path(key, path), target, axes, is_lookup)))
     items += [(keys, copied(f"extra {path}", leaf)) for path, (keys, leaf) in extra.items()]
     trainable = nest(items)
 
-    def first_step(leaves):
-      factored = _factored(targets, trainable, call.position, leaves, None, None, None)
-      return _interpreter(opaque, targets).evaluate(call.jaxpr, factored)
+    def first_step(leaves: list[Any]) -> list[Any]:
+      values = _factored(targets, trainable, call.position, leaves, None, None, None)
+      return Interpreter(opaque).evaluate(call.jaxpr, values)
 
     jax.eval_shape(first_step, call.leaves)  # what only real factors show is raised here
     return trainable
@@ -134,22 +128,20 @@ def lora(
     dropout_rate: Any = None,
     **kwargs: Any,
   ) -> Any:
-    targets, extra = find_leaves(config, params)
+    targets, extra = find(params)
     check_adapter(trainable, targets, extra)
     key = _dropout_key(lora_key, targets, dropout_rate)
-    call = trace_call(fn, _with_extra(params, trainable), args, kwargs)
+    call = trace_call(fn, replace_leaves(params, adapter_extra(trainable)), args, kwargs)
     values = _factored(targets, trainable, call.position, call.leaves, key, scaling, dropout_rate)
-    outputs = _interpreter(opaque, targets).evaluate(call.jaxpr, values)
+    outputs = Interpreter(opaque).evaluate(call.jaxpr, values)
     return jax.tree.unflatten(call.out_tree, outputs)
 
   def merge(params: PyTree, trainable: PyTree, *, scaling: Any = None) -> PyTree:
-    targets, extra = find_leaves(config, params)
+    targets, extra = find(params)
     check_adapter(trainable, targets, extra)
-    by_path = _by_path(
-      scaling, {path: target.scaling for path, target in targets.items()}, "scaling"
-    )
+    scalings = _by_path(scaling, {p: t.scaling for p, t in targets.items()}, "scaling")
     merged = {
-      path: merge_weight(targets[path].leaf, weight, by_path[path])
+      path: merge_weight(targets[path].leaf, weight, _variant(targets[path]), scalings[path])
       for path, weight in adapter_weights(trainable).items()
     }
     return replace_leaves(params, merged | adapter_extra(trainable))
@@ -158,60 +150,74 @@ def lora(
 
 
 def merge_weight(
-  w: Float[Array, "*shape"], weight: LoraWeight, scaling: Any
+  w: Float[Array, "*shape"], weight: LoraWeight, variant: Variant, scaling: Any
 ) -> Float[Array, "*shape"]:
-  """Returns `W + scaling * A B` (sec. 4.1), computed in float32 and returned in W's dtype."""
-  term = Term(weight_factors(weight, w.shape), Label("merge"), scaling)
-  wide = jnp.promote_types(w.dtype, jnp.float32)
-  return Factored(w.astype(wide), (term,)).materialize().astype(w.dtype)
+  """Returns the weight that a variant makes, computed in float32 and returned in W's dtype."""
+  wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  adapted = adapted_weight(wide, weight, variant, Source(["merge"]), scaling)
+  return adapted.materialize().astype(w.dtype)
 
 
-def _new_weight(key: PRNGKeyArray, target: Target, axes: LoraAxes, lookup: bool) -> LoraWeight:
-  layers = target.stacked_layers
-  _check_layers(target, axes)
-  shape = stored_shape(target.leaf.shape, axes, layers)
-  sides = axes.sides(shape)
-  if target.rank > min(sides):
-    raise ValueError(
-      f"{target.path}: rank {target.rank} is larger than the smaller side of the weight, "
-      f"{sides[0]} inputs by {sides[1]} outputs (shape {target.leaf.shape}). Lower the rank, "
-      "or give LoraRule(pattern, rank=...) for it"
-    )
+def adapted_weight(
+  w: jax.Array, weight: LoraWeight, variant: Variant, source: Source, scaling: Any
+) -> Factored:
+  """Returns the adapted weight: the variant's equation, on the layers that are adapted.
+
+  Layers of a stack that are not adapted get zeros as factors and ones as gains: the small arrays
+  are padded, the stack itself is left as it is.
+  """
+  axes, layers = weight.axes, weight.layers
+  part = Factored(adapted_layers(w, axes, layers), source)
+  part = variant.weight(part, named_factors(weight), scaling)
+  terms, gain = part.terms, part.gain
+  if layers is not None:
+    dim = axes.batch[0]
+    terms = tuple(_term_among_zeros(term, dim, layers, w.shape[dim]) for term in terms)
+    if gain is not None and dim in gain.dims:
+      gain = _among(gain, dim, layers, w.shape[dim], 1.0)
+    elif gain is not None:
+      raise ValueError(f"{source}: the gain of some layers of a stack needs the stack's axis")
+  return Factored(w, source, terms, gain)
+
+
+def _term_among_zeros(term: Term, dim: int, layers: tuple[int, ...], count: int) -> Term:
+  factors = [_among(f, dim, layers, count, 0.0) if dim in f.dims else f for f in term.factors]
+  if not any(dim in factor.dims for factor in term.factors):  # one factor for all the layers
+    ones = Factor(jnp.ones((len(layers),), jnp.float32), (dim,))
+    factors[0] = factors[0] * _among(ones, dim, layers, count, 0.0)
+  return dataclasses.replace(term, factors=tuple(factors))
+
+
+def _among(factor: Factor, dim: int, layers: tuple[int, ...], count: int, fill: float) -> Factor:
+  """Returns a factor of `count` layers: its own at the indices `layers`, `fill` elsewhere."""
+  x, axis = factor.array, factor.axis(dim)
+  rest = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)  # of x's sharding
+  position = {layer: i for i, layer in enumerate(layers)}
+  pieces = [
+    lax.slice_in_dim(x, position[i], position[i] + 1, axis=axis) if i in position else rest
+    for i in range(count)
+  ]
+  return dataclasses.replace(factor, array=jnp.concatenate(pieces, axis=axis))
+
+
+def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -> LoraWeight:
+  """Returns the arrays of one weight at step 0, float32, placed as the weight is."""
+  variant = _variant(target)
+  check_site(target, axes, variant)
   initialize = target.init if callable(target.init) else BY_NAME[target.init]
-  if lookup and initialize in (kaiming_uniform, gaussian):
+  if is_lookup and initialize in (kaiming_uniform, gaussian):
     initialize = embedding
-  shapes = axes.a_shape(shape, target.rank), axes.b_shape(shape, target.rank)
-  factors = initialize(key, *shapes, sides[0])
-  for name, factor, expected in zip(("lora_a", "lora_b"), factors, shapes, strict=True):
-    if factor.shape != expected:
-      raise ValueError(f"{target.path}: init gave {name} {factor.shape}, expected {expected}")
-  places = factor_shardings(leaf_sharding(target.leaf), axes, layers)
-  a, b = (place(x.astype(jnp.float32), s) for x, s in zip(factors, places, strict=True))
-  return LoraWeight(a, b, axes, layers)
-
-
-def _check_layers(target: Target, axes: LoraAxes) -> None:
-  layers, shape = target.stacked_layers, target.leaf.shape
-  if target.by_number and axes.batch:
-    raise ValueError(
-      f"{target.path}: layers= goes by the number in the path, but the weight is itself a stack "
-      f"(axis {axes.batch[0]} of shape {shape}). Give stacked_layers= for the index on that "
-      "axis, or choose paths by `target` alone"
-    )
-  if layers is None:
-    return
-  if not axes.batch:
-    raise ValueError(
-      f"{target.path}: stacked_layers={list(layers)} needs a stacked axis, and shape {shape} has "
-      "none. Give layers= for numbers in paths, or narrow `target` to the stacked weights"
-    )
-  count = shape[axes.batch[0]]
-  if max(layers) >= count:
-    raise ValueError(f"{target.path}: stacked_layers={list(layers)}, but it stacks {count} layers")
-
-
-def _interpreter(opaque: Mapping[str, OpaqueRule], targets: Mapping[str, Target]) -> Interpreter:
-  return Interpreter(opaque, [p for p, t in targets.items() if t.on_unhandled == "materialize"])
+  site = Site(target.path, target.leaf, axes, target.rank, target.stacked_layers, initialize)
+  arrays = dict(variant.start(key, site))
+  sharding = leaf_sharding(target.leaf)
+  for spec in variant.table:
+    shape = site.array_shape(spec.words, **variant.sizes(site))
+    if arrays[spec.name].shape != shape:
+      got = arrays[spec.name].shape
+      raise ValueError(f"{target.path}: init gave {spec.name} {got}, expected {shape}")
+    where = array_sharding(sharding, spec.words, axes, site.layers)
+    arrays[spec.name] = place(arrays[spec.name].astype(jnp.float32), where)
+  return LoraWeight.from_arrays(arrays, variant.table, axes, site.layers)
 
 
 def _factored(
@@ -228,25 +234,45 @@ def _factored(
   rates = _by_path(dropout_rate, {p: t.dropout for p, t in targets.items()}, "dropout_rate")
   values = list(leaves)
   for path, weight in adapter_weights(trainable).items():
-    base = jnp.asarray(values[position[path]])
-    path_key = None if key is None or _is_zero(rates[path]) else _fold_path(key, path)
-    factors = weight_factors(weight, base.shape)
-    term = Term(factors, Label(path), scalings[path], rates[path], path_key)
-    values[position[path]] = Factored(base, (term,))
+    target, base = targets[path], jnp.asarray(values[position[path]])
+    adapted = adapted_weight(base, weight, _variant(target), _source(target), scalings[path])
+    if key is not None and not _is_zero(rates[path]):
+      terms = _with_dropout(adapted.terms, rates[path], _fold_path(key, path))
+      adapted = dataclasses.replace(adapted, terms=terms)
+    values[position[path]] = adapted
   return values
 
 
-def _by_path(given: Any, defaults: Mapping[str, float], what: str) -> Mapping[str, Any]:
-  """Returns `given` for each path: None is the default, a mapping may name some of the paths."""
-  if given is None:
+def _with_dropout(terms: tuple[Term, ...], rate: Any, key: PRNGKeyArray) -> tuple[Term, ...]:
+  """Gives every trained term its own masks; a term of frozen arrays alone has no dropout."""
+  dropped = []
+  for i, term in enumerate(terms):
+    term_key = jax.random.fold_in(key, i) if i else key
+    with_key = dataclasses.replace(term, dropout_rate=rate, key=term_key)
+    dropped.append(term if term.frozen else with_key)
+  return tuple(dropped)
+
+
+def _variant(target: Target) -> Variant:
+  assert target.variant is not None, "is filled in by `adapt`"
+  return target.variant
+
+
+def _source(target: Target) -> Source:
+  return Source([target.path], target.on_unhandled == "materialize")
+
+
+def _by_path(value: Any, defaults: Mapping[str, float], name: str) -> Mapping[str, Any]:
+  """Returns `value` for each path: None is the default, a mapping may name some of the paths."""
+  if value is None:
     return defaults
-  if not isinstance(given, Mapping):
-    return dict.fromkeys(defaults, given)
-  unknown = [path for path in given if path not in defaults]
+  if not isinstance(value, Mapping):
+    return dict.fromkeys(defaults, value)
+  unknown = [path for path in value if path not in defaults]
   if unknown:
     names = ", ".join(near(unknown[0], defaults))
-    raise ValueError(f"{what} is given for {', '.join(unknown)}, not adapted. Near names: {names}")
-  return {path: given.get(path, default) for path, default in defaults.items()}
+    raise ValueError(f"{name} is given for {', '.join(unknown)}, not adapted. Near names: {names}")
+  return {path: value.get(path, default) for path, default in defaults.items()}
 
 
 def _dropout_key(
@@ -271,7 +297,3 @@ def _fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
 
 def _is_zero(rate: Any) -> bool:
   return isinstance(rate, int | float) and rate == 0
-
-
-def _with_extra(params: PyTree, trainable: PyTree) -> PyTree:
-  return replace_leaves(params, adapter_extra(trainable))

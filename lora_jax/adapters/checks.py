@@ -1,4 +1,4 @@
-"""Whether a trainable tree fits the params and the config it is applied with."""
+"""Whether a variant fits a weight, and a trainable tree its params and config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,16 +6,74 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights, stored_shape
+from lora_jax.adapters.delta import (
+  LORA_TABLE,
+  LoraWeight,
+  Table,
+  Variant,
+  adapter_extra,
+  adapter_weights,
+  stored_shape,
+)
+from lora_jax.adapters.targets import Target
+from lora_jax.axes import INNER, LoraAxes
 
 
-def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
+  """Checks the settings of one weight once its axes are known.
+
+  Raises:
+    ValueError: if layers are chosen that the weight does not have, or the rank is too large.
+  """
+  _check_layers(target, axes)
+  sides = axes.sides(stored_shape(target.leaf.shape, axes, target.stacked_layers))
+  has_rank = any("rank" in spec.words.split() for spec in variant.table)
+  if has_rank and target.rank > min(sides):
+    raise ValueError(
+      f"{target.path}: rank {target.rank} is larger than the smaller side of the weight, "
+      f"{sides[0]} inputs by {sides[1]} outputs (shape {target.leaf.shape}). Lower the rank, "
+      "or give LoraRule(pattern, rank=...) for it"
+    )
+
+
+def _check_layers(target: Target, axes: LoraAxes) -> None:
+  layers, shape = target.stacked_layers, target.leaf.shape
+  if target.by_number and axes.batch:
+    raise ValueError(
+      f"{target.path}: layers= goes by the number in the path, but the weight is itself a stack "
+      f"(axis {axes.batch[0]} of shape {shape}). Give stacked_layers= for the index on that "
+      "axis, or choose paths by `target` alone"
+    )
+  if layers is None:
+    return
+  if not axes.batch:
+    raise ValueError(
+      f"{target.path}: stacked_layers={list(layers)} needs a stacked axis, and shape {shape} has "
+      "none. Give layers= for numbers in paths, or narrow `target` to the stacked weights"
+    )
+  count = shape[axes.batch[0]]
+  if max(layers) >= count:
+    raise ValueError(f"{target.path}: stacked_layers={list(layers)}, but it stacks {count} layers")
+
+
+def check_plain(path: str, weight: LoraWeight, operation: str) -> None:
+  """Raises ValueError unless a weight is adapted by plain LoRA, where only that has a meaning."""
+  if not weight.is_plain:
+    raise ValueError(
+      f"{path} is adapted by a variant with the arrays {', '.join(weight.arrays)}, and {operation} "
+      "is for plain LoRA: a sum of such adapters is not one of them. Use lora_jax.convert first"
+    )
+
+
+def check_adapter(
+  trainable: PyTree, targets: Mapping[str, Target], extra: Mapping[str, Any]
+) -> None:
   """Checks a trainable tree against the weights it is for.
 
   Args:
     trainable: the tree to check.
-    targets: path to `Target`, whose `leaf` is the weight.
-    extra: path to `(keys, leaf)` of the leaves trained whole.
+    targets: the adapted weights, by path.
+    extra: path to `(keys, leaf)` of the fully trained leaves.
   Raises:
     ValueError: listing every missing, unexpected and mis-shaped leaf.
   """
@@ -26,7 +84,7 @@ def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[
   problems += [f"unexpected: {path}" for path in whole if path not in extra]
   for path, weight in weights.items():
     if path in targets:
-      problems += _misshaped(path, weight, targets[path].leaf.shape)
+      problems += _misshaped(path, weight, targets[path])
   for path, leaf in whole.items():
     if path in extra and jnp.shape(leaf) != jnp.shape(extra[path][1]):
       expected = jnp.shape(extra[path][1])
@@ -37,16 +95,44 @@ def check_adapter(trainable: PyTree, targets: Mapping[str, Any], extra: Mapping[
     )
 
 
-def _misshaped(path: str, weight: LoraWeight, shape: Sequence[int]) -> list[str]:
+def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
+  variant, shape = target.variant, tuple(target.leaf.shape)
+  expected = LORA_TABLE if variant is None else variant.table
+  if weight.table != expected:
+    name = "LoRA" if variant is None else variant.name
+    return [
+      f"other variant: {path} has the arrays {table_names(weight.table)}; {name} has "
+      f"{table_names(expected)}. Give the config the adapter's variant, LoraConfig(variant=...)"
+    ]
   axes = weight.axes
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
-    return [f"mis-shaped: {path} has {axes}, but the weight has shape {tuple(shape)}"]
-  shape = stored_shape(shape, axes, weight.layers)
-  rank = weight.lora_a.shape[-1]
-  expected = {"lora_a": axes.a_shape(shape, rank), "lora_b": axes.b_shape(shape, rank)}
-  got = {"lora_a": tuple(weight.lora_a.shape), "lora_b": tuple(weight.lora_b.shape)}
+    return [f"mis-shaped: {path} has {axes}, but the weight has shape {shape}"]
   return [
-    f"mis-shaped: {path}/{name} is {got[name]}, expected {expected[name]}"
-    for name in expected
-    if got[name] != expected[name]
+    f"mis-shaped: {path}/{name} is {got}, expected {wanted}"
+    for name, got, wanted in _shapes(weight, stored_shape(shape, axes, weight.layers))
+    if got != wanted
   ]
+
+
+def _shapes(
+  weight: LoraWeight, shape: Sequence[int]
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+  """Returns of each array its name, its shape, and the one that goes with the weight's `shape`.
+
+  The size of an inner axis is that of the first array that has it.
+  """
+  sizes: dict[str, int] = {}
+  found = []
+  for spec in weight.table:
+    got, labels = tuple(weight.arrays[spec.name].shape), weight.axes.labels(spec.words)
+    for word, inner in INNER.items():
+      if inner in labels and len(got) == len(labels):
+        sizes.setdefault(word, got[labels.index(inner)])
+    wanted = weight.axes.array_shape(spec.words, shape, dict.fromkeys(INNER, -1) | sizes)
+    found.append((spec.name, got, wanted))
+  return found
+
+
+def table_names(table: Table) -> str:
+  """Returns the names of a table's arrays, for messages."""
+  return ", ".join(spec.name for spec in table)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lora_jax.adapters.delta import Variant
 from lora_jax.adapters.initializers import BY_NAME, Initializer
 from lora_jax.axes import LoraAxes
 from lora_jax.trees import as_patterns, near
@@ -29,6 +30,7 @@ class LoraRule:
     stacked_layers: as in `LoraConfig`.
     on_unhandled: "materialize" forms W + scaling * AB where an operation has no rule, and
       warns once; "raise" raises.
+    variant: of LoRA, for these weights.
   """
 
   pattern: str
@@ -39,9 +41,11 @@ class LoraRule:
   axes: LoraAxes | None = None
   stacked_layers: Sequence[int] | None = None
   on_unhandled: OnUnhandled = "raise"
+  variant: Variant | None = None
 
   def __post_init__(self):
     as_patterns(self.pattern)
+    _check_variant(self.variant)
     _check(self.rank, self.alpha, self.init, self.dropout)
     _check_layers("stacked_layers", self.stacked_layers)
     if self.on_unhandled not in ("raise", "materialize"):
@@ -65,6 +69,8 @@ class LoraConfig:
       `layers/11/...`).
     stacked_layers: of weights that are stacked (by `scan`), adapts these layers only, by the
       index on the stacked axis.
+    variant: of LoRA, as `lora_jax.DORA`; None is that of the function which takes the config,
+      plain LoRA for `lora_jax.lora`.
 
   Raises:
     ValueError: naming what was expected and what came.
@@ -79,8 +85,10 @@ class LoraConfig:
   extra: str | Sequence[str] = ()
   layers: Sequence[int] | None = None
   stacked_layers: Sequence[int] | None = None
+  variant: Variant | None = None
 
   def __post_init__(self):
+    _check_variant(self.variant)
     for name in ("rank", "alpha", "dropout", "init"):
       if getattr(self, name) is None:
         raise ValueError(f"{name} must be given, got None")
@@ -107,6 +115,11 @@ def _check(rank, alpha, init, dropout) -> None:
     raise ValueError(f"init must be one of {known}, or a function, got {init!r}")
   if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
     raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+
+
+def _check_variant(variant: Any) -> None:
+  if variant is not None and not isinstance(variant, Variant):
+    raise ValueError(f"variant must be a lora_jax.Variant, as lora_jax.DORA, got {variant!r}")
 
 
 def _check_layers(name: str, layers: Sequence[int] | None) -> None:

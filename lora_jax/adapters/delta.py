@@ -1,43 +1,208 @@
-"""The trainable tree: an adapted weight's node, its checks, and its form on disk."""
+"""What a variant is, and what it trains of one weight.
 
-from collections.abc import Sequence
+A variant of LoRA is a table of axes and two pure functions:
+
+    arrays                      {"lora_a": "batch in rank", "lora_b": "batch rank out"}
+    start(key, site)            the arrays at step 0, by name
+    weight(w, p, scaling)       the paper's equation: w + scaling * (p.lora_a @ p.lora_b)
+
+In `weight`, w is the frozen weight, a `Factored`; each `p.name` is a `Factor` with labelled axes,
+and `p.axes` says which of the weight's axes are inputs and outputs. Everything else follows from
+the table: shapes and their checks, shardings, the form on disk, the summary, the optimizer's mask;
+`apply` hands the result of `weight` to the engine, and `merge` materializes it.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from lora_jax.axes import LoraAxes
-from lora_jax.transform.factored import RANK, Factor
-from lora_jax.trees import leaves_with_path
+from lora_jax.adapters.initializers import Initializer
+from lora_jax.axes import RANK, LoraAxes
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
+from lora_jax.trees import FrozenKey, leaves_with_path
 
 
-@partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["lora_a", "lora_b"],
-  meta_fields=["axes", "layers"],
-)
 @dataclass(frozen=True)
-class LoraWeight:
-  """The trained factors of one weight; stands where the weight stands in `params`.
+class Site:
+  """One weight that a variant adapts: where it starts from.
 
   Attributes:
-    lora_a: (batch..., in..., rank), float32.
-    lora_b: (batch..., rank, out...), float32.
-    axes: which axes of the weight these are; static.
-    layers: of a stacked weight, the layers that are adapted, None for all; static.
+    path: of the weight.
+    leaf: the whole weight, or its shape.
+    axes: which of its axes are inputs, outputs and shared.
+    rank: of its adapter.
+    layers: of a stacked weight, the layers that are adapted, None for all.
+    initialize: draws A and B, `(key, a_shape, b_shape, num_inputs) -> (lora_a, lora_b)`.
   """
 
-  lora_a: Any
-  lora_b: Any
+  path: str
+  leaf: Any
   axes: LoraAxes
-  layers: tuple[int, ...] | None = None
+  rank: int
+  layers: tuple[int, ...] | None
+  initialize: Initializer
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The shape of the weight, with the layer axis cut to the adapted layers."""
+    return stored_shape(self.leaf.shape, self.axes, self.layers)
+
+  @property
+  def num_inputs(self) -> int:
+    return self.axes.sides(self.shape)[0]
+
+  def array_shape(self, words: str, **sizes: int) -> tuple[int, ...]:
+    """Returns the shape of an array with these axes; `sizes` are those of further inner axes."""
+    return self.axes.array_shape(words, self.shape, {"rank": self.rank, **sizes})
+
+  @property
+  def weight(self) -> jax.Array:
+    """The adapted layers of the weight.
+
+    Raises:
+      ValueError: if there is a shape alone.
+    """
+    if isinstance(self.leaf, jax.ShapeDtypeStruct):
+      raise ValueError(
+        f"{self.path}: this variant starts from the weight's values, and init got its shape alone. "
+        "Give real params, or call init inside jax.eval_shape to get shapes"
+      )
+    return adapted_layers(jnp.asarray(self.leaf), self.axes, self.layers)
+
+
+class Variant(NamedTuple):
+  """A variant of LoRA: which arrays it has, how they start, and the weight they make.
+
+  Attributes:
+    name: for messages.
+    arrays: the axes of each array, by name.
+    start: `start(key, site) -> {name: array}`. A step-0 weight that is not the base's, to the
+      bit, has to be said in its docstring.
+    weight: `weight(w, p, scaling) -> Factored`, the paper's equation on the adapted layers.
+    frozen: the names of the arrays that belong to the adapter and are not trained.
+    sizes: of inner axes other than `rank`, by word.
+  """
+
+  name: str
+  arrays: Mapping[str, str]
+  start: Callable[[PRNGKeyArray, Site], Mapping[str, jax.Array]]
+  weight: Callable[[Factored, Any, Any], Factored]
+  frozen: Collection[str] = ()
+  sizes: Callable[[Site], Mapping[str, int]] = lambda site: {}
+
+  @property
+  def table(self) -> "Table":
+    """The static form of `arrays` and `frozen`, which a node carries."""
+    return tuple(ArraySpec(name, words, name in self.frozen) for name, words in self.arrays.items())
+
+
+class ArraySpec(NamedTuple):
+  """One array of a variant: its axes, as `LoraAxes` has them, and whether it is not trained."""
+
+  name: str
+  words: str
+  frozen: bool = False
+
+
+Table = tuple[ArraySpec, ...]
+LORA_TABLE: Table = (ArraySpec("lora_a", "batch in rank"), ArraySpec("lora_b", "batch rank out"))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class LoraWeight:
+  """The arrays of one adapted weight; stands where the weight stands in `params`.
+
+  `LoraWeight(lora_a, lora_b, axes, layers)` is plain LoRA's; `from_arrays` makes any variant's.
+  The arrays, float32, are attributes: `.lora_a`, `.lora_b`, DoRA's `.magnitude`.
+
+  Attributes:
+    arrays: by name.
+    axes: which axes of the weight these are; static.
+    layers: of a stacked weight, the layers that are adapted, None for all; static.
+    table: the axes of each array, and whether it is frozen; static.
+  """
+
+  arrays: dict[str, Any]
+  axes: LoraAxes
+  layers: tuple[int, ...] | None
+  table: Table
+
+  def __init__(
+    self, lora_a: Any, lora_b: Any, axes: LoraAxes, layers: tuple[int, ...] | None = None
+  ):
+    self.arrays, self.table = {"lora_a": lora_a, "lora_b": lora_b}, LORA_TABLE
+    self.axes, self.layers = axes, layers
+
+  @classmethod
+  def from_arrays(
+    cls, arrays: Mapping[str, Any], table: Table, axes: LoraAxes, layers: tuple[int, ...] | None
+  ) -> "LoraWeight":
+    """Returns the node of a variant.
+
+    Args:
+      arrays: by name, one for each entry of `table`.
+      table: as `Variant.table` has it.
+      axes: of the weight.
+      layers: of a stacked weight, the adapted ones.
+    """
+    node = cls.__new__(cls)
+    node.arrays, node.table = {spec.name: arrays[spec.name] for spec in table}, table
+    node.axes, node.layers = axes, layers
+    return node
+
+  def __getattr__(self, name: str) -> Any:
+    try:
+      return self.__dict__["arrays"][name]
+    except KeyError:
+      raise AttributeError(f"this adapted weight has no array {name!r}") from None
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, LoraWeight) and vars(self) == vars(other)
+
+  __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+  def __repr__(self) -> str:
+    arrays = ", ".join(f"{name}={array!r}" for name, array in self.arrays.items())
+    return f"LoraWeight({arrays}, axes={self.axes}, layers={self.layers})"
+
+  def tree_flatten_with_keys(self):
+    keys = [
+      FrozenKey(spec.name) if spec.frozen else jax.tree_util.GetAttrKey(spec.name)
+      for spec in self.table
+    ]
+    return list(zip(keys, self.arrays.values(), strict=True)), (self.table, self.axes, self.layers)
+
+  def tree_flatten(self):
+    return list(self.arrays.values()), (self.table, self.axes, self.layers)
+
+  @classmethod
+  def tree_unflatten(cls, static, arrays):
+    table, axes, layers = static
+    named = dict(zip((spec.name for spec in table), arrays, strict=True))
+    return cls.from_arrays(named, table, axes, layers)
+
+  def replace(self, **arrays: Any) -> "LoraWeight":
+    """Returns the same node with other arrays."""
+    return LoraWeight.from_arrays(self.arrays | arrays, self.table, self.axes, self.layers)
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether it is a pair A, B and nothing more, as LoRA has it."""
+    return self.table == LORA_TABLE
 
   @property
   def rank(self) -> int:
-    return self.lora_a.shape[-1]
+    for spec in self.table:
+      labels = self.axes.labels(spec.words)
+      if RANK in labels:
+        return self.arrays[spec.name].shape[labels.index(RANK)]
+    raise ValueError(f"an adapted weight with {', '.join(self.arrays)} has no rank")
 
 
 def is_lora_weight(node: Any) -> bool:
@@ -51,48 +216,37 @@ def adapter_weights(trainable: PyTree) -> dict[str, LoraWeight]:
 
 
 def adapter_extra(trainable: PyTree) -> dict[str, Any]:
-  """Returns the leaves of a trainable tree that are trained whole, by path."""
+  """Returns the fully trained leaves of a trainable tree, by path."""
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   return {path: node for path, node in nodes if not is_lora_weight(node)}
 
 
 def copied(name: str, leaf: Any) -> jax.Array:
-  """Returns a copy of a leaf that is trained whole, which has to be an array."""
+  """Returns a copy of a fully trained leaf, which has to be an array."""
   if isinstance(leaf, jax.ShapeDtypeStruct):
     raise ValueError(f"{name} is copied by init and needs a real array, got {leaf}")
   return jnp.copy(leaf)
 
 
-def stored_shape(shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None):
+def stored_shape(
+  shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None
+) -> tuple[int, ...]:
   """Returns the weight's shape with the layer axis cut to the adapted layers."""
-  shape = list(shape)
+  sizes = list(shape)
   if layers is not None:
-    shape[axes.batch[0]] = len(layers)
-  return tuple(shape)
+    sizes[axes.batch[0]] = len(layers)
+  return tuple(sizes)
 
 
-def weight_factors(weight: LoraWeight, shape: Sequence[int]) -> tuple[Factor, Factor]:
-  """Returns A and B with labelled axes, for a weight of `shape`.
-
-  Layers of a stack that are not adapted get zeros: the small factors are padded, the stack
-  itself is left as it is.
-  """
-  a, b = weight.lora_a, weight.lora_b
-  axes = weight.axes
-  if weight.layers is not None:
-    a, b = (_among_zeros(x, weight.layers, shape[axes.batch[0]]) for x in (a, b))
-  return (
-    Factor(a, (*axes.batch, *axes.inputs, RANK)),
-    Factor(b, (*axes.batch, RANK, *axes.outputs)),
-  )
+def adapted_layers(w: jax.Array, axes: LoraAxes, layers: Sequence[int] | None) -> jax.Array:
+  """Returns the adapted layers of a weight."""
+  return w if layers is None else jnp.take(w, jnp.asarray(layers), axis=axes.batch[0])
 
 
-def _among_zeros(x: Any, layers: Sequence[int], count: int) -> jax.Array:
-  """Returns `count` layers: those of x in the places `layers`, zeros elsewhere."""
-  zero = jnp.zeros_like(x[:1])  # of x's sharding
-  place = {layer: i for i, layer in enumerate(layers)}
-  pieces = [x[place[i] : place[i] + 1] if i in place else zero for i in range(count)]
-  return jnp.concatenate(pieces)
-
-
-# ---- on disk: plain arrays, and the axes as JSON beside them ---------------------------
+def named_factors(weight: LoraWeight) -> SimpleNamespace:
+  """Returns a node's arrays as labelled factors, for a variant's equation."""
+  factors = {
+    spec.name: Factor(weight.arrays[spec.name], weight.axes.labels(spec.words), spec.frozen)
+    for spec in weight.table
+  }
+  return SimpleNamespace(axes=weight.axes, **factors)

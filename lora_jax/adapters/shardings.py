@@ -1,4 +1,4 @@
-"""Where adapters lie: A as its weight's inputs, B as its outputs, rank replicated."""
+"""The shardings of adapters: each array as its weight's axes are, inner axes replicated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,34 +26,43 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   Raises:
     ValueError: if `trainable` has a leaf that `params` has not.
   """
-  given = dict(leaves_with_path(params))
+  leaves = dict(leaves_with_path(params))
 
-  def of(path: str, node: Any) -> Any:
-    if path not in given:
+  def node_shardings(path: str, node: Any) -> Any:
+    if path not in leaves:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
-    sharding = leaf_sharding(given[path])
+    sharding = leaf_sharding(leaves[path])
     if not is_lora_weight(node):
       return sharding
-    a, b = factor_shardings(sharding, node.axes, node.layers)
-    return LoraWeight(a, b, node.axes, node.layers)
+    arrays = {
+      spec.name: array_sharding(sharding, spec.words, node.axes, node.layers) for spec in node.table
+    }
+    return LoraWeight.from_arrays(arrays, node.table, node.axes, node.layers)
 
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   structure = jax.tree.structure(trainable, is_leaf=is_lora_weight)
-  return jax.tree.unflatten(structure, [of(path, node) for path, node in nodes])
+  return jax.tree.unflatten(structure, [node_shardings(path, node) for path, node in nodes])
 
 
-def factor_shardings(
-  sharding: NamedSharding | PartitionSpec | None, axes: LoraAxes, layers: Sequence[int] | None
-) -> tuple[Any, Any]:
-  """Returns the shardings of `lora_a` and `lora_b` for a weight's."""
+def array_sharding(
+  sharding: NamedSharding | PartitionSpec | None,
+  words: str,
+  axes: LoraAxes,
+  layers: Sequence[int] | None,
+) -> NamedSharding | PartitionSpec | None:
+  """Returns the sharding of one of an adapter's arrays: each axis as the weight's, others whole.
+
+  Args:
+    sharding: of the weight.
+    words: the array's axes, as `LoraAxes` has them.
+    axes: of the weight.
+    layers: of a stacked weight, the adapted ones.
+  """
   if sharding is None:
-    return None, None
+    return None
   spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
   names = [*spec, *(None for _ in range(sum(map(len, axes))))]
   if layers is not None:  # some layers of a stack: their number need not divide the mesh
     names[axes.batch[0]] = None
-  batch, inputs, outputs = ([names[d] for d in dims] for dims in axes)
-  specs = PartitionSpec(*batch, *inputs, None), PartitionSpec(*batch, None, *outputs)
-  if isinstance(sharding, NamedSharding):
-    return sharding.update(spec=specs[0]), sharding.update(spec=specs[1])
-  return specs
+  array_spec = PartitionSpec(*(None if l < 0 else names[l] for l in axes.labels(words)))
+  return sharding.update(spec=array_spec) if isinstance(sharding, NamedSharding) else array_spec

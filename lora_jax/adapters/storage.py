@@ -1,4 +1,7 @@
-"""Adapters on disk: plain arrays, and their axes as JSON beside them."""
+"""Adapters on disk: plain arrays, and their axes as JSON beside them.
+
+Version 1 knew plain LoRA alone: pairs lora_a, lora_b. Version 2 has each array's axes.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,9 +10,12 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from lora_jax.adapters.delta import LoraWeight, is_lora_weight
+from lora_jax.adapters.checks import table_names
+from lora_jax.adapters.delta import LORA_TABLE, ArraySpec, LoraWeight, is_lora_weight
 from lora_jax.axes import LoraAxes
 from lora_jax.trees import key_parts, leaves_with_path, nest
+
+VERSION = 2
 
 
 def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
@@ -30,16 +36,17 @@ def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
     keys = key_parts(key_path)
     path = "/".join(keys)
     if is_lora_weight(node):
-      own = {f"{path}/lora_a": node.lora_a, f"{path}/lora_b": node.lora_b}
+      leaves = {f"{path}/{name}": array for name, array in node.arrays.items()}
       layers = None if node.layers is None else list(node.layers)
       axes = {name: list(dims) for name, dims in node.axes._asdict().items()}
-      entries[path] = {"keys": keys, "axes": axes, "layers": layers}
+      table = [spec._asdict() for spec in node.table]
+      entries[path] = {"keys": keys, "axes": axes, "layers": layers, "arrays": table}
     else:
-      own = {path: node}
+      leaves = {path: node}
       entries[path] = {"keys": keys}
-    entries[path]["shapes"] = {name: list(array.shape) for name, array in own.items()}
-    arrays |= own
-  return arrays, json.dumps({"format": "lora_jax", "version": 1, "leaves": entries})
+    entries[path]["shapes"] = {name: list(array.shape) for name, array in leaves.items()}
+    arrays |= leaves
+  return arrays, json.dumps({"format": "lora_jax", "version": VERSION, "leaves": entries})
 
 
 def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> PyTree:
@@ -70,7 +77,10 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
     if "axes" in entry:
       node_axes = LoraAxes(**{name: tuple(dims) for name, dims in entry["axes"].items()})
       layers = None if entry["layers"] is None else tuple(entry["layers"])
-      items.append((tuple(entry["keys"]), LoraWeight(leaves[0], leaves[1], node_axes, layers)))
+      table = tuple(ArraySpec(**spec) for spec in entry["arrays"])
+      named = dict(zip((spec.name for spec in table), leaves, strict=True))
+      node = LoraWeight.from_arrays(named, table, node_axes, layers)
+      items.append((tuple(entry["keys"]), node))
     else:
       items.append((tuple(entry["keys"]), leaves[0]))
   trainable = nest(items)
@@ -88,12 +98,17 @@ def packed_shapes(axes: str) -> dict[str, tuple[int, ...]]:
 def _entries(axes: str) -> dict[str, Any]:
   try:
     data = json.loads(axes)
-    if data["format"] != "lora_jax" or data["version"] != 1:
+    if data["format"] != "lora_jax" or data["version"] not in (1, VERSION):
       raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-    return data["leaves"]
+    leaves = data["leaves"]
+    if data["version"] == 1:
+      plain = [spec._asdict() for spec in LORA_TABLE]
+      leaves = {p: {**e, "arrays": plain} if "axes" in e else e for p, e in leaves.items()}
+    return leaves
   except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
-      f"expected the axes of a lora_jax adapter, version 1, as JSON; got {axes[:80]!r} ({error})"
+      f"expected the axes of a lora_jax adapter, version 1 or {VERSION}, as JSON; got "
+      f"{axes[:80]!r} ({error})"
     ) from error
 
 
@@ -106,6 +121,10 @@ def _differences(trainable: PyTree, like: PyTree) -> Iterable[str]:
     ours, theirs = got[path], expected[path]
     if type(ours) is not type(theirs) and is_lora_weight(ours) != is_lora_weight(theirs):
       yield f"other kind: {path} is a {type(ours).__name__}"
+      continue
+    if is_lora_weight(ours) and ours.table != theirs.table:
+      names = table_names(ours.table), table_names(theirs.table)
+      yield f"other variant: {path} has the arrays {names[0]}, expected {names[1]}"
       continue
     if is_lora_weight(ours) and (ours.axes, ours.layers) != (theirs.axes, theirs.layers):
       yield f"other axes: {path} has {ours.axes}, expected {theirs.axes}"

@@ -40,29 +40,33 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
   targets, _ = find_leaves(config, params) if config is not None else ({}, {})
+  weights, whole = adapter_weights(trainable), adapter_extra(trainable)
+  specs = [spec for weight in weights.values() for spec in weight.table if not spec.frozen]
+  names = list(dict.fromkeys(spec.name for spec in specs)) or ["lora_a", "lora_b"]
+  blank = ("",) * (len(names) + 2)
   rows: list[tuple[str, ...]] = [
-    ("path", "weight", "lora_a", "lora_b", "rank", "scaling", "parameters", "share")
+    ("path", "weight", *names, "rank", "scaling", "parameters", "share")
   ]
   adapted = 0
-  for path, weight in adapter_weights(trainable).items():
+  for path, weight in weights.items():
     if path not in base:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
-    count = _size(weight.lora_a) + _size(weight.lora_b)
+    arrays = {spec.name: weight.arrays[spec.name] for spec in weight.table if not spec.frozen}
+    count = sum(map(_size, arrays.values()))
     adapted += count
-    shapes = (_shape(base[path]), _shape(weight.lora_a), _shape(weight.lora_b))
+    shapes = (_shape(arrays[name]) if name in arrays else "" for name in names)
     scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{weight.rank}"
-    rows.append((path, *shapes, str(weight.rank), scaling, f"{count:,}", _share(count, total)))
-  blank = ("",) * 5
+    numbers = (str(weight.rank), scaling, f"{count:,}", _share(count, total))
+    rows.append((path, _shape(base[path]), *shapes, *numbers))
   if adapted:
-    rows.append(("adapter", *blank, f"{adapted:,}", _share(adapted, total)))
-  whole = adapter_extra(trainable)
+    rows.append(("adapter", *blank, "", f"{adapted:,}", _share(adapted, total)))
   for path, leaf in whole.items():
-    rows.append((path, _shape(leaf), *blank[1:], f"{_size(leaf):,}", _share(_size(leaf), total)))
+    rows.append((path, _shape(leaf), *blank, f"{_size(leaf):,}", _share(_size(leaf), total)))
   if whole:
     count = sum(map(_size, whole.values()))
-    rows.append(("trained whole", *blank, f"{count:,}", _share(count, total)))
-  rows.append(("base", *blank, f"{total:,}", ""))
-  return _aligned(rows)
+    rows.append(("trained whole", *blank, "", f"{count:,}", _share(count, total)))
+  rows.append(("base", *blank, "", f"{total:,}", ""))
+  return _aligned(rows, len(names) + 2)
 
 
 def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
@@ -104,14 +108,14 @@ def _share(count: int, total: int) -> str:
   return f"{100 * count / total:.3f}%"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-  """Lays out rows: the first four columns to the left, the numbers to the right."""
+def _aligned(rows: list[tuple[str, ...]], num_texts: int) -> str:
+  """Lays out rows: the columns of texts to the left, the numbers to the right."""
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  gap = ["   ", "   ", "   ", "  ", "  ", "  ", "  ", ""]
+  gap = ["   "] * (num_texts - 1) + ["  "] * 4 + [""]
   lines = []
   for row in rows:
     cells = [
-      (cell.ljust if i < 4 else cell.rjust)(width) + gap[i]
+      (cell.ljust if i < num_texts else cell.rjust)(width) + gap[i]
       for i, (cell, width) in enumerate(zip(row, widths, strict=True))
     ]
     lines.append("".join(cells).rstrip())

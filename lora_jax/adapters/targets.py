@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from lora_jax.adapters.config import Init, LoraConfig, LoraRule, OnUnhandled
+from lora_jax.adapters.delta import Variant
 from lora_jax.axes import LoraAxes
 from lora_jax.transform.tracing import is_array
 from lora_jax.trees import as_patterns, key_parts, matches, select
@@ -29,6 +30,7 @@ class Target:
   by_number: bool  # chosen by `layers`, the number in its path
   stacked_layers: tuple[int, ...] | None
   on_unhandled: OnUnhandled
+  variant: Variant | None  # None is the transform's own
 
   @property
   def scaling(self) -> float:
@@ -118,6 +120,7 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
     by_number=config.layers is not None,
     stacked_layers=None if stacked is None else tuple(stacked),
     on_unhandled=rule.on_unhandled,
+    variant=config.variant if rule.variant is None else rule.variant,
   )
 
 

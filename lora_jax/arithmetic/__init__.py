@@ -1,5 +1,6 @@
-"""Sums, truncation and alignment of adapters."""
+"""Sums, truncation, conversion and alignment of adapters."""
 
 from lora_jax.arithmetic.combination import align as align
 from lora_jax.arithmetic.combination import weighted_sum as weighted_sum
+from lora_jax.arithmetic.conversion import convert as convert
 from lora_jax.arithmetic.truncation import truncate_rank as truncate_rank

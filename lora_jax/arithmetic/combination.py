@@ -8,7 +8,6 @@ with As side by side and Bs one below another: exact, of rank r_1 + r_2 + ..., a
 Adding As to As and Bs to Bs would be another thing: (A_1 + A_2)(B_1 + B_2) has A_1 B_2 in it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: 
     parts = list(having.values())
     a = jnp.concatenate([part.lora_a for part in parts], axis=-1)
     b = jnp.concatenate([part.lora_b for part in parts], axis=len(parts[0].axes.batch))
-    new[path] = dataclasses.replace(parts[0], lora_a=a, lora_b=b)
+    new[path] = parts[0].replace(lora_a=a, lora_b=b)
   for path, leaf in ((path, leaf) for one in opened for path, leaf in one.whole.items()):
     if not jnp.array_equal(new.setdefault(path, leaf), leaf):
       raise ValueError(
@@ -108,4 +107,4 @@ def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
   widths = [(0, 0)] * (weight.lora_b.ndim - 1)
   a = jnp.pad(weight.lora_a, [(0, 0)] * (weight.lora_a.ndim - 1) + [(0, more)])
   b = jnp.pad(weight.lora_b, [*widths[:at], (0, more), *widths[at:]])
-  return dataclasses.replace(weight, lora_a=a, lora_b=b)
+  return weight.replace(lora_a=a, lora_b=b)

@@ -1,6 +1,5 @@
 """An adapter taken apart: its factors by path, the scaling multiplied into B, and put together."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,9 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.checks import check_adapter, check_plain
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights, weight_factors
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.trees import nest
 
@@ -31,9 +30,9 @@ def open_adapter(config: LoraConfig, trainable: PyTree, params: PyTree, by: floa
   check_adapter(trainable, targets, extra)
   weights = {}
   for path, weight in adapter_weights(trainable).items():
+    check_plain(path, weight, "arithmetic of factors")
     a, b = (jnp.asarray(factor, jnp.float32) for factor in (weight.lora_a, weight.lora_b))
-    b = b * jnp.float32(by * targets[path].scaling)
-    weights[path] = dataclasses.replace(weight, lora_a=a, lora_b=b)
+    weights[path] = weight.replace(lora_a=a, lora_b=b * jnp.float32(by * targets[path].scaling))
   keys = {path: target.keys for path, target in targets.items()}
   keys |= {path: parts for path, (parts, _) in extra.items()}
   return Opened(weights, adapter_extra(trainable), targets, keys)
@@ -69,9 +68,20 @@ def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
       )
     if len({part.layers for part in parts.values()}) > 1:
       for i, part in parts.items():
-        a, b = weight_factors(part, opened[i].targets[path].leaf.shape)
-        parts[i] = LoraWeight(a.array, b.array, part.axes)
+        parts[i] = _on_all_layers(part, opened[i].targets[path].leaf.shape)
   return found
+
+
+def _on_all_layers(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
+  """Returns the factors of all layers of a stack of this shape, zeros where it is not adapted."""
+  if weight.layers is None:
+    return weight
+  count, layers = shape[weight.axes.batch[0]], jnp.asarray(weight.layers)
+  a, b = (
+    jnp.zeros((count, *x.shape[1:]), x.dtype).at[layers].set(x)
+    for x in (weight.lora_a, weight.lora_b)
+  )
+  return LoraWeight(a, b, weight.axes)
 
 
 def close_adapter(opened: Sequence[Opened], new: dict[str, Any]) -> Adapter:

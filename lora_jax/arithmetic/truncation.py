@@ -1,7 +1,5 @@
 """The nearest adapter of a smaller rank."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -58,4 +56,4 @@ def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, 
   lost, all_of_it = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
   error = jnp.where(all_of_it > 0, lost / jnp.maximum(all_of_it, jnp.finfo(a.dtype).tiny), 0.0)
   a, b = new_a.reshape(*a.shape[:-1], rank), new_b.reshape(*batch, rank, *b.shape[len(batch) + 1 :])
-  return dataclasses.replace(weight, lora_a=a, lora_b=b), error
+  return weight.replace(lora_a=a, lora_b=b), error

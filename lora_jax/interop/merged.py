@@ -33,6 +33,7 @@ from lora_jax.models.checkpoints.hub import (
 )
 from lora_jax.models.checkpoints.stored import expected_shapes
 from lora_jax.trees import leaves_with_path, replace_leaves
+from lora_jax.variants.lora import LORA
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # configs, tokenizers, templates
 
@@ -119,7 +120,7 @@ class _NewLeaves:
   def __init__(self, config: LoraConfig, trainable: PyTree, params: PyTree):
     targets, extra = find_leaves(config, params)
     check_adapter(trainable, targets, extra)
-    self._scalings = {path: target.scaling for path, target in targets.items()}
+    self._targets = targets
     self._weights, self._whole = adapter_weights(trainable), adapter_extra(trainable)
     self.errors = dict.fromkeys((*self._weights, *self._whole), 0.0)
 
@@ -163,11 +164,12 @@ class _NewLeaves:
     if weight is None:
       return wide
     with jax.default_matmul_precision("float32"):
-      return np.asarray(merge_weight(jnp.asarray(wide), weight, self._scalings[path]))
+      variant, scaling = self._targets[path].variant or LORA, self._targets[path].scaling
+      return np.asarray(merge_weight(jnp.asarray(wide), weight, variant, scaling))
 
 
 def _of_layer(path: str, weight: LoraWeight, layer: int) -> LoraWeight | None:
-  """Returns the factors of one layer or expert of a stack; None if it is not adapted."""
+  """Returns the arrays of one layer or expert of a stack; None if it is not adapted."""
   if weight.axes.batch[:1] != (0,):
     raise ValueError(f"{path}: expected layers or experts to be a batch axis, got {weight.axes}")
   if weight.layers is not None:
@@ -176,7 +178,8 @@ def _of_layer(path: str, weight: LoraWeight, layer: int) -> LoraWeight | None:
     layer = weight.layers.index(layer)
   batch, inputs, outputs = (tuple(dim - 1 for dim in dims) for dims in weight.axes)
   axes = LoraAxes(batch[1:], inputs, outputs)
-  return LoraWeight(weight.lora_a[layer], weight.lora_b[layer], axes)
+  arrays = {name: array[layer] for name, array in weight.arrays.items()}
+  return LoraWeight.from_arrays(arrays, weight.table, axes, None)
 
 
 def _changed(

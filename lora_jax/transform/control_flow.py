@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.transform import _compat
-from lora_jax.transform.factored import RANK, Factor, Factored, Unsupported
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
 from lora_jax.transform.rules.moving import factor_spec, sharding_constraint
 
 Values = list[Any]
@@ -23,10 +26,12 @@ Values = list[Any]
 def emit_jit(interpreter: Any, equation: Any, values: Values) -> Any:
   params = equation.params
   values = _constrained(values, params["in_shardings"])
-  key = id(params["jaxpr"])
+  constants = _constants(values)
+  key = id(params["jaxpr"]), tuple((i, str(x), x.dtype) for i, x in constants.items())
   if key not in interpreter.functions:  # met again, it is traced once by jit's own cache
 
     def function(*args):
+      args = [constants.get(i, arg) for i, arg in enumerate(args)]
       return interpreter.run(params["jaxpr"], args)
 
     function.__name__ = function.__qualname__ = params["name"]
@@ -34,6 +39,17 @@ def emit_jit(interpreter: Any, equation: Any, values: Values) -> Any:
     interpreter.functions[key] = params["jaxpr"], jitted  # the jaxpr is kept: ids are reused
   outputs = interpreter.functions[key][1](*values)
   return _constrained(outputs, params["out_shardings"])
+
+
+def _constants(values: Values) -> dict[int, np.ndarray]:
+  """Returns the numbers among an inner jit's operands that a weight with a gain may meet there.
+
+  What `jnp.pad` pads with is one; zero is nothing that the gain would multiply.
+  """
+  if not any(isinstance(value, Factored) and value.gain is not None for value in values):
+    return {}
+  numbers = {i: x for i, x in enumerate(values) if not isinstance(x, Factored | jax.Array)}
+  return {i: np.asarray(x) for i, x in numbers.items() if np.ndim(x) == 0}
 
 
 def emit_checkpoint(interpreter: Any, equation: Any, values: Values) -> Any:
@@ -50,70 +66,93 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
   params = equation.params
   jaxpr, _ = _compat.open_jaxpr(params["jaxpr"])
   n_consts, n_carry = _compat.scan_counts(params)
-  fixed, changing = _loop_constants(jaxpr, n_consts, range(n_consts, n_consts + n_carry), values)
-  xs = values[n_consts + n_carry :]
-  number = jnp.arange(params["length"]) if any(map(_has_key, values)) else None
+  first_slice = n_consts + n_carry
+  consts, xs = values[:n_consts], values[first_slice:]
+  carry = _Carry(jaxpr, n_consts, values[n_consts:first_slice])
   stacks = [_unstack(x) for x in xs]
+  numbers = jnp.arange(params["length"]) if any(map(_has_key, values)) else None
+  handed_on: dict[int, Factored] = {}  # weights that the body returns slice by slice, by output
 
-  def body(carry, slices):
+  def body(state: Values, slices: Any) -> tuple[Values, Values]:
     number, arrays = slices
-    args = dict(zip(changing, carry, strict=True)) | fixed
-    args |= {
-      n_consts + n_carry + i: rebuild(array)
-      for i, ((_, rebuild), array) in enumerate(zip(stacks, arrays, strict=True))
-    }
-    outputs = interpreter.run(params["jaxpr"], [fold(args[i], number) for i in range(len(args))])
-    carried = [form(outputs[i - n_consts], "changed and carried by a scan") for i in changing]
-    return carried, [handed_on(j, out) for j, out in enumerate(outputs[n_carry:])]
+    sliced = [rebuild(array) for (_, rebuild), array in zip(stacks, arrays, strict=True)]
+    inputs = [fold(value, number) for value in (*consts, *carry.join(state), *sliced)]
+    outputs = interpreter.run(params["jaxpr"], inputs)
+    stacked = []
+    for i, out in enumerate(outputs[n_carry:]):
+      if _unchanged(out) and out.origin >= first_slice:
+        handed_on[i] = values[out.origin]
+        stacked.append(None)
+      else:
+        stacked.append(as_array(out, "stacked by a scan"))
+    return carry.changed(outputs[:n_carry], "a scan"), stacked
 
-  operands: dict[int, Factored] = {}  # weights that the body hands on, slice by slice
-
-  def handed_on(j, out):
-    if _unchanged(out) and out.origin >= n_consts + n_carry:
-      operands[j] = values[out.origin]
-      return None
-    return form(out, "stacked by a scan")
-
-  carried, ys = lax.scan(
+  state, ys = lax.scan(
     body,
-    [values[i] for i in changing],
-    (number, [arrays for arrays, _ in stacks]),
+    carry.state,
+    (numbers, [arrays for arrays, _ in stacks]),
     length=params["length"],
     reverse=params["reverse"],
     unroll=params["unroll"],
   )
-  outputs = dict(zip(changing, carried, strict=True)) | fixed
-  stacked = [operands.get(j, y) for j, y in enumerate(ys)]
-  return [outputs[i] for i in range(n_consts, n_consts + n_carry)] + stacked
+  return [*carry.join(state), *(handed_on.get(i, y) for i, y in enumerate(ys))]
 
 
 def emit_while(interpreter: Any, equation: Any, values: Values) -> Any:
   params = equation.params
   n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
-  cond_consts, rest = values[:n_cond], values[n_cond:]
+  cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
   jaxpr, _ = _compat.open_jaxpr(params["body_jaxpr"])
-  fixed, changing = _loop_constants(jaxpr, n_body, range(n_body, len(rest)), rest)
-  counting = any(map(_has_key, values))
+  carry = _Carry(jaxpr, n_body, values[n_cond + n_body :])
+  first = jnp.zeros((), jnp.int32) if any(map(_has_key, values)) else None
 
-  def arguments(state):
-    number, carry = state
-    args = dict(zip(changing, carry, strict=True)) | fixed
-    return [fold(args[i], number) for i in range(len(args))]
+  def inputs(consts: Values, state: Any) -> Values:
+    number, changing = state
+    return [fold(value, number) for value in (*consts, *carry.join(changing))]
 
-  def cond(state):
-    consts = [fold(value, state[0]) for value in cond_consts]
-    (out,) = interpreter.run(params["cond_jaxpr"], consts + arguments(state)[n_body:])
+  def cond(state: Any) -> Any:
+    (out,) = interpreter.run(params["cond_jaxpr"], inputs(cond_consts, state))
     return out
 
-  def body(state):
-    outputs = interpreter.run(params["body_jaxpr"], arguments(state))
-    carried = [form(outputs[i - n_body], "carried by a while loop") for i in changing]
-    return None if state[0] is None else state[0] + 1, carried
+  def body(state: Any) -> Any:
+    outputs = interpreter.run(params["body_jaxpr"], inputs(body_consts, state))
+    number = None if state[0] is None else state[0] + 1
+    return number, carry.changed(outputs, "a while loop")
 
-  start = jnp.zeros((), jnp.int32) if counting else None
-  _, carried = lax.while_loop(cond, body, (start, [rest[i] for i in changing]))
-  outputs = dict(zip(changing, carried, strict=True)) | fixed
-  return [outputs[i] for i in range(n_body, len(rest))]
+  _, state = lax.while_loop(cond, body, (first, carry.state))
+  return carry.join(state)
+
+
+class _Carry:
+  """What a loop carries, parted into weights that its body returns as they came and the rest.
+
+  Such a weight (parameters in a loop's state) is a constant; only as such can it be factored.
+
+  Args:
+    jaxpr: of the body.
+    n_consts: of the body's inputs, those before the carry.
+    values: the carry at the start.
+  """
+
+  def __init__(self, jaxpr: Any, n_consts: int, values: Values):
+    inputs = jaxpr.invars[n_consts : n_consts + len(values)]
+    self._constant = {
+      i: value
+      for i, (value, variable) in enumerate(zip(values, inputs, strict=True))
+      if isinstance(value, Factored) and jaxpr.outvars[i] is variable
+    }
+    self.state = self.changed(values, "a loop")
+
+  def changed(self, values: Values, loop: str) -> Values:
+    """Returns those that change, of all that is carried, as arrays."""
+    changing = [value for i, value in enumerate(values) if i not in self._constant]
+    return [as_array(value, f"carried and changed by {loop}") for value in changing]
+
+  def join(self, state: Values) -> Values:
+    """Returns all that is carried, from those that change."""
+    changing = iter(state)
+    size = len(self._constant) + len(state)
+    return [self._constant[i] if i in self._constant else next(changing) for i in range(size)]
 
 
 def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
@@ -127,7 +166,7 @@ def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
     def function(*args):
       outputs = interpreter.run(jaxpr, args)
       origins.append({j: o.origin for j, o in enumerate(outputs) if _unchanged(o)})
-      return [None if _unchanged(out) else form(out, "made by a branch") for out in outputs]
+      return [None if _unchanged(out) else as_array(out, "made by a branch") for out in outputs]
 
     return function
 
@@ -154,7 +193,7 @@ def emit_shard_map(interpreter: Any, equation: Any, values: Values) -> Any:
 
   def function(*args):
     outputs = interpreter.run(params["jaxpr"], args)
-    return tuple(form(out, "returned by a shard_map") for out in outputs)
+    return tuple(as_array(out, "returned by a shard_map") for out in outputs)
 
   return jax.shard_map(
     function,
@@ -191,19 +230,15 @@ def leave(out: Any, operands: Sequence[Any]) -> Any:
   """Returns an output of control flow as the caller sees it.
 
   A weight handed on unchanged (NNX returns a module's parameters from every call) is the
-  operand itself. A view has the labels of the function's first caller, whom the cached
-  function was traced for; where there is one weight it gets its own.
+  operand itself. A view has the source of the function's first caller, whom the cached
+  function was traced for; where there is one weight it gets that one's.
   """
   if not isinstance(out, Factored):
     return out
   if out.origin is not None:
     return operands[out.origin]
   weights = [value for value in operands if isinstance(value, Factored)]
-  if len(weights) != 1 or len(weights[0].terms) != 1:
-    return out
-  label = weights[0].terms[0].label
-  terms = tuple(dataclasses.replace(term, label=label) for term in out.terms)
-  return dataclasses.replace(out, terms=terms)
+  return dataclasses.replace(out, source=weights[0].source) if len(weights) == 1 else out
 
 
 def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> Values:
@@ -223,51 +258,38 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> Values:
   return [constrain(v, s) for v, s in zip(values, shardings, strict=True)]
 
 
-def form(value: Any, what: str) -> Any:
+def as_array(value: Any, use: str) -> Any:
   """Returns a lookup as an array; a weight cannot leave by this way."""
   if not isinstance(value, Factored):
     return value
   if value.lookup or value.is_rows:
     return value.look_up()
-  raise Unsupported(f"a view of the weight is {what}")
-
-
-def _loop_constants(jaxpr, n_consts: int, carry: range, values: Values):
-  """Splits a loop's inputs: those that never change, and the indices of the carried others.
-
-  A carry that the body hands on as it came (parameters in a loop's state) is a constant; only
-  as such can it be a factored weight.
-  """
-
-  def unchanged(i):
-    return isinstance(values[i], Factored) and jaxpr.outvars[i - n_consts] is jaxpr.invars[i]
-
-  changing = [i for i in carry if not unchanged(i)]
-  for i in changing:
-    values[i] = form(values[i], "carried and changed by a loop")
-  fixed = {i: values[i] for i in range(carry.stop) if i not in changing}
-  return fixed, changing
+  raise Unsupported(f"a view of the weight is {use}")
 
 
 def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
   """Returns the arrays that `scan` is to slice for `x`, and what makes a value of a slice."""
   if not isinstance(x, Factored):
     return x, lambda slice_: slice_
-  factors = [factor for term in x.terms for factor in term.factors]
-  stacked = {i: jnp.moveaxis(f.array, f.axis(0), 0) for i, f in enumerate(factors) if 0 in f.dims}
+  stacked: list[jax.Array] = []
 
-  def rebuild(slice_):
+  def collect(factor: Factor) -> Factor:
+    if 0 in factor.dims:
+      stacked.append(jnp.moveaxis(factor.array, factor.axis(0), 0))
+    return factor
+
+  x.map_factors(collect)
+
+  def rebuild(slice_: Any) -> Factored:
     base, slices = slice_
-    position = iter(range(len(factors)))
+    arrays = iter(slices)
 
-    def sliced(factor):
-      i = next(position)
-      array = slices.get(i, factor.array)
-      labels = tuple(RANK if d == RANK else d - 1 for d in factor.labels if d != 0)
-      return Factor(array, labels)
+    def take_slice(factor: Factor) -> Factor:
+      array = next(arrays) if 0 in factor.dims else factor.array
+      return Factor(array, tuple(d if d < 0 else d - 1 for d in factor.labels if d != 0))
 
     lookup = tuple(d - 1 for d in x.lookup if d != 0)
-    return dataclasses.replace(x.map_factors(sliced), base=base, lookup=lookup)
+    return dataclasses.replace(x.map_factors(take_slice), base=base, lookup=lookup)
 
   return (x.base, stacked), rebuild
 
@@ -278,15 +300,10 @@ def _factored_spec(value: Any, spec: Any) -> Any:
     return spec
   replicated = jax.tree.map(lambda _: PartitionSpec(), value)
 
-  def spec_of(factor):
+  def spec_of(factor: Factor) -> Factor:
     return dataclasses.replace(factor, array=factor_spec(factor.labels, spec))
 
-  labels = value.map_factors(spec_of)
-  terms = tuple(
-    dataclasses.replace(term, factors=labelled.factors)
-    for term, labelled in zip(replicated.terms, labels.terms, strict=True)
-  )
-  return dataclasses.replace(replicated, base=spec, terms=terms)
+  return dataclasses.replace(replicated.map_factors(spec_of), base=spec)
 
 
 CONTROL_FLOW: Mapping[str, Callable[[Any, Any, Values], Any]] = {

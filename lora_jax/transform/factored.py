@@ -1,17 +1,16 @@
-"""The factored weight: a base plus low-rank terms whose axes are named.
+"""The factored weight: a gain times a base plus low-rank terms, whose axes are named.
 
-A weight `W` adapted by LoRA (Hu et al. 2021, sec. 4.1) stands in the interpreter as
+A weight `W` that is adapted stands in the interpreter as
 
-    base[dims] + sum over terms of scaling * sum_rank a[..., rank] * b[rank, ...]
+    gain * (base[dims] + sum over terms of scaling * sum_rank a[..., rank] * b[rank, ...])
 
-and is never multiplied out. Every axis of a factor is labelled by the dimension of the
-weight that it runs along, or RANK. A factor that lacks a dimension is constant along it;
-a dimension that both factors have is a batch axis (the layers of a stack, the experts of
-a mixture).
+and is never materialized. Every axis of a factor is labelled (see `factors`). The gain, None for
+plain LoRA, is a vector over the outputs (DoRA's magnitude) or the inputs, applied to the layer's
+output or input.
 
-While `init` infers the axes, a weight of n dimensions has one probing factor per axis
-instead: each rule of `rules/` moves it along as it would `a` and `b`, and where the
-weight is used, the labels of the n factors tell what became of each axis.
+A rule that moves the weight takes base, factors and gain along together: `move`, `map_factors`,
+or `dataclasses.replace`, which keep whatever a rule does not name. A rule that uses it gets the
+terms from `consume` alone, which applies the gain.
 """
 
 import dataclasses
@@ -23,127 +22,64 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.transform.probing import Probe, Use
-from lora_jax.transform.products import Labels, aligned, contract, spread
-
-RANK = -1
-"""The label of a factor's rank axis; other labels are dimensions of the weight."""
-
-ArrayLike = Any
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factors import RANK, ArrayLike, Factor, Term, move_factor
+from lora_jax.transform.products import Labels, aligned, contract, plus, resharded, spread
 
 
-class Unsupported(Exception):
-  """Raised by a rule that cannot push an operation through the factors."""
+class Source:
+  """The weights that a factored one was made from, for messages and permissions.
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels"])
-@dataclasses.dataclass(frozen=True)
-class Factor:
-  """One factor of a term: `array`'s axes run along `labels` of the weight, or RANK."""
-
-  array: Any  # a jax.Array; JAX's tree functions put other things in its place
-  labels: Labels
-
-  @property
-  def dims(self) -> Labels:
-    """The weight's dimensions that this factor varies along."""
-    return tuple(label for label in self.labels if label != RANK)
-
-  def axis(self, label: int) -> int:
-    return self.labels.index(label)
-
-
-class Label:
-  """A weight's path, for messages; all labels are equal, so that one compiled inner
-  function serves every layer."""
-
-  def __init__(self, path: str):
-    self.path = path
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, Label)
-
-  def __hash__(self) -> int:
-    return 0
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["factors", "scaling", "dropout_rate", "key"],
-  meta_fields=["label", "probe"],
-)
-@dataclasses.dataclass(frozen=True)
-class Term:
-  """`scaling` times the sum over rank of the product of `factors`.
+  Sources are equal if they permit the same: the paths are left out, so that one compiled inner
+  function serves every layer. Inside such a function a source may name the first layer's path.
 
   Attributes:
-    factors: A and B; while probing, one factor per axis of the weight.
-    label: the path of the weight it belongs to, for messages.
-    scaling: alpha / rank, times what the weight has been multiplied by since.
-    dropout_rate: of the branch's input.
-    key: None where there is no dropout; otherwise each use folds its own number in.
-    probe: where uses are recorded while axes are inferred, else None.
+    paths: of the weights.
+    materialize: whether the user allows `W + scaling * A B` to be formed for all of them.
   """
 
-  factors: tuple[Factor, ...]
-  label: Label
-  scaling: ArrayLike = 1.0
-  dropout_rate: ArrayLike = 0.0
-  key: Any = None
-  probe: Probe | None = None
+  def __init__(self, paths: Sequence[str], materialize: bool = False):
+    if not paths:
+      raise ValueError("a source has a path")
+    self.paths = tuple(dict.fromkeys(paths))
+    self.materialize = materialize
 
-  def scaled(self, z: jax.Array) -> jax.Array:
-    by = self.scaling
-    return z * (by if isinstance(by, int | float) else jnp.asarray(by).astype(z.dtype))
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Source) and self.materialize == other.materialize
 
-  def fold(self, number: ArrayLike) -> "Term":
-    if self.key is None:
-      return self
-    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+  def __hash__(self) -> int:
+    return hash(self.materialize)
 
-  def drop(self, x: jax.Array) -> jax.Array:
-    """Applies LoRA dropout to the branch's input `x`."""
-    if self.key is None:
-      return x
-    keep = jax.random.bernoulli(self.key, 1 - self.dropout_rate, x.shape)
-    kept = x / jnp.asarray(1 - self.dropout_rate).astype(x.dtype)
-    return jnp.where(keep, kept, jnp.zeros_like(kept))
+  def __repr__(self) -> str:
+    return " and ".join(self.paths)
 
-  def product(self, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Returns the term multiplied out to `shape`: what everything else here avoids."""
-    array, labels = None, ()
-    dims = tuple(range(len(shape)))
-    for factor in self.factors:
-      piece = factor.array.astype(dtype)
-      if array is None:
-        array, labels = self.scaled(piece), factor.labels
-      else:
-        array, labels = contract(array, labels, piece, factor.labels, keep=dims)
-    assert array is not None, "a term has at least one factor"
-    present = tuple(d for d in dims if d in labels)
-    array = lax.transpose(array, [labels.index(d) for d in present])
-    return lax.broadcast_in_dim(array, tuple(shape), present)
+  def __or__(self, other: "Source") -> "Source":
+    return Source((*self.paths, *other.paths), self.materialize and other.materialize)
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["base", "terms"],
-  meta_fields=["lookup", "origin"],
+  data_fields=["base", "terms", "gain"],
+  meta_fields=["source", "lookup", "origin"],
 )
 @dataclasses.dataclass(frozen=True)
 class Factored:
-  """A weight, or a view of one, with its low-rank terms kept apart.
+  """A weight, or a view of one, with its low-rank terms and its gain kept apart.
 
   Attributes:
     base: the frozen part, of the view's full shape.
+    source: the weights it comes from.
     terms: the low-rank terms; several after weights were concatenated.
+    gain: multiplies base and terms; a factor without inner axes, or None.
     lookup: the dimensions that came from an integer array (`w[ids]`). Such a value has the
-      size of an activation, so that forming it is no loss.
+      size of an activation, so that materializing it is no loss.
     origin: inside control flow, the number of the operand that it still is, unchanged.
   """
 
   base: Any
-  terms: tuple[Term, ...]
+  source: Source
+  terms: tuple[Term, ...] = ()
+  gain: Factor | None = None
   lookup: tuple[int, ...] = ()
   origin: int | None = None
 
@@ -160,28 +96,39 @@ class Factored:
     return self.base.dtype
 
   @property
-  def paths(self) -> list[str]:
-    """The weights it was made from, for messages."""
-    return list(dict.fromkeys(term.label.path for term in self.terms))
-
-  @property
   def probing(self) -> bool:
     return any(term.probe is not None for term in self.terms)
+
+  # ---- a variant's equation: w + s * (a @ b), v * gain ---------------------------------------
+
+  def __add__(self, term: Term) -> "Factored":
+    return dataclasses.replace(self, terms=(*self.terms, term))
+
+  def __sub__(self, term: Term) -> "Factored":
+    return self + -term
+
+  def __mul__(self, gain: Factor) -> "Factored":
+    if gain.inner:
+      raise ValueError(f"a gain has no inner axes, got labels {gain.labels}")
+    return dataclasses.replace(self, gain=gain if self.gain is None else self.gain * gain)
+
+  # ---- structural rules ----------------------------------------------------------------------
 
   def rebase(self, base: jax.Array) -> "Factored":
     """The same factors on another base: for what changes no element's position."""
     return dataclasses.replace(self, base=base)
 
   def map_factors(self, fn: Callable[[Factor], Factor]) -> "Factored":
+    """Applies `fn` to every factor of every term, and to the gain."""
     terms = tuple(
       dataclasses.replace(term, factors=tuple(map(fn, term.factors))) for term in self.terms
     )
-    return dataclasses.replace(self, terms=terms)
+    gain = None if self.gain is None else fn(self.gain)
+    return dataclasses.replace(self, terms=terms, gain=gain)
 
   def scale(self, base: jax.Array, by: ArrayLike) -> "Factored":
     """Multiplies by a scalar; `base` is the base already multiplied."""
-    terms = tuple(dataclasses.replace(t, scaling=t.scaling * by) for t in self.terms)
-    return dataclasses.replace(self, base=base, terms=terms)
+    return dataclasses.replace(self, base=base, terms=tuple(by * term for term in self.terms))
 
   def fold(self, number: ArrayLike) -> "Factored":
     """Folds `number` into the dropout keys: one number for each use or iteration."""
@@ -201,47 +148,49 @@ class Factored:
       on_factor: the operation on a factor's array, which leaves the axes in the order of
         the factor's labels. An axis of size 1 whose dimension vanishes is squeezed after.
     """
-
     moved = self.map_factors(lambda f: move_factor(on_factor(f), f.labels, where))
     lookup = tuple(sorted(new for old in self.lookup for new in where[old]))
     return dataclasses.replace(moved, base=base, lookup=lookup)
 
-  def use(
-    self, contracted: Sequence[int] = (), batch: Sequence[int] = (), lookup: bool = False
-  ) -> tuple[Term, ...]:
-    """Returns the terms to add to the base's output; while probing none, and records the use.
+  # ---- consumers -----------------------------------------------------------------------------
+
+  def consume(
+    self,
+    x: jax.Array,
+    x_labels: Labels,
+    out_labels: Labels,
+    contracted: Sequence[int],
+    batch: Sequence[int],
+    output: Callable[[jax.Array, tuple[Term, ...]], jax.Array],
+  ) -> jax.Array:
+    """Returns what a layer returns for the input `x`; the only way to the terms.
 
     Args:
-      contracted: the dimensions summed over with the layer's input.
-      batch: the dimensions shared with the layer's input and kept.
-      lookup: True for an embedding's lookup, where `contracted` are the indexed dimensions.
+      x: the layer's input.
+      x_labels: for each axis of x, the dimension of the weight that it is paired with, or a
+        label of its own from `ndim` on.
+      out_labels: likewise for the layer's output.
+      contracted: the dimensions summed over with the input.
+      batch: the dimensions shared with the input and kept.
+      output: from the input, scaled by the gain if that is along inputs, and the terms (none
+        while probing) to the layer's output.
     Raises:
-      Unsupported: while probing, if an original axis has two roles.
+      Unsupported: if the gain is neither along the output's axes nor along the input's; while
+        probing, if an axis of the original weight has two roles.
     """
-    for term in self.terms:
-      if term.probe is not None:
-        term.probe.uses.append(_use(term, set(contracted), set(batch), lookup))
-    return () if self.probing else self.terms
-
-  def materialize(self) -> jax.Array:
-    """Returns base plus terms as one array. Only for lookups and `on_unhandled`."""
-    out = self.base
-    for term in () if self.probing else self.terms:
-      out = out + aligned(term.product(self.shape, self.dtype), self.base)
-    return out
-
-  def look_up(self) -> jax.Array:
-    """Returns the looked-up rows with their low-rank part: an embedding's output.
-
-    Its inputs are the indexed axes; of a single row, which has none left, those that are gone.
-    """
-    self.use(contracted=self.lookup, lookup=True)
-    return self.materialize()
-
-  @property
-  def is_rows(self) -> bool:
-    """Whether it was indexed down to vectors: an activation, which may be formed."""
-    return self.ndim <= 1 or (bool(self.lookup) and self.ndim < len(self.lookup) + 2)
+    self._record(contracted, batch)
+    gain = self.gain
+    on_output = gain is not None and set(gain.dims) <= set(out_labels)
+    if gain is not None and not on_output:
+      if not set(gain.dims) <= set(x_labels):
+        raise Unsupported(
+          "its gain is neither along the axes of the output alone nor along those of the input"
+        )
+      if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise Unsupported(f"its gain is along the input, which is of {x.dtype.name}")
+      x = _multiplied(x, x_labels, gain)
+    out = output(x, () if self.probing else self.terms)
+    return _multiplied(out, out_labels, gain) if gain is not None and on_output else out
 
   def dot(
     self,
@@ -251,8 +200,9 @@ class Factored:
     precision: Any = None,
     preferred_element_type: Any = None,
     weight_first: bool = False,
+    base: Callable[[jax.Array], jax.Array] | None = None,
   ) -> jax.Array:
-    """Returns the low-rank part of `lax.dot_general(x, w)`; zeros while probing.
+    """Returns `lax.dot_general(x, w)`, or its low-rank part alone; zeros for that while probing.
 
     Contracts `x` with the factor that shares its axes first, then through rank; never forms
     an array of the weight's size.
@@ -264,21 +214,39 @@ class Factored:
       precision: as `lax.dot_general` has it.
       preferred_element_type: likewise; of the result, not of what stands between A and B.
       weight_first: True for `lax.dot_general(w, x)`.
+      base: from the input to the base's output. Then the whole output is returned; without it
+        the low-rank part, to be added by the caller.
+    Raises:
+      Unsupported: without `base`, if the weight has a gain, which multiplies the base's output.
     """
+    if base is None and self.gain is not None:
+      raise Unsupported(
+        "its opaque rule adds the low-rank part by hand, and this weight has a gain, which "
+        "multiplies the whole output. Use w.dot(x, contracting, base=lambda x: ...)"
+      )
     pairs = dict(zip((*contracting[0], *batch[0]), (*contracting[1], *batch[1]), strict=True))
     x_labels = tuple(pairs.get(axis, self.ndim + axis) for axis in range(x.ndim))
     x_free = [label for label in x_labels if label >= self.ndim]
     w_free = [d for d in range(self.ndim) if d not in pairs.values()]
     out_labels = (*batch[1], *(w_free + x_free if weight_first else x_free + w_free))
-    x = self.input(x)
-    parts = [
-      _dot_term(term, x, x_labels, out_labels, precision, preferred_element_type)
-      for term in self.use(contracting[1], batch[1])
-    ]
-    if not parts:
-      sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
-      return jnp.zeros([sizes[label] for label in out_labels], preferred_element_type or x.dtype)
-    return functools.reduce(jnp.add, (spread(*part, out_labels, self.shape) for part in parts))
+
+    def output(x: jax.Array, terms: tuple[Term, ...]) -> jax.Array:
+      wide = self.input(x)
+      options = precision, preferred_element_type
+      parts = [_dot_term(term, wide, x_labels, out_labels, *options) for term in terms]
+      if not parts and base is None:
+        sizes = {**dict(enumerate(self.shape)), **dict(zip(x_labels, x.shape, strict=True))}
+        dtype = preferred_element_type or wide.dtype
+        return jnp.zeros([sizes[label] for label in out_labels], dtype)
+      if not parts:
+        assert base is not None
+        return base(x)
+      low_rank = functools.reduce(
+        jnp.add, (spread(*part, out_labels, self.shape) for part in parts)
+      )
+      return low_rank if base is None else plus(base(x), low_rank)
+
+    return self.consume(x, x_labels, out_labels, contracting[1], batch[1], output)
 
   def input(self, x: jax.Array) -> jax.Array:
     """Returns a layer's input in the dtype of its low-rank branch.
@@ -289,6 +257,43 @@ class Factored:
     if jnp.issubdtype(x.dtype, jnp.inexact) and wide_enough:
       return x
     return x.astype(jnp.promote_types(x.dtype, self.dtype))
+
+  def materialize(self) -> jax.Array:
+    """Returns the weight as one array. Only for merging, lookups and `on_unhandled`."""
+    out = self.base
+    for term in () if self.probing else self.terms:
+      out = out + aligned(term.product(self.shape, self.dtype), self.base)
+    return out if self.gain is None else _multiplied(out, tuple(range(self.ndim)), self.gain)
+
+  def look_up(self) -> jax.Array:
+    """Returns the looked-up rows with their low-rank part: an embedding's output.
+
+    Its inputs are the indexed axes; of a single row, which has none left, those that are gone.
+    """
+    self._record(contracted=self.lookup, lookup=True)
+    return self.materialize()
+
+  @property
+  def is_rows(self) -> bool:
+    """Whether it was indexed down to vectors: an activation, which may be formed."""
+    return self.ndim <= 1 or (bool(self.lookup) and self.ndim < len(self.lookup) + 2)
+
+  def _record(
+    self, contracted: Sequence[int] = (), batch: Sequence[int] = (), lookup: bool = False
+  ) -> None:
+    """Records a use while the axes are inferred."""
+    for term in self.terms:
+      if term.probe is not None:
+        dims = [factor.dims for factor in term.factors]
+        term.probe.record(dims, set(contracted), set(batch), lookup)
+
+
+def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
+  """Multiplies by a gain, in float32 or wider: in bfloat16 a gain of 1.003 would be 1."""
+  by = gain.along(tuple(label for label in labels if label in gain.labels))
+  axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
+  by = resharded(lax.broadcast_in_dim(by, array.shape, axes), array)
+  return (array * by).astype(array.dtype)
 
 
 def _dot_term(
@@ -324,31 +329,3 @@ def _rank_first(factor: Factor) -> Factor:
   at = factor.axis(RANK)
   array = lax.optimization_barrier(jnp.moveaxis(factor.array, at, 0))
   return Factor(array, (RANK, *factor.labels[:at], *factor.labels[at + 1 :]))
-
-
-def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
-  """Relabels a factor's axes; those whose dimension has vanished have size 1 and go."""
-  gone = [i for i, label in enumerate(labels) if label != RANK and not where[label]]
-  new = [n for old in labels for n in ((RANK,) if old == RANK else where[old])]
-  return Factor(lax.squeeze(array, gone) if gone else array, tuple(new))
-
-
-def _use(term: Term, contracted: set[int], batch: set[int], lookup: bool) -> Use:
-  """Returns the role of each original axis at a use, from where its probing factor is now."""
-  roles: dict[str, list[int]] = {"contracted": [], "batch": [], "free": []}
-  for axis, factor in enumerate(term.factors):
-    dims = set(factor.dims)
-    if not dims and lookup and not contracted:
-      roles["contracted"].append(axis)  # a single row
-    elif not dims or dims <= batch:  # taken away by an index or a loop, or shared with the input
-      roles["batch"].append(axis)
-    elif dims <= contracted:
-      roles["contracted"].append(axis)
-    elif dims & (contracted | batch):
-      raise Unsupported(f"axis {axis} is only partly contracted")
-    else:
-      roles["free"].append(axis)
-  if not roles["contracted"] or not roles["free"]:
-    side = "left as an output" if roles["contracted"] else "contracted with an input"
-    raise Unsupported(f"no axis is {side}, so that there are no two sides to factor")
-  return Use(*(tuple(axes) for axes in roles.values()), lookup=lookup)

@@ -6,47 +6,52 @@ contracted with the layer's input, shared with it, or left as outputs. Nothing i
 from a shape: scanned, multi-head and fused kernels come out right.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.axes import LoraAxes
-from lora_jax.transform.factored import RANK, Factor, Factored, Label, Term
+from lora_jax.transform.factored import Factored, Source
+from lora_jax.transform.factors import RANK, Factor, Term
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.probing import Probe, Use
 from lora_jax.transform.tracing import TracedCall
 
 
 def infer_axes(
-  call: TracedCall, paths: Iterable[str], interpreter: Interpreter
+  call: TracedCall, sources: Mapping[str, Source], interpreter: Interpreter
 ) -> dict[str, tuple[LoraAxes, bool]]:
   """Returns each weight's axes, and whether its first use is an embedding's lookup.
 
   Weights that are never used are left out.
 
+  Args:
+    call: of the function.
+    sources: the weights, by path.
+    interpreter: of this call.
   Raises:
     ValueError: if two uses of one weight split its axes into different sides.
     UnsupportedOperation: if a weight meets an operation that has no rule.
   """
-  probes = {path: Probe(path) for path in paths}
+  probes = {path: Probe(path) for path in sources}
 
   def run(leaves):
     values = list(leaves)
     for path, probe in probes.items():
       position = call.position[path]
-      values[position] = _probing(values[position], probe)
+      values[position] = _probing(values[position], sources[path], probe)
     interpreter.evaluate(call.jaxpr, values)
 
   jax.eval_shape(run, call.leaves)
   return {path: _agreed(probe) for path, probe in probes.items() if probe.uses}
 
 
-def _probing(leaf: jax.Array, probe: Probe) -> Factored:
+def _probing(leaf: jax.Array, source: Source, probe: Probe) -> Factored:
   factors = tuple(
     Factor(jnp.zeros((size, 1), jnp.float32), (axis, RANK)) for axis, size in enumerate(leaf.shape)
   )
-  return Factored(leaf, (Term(factors, Label(probe.path), probe=probe),))
+  return Factored(leaf, source, (Term(factors, probe=probe),))
 
 
 def _agreed(probe: Probe) -> tuple[LoraAxes, bool]:

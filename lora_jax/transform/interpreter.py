@@ -6,8 +6,10 @@ public functions (`jit`, `scan`, `while_loop`, `switch`, `checkpoint`, `shard_ma
 an interpreted body. All of this happens while JAX traces: nothing of it is left at run time.
 """
 
+import functools
+import operator
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +19,16 @@ from lora_jax.transform import _compat, rules
 from lora_jax.transform.control_flow import (
   CONTROL_FLOW,
   Values,
+  as_array,
   enter,
   fold,
-  form,
   leave,
   with_origin,
 )
-from lora_jax.transform.factored import Factored, Unsupported
+from lora_jax.transform.errors import Unsupported, UnsupportedOperation
+from lora_jax.transform.factored import Factored
 
 OpaqueRule = Callable[..., Any]
-
-
-class UnsupportedOperation(NotImplementedError):
-  """An operation that cannot be pushed through a factored weight."""
 
 
 class Interpreter:
@@ -38,16 +37,14 @@ class Interpreter:
   Args:
     opaque: traced name of a function to its rule, `rule(call, *args)`: `call` is the function
       itself, to be applied to plain arrays; an adapted weight among `args` is a `Factored`.
-    materialize: the paths whose weights may be formed where an operation has no rule.
   """
 
-  def __init__(self, opaque: Mapping[str, OpaqueRule], materialize: Collection[str]):
+  def __init__(self, opaque: Mapping[str, OpaqueRule]):
     self.opaque = opaque
-    self.materialize = materialize
     self._opaque_sources: dict[str, Any] = {}
     self._enclosing: list[Any] = []  # the equations whose bodies are being interpreted
     self._warned: set[str] = set()
-    self.functions: dict[int, tuple[Any, Callable[..., Any]]] = {}
+    self.functions: dict[Any, tuple[Any, Callable[..., Any]]] = {}
 
   def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> Values:
     """Returns the outputs of a whole function's jaxpr, arrays all.
@@ -58,10 +55,10 @@ class Interpreter:
     outputs = []
     for out in self.run(jaxpr, args):
       try:
-        outputs.append(form(out, "returned by the function"))
+        outputs.append(as_array(out, "returned by the function"))
       except Unsupported as error:
         raise UnsupportedOperation(
-          f"cannot adapt {' and '.join(out.paths)} by LoRA: {error}. Use it otherwise in the "
+          f"cannot adapt {out.source}: {error}. Use it otherwise in the "
           "adapted function, or leave it out of `target`"
         ) from error
     return outputs
@@ -145,18 +142,18 @@ class Interpreter:
         continue
       if value.lookup or value.is_rows:
         values[i] = value.look_up()
-      elif set(value.paths) <= set(self.materialize):
+      elif value.source.materialize:
         values[i] = self._materialize(value, name)
       else:
         raise self._refusal(equation, [value], reason)
     return _compat.bind(equation, values)
 
   def _refusal(self, equation: Any, values: Values, reason: str) -> UnsupportedOperation:
-    paths = [path for value in values if isinstance(value, Factored) for path in value.paths]
+    sources = [value.source for value in values if isinstance(value, Factored)]
     traced = _compat.traced_name(equation)
     hint = f", or opaque={{{traced!r}: rule}} if you know its rule" if traced else ""
     return UnsupportedOperation(
-      f"cannot adapt {' and '.join(dict.fromkeys(paths))} by LoRA: {equation.primitive.name!r} is "
+      f"cannot adapt {functools.reduce(operator.or_, sources)}: {equation.primitive.name!r} is "
       f"applied to it at {self._source_line(equation)}, and {reason}. Leave it out of `target`, "
       f"or give LoraRule(pattern, on_unhandled='materialize') for it{hint}"
     )
@@ -169,10 +166,10 @@ class Interpreter:
   def _materialize(self, value: Factored, name: str) -> jax.Array:
     if any(term.key is not None for term in value.terms):
       raise ValueError(
-        f"{' and '.join(value.paths)}: LoRA dropout acts on the input of a product, and "
+        f"{value.source}: LoRA dropout acts on the input of a layer, and "
         f"{name!r} has none. Set dropout=0.0 for it in a LoraRule"
       )
-    paths = " and ".join(value.paths)
+    paths = str(value.source)
     if value.probing and paths not in self._warned:
       self._warned.add(paths)
       warnings.warn(

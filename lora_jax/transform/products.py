@@ -61,12 +61,17 @@ def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSha
   return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
-def aligned(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x` cast, and where sharding is part of the types also sharded, as `like` is."""
+def resharded(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns `x` sharded as `like` is, where sharding is part of the types."""
   sharding = jax.typeof(like).sharding
   if sharding.mesh.are_all_axes_explicit and jax.typeof(x).sharding != sharding:
-    x = jax.sharding.reshard(x, sharding)
-  return x.astype(like.dtype)
+    return jax.sharding.reshard(x, sharding)
+  return x
+
+
+def aligned(x: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns `x` sharded and cast as `like` is."""
+  return resharded(x, like).astype(like.dtype)
 
 
 def spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequence[int]) -> jax.Array:

@@ -260,7 +260,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("primitive", "fn"), REFUSALS)
 def test_refusals_name_path_primitive_and_source_line(primitive, fn):
   here = re.escape(__file__)
-  message = rf"cannot adapt layer/w by LoRA: '{primitive}' is applied to it at {here}:\d+"
+  message = rf"cannot adapt layer/w: '{primitive}' is applied to it at {here}:\d+"
   with pytest.raises(lj.UnsupportedOperation, match=message) as caught:
     init(lambda p, x: fn(p["layer"]["w"], x), {"layer": {"w": jnp.ones((8, 8))}}, X)
   assert "Leave it out of `target`, or give LoraRule(" in str(caught.value)

@@ -244,9 +244,9 @@ import functools, sys
 import jax
 from benchmarks.memory import finish, wait_for_start
 from lora_jax.interop import save_merged
-from lora_jax.models import llama_folder
+from lora_jax.models.llama import folder as llama_folder
 import lora_jax
-from tests.models import randomized
+from tests.toy_models import randomized
 
 base, new = sys.argv[1:]
 config = llama_folder.read_config(base)

@@ -4,8 +4,8 @@ A rule is `rule(call, *operands, **params)`: `call` is the primitive itself, to 
 to the base; the operands are arrays and `Factored` values; the params are the primitive's.
 
 - A *structural* rule returns a `Factored`: the operation moved, cut or scaled the weight.
-- A *consumer* returns an array: the operation used the weight on an input. It asks
-  `Factored.use` (or `Factored.dot`) for the terms to add.
+- A *consumer* returns an array: the operation used the weight on an input. It gets the terms
+  to add from `Factored.consume` (or `Factored.dot`), which applies the gain.
 
 A rule that cannot do it raises `Unsupported` with the reason. Nothing here knows of jaxprs.
 """

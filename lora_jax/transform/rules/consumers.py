@@ -1,5 +1,6 @@
-"""Consumers: products and convolutions, where the weight meets the layer's input."""
+"""Consumers: dot products and convolutions, where the weight meets the layer's input."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.transform.factored import RANK, Factor, Factored, Unsupported
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import RANK, Factor
 from lora_jax.transform.products import plus
 
 
@@ -16,20 +19,19 @@ def dot_general(call, lhs, rhs, *, dimension_numbers, precision, preferred_eleme
   contracting, batch = dimension_numbers
   lhs = _settled(lhs, contracting[0], batch[0])
   rhs = _settled(rhs, contracting[1], batch[1])
+  options = precision, preferred_element_type
   if isinstance(lhs, Factored) and isinstance(rhs, Factored):
     raise Unsupported("the product of two adapted weights")
   if isinstance(lhs, Factored):
     flipped = (contracting[1], contracting[0]), (batch[1], batch[0])
-    low_rank = lhs.dot(rhs, *flipped, precision, preferred_element_type, weight_first=True)
-    return plus(call(lhs.base, rhs), low_rank)
+    return lhs.dot(rhs, *flipped, *options, weight_first=True, base=lambda x: call(lhs.base, x))
   if isinstance(rhs, Factored):
-    low_rank = rhs.dot(lhs, contracting, batch, precision, preferred_element_type)
-    return plus(call(lhs, rhs.base), low_rank)
+    return rhs.dot(lhs, contracting, batch, *options, base=lambda x: call(x, rhs.base))
   return call(lhs, rhs)
 
 
 def _settled(w: Any, contracted: Sequence[int], batch: Sequence[int]) -> Any:
-  """Forms a looked-up value, unless each index picks a whole matrix to multiply with."""
+  """Materializes a lookup, unless each index picks a whole matrix to multiply with."""
   if not isinstance(w, Factored) or not w.lookup:
     return w
   free = set(range(w.ndim)) - {*contracted, *batch, *w.lookup}
@@ -40,20 +42,48 @@ def _settled(w: Any, contracted: Sequence[int], batch: Sequence[int]) -> Any:
 def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precision, **_):
   """Experts: rows of `x` in groups, one matrix of `w` for each group."""
   dnums = ragged_dot_dimension_numbers
-  (contracting, batch), groups = dnums.dot_dimension_numbers, tuple(dnums.rhs_group_dimensions)
-  counts = (x.ndim, len(rest), len(groups), len(contracting[1]), len(batch[1]))
-  if not isinstance(w, Factored) or isinstance(x, Factored) or counts != (2, 1, 1, 1, 0):
+  contracting, batch = dnums.dot_dimension_numbers
+  if isinstance(x, Factored) or not isinstance(w, Factored):
+    raise Unsupported("an adapted weight as the rows of a ragged product")
+  one_matrix_per_group = (
+    x.ndim == 2
+    and len(rest) == 1  # the group sizes
+    and len(dnums.rhs_group_dimensions) == 1
+    and len(contracting[1]) == 1
+    and not batch[1]
+  )
+  if not one_matrix_per_group:
     raise Unsupported("a ragged product other than rows in groups times one matrix per group")
-  out = call(x, w.base, *rest)
-  for term in w.use(contracting[1], groups):
-    if not any(groups[0] in f.dims for f in term.factors):
-      raise Unsupported("factors without an axis for the groups of a ragged product")
-    sides = sorted(term.factors, key=lambda f: contracting[1][0] not in f.dims)
-    z = jnp.moveaxis(term.drop(w.input(x)), contracting[0][0], -1)
-    for factor, axis in zip(sides, (contracting[1][0], RANK), strict=True):
-      z = _ragged(z, factor, axis, groups[0], rest[0], precision)
-    out = plus(out, term.scaled(z))
-  return out
+  (group,), (in_dim,), (group_sizes,) = dnums.rhs_group_dimensions, contracting[1], rest
+  (out_dim,) = set(range(w.ndim)) - {group, in_dim}
+  row_axis = 1 - contracting[0][0]
+  row = w.ndim  # the label of the rows
+  w = _gain_per_row(w, group, row, group_sizes, x.shape[row_axis])
+
+  def output(x, terms):
+    out = call(x, w.base, group_sizes)
+    for term in terms:
+      if not any(group in f.dims for f in term.factors):
+        raise Unsupported("factors without an axis for the groups of a ragged product")
+      z = jnp.moveaxis(term.drop(w.input(x)), row_axis, 0)
+      sides = sorted(term.factors, key=lambda f: in_dim not in f.dims)
+      for factor, axis in zip(sides, (in_dim, RANK), strict=True):
+        z = _ragged(z, factor, axis, group, group_sizes, precision)
+      out = plus(out, term.scaled(z))
+    return out
+
+  x_labels = (row, in_dim) if row_axis == 0 else (in_dim, row)
+  return w.consume(x, x_labels, (row, out_dim), (in_dim,), (group,), output)
+
+
+def _gain_per_row(w: Factored, group: int, row: int, group_sizes, num_rows: int) -> Factored:
+  """Repeats a gain that differs between groups for the rows of each, under the label `row`."""
+  if w.gain is None or group not in w.gain.dims:
+    return w
+  array = jnp.moveaxis(w.gain.array, w.gain.axis(group), 0)
+  array = jnp.repeat(array, group_sizes, axis=0, total_repeat_length=num_rows)
+  labels = (row, *(label for label in w.gain.labels if label != group))
+  return dataclasses.replace(w, gain=Factor(array, labels))
 
 
 def _ragged(x, factor: Factor, axis: int, group: int, group_sizes, precision) -> jax.Array:
@@ -74,29 +104,37 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
     raise Unsupported("an adapted weight as the input of a convolution")
   if params["batch_group_count"] != 1:
     raise Unsupported("a convolution with batch_group_count other than 1")
-  _, rhs_spec, out_spec = dimension_numbers
-  out_dim, in_dim, *window = rhs_spec
-  out = call(x, w.base)
-  x = w.input(x)
+  in_spec, kernel_spec, out_spec = dimension_numbers
+  out_dim, in_dim, *window = kernel_spec
   groups = feature_group_count
-  options = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
-  for term in w.use((in_dim, *window)):
-    kernel, mixer = sorted(term.factors, key=lambda f: out_dim in f.dims)
-    if set(mixer.dims) != {out_dim} or out_dim in kernel.dims:
-      raise Unsupported("a convolution whose output axis is not a side of its own")
-    order = [RANK if d == out_dim else d for d in range(w.ndim)]
-    a = lax.transpose(kernel.array.astype(x.dtype), [kernel.axis(d) for d in order])
-    if groups > 1:  # every group of inputs meets the same `rank` kernels
-      a = jnp.concatenate([a] * groups, axis=out_dim)
-    z = lax.conv_general_dilated(
-      term.drop(x),
-      a,
-      dimension_numbers=lax.ConvDimensionNumbers(*dimension_numbers),
-      feature_group_count=groups,
-      **{name: params[name] for name in options},
-    )
-    out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups))
-  return out
+  names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision")
+  options = {name: params[name] for name in names}
+
+  def output(x, terms):
+    out = call(x, w.base)
+    wide = w.input(x)
+    for term in terms:
+      kernel, mixer = sorted(term.factors, key=lambda f: out_dim in f.dims)
+      if set(mixer.dims) != {out_dim} or out_dim in kernel.dims:
+        raise Unsupported("a convolution whose output axis is not a side of its own")
+      order = [RANK if d == out_dim else d for d in range(w.ndim)]
+      a = lax.transpose(kernel.array.astype(wide.dtype), [kernel.axis(d) for d in order])
+      if groups > 1:  # every group of inputs meets the same `rank` kernels
+        a = jnp.concatenate([a] * groups, axis=out_dim)
+      z = lax.conv_general_dilated(
+        term.drop(wide),
+        a,
+        dimension_numbers=lax.ConvDimensionNumbers(*dimension_numbers),
+        feature_group_count=groups,
+        **options,
+      )
+      out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups))
+    return out
+
+  own = w.ndim  # of axes that the kernel does not share: any labels from here on
+  x_labels = tuple(in_dim if axis == in_spec[1] and groups == 1 else own for axis in range(x.ndim))
+  out_labels = tuple(out_dim if axis == out_spec[1] else own for axis in range(x.ndim))
+  return w.consume(x, x_labels, out_labels, (in_dim, *window), (), output)
 
 
 def _mix_channels(z, mixer: Factor, out_dim: int, channel: int, groups: int) -> jax.Array:

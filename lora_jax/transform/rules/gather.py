@@ -6,12 +6,14 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.transform.factored import RANK, Factor, Factored, Term, Unsupported, move_factor
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor, Term, move_factor
 from lora_jax.transform.products import Labels
 from lora_jax.transform.rules.joining import vary_along
 
 
-def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
+def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **_):
   """`w[ids]` in all its modes: each factor is indexed by the dimensions it has.
 
   Matrices that are looked up, one per index, stay factored; the interpreter forms rows, which
@@ -34,20 +36,35 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, **_):
   where: dict[int, Labels] = {d: offset.get(d, ()) for d in range(w.ndim)}
   batch = tuple(d for d in range(base.ndim) if d not in dnums.offset_dims)
 
-  def looked_up(factor: Factor) -> Factor:
+  def look_up(factor: Factor, fill: float) -> Factor:
     array = factor.array
     for axis, d in enumerate(factor.labels):  # a dimension cut without an index
-      if d != RANK and d not in indexed and slice_sizes[d] != w.shape[d]:
+      if d >= 0 and d not in indexed and slice_sizes[d] != w.shape[d]:
         array = lax.slice_in_dim(array, 0, slice_sizes[d], axis=axis)
     factor = replace(factor, array=array)
     if not set(factor.dims) & indexed:
       return move_factor(array, factor.labels, where)
-    return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch)
+    return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch, fill)
 
-  if mode == lax.GatherScatterMode.FILL_OR_DROP:  # a filled place must be zero in every term
-    w = replace(w, terms=tuple(_vary_along_all(term, indexed, w.shape) for term in w.terms))
+  terms, gain = w.terms, w.gain
+  if mode == lax.GatherScatterMode.FILL_OR_DROP:  # a filled place is zero in every term
+    terms = tuple(_vary_along_all(term, indexed, w.shape) for term in terms)
+  terms = tuple(
+    replace(term, factors=tuple(look_up(factor, 0.0) for factor in term.factors)) for term in terms
+  )
+  gain = None if gain is None else look_up(gain, 1.0)
+  if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP:
+    dims = tuple(sorted(indexed))
+    exists = look_up(Factor(jnp.ones([w.shape[d] for d in dims]), dims), 0.0)
+    gain = _one_elsewhere(gain, exists)
   lookup = {*batch, *(new for old in w.lookup for new in where[old])}
-  return replace(w.map_factors(looked_up), base=base, lookup=tuple(sorted(lookup)))
+  return replace(w, base=base, terms=terms, gain=gain, lookup=tuple(sorted(lookup)))
+
+
+def _one_elsewhere(gain: Factor, exists: Factor) -> Factor:
+  """Returns a gain that leaves filled places as they are; `exists` is 0 there, else 1."""
+  labels = (*exists.labels, *(label for label in gain.labels if label not in exists.labels))
+  return Factor(jnp.where(exists.along(labels) > 0, gain.along(labels), 1.0), labels)
 
 
 def _vary_along_all(term: Term, dims: Iterable[int], shape: Sequence[int]) -> Term:
@@ -57,7 +74,7 @@ def _vary_along_all(term: Term, dims: Iterable[int], shape: Sequence[int]) -> Te
 
 
 def _gather_factor(
-  factor: Factor, indices, dnums, indexed, slice_sizes, mode, where, batch
+  factor: Factor, indices, dnums, indexed, slice_sizes, mode, where, batch, fill: float
 ) -> Factor:
   """Gathers one factor by the index columns of the indexed dimensions that it has."""
   array, labels = factor.array, factor.labels
@@ -72,15 +89,15 @@ def _gather_factor(
   rest = [label for axis, label in enumerate(labels) if axis not in gone]
   if len(columns) < indices.shape[-1]:
     indices = jnp.stack([indices[..., i] for i in columns], -1) if columns else indices[..., :0]
-  own = lax.GatherDimensionNumbers(
+  numbers = lax.GatherDimensionNumbers(
     offset_dims=tuple(range(len(batch), len(batch) + len(rest))),
     collapsed_slice_dims=tuple(sorted(collapsed)),
     start_index_map=tuple(labels.index(dnums.start_index_map[i]) for i in columns),
     operand_batching_dims=tuple(axis for axis, _ in batching),
     start_indices_batching_dims=tuple(i for _, i in batching),
   )
-  sizes = [n if d == RANK else slice_sizes[d] for d, n in zip(labels, array.shape, strict=True)]
-  fill = 0 if mode == lax.GatherScatterMode.FILL_OR_DROP else None
-  out = lax.gather(array, indices, own, tuple(sizes), mode=mode, fill_value=fill)
-  new = [(RANK,) if label == RANK else where[label] for label in rest]
-  return Factor(out, (*batch, *(label for labels in new for label in labels)))
+  sizes = [n if d < 0 else slice_sizes[d] for d, n in zip(labels, array.shape, strict=True)]
+  fill_value = fill if mode == lax.GatherScatterMode.FILL_OR_DROP else None
+  out = lax.gather(array, indices, numbers, tuple(sizes), mode=mode, fill_value=fill_value)
+  moved = [(label,) if label < 0 else where[label] for label in rest]
+  return Factor(out, (*batch, *(label for labels in moved for label in labels)))

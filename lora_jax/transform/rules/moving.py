@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.transform.factored import RANK, Factor, Factored, Unsupported
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
 from lora_jax.transform.products import Labels
 
 
@@ -50,11 +52,12 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
         raise Unsupported(f"reshape from {w.shape} to {new_sizes} merges both factors' axes")
       sizes += [new_sizes[n] for n in new]
       labels += new
-    labels = (*labels, RANK)
+    inner = factor.inner
+    labels = (*labels, *inner)
     if w.probing:  # labels matter here, values do not
-      return Factor(jnp.zeros((*sizes, 1), factor.array.dtype), labels)
-    array = lax.transpose(factor.array, [factor.axis(d) for d in (*order, RANK)])
-    return Factor(lax.reshape(array, (*sizes, array.shape[-1])), labels)
+      return Factor(jnp.zeros((*sizes, *(1 for _ in inner)), factor.array.dtype), labels)
+    array = lax.transpose(factor.array, [factor.axis(d) for d in (*order, *inner)])
+    return Factor(lax.reshape(array, (*sizes, *array.shape[len(order) :])), labels)
 
   lookup = sorted(n for old, new in groups if set(old) & set(w.lookup) for n in new)
   return replace(w.map_factors(reshaped), base=call(w.base, *dynamic_shape), lookup=tuple(lookup))
@@ -138,8 +141,8 @@ def all_gather(call, w, *, all_gather_dimension, axis_name, axis_index_groups, t
 
 def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
   """Returns a factor's PartitionSpec from its weight's: the rank axis is replicated."""
-  axes = (*spec, *(None for _ in labels))  # a spec may be shorter than the shape
-  return jax.sharding.PartitionSpec(*(None if d == RANK else axes[d] for d in labels))
+  axes = dict(enumerate(spec))  # a spec may be shorter than the shape
+  return jax.sharding.PartitionSpec(*(axes.get(label) for label in labels))
 
 
 def along_dims(w: Factored, base: jax.Array, on_axis: Callable[[jax.Array, int, int], jax.Array]):
@@ -148,7 +151,7 @@ def along_dims(w: Factored, base: jax.Array, on_axis: Callable[[jax.Array, int, 
   def cut(factor: Factor) -> jax.Array:
     array = factor.array
     for axis, dim in enumerate(factor.labels):
-      array = array if dim == RANK else on_axis(array, axis, dim)
+      array = array if dim < 0 else on_axis(array, axis, dim)
     return array
 
   return w.move(base, {d: (d,) for d in range(w.ndim)}, cut)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lora_jax.transform.factored import Factor, Factored, Unsupported
+from lora_jax.transform.errors import Unsupported
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
 
 
 def neg(call, w, **_):

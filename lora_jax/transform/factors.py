@@ -1,0 +1,186 @@
+"""Factors with named axes, and the low-rank term that two of them make.
+
+Every axis of a factor is labelled by the dimension of the weight that it runs along, or by an
+inner label: RANK, which a term sums over, and others that a variant needs on the way. A factor
+that lacks a dimension is constant along it; a dimension that both factors of a term have is a
+batch axis (the layers of a stack, the experts of a mixture).
+
+A variant's equation is written with these operations; all of its arrays are small.
+
+    a @ b         a term: the low-rank product, kept apart
+    a * d, a / d  elementwise, broadcast along the axes that one of them lacks
+    a.sum_over(b, labels)   the product summed over some labels
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.axes import RANK
+from lora_jax.transform.probing import Probe
+from lora_jax.transform.products import Labels, contract, spread
+
+ArrayLike = Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["labels", "frozen"]
+)
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """An array whose axes run along `labels` of the weight, or along inner axes.
+
+  Attributes:
+    array: the values.
+    labels: one for each axis.
+    frozen: whether it was made from arrays alone that are not trained.
+  """
+
+  array: Any  # a jax.Array; JAX's tree functions put other things in its place
+  labels: Labels
+  frozen: bool = False
+
+  @property
+  def dims(self) -> Labels:
+    """The weight's dimensions that this factor varies along."""
+    return tuple(label for label in self.labels if label >= 0)
+
+  @property
+  def inner(self) -> Labels:
+    """The labels of its inner axes."""
+    return tuple(label for label in self.labels if label < 0)
+
+  def axis(self, label: int) -> int:
+    return self.labels.index(label)
+
+  def relabel(self, labels: Mapping[int, int]) -> "Factor":
+    """Returns the same array with some labels replaced."""
+    return dataclasses.replace(self, labels=tuple(labels.get(l, l) for l in self.labels))
+
+  def along(self, labels: Labels) -> jax.Array:
+    """Returns the array with an axis for each of `labels`, of size 1 where it has none."""
+    order = [self.axis(label) for label in labels if label in self.labels]
+    array = lax.transpose(self.array, order)
+    return jnp.expand_dims(array, [i for i, l in enumerate(labels) if l not in self.labels])
+
+  def sum_over(self, other: "Factor", labels: Collection[int]) -> "Factor":
+    """Returns the product with another factor, summed over the shared `labels`; in float32."""
+    keep = {*self.labels, *other.labels} - set(labels)
+    array, remaining = contract(
+      *(self.array, self.labels, other.array, other.labels, keep),
+      preferred_element_type=jnp.promote_types(self.array.dtype, jnp.float32),
+    )
+    return Factor(array, remaining, self.frozen and other.frozen)
+
+  def __mul__(self, other: "Factor") -> "Factor":
+    return _elementwise(jnp.multiply, self, other)
+
+  def __truediv__(self, other: "Factor") -> "Factor":
+    return _elementwise(jnp.divide, self, other)
+
+  def __matmul__(self, other: "Factor") -> "Term":
+    if not self.inner or set(self.inner) != set(other.inner):
+      raise ValueError(
+        f"a term needs factors with the same inner axes, got labels {self.labels}, {other.labels}"
+      )
+    order = self.inner
+    return Term((_one_rank_axis(self, order), _one_rank_axis(other, order)))
+
+
+def _elementwise(operation: Any, x: Factor, y: Factor) -> Factor:
+  labels = (*x.labels, *(label for label in y.labels if label not in x.labels))
+  arrays = [factor.along(labels) for factor in (x, y)]
+  shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+  array = operation(*(jnp.broadcast_to(array, shape) for array in arrays))
+  return Factor(array, labels, x.frozen and y.frozen)
+
+
+def _one_rank_axis(factor: Factor, inner: Labels) -> Factor:
+  """Joins the inner axes, in this order, into one of label RANK."""
+  if inner == (RANK,):
+    return factor
+  labels = (*factor.dims, *inner)
+  array = lax.transpose(factor.array, [factor.axis(label) for label in labels])
+  sizes = array.shape[: len(factor.dims)]
+  rank = math.prod(array.shape[len(factor.dims) :])
+  return Factor(lax.reshape(array, (*sizes, rank)), (*factor.dims, RANK), factor.frozen)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["factors", "scaling", "dropout_rate", "key"],
+  meta_fields=["probe"],
+)
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """`scaling` times the sum over rank of the product of `factors`.
+
+  Attributes:
+    factors: A and B; while probing, one factor per axis of the weight.
+    scaling: alpha / rank, times what the weight has been multiplied by since.
+    dropout_rate: of the branch's input.
+    key: None where there is no dropout; otherwise each use folds its own number in.
+    probe: where uses are recorded while axes are inferred, else None.
+  """
+
+  factors: tuple[Factor, ...]
+  scaling: ArrayLike = 1.0
+  dropout_rate: ArrayLike = 0.0
+  key: Any = None
+  probe: Probe | None = None
+
+  __array_ufunc__ = None  # a NumPy number times a term asks the term
+
+  @property
+  def frozen(self) -> bool:
+    """Whether none of its factors is trained."""
+    return all(factor.frozen for factor in self.factors)
+
+  def __rmul__(self, scaling: ArrayLike) -> "Term":
+    return dataclasses.replace(self, scaling=self.scaling * scaling)
+
+  def __neg__(self) -> "Term":
+    return -1 * self
+
+  def scaled(self, z: jax.Array) -> jax.Array:
+    by = self.scaling
+    return z * (by if isinstance(by, int | float) else jnp.asarray(by).astype(z.dtype))
+
+  def fold(self, number: ArrayLike) -> "Term":
+    if self.key is None:
+      return self
+    return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+  def drop(self, x: jax.Array) -> jax.Array:
+    """Applies LoRA dropout to the branch's input `x`."""
+    if self.key is None:
+      return x
+    keep = jax.random.bernoulli(self.key, 1 - self.dropout_rate, x.shape)
+    kept = x / jnp.asarray(1 - self.dropout_rate).astype(x.dtype)
+    return jnp.where(keep, kept, jnp.zeros_like(kept))
+
+  def product(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Returns the term materialized to `shape`: the one thing that all else here avoids."""
+    array, labels = None, ()
+    dims = tuple(range(len(shape)))
+    for factor in self.factors:
+      piece = factor.array.astype(dtype)
+      if array is None:
+        array, labels = self.scaled(piece), factor.labels
+      else:
+        array, labels = contract(array, labels, piece, factor.labels, keep=dims)
+    assert array is not None, "a term has at least one factor"
+    return spread(array, labels, dims, shape)
+
+
+def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
+  """Relabels a factor's axes; those whose dimension has vanished have size 1 and go."""
+  gone = [i for i, label in enumerate(labels) if label >= 0 and not where[label]]
+  moved = [new for old in labels for new in ((old,) if old < 0 else where[old])]
+  return Factor(lax.squeeze(array, gone) if gone else array, tuple(moved))

@@ -1,0 +1,97 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353, sec. 4.1-4.3). With x a row vector, as in JAX:
+
+    V = W + scaling * A B
+    h = x V * (m / |V|)                |V| = the norm of V over its inputs, one for each output
+
+m, (out,), the magnitude, is trained beside A and B, and starts at |W|, so that step 0 is the base
+model, to the bit. |V| is a constant for gradients (sec. 4.3). It comes from the factors:
+
+    |V|^2 = |W|^2 + 2 scaling sum_in(W * A B) + scaling^2 sum_in((A B)^2)
+          = |W|^2 + 2 scaling sum_rank((A^T W) * B) + scaling^2 sum_rank(B * (A^T A) B)
+
+|W|^2 is computed once and held in the adapter, frozen: `norm_squared`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import PRNGKeyArray
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import Site, Variant
+from lora_jax.axes import RANK, RANK2
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
+from lora_jax.transform.interpreter import OpaqueRule
+from lora_jax.variants.lora import ARRAYS as LORA_ARRAYS
+from lora_jax.variants.lora import start as lora_start
+from lora_jax.variants.lora import weight as lora_weight
+
+ARRAYS = LORA_ARRAYS | {"magnitude": "batch out", "norm_squared": "batch out"}
+
+
+def weight(w: Factored, p: Any, scaling: Any) -> Factored:
+  """Returns `(W + scaling * A B) * (m / |W + scaling * A B|)` (eq. 5)."""
+  v = lora_weight(w, p, scaling)
+  return v * (p.magnitude / norm(w, p, scaling))
+
+
+def norm(w: Factored, p: Any, scaling: Any) -> Factor:
+  """Returns |V|, (batch, out), a constant for gradients."""
+  a, b, axes = p.lora_a, p.lora_b, p.axes
+  base = Factor(w.base, tuple(range(w.ndim)))
+  narrow = dataclasses.replace(a, array=a.array.astype(w.dtype))  # no copy of W in float32
+  cross = narrow.sum_over(base, axes.inputs).sum_over(b, (RANK,))
+  gram = a.sum_over(a.relabel({RANK: RANK2}), axes.inputs)
+  square = gram.sum_over(b, (RANK,)).sum_over(b.relabel({RANK: RANK2}), (RANK2,))
+  labels = p.norm_squared.labels
+  total = p.norm_squared.array + 2 * scaling * cross.along(labels)
+  total = lax.stop_gradient(total + scaling**2 * square.along(labels))
+  # Without the barrier XLA turns m / sqrt(total) into m * rsqrt(total), which is not 1 at step 0.
+  return Factor(lax.optimization_barrier(jnp.sqrt(total)), labels)
+
+
+def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
+  """Returns A and B of LoRA, the magnitude |W|, and |W|^2; needs real params."""
+  norm_squared = column_norm_squared(site.weight, site.axes)
+  return lora_start(key, site) | {
+    "magnitude": jnp.sqrt(norm_squared),
+    "norm_squared": norm_squared,
+  }
+
+
+def column_norm_squared(w: jax.Array, axes: Any) -> jax.Array:
+  """Returns |W|^2 over the inputs, (batch..., out...), float32."""
+  total = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=axes.inputs)
+  kept = sorted((*axes.batch, *axes.outputs))
+  return lax.transpose(total, [kept.index(dim) for dim in (*axes.batch, *axes.outputs)])
+
+
+DORA = Variant("DoRA", ARRAYS, start, weight, frozen=("norm_squared",))
+
+
+def dora(
+  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
+) -> Adaptation:
+  """Adapts `fn(params, *args, **kwargs)` by DoRA, as `lora` does of a config with `variant=DORA`.
+
+  Arguments, `apply`'s further arguments and errors are those of `lora_jax.adapters.adapt.adapt`.
+  An optimizer of the bare trainable tree has to leave `norm_squared` alone: `lora_jax.freeze`,
+  with the mask `lora_jax.trainable_mask({"base": None, "adapter": trainable})["adapter"]`.
+
+  >>> fn = lambda params, x: x @ params["kernel"]
+  >>> params = {"kernel": jnp.ones((8, 6))}
+  >>> adapted = dora(fn, LoraConfig(rank=2, alpha=4.0, target="kernel"))
+  >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones((3, 8)))
+  >>> trainable["kernel"].magnitude.shape
+  (6,)
+  >>> bool((adapted.apply(params, trainable, jnp.ones((3, 8))) == 8.0).all())
+  True
+  """
+  return adapt(fn, dataclasses.replace(config, variant=DORA), DORA, opaque)

@@ -1,0 +1,106 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, sec. 4.1). With x a row vector, as in JAX:
+
+    h = x W + scaling * x A B          scaling = alpha / rank
+
+W, (in, out), is frozen; A, (in, rank), and B, (rank, out), are trained. B starts at 0, so that
+step 0 is the base model. No array of W's size but W itself is ever formed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import Site, Variant
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.interpreter import OpaqueRule
+from lora_jax.trees import label
+
+ARRAYS = {"lora_a": "batch in rank", "lora_b": "batch rank out"}
+
+
+def weight(w: Factored, p: Any, scaling: Any) -> Factored:
+  """Returns `W + scaling * A B` (sec. 4.1)."""
+  return w + scaling * (p.lora_a @ p.lora_b)
+
+
+def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
+  """Returns A and B as the config's `init` draws them."""
+  a_shape, b_shape = (site.array_shape(words) for words in ARRAYS.values())
+  lora_a, lora_b = site.initialize(key, a_shape, b_shape, site.num_inputs)
+  return {"lora_a": lora_a, "lora_b": lora_b}
+
+
+LORA = Variant("LoRA", ARRAYS, start, weight)
+
+
+def lora(
+  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
+) -> Adaptation:
+  """Adapts `fn(params, *args, **kwargs)` by LoRA, or by the variant that the config names.
+
+  Arguments, `apply`'s further arguments and errors are those of `lora_jax.adapters.adapt.adapt`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> fn = lambda params, x: x @ params["kernel"]
+    >>> params = {"kernel": jnp.ones((8, 6))}
+    >>> config = lora_jax.LoraConfig(rank=2, alpha=4.0, target="kernel")
+    >>> adapted = lora_jax.lora(fn, config)
+    >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones((3, 8)))
+    >>> jax.tree.map(jnp.shape, trainable["kernel"].lora_a)
+    (8, 2)
+    >>> out = adapted.apply(params, trainable, jnp.ones((3, 8)))
+    >>> bool((out == fn(params, jnp.ones((3, 8)))).all())
+    True
+  """
+  return adapt(fn, config, LORA, opaque)
+
+
+def rank_stabilized(config: LoraConfig) -> LoraConfig:
+  """Returns a config whose scaling is alpha / sqrt(rank): rsLoRA (Kalajdzievski 2023, 2312.03732).
+
+  >>> rank_stabilized(LoraConfig(rank=16, alpha=8.0, target="kernel")).alpha  # 32 / 16 = 8 / 4
+  32.0
+  """
+
+  def stabilize(alpha: float, rank: int) -> float:
+    return alpha * math.sqrt(rank)
+
+  rules = []
+  for rule in config.rules:
+    alpha = config.alpha if rule.alpha is None else rule.alpha
+    rank = config.rank if rule.rank is None else rule.rank
+    rules.append(dataclasses.replace(rule, alpha=stabilize(alpha, rank)))
+  return dataclasses.replace(config, alpha=stabilize(config.alpha, config.rank), rules=rules)
+
+
+def lora_plus(
+  make_optimizer: Callable[[Any], optax.GradientTransformation],
+  learning_rate: optax.ScalarOrSchedule,
+  ratio: float = 16.0,
+) -> optax.GradientTransformation:
+  """Returns an optimizer that trains B `ratio` times as fast: LoRA+ (Hayou 2024, 2402.12354).
+
+  >>> optimizer = lora_plus(lambda rate: optax.adamw(rate, weight_decay=0.0), 1e-3)
+
+  Args:
+    make_optimizer: from a learning rate, or a schedule of it, to an optimizer.
+    learning_rate: of A and of all else, or a schedule.
+    ratio: the paper's lambda; its authors take 16 (sec. 5).
+  """
+
+  def faster(step: Any) -> Any:
+    return ratio * (learning_rate(step) if callable(learning_rate) else learning_rate)
+
+  return optax.partition(
+    {"b": make_optimizer(faster), "other": make_optimizer(learning_rate)},
+    lambda tree: label(tree, {r".*lora_b": "b", r".*": "other"}),
+  )

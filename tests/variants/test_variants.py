@@ -1,0 +1,136 @@
+"""Variants on the layer kinds: equal to the merged model, and to the base at step 0."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.adapters.delta import adapter_weights
+from lora_jax.adapters.targets import array_leaves
+
+from tests import toy_variants as toys
+from tests.jaxprs import count_of_sizes
+from tests.layer_kinds import KINDS, LayerKind, normal
+from tests.transform.test_layer_kinds import assert_close, join, split_arrays
+
+VARIANTS = {
+  "dora": lj.DORA,
+  "scaled": toys.SCALED_VARIANT,
+  "hadamard": toys.HADAMARD_VARIANT,
+  "core": toys.CORE_VARIANT,
+  "gain_out": toys.GAIN_OUT,
+  "gain_in": toys.GAIN_IN,
+}
+ONE_PER_FAMILY = {  # of rules, and of ways through control flow; the others are `long`
+  "Flax Linen: Dense, bfloat16 compute",
+  "Flax Linen: Einsum, fused QKV",
+  "Flax Linen: Embed, tied to the head by attend",
+  "Flax Linen: Conv, 2-d, strided",
+  "Flax Linen: nn.remat with a policy, under nn.scan",
+  "plain: w split into q, k, v",
+  "plain: concatenated weights, one of them plain",
+  "plain: weights stacked by jnp.stack, then scanned",
+  "plain: ragged_dot over experts",
+  "plain: w[ids], out of bounds filled, clipped, promised",
+  "plain: flipped, padded, sliced",
+  "mesh: shard_map, weight split over its inputs",
+}
+COMPILED_LOOPS = {  # without LLVM's optimizations, as here, tanh rounds otherwise in a fused loop
+  "plain: weights stacked by jnp.stack, then scanned",
+  "plain: stacked weights in a fori_loop",
+  "plain: weights among a loop's carried values",
+}
+CONVOLUTIONS = {str(kind) for kind in KINDS if "Conv" in kind.name}
+REFUSED = {  # along the inputs of a convolution's window, or joined along the outputs: no one side
+  ("gain_in", name) for name in (*CONVOLUTIONS, "plain: concatenated weights, one of them plain")
+}
+
+
+def pairs():
+  for name in VARIANTS:
+    for kind in KINDS:
+      marks = [] if str(kind) in ONE_PER_FAMILY else [pytest.mark.long]
+      yield pytest.param(name, kind, id=f"{name}-{kind}", marks=marks)
+
+
+def test_the_families_are_kinds():
+  assert {str(kind) for kind in KINDS} >= ONE_PER_FAMILY
+
+
+@functools.cache
+def prepared(name: str, kind: LayerKind):
+  case = kind.build()
+  variant = VARIANTS[name]
+  config = lj.LoraConfig(case.rank, 3.0, case.target, rules=case.rules, variant=variant)
+  adaptation = lj.lora(case.fn, config, opaque=case.opaque)
+  return case, adaptation, adaptation.init(jax.random.key(0), case.params, *case.args)
+
+
+def trained(trainable):
+  """Splits off the arrays that are not trained."""
+  mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
+  return lj.partition(trainable, mask)
+
+
+def randomized(trainable):
+  part, frozen = trained(trainable)
+  leaves, structure = jax.tree.flatten(part)
+  drawn = [leaf + normal(*leaf.shape, seed=100 + i, scale=0.3) for i, leaf in enumerate(leaves)]
+  return lj.combine(jax.tree.unflatten(structure, drawn), frozen)
+
+
+def check(name, kind):
+  case, adaptation, start = prepared(name, kind)
+  assert adapter_weights(start)
+  base = case.fn(case.params, *case.args)
+  out = adaptation.apply(case.params, start, *case.args)
+  if str(kind) in COMPILED_LOOPS:
+    assert_close(out, base, 1e-6)
+  else:
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(base))
+  assert out.dtype == base.dtype
+
+  part, frozen = trained(randomized(start))
+  direction = normal(*base.shape, seed=9)
+
+  @jax.jit
+  def both(part):
+    def factored(part):
+      out = adaptation.apply(case.params, lj.combine(part, frozen), *case.args)
+      return jnp.mean(direction * out), out
+
+    def merged(part):
+      plain = adaptation.merge(case.params, lj.combine(part, frozen))
+      out = case.fn(plain, *case.args)
+      return jnp.mean(direction * out), out
+
+    return jax.grad(factored, has_aux=True)(part), jax.grad(merged, has_aux=True)(part)
+
+  (got, out), (expected, expected_out) = both(part)
+  assert float(jnp.abs(out - base).max()) > 10 * kind.tolerance  # the adapter does something
+  assert_close(out, expected_out, kind.tolerance)
+  for leaf, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert float(jnp.abs(reference).max()) > 0
+    assert_close(leaf, reference, kind.tolerance)
+
+  leaves = array_leaves(case.params)
+  sizes = {math.prod(leaves[path][1].shape) for path in adapter_weights(start)}
+  arrays, rest = split_arrays(case.params)
+  before = jax.make_jaxpr(lambda p, *a: case.fn(join(p, rest), *a))(arrays, *case.args)
+  after = jax.make_jaxpr(lambda p, t, *a: adaptation.apply(join(p, rest), t, *a))(
+    arrays, start, *case.args
+  )
+  assert count_of_sizes(after, sizes) <= count_of_sizes(before, sizes)
+
+
+@pytest.mark.parametrize(("name", "kind"), list(pairs()))
+def test_a_variant_on_a_layer_kind(name, kind):
+  if (name, str(kind)) not in REFUSED:
+    check(name, kind)
+    return
+  with pytest.raises(lj.UnsupportedOperation, match="its gain is neither along the axes of the"):
+    prepared(name, kind)
