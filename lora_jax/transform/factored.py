@@ -293,7 +293,8 @@ def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
   by = gain.along(tuple(label for label in labels if label in gain.labels))
   axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
   by = resharded(lax.broadcast_in_dim(by, array.shape, axes), array)
-  return (array * by).astype(array.dtype)
+  wide = jnp.promote_types(array.dtype, jnp.float32)
+  return (array.astype(wide) * by.astype(wide)).astype(array.dtype)
 
 
 def _dot_term(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Literal
 
 from lora_jax.transform import _compat, rules
@@ -78,6 +79,8 @@ class Interpreter:
       with _compat.equation_context(equation):
         if any(isinstance(value, Factored) for value in values):
           outputs = self._adapted(number, equation, values)
+        elif equation.primitive.name == "convert_element_type" and _is_number(values[0]):
+          outputs = [np.asarray(values[0], equation.params["new_dtype"])]  # 0 is known to be 0
         else:
           outputs = _compat.bind(equation, values)
       env.update(zip(equation.outvars, outputs, strict=True))
@@ -189,6 +192,11 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
     seen.update(mine)
     last.append(mine)
   return last[::-1]
+
+
+def _is_number(value: Any) -> bool:
+  """Tells a number known while tracing, as an inner jit's constant operand."""
+  return isinstance(value, np.ndarray) and value.ndim == 0
 
 
 def _settled(out: Any) -> Any:
