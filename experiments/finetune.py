@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import read_config, replace_fields
-from experiments.harness.fit import fit_run, initialize
+from experiments.harness.fit import count, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.optimizer import make_optimizer
@@ -62,7 +62,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
   begin = time.perf_counter()
   mesh, method = config.mesh.make(), find_method(config.method)
   model = load_causal_lm(config.model.folder, **loading_options(config, mesh))
-  base_parameters = optax.tree.size(model.params)
+  base_parameters = count(model.params)
   text, data = load_data(config, model)
   loss = adapted_loss(config, model)
   trainable = initialize(config, loss, model.params, data.train[0])
@@ -72,7 +72,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
   check_model(workdir, model.module.config)
   weights = weights_digests(model.folder)
   check_same(workdir / "weights.json", weights, "weights")
-  print(_outline(config, model, data, optax.tree.size(trainable)), flush=True)
+  print(_outline(config, model, data, trainable), flush=True)
   trained = fit_run(
     _with_warmup(config, data),
     method,
@@ -148,7 +148,7 @@ def plan(config: ConfigDict) -> None:
   check_export(settings, model, trainable)
   if find_method(settings.method).exports_adapter:
     print(lj.summary(model.params, trainable, lora_config(settings)), end="\n\n")
-  print(_outline(settings, model, data, optax.tree.size(trainable)))
+  print(_outline(settings, model, data, trainable))
   optimizer, _ = make_optimizer(_with_warmup(settings, data).optimizer, len(data.train))
   state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)
   parts = settings.fit.accumulation_steps
@@ -170,14 +170,14 @@ def _gigabytes(size: int) -> str:
   return f"{size / 1e9:.2f} GB"
 
 
-def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, count: int) -> str:
+def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable: PyTree) -> str:
   """Returns what is trained on what."""
-  base, method = optax.tree.size(model.params), find_method(config.method)
+  base, size, method = count(model.params), count(trainable), find_method(config.method)
   rank = f", rank {config.lora.rank}" if method.uses("lora") else ""
   return "\n".join(
     [
       f"model      {config.model.folder}: {model.model_type}, {base:,} parameters",
-      f"method     {method.label}{rank}, {count:,} parameters ({100 * count / base:.2f} %)",
+      f"method     {method.label}{rank}, {size:,} parameters ({100 * size / base:.2f} %)",
       f"data       {config.data.file}: {data.num_train:,} lines, and {data.num_valid:,} held out",
       f"steps      {len(data.train):,} in {config.data.num_epochs} epochs, each of "
       f"{config.data.batch_size} rows of {data.train.row_lengths[-1]} tokens"

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -25,7 +24,7 @@ from experiments.classification.data import Data, load_data
 from experiments.classification.encoder import Base, load_base, start_from
 from experiments.classification.evaluator import Evaluator, write_predictions
 from experiments.harness.config import read_config, replace_fields
-from experiments.harness.fit import fit_run, initialize
+from experiments.harness.fit import count, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.optimizer import decays
@@ -52,7 +51,7 @@ def _run(config: GlueConfig, workdir: Path) -> dict[str, Any]:
   start = time.perf_counter()
   mesh = config.mesh.make()
   base = load_base(config, mesh)
-  base_parameters = optax.tree.size(base.params)
+  base_parameters = count(base.params)
   data = load_data(config, base)
   check_examples(workdir, data.digest)
   check_model(workdir, base.module.config)
@@ -115,7 +114,7 @@ def _with_steps(config: GlueConfig, data: Data) -> GlueConfig:
 def _head_parameters(config: GlueConfig, trainable: PyTree) -> int:
   """Returns the trained parameters of the head, which the paper does not count."""
   paths = leaves_with_path(trainable)
-  return optax.tree.size([leaf for path, leaf in paths if matches(config.head, path)])
+  return count([leaf for path, leaf in paths if matches(config.head, path)])
 
 
 def _scores(config: GlueConfig, best_step: int, last_step: int) -> dict[str, Any]:

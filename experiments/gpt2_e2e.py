@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import read_config
-from experiments.harness.fit import fit_run, initialize
+from experiments.harness.fit import count, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.workdir import (
@@ -54,7 +53,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   start = time.perf_counter()
   mesh, method = config.mesh.make(), find_method(config.method)
   base = load_base(config, mesh)
-  base_parameters = optax.tree.size(base.params)
+  base_parameters = count(base.params)
   data = load_data(config, base)
   check_examples(workdir, data.digest)
   check_model(workdir, base.config)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -32,6 +31,11 @@ class Trained(NamedTuple):
   kept: PyTree
   loss: float
   fields: dict[str, Any]
+
+
+def count(tree: PyTree) -> int:
+  """Returns the number of elements of a tree of arrays, or of their shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def initialize(config: TrainingConfig, loss: Adaptation, params: PyTree, batch: Any) -> PyTree:
@@ -79,9 +83,9 @@ def fit_run(
   """
   workdir, steps = Path(config.workdir), num_train_steps or len(batches)
   optimizer, schedule = make_optimizer(config.optimizer, steps, decays)
-  count = optax.tree.size(trainable)
+  size = count(trainable)
   print(
-    f"{method.label} in {workdir}: {count:,} trainable parameters, {examples}, {steps:,} steps",
+    f"{method.label} in {workdir}: {size:,} trainable parameters, {examples}, {steps:,} steps",
     flush=True,
   )
   fitted = fit(
@@ -110,7 +114,7 @@ def fit_run(
   if method.saves_adapter and not (workdir / "adapter").exists():
     save_adapter(workdir / "adapter", kept)
   fields = {
-    "trainable_parameters": count,
+    "trainable_parameters": size,
     "num_train_steps": steps,
     "best_step": fitted.best_step,
     "train_seconds": fitted.seconds,

@@ -16,7 +16,10 @@ import pytest
 import lora_jax as lj
 from experiments import export, finetune
 from experiments.configs.finetune import get_config
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
+from experiments.nlg.config import FinetuneConfig
+from experiments.nlg.user_data import load_data
 from experiments.report import report
 from lora_jax.data.sets.e2e_tfds import load
 from lora_jax.interop import load_peft
@@ -26,7 +29,11 @@ from lora_jax.models.parts.mixture import MixtureConfig
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.loop import evaluate_loss
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
+from lora_jax.training.step import make_eval_step
 
 from tests.make_tokenizer_golden import GOLDEN
 from tests.tiny_e2e import EMBEDDED, tiny_folder
@@ -376,3 +383,29 @@ def test_too_few_lines(chat_folder, tmp_path):
   data.write_text('{"prompt": "a", "completion": "b"}')
   with pytest.raises(ValueError, match="has 1 different prompts, of which 1 are held out"):
     finetune.run(config_of(chat_folder, data, tmp_path / "run"))
+
+
+def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  changes = {"method": "full_finetuning", "optimizer.learning_rate": 3e-3, "samples.count": 1}
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  result = finetune.run(config)
+  assert result["trainable_parameters"] == result["base_parameters"] == 295_808
+  assert len(result["samples"]) == 1
+  assert not (tmp_path / "run" / "adapter").exists()
+  names, out = {}, capsys.readouterr().out
+  exec(out.split("# here\n")[1].split("# in transformers")[0], names)
+  trained, base = names["model"], load_causal_lm(chat_folder)
+  assert relative_difference(base.call(base.params, TOKENS), trained.call(trained.params, TOKENS))
+  text, held_out = load_data(read_config(FinetuneConfig, config), trained)
+  loss = lj.full_finetuning(language_model_loss(trained.module))
+  params = trained.params
+  measured = evaluate_loss(make_eval_step(loss), params, params, iter(held_out.valid), make_mesh())
+  assert measured == pytest.approx(result["valid_loss"], rel=1e-5)
+  assert text.tokenizer.get_vocab_size() == 8192
+  assert finetune.run(config) == json.loads(json.dumps(result))
+  for flags in ([], ["--merged"]):
+    with pytest.raises(SystemExit, match=r"has written it already: .*/model"):
+      export.main([config.workdir, str(tmp_path / "out"), *flags])
+  finetune.plan(config)
+  assert re.search(r"method +full fine-tuning, 295,808 parameters \(100", capsys.readouterr().out)

@@ -1,0 +1,95 @@
+"""The training that experiments share: what it saves, keeps and reports for each method."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from experiments.configs import gpt2_e2e
+from experiments.harness.config import read_config, replace_fields
+from experiments.harness.fit import fit_run, initialize
+from experiments.harness.methods import METHODS, adapt
+from experiments.harness.optimizer import make_optimizer
+from experiments.harness.restore import restore_trained
+from experiments.harness.workdir import write_json
+from experiments.nlg.config import E2EConfig
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
+from lora_jax.training.metrics_log import read_metrics
+
+from tests.tiny_training import TARGET, batches, fresh_params, model
+
+CHANGES = {
+  **{"lora.rank": 2, "lora.target": TARGET, "optimizer.warmup_steps": 2, "seed": 3},
+  **{"fit.eval_every_steps": 2, "fit.checkpoint_every_steps": 9, "fit.log_every_steps": 1},
+}
+
+
+def config_of(workdir, **changes):
+  config = read_config(E2EConfig, gpt2_e2e.get_config())
+  return replace_fields(config, {**CHANGES, "workdir": str(workdir), **changes})
+
+
+def fitted(config, **options):
+  module, _ = model(num_layers=1)
+  loss, params = adapt(config)(language_model_loss(module)), fresh_params(num_layers=1)
+  data, valid = batches(), batches(20, None, epochs=1)
+  return loss, fit_run(
+    config,
+    METHODS[config.method],
+    loss,
+    params,
+    initialize(config, loss, params, data[0]),
+    data,
+    make_mesh(),
+    examples="a few lines",
+    eval_loss=loss,
+    eval_batches=lambda: iter(valid),
+    **options,
+  )
+
+
+@pytest.mark.parametrize("method", ["lora", "full_finetuning"])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_what_is_kept_is_restored(tmp_path, method, keep, capsys):
+  config = config_of(tmp_path, method=method, **{"fit.keep": keep})
+  loss, trained = fitted(config, keep=keep)
+  kept = trained.fitted.best if keep == "best" else trained.fitted.last
+  assert trained.kept is kept
+  assert (tmp_path / "adapter").exists() == METHODS[method].saves_adapter
+  fields = trained.fields
+  assert fields["num_train_steps"] == len(batches())
+  assert f"{METHODS[method].label} in {tmp_path}: " in capsys.readouterr().out
+  write_json(tmp_path / "result.json", fields | {"valid_loss": trained.loss})
+  params = fresh_params(num_layers=1)
+  initial = initialize(config, loss, params, batches()[0])
+  assert fields["trainable_parameters"] == optax.tree.size(initial)
+  again, valid_loss = restore_trained(
+    config, params, initial, make_mesh(), checkpoint=keep, saved=keep
+  )
+  assert valid_loss == trained.loss
+  jax.tree.map(np.testing.assert_array_equal, again, kept)
+
+
+def test_a_base_that_was_trained_is_what_remains():
+  base, trained = {"w": 1}, {"w": 2}
+  assert METHODS["lora"].remaining_base(base, trained) is base
+  assert METHODS["full_finetuning"].remaining_base(base, trained) is trained
+
+
+def test_steps_and_the_learning_rate_follow_the_config(tmp_path):
+  _, trained = fitted(config_of(tmp_path), num_train_steps=4)
+  assert trained.fields["num_train_steps"] == 4
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
+  assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
+  assert [line["step"] for line in lines if "valid/loss" in line] == [2, 4]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedules_start_with_the_warmup(schedule):
+  config = config_of("unused", **{"optimizer.schedule": schedule}).optimizer
+  _, rates = make_optimizer(config, 10)
+  assert float(rates(0)) == 0
+  assert float(rates(2)) == pytest.approx(0.01)
+  assert float(rates(10)) == pytest.approx(0.01 if schedule == "constant" else 0.0)
