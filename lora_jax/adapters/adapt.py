@@ -209,14 +209,18 @@ def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -
     initialize = embedding
   site = Site(target.path, target.leaf, axes, target.rank, target.stacked_layers, initialize)
   arrays = dict(variant.start(key, site))
+  trained = {id(arrays[spec.name]) for spec in variant.table if not spec.frozen}
   sharding = leaf_sharding(target.leaf)
   for spec in variant.table:
     shape = site.array_shape(spec.words, **variant.sizes(site))
     if arrays[spec.name].shape != shape:
       got = arrays[spec.name].shape
       raise ValueError(f"{target.path}: init gave {spec.name} {got}, expected {shape}")
+    array = arrays[spec.name]
+    if spec.frozen and id(array) in trained:
+      array = jnp.copy(array)  # a step donates the trained one
     where = array_sharding(sharding, spec.words, axes, site.layers)
-    arrays[spec.name] = place(arrays[spec.name].astype(jnp.float32), where)
+    arrays[spec.name] = place(array.astype(jnp.float32), where)
   return LoraWeight.from_arrays(arrays, variant.table, axes, site.layers)
 
 

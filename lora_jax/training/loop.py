@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lora_jax.adaptation import Adaptation
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.held import read_held, write_held
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.metrics_log import MetricsLog
 from lora_jax.training.step import (
@@ -166,6 +167,10 @@ def fit(
 
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     state, first, last_loss = _resume(checkpoints, state, base, batches, config)
+    if first:
+      frozen = {**frozen, "adapter": read_held(workdir, frozen["adapter"])}
+    else:
+      write_held(workdir, frozen["adapter"])
     with MetricsLog(workdir, first) as log, _bar(config, first, progress) as bar:
       window = _Window(config, log, bar, progress, schedule, checkpoints)
       for step in range(first + 1, config.num_train_steps + 1):
@@ -337,8 +342,8 @@ def _check_finite(value: float, quantity: str, step: int, checkpoints: Checkpoin
   if np.isfinite(value):
     return
   steps = checkpoints.steps()
-  kept = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
+  note = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
   raise FloatingPointError(
-    f"the {quantity} of step {step}: {value}; training has stopped and {kept}. Try a lower "
+    f"the {quantity} of step {step}: {value}; training has stopped and {note}. Try a lower "
     "learning rate, a longer warmup or clipping of the gradient's norm; with float16, bfloat16"
   )

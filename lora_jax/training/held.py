@@ -1,0 +1,81 @@
+"""The arrays that an adapter holds and does not train, on disk: written once, read on resuming.
+
+`init` has computed them from the base (DoRA's |W|^2) or drawn them. Another machine may round
+otherwise, so a resumed run reads them and never computes them anew. Checkpoints leave them out.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.trees import leaves_with_path
+
+FOLDER = "adapter_frozen"
+
+
+def write_held(workdir: str | Path, adapter: PyTree) -> None:
+  """Writes the held arrays of an adapter in place of any that are there.
+
+  Args:
+    workdir: of the run.
+    adapter: the frozen part of a trainable tree, None where an array is trained. Nothing is
+      written if it has no array.
+  """
+  arrays = dict(leaves_with_path(adapter))
+  if not arrays:
+    return
+  folder = Path(workdir).absolute() / FOLDER
+  if jax.process_index() == 0:
+    shutil.rmtree(folder, ignore_errors=True)
+  multihost_utils.sync_global_devices("write held arrays")
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    checkpointer.save(
+      folder,
+      args=ocp.args.Composite(
+        arrays=ocp.args.StandardSave(arrays),
+        about=ocp.args.JsonSave({"fingerprint": fingerprint(arrays)}),
+      ),
+    )
+
+
+def read_held(workdir: str | Path, adapter: PyTree) -> PyTree:
+  """Returns the held arrays that a run has written, placed as those of `adapter` are.
+
+  Args:
+    workdir: of the run.
+    adapter: the frozen part of a trainable tree, as `init` made it anew.
+  Raises:
+    FileNotFoundError: if they are not there.
+    ValueError: if they belong to another adapter, or are damaged.
+  """
+  expected = dict(leaves_with_path(adapter))
+  if not expected:
+    return adapter
+  folder = Path(workdir).absolute() / FOLDER
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f"{folder} does not exist: the run's checkpoints need the arrays that its adapter holds. "
+      "Restore it, or start anew with another workdir"
+    )
+  abstract = {
+    path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    for path, leaf in expected.items()
+  }
+  args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore())
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      restored = checkpointer.restore(folder, args=args)
+      arrays, digest = dict(restored["arrays"]), restored["about"]["fingerprint"]
+  except Exception as error:  # storage libraries raise errors of many kinds
+    raise ValueError(
+      f"{folder} cannot be read, or belongs to another adapter ({type(error).__name__}). Restore "
+      "it, or start anew with another workdir"
+    ) from error
+  if fingerprint(arrays) != digest:
+    raise ValueError(f"{folder} is damaged. Restore it, or start anew with another workdir")
+  return jax.tree.unflatten(jax.tree.structure(adapter), [arrays[path] for path in expected])
