@@ -38,8 +38,7 @@ from experiments.harness.launch import apply
 from experiments.harness.optimizer import make_optimizer
 from experiments.nlg.config import PretrainConfig
 from experiments.nlg.gpt2 import pretrained_config, random_params
-from experiments.nlg.model_card import flops_per_token, matmul_gflops
-from experiments.nlg.pretraining_text import END_OF_TEXT_ID
+from experiments.nlg.pretraining import END_OF_TEXT_ID, flops_per_token, matmul_gflops
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.training.allocator import keep_freed_memory

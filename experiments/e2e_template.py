@@ -9,12 +9,11 @@ Time: seconds, most of them for the metrics.
 Expect: BLEU 63.34 on the 630 test inputs.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.launch import explained
+from experiments.harness.launch import explained, make_parser
 from experiments.harness.workdir import commit, run_once
 from experiments.nlg.config import TemplateConfig
 from experiments.nlg.e2e import decoded_inputs, score
@@ -32,7 +31,7 @@ def parse(context: str) -> dict[str, str]:
   {'name': 'The Vaults', 'Type': 'pub'}
 
   Raises:
-    ValueError: if a slot is unknown or stands twice, or there is no name.
+    ValueError: if a slot is unknown or appears twice, or the name is missing.
   """
   slots: dict[str, str] = {}
   for part in context.split("|"):
@@ -110,9 +109,8 @@ def _run(config: TemplateConfig, workdir: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(prog="python -m experiments.e2e_template", description=__doc__)
+  parser = make_parser("e2e_template", __doc__)
   parser.add_argument("--workdir", default="runs/e2e_template", help="the folder to write")
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   options = parser.parse_args(arguments)
   with explained():
     run(TemplateConfig(workdir=options.workdir))

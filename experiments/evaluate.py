@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.harness.config import flat, replace_fields
-from experiments.harness.launch import explained
+from experiments.harness.launch import explained, make_parser
 from experiments.harness.workdir import provenance, read_finished, read_run, run_once
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import decode_and_score
@@ -85,12 +85,7 @@ def _name(stored: E2EConfig, config: E2EConfig) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.evaluate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    argument_default=argparse.SUPPRESS,
-  )
+  parser = make_parser("evaluate", __doc__, argument_default=argparse.SUPPRESS)
   parser.add_argument("folder", help="of a finished run")
   parser.add_argument("--num_beams", type=int, help="1 is greedy")
   parser.add_argument("--length_penalty", type=float, help="the exponent of the length")
@@ -102,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--checkpoint", choices=("best", "last"), help="the best by validation loss, or the last"
   )
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   options = vars(parser.parse_args(arguments))
   with explained():
     evaluate_run(options["folder"], {n: options[n] for n in SETTINGS if n in options})

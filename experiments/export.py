@@ -16,13 +16,12 @@ Time: seconds for the embedded base; a merged model is read and written one weig
 Expect: a folder whose model computes what the run's own does.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.classification.config import GlueConfig
 from experiments.classification.restore import load_encoder
-from experiments.harness.launch import explained
+from experiments.harness.launch import explained, make_parser
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.config import E2EConfig, FinetuneConfig
@@ -126,17 +125,12 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.export",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("export", __doc__)
   parser.add_argument("folder", help="of a finished run")
   parser.add_argument("out", help="the folder to make")
   form = parser.add_mutually_exclusive_group()
   form.add_argument("--merged", action="store_true", help="the whole model, for transformers")
   form.add_argument("--server", action="store_true", help="one rank and one alpha for all")
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   options = parser.parse_args(arguments)
   errors: dict[str, float] = {}
   with explained():

@@ -231,7 +231,8 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   written = json.loads((folder / "adapter_config.json").read_text("utf-8"))
   ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
   rank = next((rank for rank in ranks if rank >= written["r"]), None)
-  if rank is not None and "target_parameters" not in written:
+  served = find_method(config.method).has_servers and "target_parameters" not in written
+  if rank is not None and served:
     lines += ["", "# a server that has LoRA for models of this type"]
     lines += [f"# vllm serve {model} --enable-lora --max-lora-rank {rank} \\"]
     lines += [f"#   --lora-modules mine={folder}"]

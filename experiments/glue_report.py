@@ -10,7 +10,6 @@ Time: seconds.
 Expect: the tables of docs/glue.md, from the runs that are listed there.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from statistics import median
 
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
-from experiments.harness.launch import explained
+from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
 
 NAMES = {"matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
@@ -59,7 +58,7 @@ def _results(runs: Sequence[Run]) -> str:
     for row in paper_tables.TABLE_2:
       if row.model == model:
         scores = [_printed(row.scores.get(task)) for task in tasks]
-        rows.append([f"the paper, {row.what}", row.trainable, *scores])
+        rows.append([f"the paper, {row.label}", row.trainable, *scores])
   note = (
     "Dev sets, percent. The median over the seeds of each one's best epoch, which the dev set "
     "chooses, as the paper does; in brackets the median of the last epoch; then the number of "
@@ -138,14 +137,9 @@ def _origin(runs: Sequence[Run]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.glue_report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("glue_report", __doc__)
   parser.add_argument("folders", nargs="+", help="of runs, as runs/glue/cola/*")
   parser.add_argument("--out", help="a file to write besides")
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   options = parser.parse_args(arguments)
   with explained():
     text = report(options.folders)

@@ -30,8 +30,14 @@ from experiments.harness.methods import METHODS
 from experiments.harness.workdir import check_same, provenance, run_once, write_json
 from experiments.nlg.config import PretrainConfig
 from experiments.nlg.gpt2 import PRETRAINING, pretrained_config, random_params
-from experiments.nlg.model_card import flops_per_token, matmul_gflops, model_card
-from experiments.nlg.pretraining_text import END_OF_TEXT_ID, Text, prepare
+from experiments.nlg.pretraining import (
+  END_OF_TEXT_ID,
+  Text,
+  flops_per_token,
+  matmul_gflops,
+  model_card,
+  prepare,
+)
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.folder import save_gpt2
 from lora_jax.models.gpt2.model import GPT2, GPT2Config

@@ -9,14 +9,13 @@ Time: seconds, and with Java some more to compare texts by METEOR.
 Expect: the tables of docs/gpt2_e2e.md, from the runs that are listed there.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
-from experiments.harness.launch import explained
+from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
 from experiments.nlg.e2e import decoded_inputs
 from experiments.nlg.figure import draw
@@ -200,7 +199,7 @@ def _difference(name: str, difference: Difference | None) -> str:
 def _paper() -> str:
   head = ["the paper's models", "trainable", *METRICS.values()]
   rows = [
-    [row.what, row.trainable, *map(_printed, METRICS, row[2:])] for row in paper_tables.TABLE_3
+    [row.label, row.trainable, *map(_printed, METRICS, row[2:])] for row in paper_tables.TABLE_3
   ]
   note = (
     f"Table 3 of the paper ({PAPER}): GPT-2 medium (355 M parameters) and large (774 M), trained "
@@ -312,15 +311,10 @@ def _origin(runs: Sequence[Run]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.report",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = make_parser("report", __doc__)
   parser.add_argument("folders", nargs="+", help="of runs, as runs/e2e_budgets/*")
   parser.add_argument("--out", default="report", help="the files to write, without their ending")
   parser.add_argument("--against", help="the run that the others are compared with")
-  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   options = parser.parse_args(arguments)
   with explained():
     print(report(options.folders, options.out, options.against))

@@ -127,7 +127,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.model.hidden_dropout = 0.1  # the models' own, in training alone
   config.model.attention_dropout = 0.1
   config.model.head_dropout = 0.1
-  # What is trained whole beside the factors: all that is not the encoder. BERT's pooler is a part
+  # What is fully trained beside the factors: all that is not the encoder. BERT's pooler is a part
   # of the head here, as DeBERTa's is in the paper's code; RoBERTa has none.
   config.model.head = r"(pooler|head)/.*"
 
@@ -231,10 +231,10 @@ def _paper(config: Config, model: str, task: str, recipe: str) -> None:
 
   Tasks that they do not have take RTE's.
   """
-  own = task if task in PAPER_TASKS else "rte"
-  chosen = (DAGGER if recipe == "dagger" else PAPER[model])[own]
+  column = task if task in PAPER_TASKS else "rte"
+  chosen = (DAGGER if recipe == "dagger" else PAPER[model])[column]
   if recipe == "scripts":
-    chosen = chosen._replace(**SCRIPTS[model].get(own, {}))  # pyright: ignore[reportArgumentType]
+    chosen = chosen._replace(**SCRIPTS[model].get(column, {}))  # pyright: ignore[reportArgumentType]
   config.data.batch_size = chosen.batch_size
   config.fit.num_epochs = chosen.num_epochs
   config.optimizer.learning_rate = chosen.learning_rate
@@ -248,7 +248,7 @@ def _paper(config: Config, model: str, task: str, recipe: str) -> None:
   if task in FROM_MNLI and recipe != "dagger":
     config.lora.start = "required"
   if model == "deberta_xxl":
-    decay, head_dropout, warmup = DEBERTA[own]
+    decay, head_dropout, warmup = DEBERTA[column]
     config.optimizer.weight_decay, config.model.head_dropout = decay, head_dropout
     config.optimizer.warmup_ratio = 0.1  # of the paper; the scripts give steps
     if recipe == "scripts" and warmup:
@@ -285,7 +285,7 @@ def tuned_rates(method: str) -> list[float]:
 def best_rate(config: Config, method: str) -> float:
   """Returns the learning rate with the best score in the tuning sweep of a method.
 
-  Rates that were tuned there besides, beyond an end of the sweep's, count as well.
+  Rates that were tuned there as well, beyond an end of the sweep's, count too.
 
   Raises:
     ValueError: if a run of it is not finished or not there, or has another model or recipe.

@@ -3,7 +3,7 @@
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT --sweep  # budgets
 
-The default is 20 M tokens, hours on 2 CPU cores, and goes on where it was broken off.
+The default is 20 M tokens, hours on 2 CPU cores; an interrupted run is resumed by the same command.
 """
 
 from collections.abc import Iterator

@@ -7,6 +7,7 @@
 --dry_run                  prints what would be done, of an experiment that can tell
 """
 
+import argparse
 import contextlib
 import hashlib
 import importlib.metadata
@@ -86,6 +87,18 @@ def launch(
   app.run(main)
 
 
+def make_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+  """Returns the parser of a command that has no config file."""
+  parser = argparse.ArgumentParser(
+    prog=f"python -m experiments.{name}",
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    **options,
+  )
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+  return parser
+
+
 def _only_cpus() -> bool:
   """Tells whether JAX will find no accelerator, without starting it."""
   plugins = importlib.metadata.entry_points(group="jax_plugins")
@@ -117,8 +130,8 @@ def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, Config]:
 
 def _named_fields(arguments: Sequence[str]) -> set[str]:
   """Returns the fields of the config that a command line names."""
-  found = (re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments)
-  return {match[1] for match in found if match}
+  flags = (re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments)
+  return {match[1] for match in flags if match}
 
 
 def _no_field(name: str, known: Iterable[str]) -> str:

@@ -30,7 +30,9 @@ class Method:
     make: returns from a run's config what adapts a function; None trains nothing.
     ignores: fields of configs, or whole sections, that its runs do not depend on.
     owns_base: the trainable tree is the base itself, which is gone after training.
+    variant: of LoRA, which None is itself.
     exports_adapter: PEFT has a format for what it trains.
+    has_servers: adapter servers, as vLLM, read that format.
     learning_rate: its default, as a multiple of the config file's.
     tried_learning_rates: by sweeps that tune it, as multiples of one rate for all methods.
     experiments: that have it; None is all that adapt a base.
@@ -40,7 +42,9 @@ class Method:
   make: Callable[[AdaptationConfig], Adapt] | None
   ignores: tuple[str, ...] = ()
   owns_base: bool = False
+  variant: lj.Variant | None = None
   exports_adapter: bool = False
+  has_servers: bool = False
   learning_rate: float = 1.0
   tried_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0)
   experiments: tuple[str, ...] | None = None
@@ -64,18 +68,25 @@ class Method:
 
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
-  """Returns the LoRA of a config, and the head that is trained with it."""
+  """Returns the LoRA of a config, or the variant of it, and the head that is trained with it."""
   lora = config.lora
-  target = ALL_LINEAR if lora.target == "all-linear" else lora.target
-  return lj.LoraConfig(lora.rank, lora.alpha, target, lora.dropout, lora.init, extra=config.head)  # pyright: ignore[reportArgumentType]
+  return lj.LoraConfig(
+    lora.rank,
+    lora.alpha,
+    target=ALL_LINEAR if lora.target == "all-linear" else lora.target,
+    dropout=lora.dropout,
+    init=lora.init,  # pyright: ignore[reportArgumentType]
+    extra=config.head,
+    variant=METHODS[config.method].variant,
+  )
 
 
-def _low_rank(method: Callable[..., lj.Adaptation]) -> Callable[[AdaptationConfig], Adapt]:
-  return lambda config: functools.partial(method, config=lora_config(config))
+def _low_rank(config: AdaptationConfig) -> Adapt:
+  return functools.partial(lj.lora, config=lora_config(config))
 
 
 METHODS: Mapping[str, Method] = {
-  "lora": Method("LoRA", make=_low_rank(lj.lora), exports_adapter=True),
+  "lora": Method("LoRA", make=_low_rank, exports_adapter=True, has_servers=True),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,

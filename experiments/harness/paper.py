@@ -17,7 +17,7 @@ class Value(NamedTuple):
 class Row(NamedTuple):
   """A row of Table 3. `trainable` is as printed; rank 4 on q and v of GPT-2 M is 393,216."""
 
-  what: str
+  label: str
   trainable: str
   bleu: Value
   nist: Value
@@ -26,10 +26,10 @@ class Row(NamedTuple):
   cider: Value
 
 
-def _row(what: str, trainable: str, *cells: str) -> Row:
+def _row(label: str, trainable: str, *cells: str) -> Row:
   """Reads cells as the paper prints them: `68.2` or `70.4±.1`."""
   parts = (cell.split("±") for cell in cells)
-  return Row(what, trainable, *(Value(*map(float, part)) for part in parts))
+  return Row(label, trainable, *(Value(*map(float, part)) for part in parts))
 
 
 TABLE_3 = (  # a star there: numbers published in prior works
@@ -78,15 +78,15 @@ class GlueRow(NamedTuple):
   """A row of Table 2: percent, by task; the median of 5 seeds, each at its best epoch."""
 
   model: str
-  what: str
+  label: str
   trainable: str
   scores: dict[str, Value]
 
 
-def _glue_row(model: str, what: str, trainable: str, cells: str) -> GlueRow:
+def _glue_row(model: str, label: str, trainable: str, cells: str) -> GlueRow:
   parts = ([float(part) for part in cell.split("±")] for cell in cells.split())
   scores = {task: Value(*part) for task, part in zip(TASKS_2, parts, strict=True)}
-  return GlueRow(model, what, trainable, scores)
+  return GlueRow(model, label, trainable, scores)
 
 
 BASE, LARGE, XXL = "roberta_base", "roberta_large", "deberta_xxl"

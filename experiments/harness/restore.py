@@ -13,7 +13,7 @@ from experiments.harness.optimizer import make_optimizer
 from experiments.harness.workdir import read_finished, read_result
 from lora_jax.training.checkpoint import Checkpoints, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
-from lora_jax.training.step import start, trainable_tree, trainable_tree
+from lora_jax.training.step import start, trainable_tree
 
 
 def restore_trained(

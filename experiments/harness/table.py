@@ -22,16 +22,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join(lines)
 
 
-def by_rate(what: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[str, float]) -> str:
+def by_rate(head: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[str, float]) -> str:
   """Returns a table with a column for each learning rate, the best of each row in bold.
 
   Args:
-    what: the head of the first column.
+    head: of the first column.
     cells: of each row, by rate.
     best: each row's best rate. If it is an end of several, a note says so.
   """
   rates = sorted({rate for row in cells.values() for rate in row})
-  rows = [[what, *(f"{rate:g}" for rate in rates)]]
+  rows = [[head, *(f"{rate:g}" for rate in rates)]]
   for label, row in cells.items():
     bold = {**row, best[label]: f"**{row[best[label]]}**"}
     rows.append([label, *(bold.get(rate, "") for rate in rates)])

@@ -75,17 +75,17 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
     return result
 
 
-def check_same(path: Path, value: Any, what: str) -> None:
-  """Writes a JSON file of what a run began with; once it has trained, compares it.
+def check_same(path: Path, value: Any, label: str) -> None:
+  """Writes a JSON file about the inputs of a run; once the run has trained, compares them.
 
   Raises:
     ValueError: if it is something else by now.
   """
   trained = _has_trained(path.parent) and path.exists()
-  begun_with = json.loads(path.read_text("utf-8")) if trained else value
-  if begun_with != value:
+  previous = json.loads(path.read_text("utf-8")) if trained else value
+  if previous != value:
     raise ValueError(
-      f"{path.parent} was begun with other {what} ({begun_with}, now {value}): it has changed "
+      f"{path.parent} was started with other {label} ({previous}, now {value}): it has changed "
       "since. Restore it, or give another --config.workdir"
     )
   write_json(path, value)
@@ -125,9 +125,9 @@ def file_digest(path: str | Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
   """Writes a file whole or not at all."""
-  new = path.with_name(f".{path.name}.new")
-  new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-  os.replace(new, path)
+  temporary = path.with_name(f".{path.name}.new")
+  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+  os.replace(temporary, path)
 
 
 def read_result(folder: str | Path) -> dict[str, Any] | None:

@@ -58,12 +58,12 @@ def load_data(config: E2EConfig, base: Base) -> Data:
   return Data(in_epochs, once, len(train), examples_digest(train, valid))
 
 
-def _random_part(records: Sequence[e2e.Record], split: str, count: int) -> list[e2e.Record]:
+def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.Record]:
   """Returns some records, the same ones whatever the run's seed; with a count of 0 all."""
   if count > len(records):
     raise ValueError(f"the {split} split has {len(records)} records, expected {count} or more")
   order = np.random.default_rng(0).permutation(len(records)) if count else range(len(records))
-  return [records[i] for i in order[: count or None]]
+  return records.take(order[: count or None])
 
 
 def decoded_inputs(form: e2e.Form, source: str, split: e2e.Split, count: int) -> list[e2e.Group]:

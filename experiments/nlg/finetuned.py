@@ -74,7 +74,7 @@ def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree
 def _write_peft(
   config: FinetuneConfig, model: LanguageModel, adapter: PyTree, folder: Path
 ) -> None:
-  """Writes the adapter as PEFT reads it; as servers do too, unless fused experts are adapted."""
+  """Writes the adapter as PEFT reads it; and servers, if they can read the method and weights."""
   adapted = set(adapter_weights(adapter))
   fused = any(tensor.is_parameter and adapted & set(tensor.paths) for tensor in model.stored)
   save_peft(
@@ -84,7 +84,7 @@ def _write_peft(
     model.stored,
     model.params,
     base_model=config.model.folder,
-    for_server=not fused,
+    for_server=find_method(config.method).has_servers and not fused,
   )
 
 

@@ -43,7 +43,7 @@ def _ours(group: Group) -> dict[str, object]:
 
 def _paper() -> Iterator[dict[str, object]]:
   for row in paper_tables.TABLE_3:
-    cells: dict[str, object] = {"source": "paper, Table 3", "what": row.what}
+    cells: dict[str, object] = {"source": "paper, Table 3", "what": row.label}
     cells["trainable"] = row.trainable
     for name, value in zip(METRICS, row[2:], strict=True):
       cells |= {name: value.mean, f"{name}_deviation": value.deviation}

@@ -68,43 +68,43 @@ class Text(NamedTuple):
 
 def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]:
   """Returns the model's tokenizer and the batches of both parts of the data."""
-  given = config.data
-  records: Sequence[Any] = read_jsonl(given.file, given.ignored_fields)
-  if given.valid_file:
-    held_out: Sequence[Any] = read_jsonl(given.valid_file, given.ignored_fields)
+  options = config.data
+  records: Sequence[Any] = read_jsonl(options.file, options.ignored_fields)
+  if options.valid_file:
+    held_out: Sequence[Any] = read_jsonl(options.valid_file, options.ignored_fields)
     if type(records[0]) is not type(held_out[0]):
       raise ValueError(
-        f"{given.file} and {given.valid_file} have lines of two forms: expected prompts and "
+        f"{options.file} and {options.valid_file} have lines of two formats: expected prompts and "
         "completions in both, or messages in both"
       )
   else:
     records, held_out = _hold_out(config, records)
   text = load_text(config, model, isinstance(records[0], Conversation))
-  limit = min(given.row_length or model.num_positions, model.num_positions)
-  train, valid = (encode(text, part, limit, given.truncate) for part in (records, held_out))
+  limit = min(options.row_length or model.num_positions, model.num_positions)
+  train, valid = (encode(text, part, limit, options.truncate) for part in (records, held_out))
   text = text._replace(end_ids=_end_ids(text, train[0]))
   longest = max(len(example.tokens) for example in (*train, *valid))
-  row_length = given.row_length or min(-(-longest // 64) * 64, model.num_positions)
+  row_length = options.row_length or min(-(-longest // 64) * 64, model.num_positions)
 
   loss_length = data_batches.suggest_loss_length([*train, *valid], row_length)
   chunk = config.fit.loss_chunk or 1  # which must divide it
 
   def batches(examples: list[Example], seed: int | None, epochs: int) -> data_batches.Batches:
     shape = {
-      "batch_size": given.batch_size,
+      "batch_size": options.batch_size,
       "loss_length": -(-loss_length // chunk) * chunk,
       "seed": seed,
       "num_epochs": epochs,
       "shard_index": jax.process_index(),
       "shard_count": jax.process_count(),
     }
-    if given.packing:
+    if options.packing:
       return data_batches.packed_batches(examples, row_length=row_length, **shape)
     return data_batches.padded_batches(examples, row_lengths=[row_length], **shape)
 
   shown = held_out[: config.samples.count]
   data = Data(
-    train=batches(train, config.seed, given.num_epochs),
+    train=batches(train, config.seed, options.num_epochs),
     valid=batches(valid, None, 1),
     prompts=prompts(text, shown),
     answers=[_answer(record) for record in shown],
@@ -118,13 +118,13 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
 def end_token_id(folder: Path, tokenizer: Any) -> int:
   """Returns the id of the token that ends a text; raises ValueError if the folder names none."""
   name = read_special_tokens(folder).get("eos_token", END_OF_TEXT)
-  found = tokenizer.token_to_id(name)
-  if found is None:
+  token_id = tokenizer.token_to_id(name)
+  if token_id is None:
     raise ValueError(
       f"{folder}: the tokenizer has no token {name!r} to end a text with; name its own as "
       "eos_token in tokenizer_config.json"
     )
-  return found
+  return token_id
 
 
 def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text:

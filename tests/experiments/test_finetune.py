@@ -135,12 +135,12 @@ def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
   file = tmp_path / "model" / "config.json"
   written = file.read_text()
   file.write_text(json.dumps(json.loads(written) | {"rms_norm_eps": 0.1}))
-  with pytest.raises(ValueError, match=r"was begun with other model, by its config\.json"):
+  with pytest.raises(ValueError, match=r"was started with other model, by its config\.json"):
     finetune.run(run)
   file.write_text(written)
   weights = tmp_path / "model" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-1] + b"@")
-  with pytest.raises(ValueError, match=r"was begun with other weights .*it has changed since"):
+  with pytest.raises(ValueError, match=r"was started with other weights .*it has changed since"):
     finetune.run(run)
   (tmp_path / "run" / "result_before.json").rename(tmp_path / "run" / "result.json")
   with pytest.raises(SystemExit, match=r"was trained on other weights than .*model\.safetensors"):
@@ -188,7 +188,7 @@ def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
   second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
   for data, valid in ((first, second), (second, first)):
     config = apply(config_of(chat_folder, data, tmp_path / "run"), {"data.valid_file": str(valid)})
-    with pytest.raises(ValueError, match=r"have lines of two forms"):
+    with pytest.raises(ValueError, match=r"have lines of two formats"):
       finetune.run(config)
 
 
@@ -290,7 +290,7 @@ def test_data_that_has_changed_since_a_run_was_finished(completions):
   data = Path(config.data.file)
   before = data.read_text()
   data.write_text(before + before)
-  with pytest.raises(ValueError, match=r"was begun with other data .* it has changed since"):
+  with pytest.raises(ValueError, match=r"was started with other data .* it has changed since"):
     finetune.run(config)
   data.write_text(before)
   assert finetune.run(config)["valid_loss"] == result["valid_loss"]

@@ -318,7 +318,7 @@ def test_a_run_is_bound_to_its_base_and_its_examples(finished, tmp_path):
     load_encoder(workdir)
   (workdir / "result.json").unlink()
   write_json(workdir / "examples.json", "of other lines")
-  with pytest.raises(ValueError, match="was begun with other examples, by its data or its tok"):
+  with pytest.raises(ValueError, match="was started with other examples, by its data or its tok"):
     glue.run(tiny_config(workdir))
 
 

@@ -13,7 +13,7 @@ from experiments.harness.config import read_config
 from experiments.harness.launch import apply
 from experiments.nlg.config import PretrainConfig
 from experiments.nlg.gpt2 import pretrained_config
-from experiments.nlg.model_card import flops_per_token
+from experiments.nlg.pretraining import flops_per_token
 from lora_jax.data import corpus
 from lora_jax.data.sets import e2e
 from lora_jax.models.gpt2.folder import load_gpt2
@@ -127,7 +127,7 @@ def test_text_that_changes_during_a_run_is_refused(finished, tmp_path):
   (tmp_path / "run" / "result.json").unlink()
   with (folder / "a.txt").open("r+") as file:
     file.write("X")  # the size is the same
-  with pytest.raises(ValueError, match=r"was begun with other text .* it has changed since"):
+  with pytest.raises(ValueError, match=r"was started with other text .* it has changed since"):
     gpt2_pretrain.run(config)
   assert len(list((root / "runs").glob("text-*"))) == 2
 
