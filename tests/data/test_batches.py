@@ -207,7 +207,7 @@ def test_the_suggested_loss_length_keeps_packing_full():
 DIGEST = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from tests.test_data_batches import as_iterator, digests, make_examples, packed
+from tests.data.test_batches import as_iterator, digests, make_examples, packed
 iterator = as_iterator(packed(make_examples(301), num_epochs=3))
 iterator.set_state(json.loads(sys.argv[2]))
 print(json.dumps(digests(iterator)))

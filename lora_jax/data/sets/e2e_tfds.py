@@ -4,17 +4,17 @@
     builder.download_and_prepare()
     source = builder.as_data_source("train")    # random access: source[123]["context"]
 
-`load` does that and returns what `e2e.read` returns. `e2e.py` alone, without TFDS, reads the same
-records; the builder is for pipelines that take their data from TFDS.
+`load` does that and returns the records of a split, which are those of `e2e.read`. The files are
+prepared once; a record is read when it is accessed.
 """
 
 import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -178,15 +178,10 @@ def load(
   form: e2e.Form = "reference",
   source: str | os.PathLike[str] = "embedded",
   data_dir: str | os.PathLike[str] | None = None,
-  choose: Callable[[int], Sequence[int]] = range,
-) -> list[e2e.Record]:
-  """Returns records of a split by way of TFDS.
+) -> "Records":
+  """Returns the records of a split, in the file's order, by way of TFDS.
 
-  Args:
-    choose: from the number of records to the indices of those that are read, in this order;
-      the rest are not touched. All, in the file's order, if not given.
-
-  The other arguments are those of `E2E`.
+  The arguments are those of `E2E`.
 
   Raises:
     FileNotFoundError: if a file of the folder is missing, or the source has no such split.
@@ -196,5 +191,30 @@ def load(
   name = e2e.file_name(split, form)
   if split not in sources:
     e2e.embedded_bytes(name)  # raises, saying what to do
-  rows = sources[split].__getitems__(list(choose(len(sources[split]))))
-  return [e2e.Record(row["context"].decode(), row["completion"].decode()) for row in rows]
+  return Records(sources[split])
+
+
+class Records(Sequence[e2e.Record]):
+  """The records of a prepared split, each read from its file when it is accessed."""
+
+  def __init__(self, source: Any):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  @overload
+  def __getitem__(self, index: int) -> e2e.Record: ...
+  @overload
+  def __getitem__(self, index: slice) -> list[e2e.Record]: ...
+  def __getitem__(self, index: int | slice) -> e2e.Record | list[e2e.Record]:
+    numbers = range(len(self))[index]
+    return self.take([numbers])[0] if isinstance(numbers, int) else self.take(numbers)
+
+  def __iter__(self) -> Iterator[e2e.Record]:
+    return iter(self.take(range(len(self))))
+
+  def take(self, indices: Iterable[int]) -> list[e2e.Record]:
+    """Returns the records at some indices, in one read: about 50 microseconds each."""
+    rows = self._source.__getitems__([int(i) for i in indices])
+    return [e2e.Record(row["context"].decode(), row["completion"].decode()) for row in rows]

@@ -186,8 +186,8 @@ def read(
     if isinstance(row, str):
       skipped.append(row)
       if not skip_malformed:
-        known = ". QQP's files have such lines: skip_malformed=True" if name == "qqp" else ""
-        raise ValueError(f"{row}{known}")
+        hint = ". QQP's files have such lines: skip_malformed=True" if name == "qqp" else ""
+        raise ValueError(f"{row}{hint}")
     else:
       rows.append({**row, "idx": number})
   if skipped:
@@ -196,11 +196,11 @@ def read(
   return rows
 
 
-def check_size(what: str, got: int, expected: int | None, any_size: bool) -> None:
+def check_size(source: str, count: int, expected: int | None, any_size: bool) -> None:
   """Raises ValueError if there are no rows, or not as many as were published."""
-  if not got or not (any_size or expected in (None, got)):
+  if not count or not (any_size or expected in (None, count)):
     raise ValueError(
-      f"{what}: expected {'rows' if expected is None else f'{expected:,} rows'}, got {got:,}. "
+      f"{source}: expected {'rows' if expected is None else f'{expected:,} rows'}, got {count:,}. "
       "Take the original file; any_size=True takes an excerpt"
     )
 
@@ -223,19 +223,19 @@ def _rows(name: str, split: str, folder: Path) -> Iterator[tuple[int, Row | str]
   """Yields the number of each row and the row, or what is wrong with its line."""
   task = task_of(name)
   file, *ids = file_names(name, split, folder)
-  wanted = None if not ids else split == "validation"
+  wants_dev = None if not ids else split == "validation"
   dev = {tuple(line.split("\t")) for _, line in _lines(folder / ids[0])} if ids else set()
   header = COLA_COLUMNS if name == "cola" and split != "test" else None
-  kept = 0
+  number = 0
   for where, fields in _table(folder / file, header):
     row = fields if isinstance(fields, str) else _row(task, where, fields, split)
-    if wanted is not None and not isinstance(fields, str):
+    if wants_dev is not None and not isinstance(fields, str):
       # Microsoft's own training file of MRPC holds both; the pairs' ids say which are the dev set.
       is_dev = (fields["#1 ID"], fields["#2 ID"]) in dev
-      if is_dev != wanted:
+      if is_dev != wants_dev:
         continue
-    yield kept, row
-    kept += 1
+    yield number, row
+    number += 1
 
 
 def _table(path: Path, header: list[str] | None) -> Iterator[tuple[str, dict[str, str] | str]]:
@@ -267,11 +267,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _row(task: Task, where: str, fields: dict[str, str], split: str) -> Row | str:
   """Returns the row of a line's fields, or what is wrong with them."""
   labelled = not split.startswith("test")
-  wanted = [*task.texts.values(), *([task.label_column] if labelled else [])]
-  missing = [column for column in wanted if column not in fields]
+  columns = [*task.texts.values(), *([task.label_column] if labelled else [])]
+  missing = [column for column in columns if column not in fields]
   if missing:
     raise ValueError(
-      f"{where.rpartition(':')[0]}:1: expected the columns {', '.join(wanted)}, got "
+      f"{where.rpartition(':')[0]}:1: expected the columns {', '.join(columns)}, got "
       f"{', '.join(fields)}"
     )
   row: Row = {name: fields[column] for name, column in task.texts.items()}
@@ -280,8 +280,8 @@ def _row(task: Task, where: str, fields: dict[str, str], split: str) -> Row | st
   try:
     return row | {"label": task.label(fields[task.label_column])}
   except ValueError:
-    known = ", ".join(task.aliases or task.labels) or "0.0 to 5.0"
-    return f"{where}: expected a label of {known}, got {fields[task.label_column]!r}"
+    labels = ", ".join(task.aliases or task.labels) or "0.0 to 5.0"
+    return f"{where}: expected a label of {labels}, got {fields[task.label_column]!r}"
 
 
 def records(name: str, rows: Sequence[Row]) -> list[Record]:

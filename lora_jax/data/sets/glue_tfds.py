@@ -4,15 +4,15 @@
     builder.download_and_prepare()
     source = builder.as_data_source("validation")           # random access: source[0]["sentence"]
 
-`load` does that and returns the records of `glue.py` or `superglue.py`. It also reads the data
-sets that TFDS's own builders `glue` and `super_glue` have prepared: the rows are the same.
+`load` does that and returns the records of `glue.py` or `superglue.py`. It also reads what TFDS's
+own builders `glue` and `super_glue` have prepared: the rows are the same.
 """
 
 import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,9 +60,9 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ):
     root = default_data_dir() if data_dir is None else Path(data_dir)
     self._task = getattr(config, "name", config)
-    self._source, self._how = Path(source), (skip_malformed, any_size)
+    self._source, self._options = Path(source), (skip_malformed, any_size)
     super().__init__(
-      data_dir=root / _folder_of(self.SUITE, self._task, self._source, self._how),
+      data_dir=root / _folder_of(self.SUITE, self._task, self._source, self._options),
       config=config,
       version=version,
       file_format="array_record",
@@ -93,11 +93,11 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return [split for split, paths in _paths(self.SUITE, self._task, self._source).items() if paths]
 
   def _read_glue(self, split: str) -> list[Row]:
-    skip, any_size = self._how
+    skip, any_size = self._options
     return glue.read(self._task, split, self._source, skip_malformed=skip, any_size=any_size)
 
   def _read_superglue(self, split: str) -> list[Row]:
-    return superglue.read(self._task, split, self._source, any_size=self._how[1])
+    return superglue.read(self._task, split, self._source, any_size=self._options[1])
 
   def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[int, Row]]:
     yield from enumerate(rows)
@@ -157,16 +157,16 @@ def _paths(suite: Suite, name: str, source: Path) -> dict[str, list[Path]]:
     folder = source / superglue.task_of(name).folder
     names = {split: [file] for split, file in superglue.FILES.items()}
   paths = {split: [folder / file for file in files] for split, files in names.items()}
-  found = {s: p if all(path.is_file() for path in p) else [] for s, p in paths.items()}
-  if not any(found.values()):
+  present = {s: p if all(path.is_file() for path in p) else [] for s, p in paths.items()}
+  if not any(present.values()):
     files = ", ".join(path.name for path in next(iter(paths.values())))
     raise FileNotFoundError(f"expected {files} and others of {name} in the folder {folder}")
-  return found
+  return present
 
 
-def _folder_of(suite: Suite, name: str, source: Path, how: tuple[bool, bool]) -> str:
+def _folder_of(suite: Suite, name: str, source: Path, options: tuple[bool, bool]) -> str:
   """Returns a name for the source's content, so that changed files are never read as prepared."""
-  digest = hashlib.sha256(repr(how).encode())
+  digest = hashlib.sha256(repr(options).encode())
   for split, paths in _paths(suite, name, source).items():
     for path in paths:
       digest.update(f"{split}/{path.name}".encode())
@@ -200,12 +200,11 @@ def load(
   data_dir: str | os.PathLike[str] | None = None,
   skip_malformed: bool = False,
   any_size: bool = False,
-  choose: Callable[[int], Sequence[int]] = range,
 ) -> list[Record]:
-  """Returns the records of a split by way of TFDS.
+  """Returns the records of a split, in the file's order, by way of TFDS.
 
   Args:
-    task: of the suite.
+    task: a task of the suite.
     split: `train`, `validation` or `test`; of MNLI `validation_matched` and so on.
     source: the folder of the benchmark's original files; or `tfds`, what TFDS's own builder has
       prepared in `data_dir`, as `array_record`.
@@ -213,7 +212,6 @@ def load(
     data_dir: of TFDS; None is `default_data_dir()`.
     skip_malformed: leaves out lines that cannot be read; for GLUE's files alone.
     any_size: takes files of another number of rows than was published.
-    choose: from the number of rows to those that are read, in this order; all if not given.
   Raises:
     FileNotFoundError: if there is no such file or data set.
     ValueError: if a line cannot be read, naming file and line, or rows are missing.
@@ -222,39 +220,38 @@ def load(
   if suite not in suites:
     raise ValueError(f"suite must be one of {', '.join(suites)}, got {suite!r}")
   builder_class, module = suites[suite]
-  known = module.task_of(task)
-  glue.check_split(task, split, known.sizes)
+  glue.check_split(task, split, module.task_of(task).sizes)
   if source == "tfds":
     builder = _prepared(suite, task, data_dir)
   else:
-    how = {"skip_malformed": skip_malformed, "any_size": any_size}
-    builder = prepare(builder_class(config=task, source=source, data_dir=data_dir, **how))
+    options = {"skip_malformed": skip_malformed, "any_size": any_size}
+    builder = prepare(builder_class(config=task, source=source, data_dir=data_dir, **options))
   sources = builder.as_data_source()
   if split not in sources:
     raise FileNotFoundError(
       f"{source} has no files of {task}, {split}; it has {', '.join(sources)}"
     )
-  rows = sources[split].__getitems__(list(choose(len(sources[split]))))
+  rows = sources[split].__getitems__(range(len(sources[split])))
   return module.records(task, [_plain(row) for row in rows])
 
 
 def _prepared(suite: Suite, task: str, data_dir: str | os.PathLike[str] | None) -> Any:
   """Returns the newest data set that TFDS has prepared, read from its files alone."""
   folder = (default_data_dir() if data_dir is None else Path(data_dir)) / suite / task
-  how = (
+  advice = (
     f"prepare it with tfds.builder('{suite}/{task}', data_dir='{folder.parent.parent}', "
     "file_format='array_record').download_and_prepare()"
   )
-  found = folder.glob("*/dataset_info.json")
+  infos = folder.glob("*/dataset_info.json")
   versions = sorted(
-    (path.parent for path in found), key=lambda path: [int(x) for x in path.name.split(".")]
+    (path.parent for path in infos), key=lambda path: [int(x) for x in path.name.split(".")]
   )
   if not versions:
-    raise FileNotFoundError(f"{folder} holds no prepared data set; {how}")
+    raise FileNotFoundError(f"{folder} holds no prepared data set; {advice}")
   builder = tfds.builder_from_directory(versions[-1])
   form = getattr(builder.info.file_format, "value", None)
   if form != "array_record":
-    raise ValueError(f"{versions[-1]} is stored as {form}, expected array_record; {how}")
+    raise ValueError(f"{versions[-1]} is stored as {form}, expected array_record; {advice}")
   return builder
 
 

@@ -178,12 +178,12 @@ def records(name: str, rows: Sequence[Row]) -> list[Record]:
   task_of(name)
   make = _FORMS[name]
   groups: dict[Any, int] = {}
-  found = []
+  result = []
   for number, row in enumerate(rows):
     key = (row["idx"]["paragraph"], row["idx"]["question"]) if name == "multirc" else number
     label = None if row.get("label", -1) == -1 else row["label"]
-    found += make(row, label, groups.setdefault(key, len(groups)))
-  return found
+    result += make(row, label, groups.setdefault(key, len(groups)))
+  return result
 
 
 def _pair(first: str, second: str) -> Callable[[Row, int | None, int], list[Record]]:

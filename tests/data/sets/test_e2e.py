@@ -41,8 +41,8 @@ def test_groups_keep_every_text_in_the_files_order():
   numbers = e2e.input_ids(records)
   assert sum(len(group.references) for group in groups) == len(records)
   for i, group in enumerate(groups):
-    of_input = [r for r, number in zip(records, numbers, strict=True) if number == i]
-    assert group == (of_input[0].context, tuple(record.completion for record in of_input))
+    input_records = [r for r, number in zip(records, numbers, strict=True) if number == i]
+    assert group == (input_records[0].context, tuple(record.completion for record in input_records))
 
 
 @pytest.mark.parametrize("name", e2e.EMBEDDED_SHA256)

@@ -45,16 +45,32 @@ def test_records_of_a_folder_and_their_features(folder, tmp_path, capfd):
     ".array_record-00000-of-00001"
   }
   for split in LINES:
-    assert e2e_tfds.load(split, source=folder, data_dir=tmp_path / "tfds") == e2e.read(
-      split, folder=folder
-    )
+    loaded = e2e_tfds.load(split, source=folder, data_dir=tmp_path / "tfds")
+    assert list(loaded) == e2e.read(split, folder=folder)
   assert capfd.readouterr() == ("", "")
 
 
+def test_records_are_read_when_they_are_accessed(folder, tmp_path, monkeypatch):
+  records, expected = (
+    e2e_tfds.load("train", "reference", folder, tmp_path),
+    e2e.read("train", folder=folder),
+  )
+  source, numbers = type(records._source), []
+  read = source.__getitems__
+  monkeypatch.setattr(source, "__getitems__", lambda self, i: numbers.append(i) or read(self, i))
+  assert len(records) == 3
+  assert numbers == []
+  assert records.take([2, 0]) == [expected[2], expected[0]]
+  assert (records[-1], records[1:], records[::2]) == (expected[-1], expected[1:], expected[::2])
+  assert numbers == [[2, 0], [2], [1, 2], [0, 2]]
+  with pytest.raises(IndexError):
+    records[3]
+
+
 def test_a_changed_folder_is_prepared_anew(folder, tmp_path):
-  first = e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds")
+  first = list(e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds"))
   (folder / "valid.txt").write_text("name : D||It is D .\n")
-  second = e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds")
+  second = list(e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds"))
   assert (first, second) == ([("name : B", "It is B .")], [("name : D", "It is D .")])
 
 
@@ -94,8 +110,8 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_two_processes_prepare_the_embedded_copy_at_once_without_tensorflow(tmp_path):
   code = (
     "import json, sys\n"
-    "from lora_jax.data import e2e, e2e_tfds\n"
-    "same = [e2e_tfds.load(s, 'official', data_dir=sys.argv[1]) == e2e.read(s, 'official')\n"
+    "from lora_jax.data.sets import e2e, e2e_tfds\n"
+    "same = [list(e2e_tfds.load(s, 'official', data_dir=sys.argv[1])) == e2e.read(s, 'official')\n"
     "        for s in ('valid', 'test')]\n"
     "print(json.dumps([same, 'tensorflow' in sys.modules]))\n"
   )
@@ -126,7 +142,7 @@ def test_the_process_that_comes_second_takes_the_firsts_files(folder, tmp_path, 
 @pytest.mark.long
 def test_the_whole_embedded_copy(tmp_path):
   for split in LINES:
-    assert e2e_tfds.load(split, data_dir=tmp_path) == e2e.read(split)
+    assert list(e2e_tfds.load(split, data_dir=tmp_path)) == e2e.read(split)
 
 
 @pytest.fixture
@@ -156,8 +172,8 @@ def test_the_official_files_are_downloaded(server, tmp_path, monkeypatch):
   load = functools.partial(
     e2e_tfds.load, form="official", source="download", data_dir=tmp_path / "tfds"
   )
-  assert load("train") == [("name[A], area[B]", "It is A.")]
-  assert load("test") == e2e.read("test", "official")
+  assert list(load("train")) == [("name[A], area[B]", "It is A.")]
+  assert list(load("test")) == e2e.read("test", "official")
 
 
 def test_a_download_that_differs_is_refused(server, tmp_path, monkeypatch):

@@ -45,8 +45,8 @@ def change(folder, changes):
 
 def set_config(folder, **values):
   config = json.loads((folder / "config.json").read_text()) | values
-  given = {key: value for key, value in config.items() if value != "absent"}
-  (folder / "config.json").write_text(json.dumps(given))
+  fields = {key: value for key, value in config.items() if value != "absent"}
+  (folder / "config.json").write_text(json.dumps(fields))
 
 
 def shards(folder):
@@ -191,7 +191,7 @@ def test_old_files_have_no_prefix_and_hold_masks(folder):
 
 FIND = """
 import time
-from lora_jax.models.hub import find_folder
+from lora_jax.models.checkpoints.hub import find_folder
 start = time.monotonic()
 try:
   find_folder("some-user/some-model")
@@ -315,17 +315,19 @@ def assert_same_trees(got, expected):
 @pytest.mark.parametrize("max_shard_bytes", [20_000, 10**9])
 def test_a_saved_folder_loads_bit_for_bit(tmp_path, name, scan_layers, max_shard_bytes):
   config, params = load_gpt2(GOLDEN / name, scan_layers=scan_layers)
-  new = tmp_path / "runs" / "new"
-  save_gpt2(new, config, params, max_shard_bytes=max_shard_bytes)
-  again, loaded = load_gpt2(new, scan_layers=scan_layers)
+  written_folder = tmp_path / "runs" / "new"
+  save_gpt2(written_folder, config, params, max_shard_bytes=max_shard_bytes)
+  again, loaded = load_gpt2(written_folder, scan_layers=scan_layers)
   assert again == config
   assert_same_trees(loaded, params)
   if max_shard_bytes == 10**9:
-    assert_same_trees(load_file(new / WEIGHTS), load_file(GOLDEN / name / WEIGHTS))
-  assert (new / INDEX).exists() == (max_shard_bytes < 10**9)
-  assert {path.name for path in new.parent.iterdir()} == {"new"}
-  for path in new.glob("*.safetensors"):
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((new / "config.json").stat().st_mode)
+    assert_same_trees(load_file(written_folder / WEIGHTS), load_file(GOLDEN / name / WEIGHTS))
+  assert (written_folder / INDEX).exists() == (max_shard_bytes < 10**9)
+  assert {path.name for path in written_folder.parent.iterdir()} == {"new"}
+  for path in written_folder.glob("*.safetensors"):
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(
+      (written_folder / "config.json").stat().st_mode
+    )
 
 
 def test_bfloat16_is_kept_and_the_tokenizer_comes_with_it(tmp_path):
