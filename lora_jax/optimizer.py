@@ -1,4 +1,4 @@
-"""An optimizer whose state exists for the trainable leaves alone."""
+"""An optimizer that has state for the trainable leaves only."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ def freeze(
 ) -> optax.GradientTransformationExtraArgs:
   """Restricts `optimizer` to the leaves where `mask` is True.
 
-  - Its state has leaves for these alone.
+  - Its state has leaves for these only.
   - Gradients of frozen leaves may be None, as `jax.grad` over the trainable part of
-    `partition` gives them; whatever they are, they are not looked at. (`optax.masked` passes
-    them through: a raw gradient would become the update of a frozen weight.)
+    `partition` gives them; any others are ignored. (`optax.masked` passes them through: a raw
+    gradient would become the update of a frozen weight.)
   - Clipping by the global norm and weight decay see the trainable leaves only.
   - The update of a frozen leaf is None where its gradient was None, else zero.
 
@@ -46,7 +46,10 @@ def freeze(
   def trainable_part(tree: PyTree) -> PyTree:
     """Puts None in the frozen places, which may be None already."""
     return jax.tree.unflatten(
-      structure, [leaf if kept else None for leaf, kept in zip(_full(tree), keep, strict=True)]
+      structure,
+      [
+        leaf if is_trainable else None for leaf, is_trainable in zip(_full(tree), keep, strict=True)
+      ],
     )
 
   def _full(tree: PyTree) -> list[Any]:
@@ -57,49 +60,48 @@ def freeze(
       raise ValueError(f"expected a tree with the structure of the mask: {error}") from error
 
   def init(params: PyTree) -> optax.OptState:
-    own = trainable_part(params)
-    return _constrain_state(inner.init(own), own, places)
+    part = trainable_part(params)
+    return _constrain_state(inner.init(part), part, specs)
 
   def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any):
-    given = _full(updates)
-    grads = _constrain(trainable_part(updates), places)
-    own = None if params is None else trainable_part(params)
-    new, state = inner.update(grads, state, own, **extra)
-    new = _constrain(new, places)
-    zeros = [
-      None if g is None or kept else jnp.zeros_like(g) for g, kept in zip(given, keep, strict=True)
+    grads = _constrain(trainable_part(updates), specs)
+    part = None if params is None else trainable_part(params)
+    inner_updates, state = inner.update(grads, state, part, **extra)
+    leaves = zip(_full(_constrain(inner_updates, specs)), _full(updates), keep, strict=True)
+    filled = [
+      update if is_trainable else None if grad is None else jnp.zeros_like(grad)
+      for update, grad, is_trainable in leaves
     ]
-    filled = [n if kept else z for n, z, kept in zip(_full(new), zeros, keep, strict=True)]
-    return jax.tree.unflatten(structure, filled), _constrain_state(state, grads, places)
+    return jax.tree.unflatten(structure, filled), _constrain_state(state, grads, specs)
 
-  places = None if shardings is None else trainable_part(shardings)
+  specs = None if shardings is None else trainable_part(shardings)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _constrain(tree: PyTree, places: PyTree | None) -> PyTree:
-  return tree if places is None else jax.tree.map(place, tree, places)
+def _constrain(tree: PyTree, specs: PyTree | None) -> PyTree:
+  return tree if specs is None else jax.tree.map(place, tree, specs)
 
 
-def _constrain_state(state: PyTree, trainable: PyTree, places: PyTree | None) -> PyTree:
-  """Constrains the leaves of an optimizer's state that stand for a trainable leaf.
+def _constrain_state(state: PyTree, trainable: PyTree, specs: PyTree | None) -> PyTree:
+  """Constrains the leaves of an optimizer's state that correspond to a trainable leaf.
 
-  Those have its path, after names of the optimizer's own, and its shape.
+  Their paths end with its path, after the optimizer's field names, and they have its shape.
   """
-  if places is None:
+  if specs is None:
     return state
   leaves, structure = jax.tree_util.tree_flatten_with_path(trainable)
-  known = {
-    key_parts(keys): (leaf.shape, where)
-    for (keys, leaf), where in zip(leaves, structure.flatten_up_to(places), strict=True)
+  trainable_leaves = {
+    key_parts(keys): (leaf.shape, sharding)
+    for (keys, leaf), sharding in zip(leaves, structure.flatten_up_to(specs), strict=True)
   }
 
   def constrained(keys: Any, leaf: Any) -> Any:
     parts = key_parts(keys)
     for start in range(len(parts)):
-      shape, where = known.get(parts[start:], (None, None))
+      shape, sharding = trainable_leaves.get(parts[start:], (None, None))
       if shape is not None and shape == jnp.shape(leaf):
-        return place(leaf, where)
+        return place(leaf, sharding)
     return leaf
 
   return jax.tree_util.tree_map_with_path(constrained, state)

@@ -86,10 +86,10 @@ def kill_once(
 ) -> str:
   """Kills a process, after a step or in its first seconds; returns when that was."""
   if step is None:
-    begun, seconds = time.perf_counter(), draw.uniform(0, startup)
-    while time.perf_counter() < begun + seconds and not last_step(log):
+    started, seconds = time.perf_counter(), draw.uniform(0, startup)
+    while time.perf_counter() < started + seconds and not last_step(log):
       time.sleep(0.01)
-    when = f"{time.perf_counter() - begun:.1f} s after its start"
+    when = f"{time.perf_counter() - started:.1f} s after its start"
   else:
     wait_until(process, step, log)
     time.sleep(draw.uniform(0, 0.25))
@@ -133,13 +133,13 @@ def compare(disturbed: Path, undisturbed: Path) -> int:
 def main(kills: int, seed: int, folder: Path) -> None:
   """Does all of it in a folder."""
   draw, model = random.Random(seed), tiny_folder()
-  begun = time.perf_counter()
+  started = time.perf_counter()
   undisturbed, disturbed, log = folder / "undisturbed", folder / "disturbed", folder / "log"
   process = start(command(undisturbed, model), log, folder / "cache")
   wait_until(process, 1, log)
-  startup = time.perf_counter() - begun
+  startup = time.perf_counter() - started
   finish(process, log)
-  print(f"undisturbed: {STEPS} steps in {time.perf_counter() - begun:.0f} s", flush=True)
+  print(f"undisturbed: {STEPS} steps in {time.perf_counter() - started:.0f} s", flush=True)
 
   at_start = -(-kills // 5)
   steps: list[int | None] = sorted(draw.randint(1, STEPS - 4) for _ in range(kills - at_start))
@@ -157,8 +157,8 @@ def main(kills: int, seed: int, folder: Path) -> None:
   size = compare(disturbed, undisturbed)
   print(
     f"{kills} kills, {unfinished} of them while a checkpoint was written or removed, in "
-    f"{time.perf_counter() - begun:.0f} s: the adapter's {size:,} bytes, its best step and the log "
-    "of losses are the undisturbed run's"
+    f"{time.perf_counter() - started:.0f} s: the adapter's {size:,} bytes, its best step and the "
+    "log of losses are the undisturbed run's"
   )
 
 
@@ -166,7 +166,7 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--kills", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
-  given = parser.parse_args()
+  options = parser.parse_args()
   temporary = Path(tempfile.mkdtemp(prefix="kill-training-"))
-  main(given.kills, given.seed, temporary)
+  main(options.kills, options.seed, temporary)
   shutil.rmtree(temporary)

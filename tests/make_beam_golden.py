@@ -60,7 +60,7 @@ def search(model, prompts, **settings) -> list[tuple[list[int], float]]:
   """Returns the generated tokens, the end token included, and the score of each prompt."""
   import torch
 
-  found = []
+  hypotheses = []
   for prompt in prompts:
     out = model.generate(
       input_ids=torch.tensor([prompt]),
@@ -77,8 +77,8 @@ def search(model, prompts, **settings) -> list[tuple[list[int], float]]:
     ends = [i for i, token in enumerate(tokens) if token in EOS_IDS]
     tokens = tokens[: ends[0] + 1] if ends else tokens
     score = float(out.sequences_scores[0]) if settings["num_beams"] > 1 else None
-    found.append((tokens, score))
-  return found
+    hypotheses.append((tokens, score))
+  return hypotheses
 
 
 def main() -> None:
@@ -92,14 +92,14 @@ def main() -> None:
   cases = []
   for i, settings in enumerate(SETTINGS):
     chosen = prompts if i == 0 else prompts[:24]
-    found = search(model, chosen, **settings)
-    lengths = [len(tokens) for tokens, _ in found]
+    hypotheses = search(model, chosen, **settings)
+    lengths = [len(tokens) for tokens, _ in hypotheses]
     print(settings, "lengths", np.bincount(lengths))
     cases.append(
       {
         "settings": settings,
-        "tokens": [tokens for tokens, _ in found],
-        "scores": [score for _, score in found],
+        "tokens": [tokens for tokens, _ in hypotheses],
+        "scores": [score for _, score in hypotheses],
       }
     )
   made_by = {"transformers": transformers.__version__, "torch": torch.__version__}

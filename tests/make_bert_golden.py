@@ -67,20 +67,20 @@ def inputs(name: str, seed: int) -> dict[str, np.ndarray]:
   return {"tokens": tokens, "mask": mask, "types": types}
 
 
-def outputs(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def outputs(model: Any, model_inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns the hidden states of `transformers`, and its pooler's output or logits."""
   import torch
 
-  tokens, mask, types = (torch.tensor(x, dtype=torch.int64) for x in given.values())
+  tokens, mask, types = (torch.tensor(x, dtype=torch.int64) for x in model_inputs.values())
   inputs = {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types}
   with torch.no_grad():
     hidden = model.base_model(**inputs)
-    found = {"hidden": hidden.last_hidden_state}
+    tensors = {"hidden": hidden.last_hidden_state}
     if getattr(hidden, "pooler_output", None) is not None:
-      found["pooled"] = hidden.pooler_output
+      tensors["pooled"] = hidden.pooler_output
     if model.__class__.__name__.endswith("ForSequenceClassification"):
-      found["logits"] = model(**inputs).logits
-  return {name: array.numpy() for name, array in found.items()}
+      tensors["logits"] = model(**inputs).logits
+  return {name: array.numpy() for name, array in tensors.items()}
 
 
 def main() -> None:
@@ -91,9 +91,9 @@ def main() -> None:
     model = make_model(name, seed)
     model.save_pretrained(GOLDEN / name)
     (GOLDEN / name / "generation_config.json").unlink(missing_ok=True)
-    given = inputs(name, seed)
-    arrays = {key: array.astype(np.int32) for key, array in given.items()}
-    save_file(arrays | outputs(model, given), GOLDEN / f"{name}.safetensors")
+    model_inputs = inputs(name, seed)
+    arrays = {key: array.astype(np.int32) for key, array in model_inputs.items()}
+    save_file(arrays | outputs(model, model_inputs), GOLDEN / f"{name}.safetensors")
     for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "model.safetensors"):
       path.chmod(0o644)
 

@@ -82,9 +82,9 @@ def main() -> None:
     model = make_model(name, seed)
     model.save_pretrained(GOLDEN / name)
     (GOLDEN / name / "generation_config.json").unlink(missing_ok=True)
-    given = inputs(name, seed)
-    arrays = {key: array.astype(np.int32) for key, array in given.items()}
-    save_file(arrays | outputs(model, given), GOLDEN / f"{name}.safetensors")
+    model_inputs = inputs(name, seed)
+    arrays = {key: array.astype(np.int32) for key, array in model_inputs.items()}
+    save_file(arrays | outputs(model, model_inputs), GOLDEN / f"{name}.safetensors")
     for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "model.safetensors"):
       path.chmod(0o644)
 

@@ -98,8 +98,8 @@ def make_roberta(folder: Path) -> None:
   """Writes RoBERTa's tokens before those of the embedded base."""
   model = json.loads((EMBEDDED / "tokenizer.json").read_text("utf-8"))["model"]
   merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]][:300]
-  made = {pair.replace(" ", "") for pair in merges}
-  tokens = [x for x in model["vocab"] if len(x) == 1 or x in made]
+  merged = {pair.replace(" ", "") for pair in merges}
+  tokens = [x for x in model["vocab"] if len(x) == 1 or x in merged]
   tokens = ["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"]
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -123,13 +123,13 @@ def by_transformers(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-  found = {name: make_sentencepiece(GOLDEN / name, x) for name, x in SENTENCEPIECE.items()}
+  results = {name: make_sentencepiece(GOLDEN / name, x) for name, x in SENTENCEPIECE.items()}
   for name, config in BERT.items():
     make_vocab(GOLDEN / name, config)
-    found[name] = by_transformers(GOLDEN / name)
+    results[name] = by_transformers(GOLDEN / name)
   make_roberta(GOLDEN / "roberta")
-  found["roberta"] = by_transformers(GOLDEN / "roberta")
-  lines = [f'"{name}": {json.dumps(values)}' for name, values in found.items()]
+  results["roberta"] = by_transformers(GOLDEN / "roberta")
+  lines = [f'"{name}": {json.dumps(values)}' for name, values in results.items()]
   (GOLDEN / "ids.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
 
 

@@ -61,7 +61,7 @@ def test_mistakes():
   with pytest.raises(ValueError, match=r"extra 'base/embd' matches none.*base/embed/embedding"):
     lj.trainable_mask(tree, extra="base/embd")
   with pytest.raises(
-    ValueError, match="'adapter/h_0/attn/query/kernel/lora_a' is given by 2 of the parts"
+    ValueError, match="'adapter/h_0/attn/query/kernel/lora_a' is in 2 of the parts"
   ):
     lj.combine(tree, tree)
   with pytest.raises(ValueError, match="paths in one of them only: base/embed/embedding"):
@@ -192,14 +192,14 @@ def test_optimizers_of_other_structure_are_frozen_and_placed_too(make):
     updates, state = optimizer.update(grads, state, part)
     return optax.apply_updates(part, updates), state
 
-  new, state = step(part, state)
-  new, state = step(new, state)
-  node = new["adapter"]["h_0"]["attn"]["query"]["kernel"]
+  updated, state = step(part, state)
+  updated, state = step(updated, state)
+  node = updated["adapter"]["h_0"]["attn"]["query"]["kernel"]
   assert node.lora_a.sharding.spec[0] == "fsdp"
   shape = node.lora_a.shape
   placed = [x for x in jax.tree.leaves(state) if x.shape == shape and "fsdp" in x.sharding.spec]
   assert placed
-  assert relative_difference(new["adapter"], tree["adapter"]) > 0
+  assert relative_difference(updated["adapter"], tree["adapter"]) > 0
 
 
 def test_trees_of_lists_and_numbers_in_paths():

@@ -64,12 +64,12 @@ def fresh_params(**shape: Any) -> Any:
 def examples(count: int, seed: int = 0) -> list[Example]:
   """Returns random examples of 6 to 20 tokens, the second half of each with a loss."""
   draw = np.random.default_rng(seed)
-  made = []
+  drawn = []
   for _ in range(count):
     ids = draw.integers(1, VOCABULARY, draw.integers(6, 21), dtype=np.int32)
     first = len(ids) // 2
-    made.append(Example(ids[:-1], ids[first:], np.arange(first - 1, len(ids) - 1, dtype=np.int32)))
-  return made
+    drawn.append(Example(ids[:-1], ids[first:], np.arange(first - 1, len(ids) - 1, dtype=np.int32)))
+  return drawn
 
 
 def batches(count: int = 80, seed: int | None = 0, batch_size: int = 8, epochs: int = 2) -> Batches:
@@ -166,5 +166,5 @@ if __name__ == "__main__":
   parser.add_argument("workdir")
   parser.add_argument("--method", default="lora")
   parser.add_argument("--kill_at", type=int, default=0)
-  given = parser.parse_args()
-  train(given.workdir, given.method, kill_at=given.kill_at, progress=True)
+  options = parser.parse_args()
+  train(options.workdir, options.method, kill_at=options.kill_at, progress=True)

@@ -97,8 +97,8 @@ def shard_of(batch_size: int, shard_index: int, shard_count: int) -> slice:
     )
   if not 0 <= shard_index < shard_count:
     raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
-  own = batch_size // shard_count
-  return slice(own * shard_index, own * (shard_index + 1))
+  rows_per_shard = batch_size // shard_count
+  return slice(rows_per_shard * shard_index, rows_per_shard * (shard_index + 1))
 
 
 def packed_batches(

@@ -100,26 +100,28 @@ def _messages(where: str, messages: Any) -> list[dict[str, str]]:
   if not isinstance(messages, list) or not messages:
     raise ValueError(f"{where}: expected messages to be a list of one or more")
   for number, message in enumerate(messages, 1):
-    what = f"{where}: message {number}"
+    label = f"{where}: message {number}"
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
-      got = ", ".join(sorted(message)) if isinstance(message, dict) else type(message).__name__
-      raise ValueError(f"{what}: expected an object with role and content, got {got or 'neither'}")
+      actual = ", ".join(sorted(message)) if isinstance(message, dict) else type(message).__name__
+      raise ValueError(
+        f"{label}: expected an object with role and content, got {actual or 'neither'}"
+      )
     if message["role"] not in ROLES:
-      raise ValueError(f"{what}: role must be {', '.join(ROLES)}; got {message['role']!r}")
-    _check_text(f"{what}: content", message["content"])
+      raise ValueError(f"{label}: role must be {', '.join(ROLES)}; got {message['role']!r}")
+    _check_text(f"{label}: content", message["content"])
   if all(message["role"] != "assistant" for message in messages):
     raise ValueError(f"{where}: no message is the assistant's, so that there is nothing to learn")
   return messages
 
 
-def _check_text(what: str, value: Any) -> None:
+def _check_text(label: str, value: Any) -> None:
   if not isinstance(value, str) or not value:
-    raise ValueError(f"{what}: expected a text that is not empty, got {value!r}")
+    raise ValueError(f"{label}: expected a text that is not empty, got {value!r}")
   try:
     value.encode()
   except UnicodeEncodeError as error:
     half = value[error.start]
-    raise ValueError(f"{what}: half of a surrogate pair, {half!a}, is no text") from None
+    raise ValueError(f"{label}: half of a surrogate pair, {half!a}, is no text") from None
 
 
 def encode_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], end_id: int) -> list[list[int]]:
@@ -173,12 +175,12 @@ def _within_texts(tokenizer: "Tokenizer", records: Sequence[Completion]) -> list
   A character goes before each that is a token of its own: tokenizers join line breaks with white
   space, and NUL with punctuation.
   """
-  found: dict[int, list[int]] = {}
+  tokens: dict[int, list[int]] = {}
   for boundary in BOUNDARIES:
     left = [
       i
       for i, record in enumerate(records)
-      if i not in found and not (boundary.isspace() and record.completion[0].isspace())
+      if i not in tokens and not (boundary.isspace() and record.completion[0].isspace())
     ]
     before = tokenizer.encode(boundary, add_special_tokens=False).ids
     texts = [boundary + records[i].completion for i in left]
@@ -186,14 +188,14 @@ def _within_texts(tokenizer: "Tokenizer", records: Sequence[Completion]) -> list
     for i, encoding in zip(left, encodings, strict=True):
       is_joined = any(start < 1 < end for start, end in encoding.offsets)
       if before and encoding.ids[: len(before)] == before and not is_joined:
-        found[i] = encoding.ids[len(before) :]
+        tokens[i] = encoding.ids[len(before) :]
   for i, record in enumerate(records):
-    if i not in found:
+    if i not in tokens:
       raise ValueError(
         f"{record.where}: the tokenizer has no token of a line break or NUL alone before "
         f"{record.completion[:20]!r}"
       )
-  return [found[i] for i in range(len(records))]
+  return [tokens[i] for i in range(len(records))]
 
 
 def encode_rendered(

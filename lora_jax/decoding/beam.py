@@ -92,7 +92,7 @@ def beam_search(
   """
   longest = model.max_positions - config.max_new_tokens + 1  # the last token is not read again
   shape = len(prompts), config.num_return
-  found = Hypotheses(
+  hypotheses = Hypotheses(
     np.full((*shape, config.max_new_tokens), config.pad_id, np.int32),
     np.zeros(shape, np.int32),
     np.zeros(shape, np.float32),
@@ -108,10 +108,10 @@ def beam_search(
   run = search if threads == 1 else lambda batch: jax.block_until_ready(search(batch))
   with ThreadPoolExecutor(threads) as pool:
     for batch, (finished, steps) in zip(batches, pool.map(run, batches), strict=True):
-      for whole, part in zip(found, finished, strict=False):
+      for whole, part in zip(hypotheses, finished, strict=False):
         whole[batch.rows] = np.asarray(part)[: len(batch.rows), : config.num_return]
-      found.steps[batch.rows] = int(steps)
-  return found
+      hypotheses.steps[batch.rows] = int(steps)
+  return hypotheses
 
 
 def num_threads(params: PyTree) -> int:
@@ -179,10 +179,10 @@ def sizes(width: int, beams: int, limit: int) -> list[tuple[int, int]]:
 
 def grow(model: CachedModel, search: Search, num_slots: int) -> Search:
   """Returns the search with a cache of `num_slots` slots."""
-  batch_size, _, slots = search.seen.shape
+  batch_size, _, slots = search.visible.shape
   return search._replace(
     cache=grow_cache(model, search.cache, batch_size, num_slots),
-    seen=jnp.pad(search.seen, ((0, 0), (0, 0), (0, num_slots - slots))),
+    visible=jnp.pad(search.visible, ((0, 0), (0, 0), (0, num_slots - slots))),
   )
 
 
@@ -196,7 +196,7 @@ def search_within(
   margin: int,
 ) -> Search:
   """Searches on while `margin` slots are not alive; other arguments as of `search_batch`."""
-  beams, limit, slots = config.num_beams, config.max_new_tokens, search.seen.shape[-1]
+  beams, limit, slots = config.num_beams, config.max_new_tokens, search.visible.shape[-1]
 
   def goes_on(search: Search) -> Bool[Array, ""]:
     return (search.step < limit) & search.open.any()
@@ -217,17 +217,17 @@ def search_within(
 
 def alive(search: Search) -> Bool[Array, "B S"]:
   """Tells which slots a beam of an open input descends from."""
-  return (search.seen & search.open[:, None, None]).any(axis=1)
+  return (search.visible & search.open[:, None, None]).any(axis=1)
 
 
 def drop_slots(model: CachedModel, search: Search) -> Search:
   """Returns the search with the slots that are alive in front, so that the others are free."""
-  kept = alive(search)
-  order = jnp.argsort(~kept, axis=-1, stable=True)
+  live = alive(search)
+  order = jnp.argsort(~live, axis=-1, stable=True)
   return search._replace(
     cache=take_slots(model, search.cache, order),
-    seen=jnp.take_along_axis(search.seen & kept[:, None], order[:, None], axis=-1),
-    used=kept.sum(-1).max().astype(jnp.int32),
+    visible=jnp.take_along_axis(search.visible & live[:, None], order[:, None], axis=-1),
+    used=live.sum(-1).max().astype(jnp.int32),
   )
 
 
@@ -235,13 +235,13 @@ def extend_beams(
   model: CachedModel, params: PyTree, search: Search, width: int, lengths: Int[Array, " B"]
 ) -> tuple[Search, Float[Array, "B W V"]]:
   """Reads each beam's last token; returns the logits of the next ones besides."""
-  batch_size, beams, _ = search.seen.shape
-  own = jnp.broadcast_to(jnp.eye(beams, dtype=bool), (batch_size, beams, beams))
-  seen = jax.lax.dynamic_update_slice_in_dim(search.seen, own, search.used, axis=2)
+  batch_size, beams, _ = search.visible.shape
+  new_slots = jnp.broadcast_to(jnp.eye(beams, dtype=bool), (batch_size, beams, beams))
+  visible = jax.lax.dynamic_update_slice_in_dim(search.visible, new_slots, search.used, axis=2)
   last = jax.lax.dynamic_index_in_dim(
     search.history, width + search.step - 1, axis=2, keepdims=False
   )
   positions = jnp.broadcast_to((lengths + search.step - 1)[:, None], last.shape)
-  hidden, cache = model.extend(params, last, positions, search.cache, search.used, seen)
+  hidden, cache = model.extend(params, last, positions, search.cache, search.used, visible)
   logits = model.logits(params, hidden).astype(jnp.float32)
-  return search._replace(cache=cache, seen=seen, used=search.used + beams), logits
+  return search._replace(cache=cache, visible=visible, used=search.used + beams), logits

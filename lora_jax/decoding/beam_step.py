@@ -31,7 +31,7 @@ class Search(NamedTuple):
     used: slots of the cache that are in use, from the first on.
     history: the prompt, NO_TOKEN in front, and the generated tokens.
     sums: of the running beams' log-probabilities, best first.
-    seen: the slots that a beam descends from.
+    visible: the slots that a beam descends from.
     open: whether an input may still improve.
   """
 
@@ -40,7 +40,7 @@ class Search(NamedTuple):
   used: Int[Array, ""]
   history: Int[Array, "B W L"]
   sums: Float[Array, "B W"]
-  seen: Bool[Array, "B W S"]
+  visible: Bool[Array, "B W S"]
   open: Bool[Array, " B"]
   finished: Finished
 
@@ -65,7 +65,7 @@ def choose(config: BeamConfig, search: Search, logits: Float[Array, "B W V"], wi
     search.used,
     take_beams(history, order),
     running,
-    take_beams(search.seen, take_beams(parents, order)),
+    take_beams(search.visible, take_beams(parents, order)),
     still_open,
     finished,
   )
@@ -133,17 +133,17 @@ def add_finished(
   counts = stops & search.open[:, None] & (jnp.arange(sums.shape[1]) < config.num_beams)[None]
   penalty = length.astype(jnp.float32) ** config.length_penalty
   places = jnp.arange(generated.shape[-1])[None, None]
-  new = Finished(
+  stopped = Finished(
     jnp.where(places < length, generated, config.pad_id),
     jnp.broadcast_to(length, sums.shape),
     jnp.where(counts, sums / penalty, -jnp.inf),
     ended,
   )
-  both = Finished(
-    *(jnp.concatenate(pair, axis=1) for pair in zip(search.finished, new, strict=True))
+  candidates = Finished(
+    *(jnp.concatenate(pair, axis=1) for pair in zip(search.finished, stopped, strict=True))
   )
-  _, order = jax.lax.top_k(both.scores, config.num_beams)
-  return Finished(*(take_beams(part, order) for part in both))
+  _, order = jax.lax.top_k(candidates.scores, config.num_beams)
+  return Finished(*(take_beams(part, order) for part in candidates))
 
 
 def may_improve(

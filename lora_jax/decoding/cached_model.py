@@ -90,11 +90,11 @@ def make_batches(
     ValueError: if a prompt is empty or too long, or the mesh does not divide the batch.
   """
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  for what, bad in (("is empty", lengths == 0), (f"exceeds {max_length}", lengths > max_length)):
+  for fault, bad in (("is empty", lengths == 0), (f"exceeds {max_length}", lengths > max_length)):
     if bad.any():
       row = int(np.flatnonzero(bad)[0])
       raise ValueError(
-        f"prompt {row} has {lengths[row]} tokens, which {what}; the prompt and the new tokens "
+        f"prompt {row} has {lengths[row]} tokens, which {fault}; the prompt and the new tokens "
         "must fit the model's positions. Cut the prompt, or lower max_new_tokens"
       )
   place = _placement(mesh)
@@ -150,28 +150,30 @@ def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: in
   """Returns a cache of `num_slots` slots that begins with the given one."""
   larger = model.make_cache(batch_size, num_slots)
   return jax.tree.map(
-    lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), larger, cache
+    lambda target, source: jax.lax.dynamic_update_slice(target, source, (0,) * target.ndim),
+    larger,
+    cache,
   )
 
 
 def take_slots(model: CachedModel, cache: PyTree, order: Int[Array, "B S"]) -> PyTree:
   """Returns the cache with the slots of each input in the given order."""
-  shapes = [jax.eval_shape(partial(model.make_cache, *of)) for of in ((1, 1), (2, 1), (1, 2))]
+  shapes = [jax.eval_shape(partial(model.make_cache, *sizes)) for sizes in ((1, 1), (2, 1), (1, 2))]
 
-  def take(leaf: Array, one: Any, two_inputs: Any, two_slots: Any) -> Array:
-    batch_axis, slot_axis = _differing_axis(one, two_inputs), _differing_axis(one, two_slots)
-    others = [axis for axis in range(leaf.ndim) if axis not in (batch_axis, slot_axis)]
+  def take(leaf: Array, single: Any, two_inputs: Any, two_slots: Any) -> Array:
+    batch_axis, slot_axis = _differing_axis(single, two_inputs), _differing_axis(single, two_slots)
+    other_axes = [axis for axis in range(leaf.ndim) if axis not in (batch_axis, slot_axis)]
     index = order if batch_axis < slot_axis else order.T
-    return jnp.take_along_axis(leaf, jnp.expand_dims(index, others), axis=slot_axis)
+    return jnp.take_along_axis(leaf, jnp.expand_dims(index, other_axes), axis=slot_axis)
 
   return jax.tree.map(take, cache, *shapes)
 
 
-def _differing_axis(one: Any, two: Any) -> int:
-  axes = [axis for axis, size in enumerate(one.shape) if size != two.shape[axis]]
+def _differing_axis(single: Any, double: Any) -> int:
+  axes = [axis for axis, size in enumerate(single.shape) if size != double.shape[axis]]
   if len(axes) != 1:
     raise ValueError(
       "each array of a cache needs one axis of the inputs and one of the slots, but make_cache "
-      f"makes {one.shape} for one of each and {two.shape} for one more"
+      f"makes {single.shape} for one of each and {double.shape} for one more"
     )
   return axes[0]

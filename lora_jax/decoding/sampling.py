@@ -107,7 +107,7 @@ def _generate(
   batch_size, width = tokens.shape
   logits, cache, real = read_prompts(model, params, tokens, lengths)
   num_slots = width + config.max_new_tokens - 1
-  seen = jnp.pad(real, ((0, 0), (0, num_slots - width)), constant_values=True)
+  visible = jnp.pad(real, ((0, 0), (0, num_slots - width)), constant_values=True)
   slots = jnp.arange(num_slots)[None]
 
   def choose(state, logits):
@@ -121,7 +121,7 @@ def _generate(
     last = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
     positions = (lengths + state.step - 1)[:, None]
     index = width + state.step - 1
-    mask = (seen & (slots <= index))[:, None]
+    mask = (visible & (slots <= index))[:, None]
     hidden, cache = model.extend(params, last, positions, state.cache, index, mask)
     logits = model.logits(params, hidden[:, 0]).astype(jnp.float32)
     return choose(state._replace(cache=cache), logits)

@@ -95,12 +95,12 @@ def intervals(
 ) -> dict[str, Interval | None]:
   """Does what `bootstrap` does, for a system that `measure` has measured."""
   tail = _tail(confidence)
-  found: dict[str, Interval | None] = dict.fromkeys(METRICS)
+  by_metric: dict[str, Interval | None] = dict.fromkeys(METRICS)
   counts = _draw(measured, resamples, seed)
   for name, statistics in measured.statistics.items():
     low, high = np.quantile(statistics.resampled(counts), [tail, 1 - tail])
-    found[name] = Interval(statistics.score(), float(low), float(high))
-  return found
+    by_metric[name] = Interval(statistics.score(), float(low), float(high))
+  return by_metric
 
 
 def differences(
@@ -110,7 +110,7 @@ def differences(
   tail = _tail(confidence)
   if _size(a) != _size(b):
     raise ValueError(f"the systems have {_size(a)} and {_size(b)} segments; expected the same")
-  found: dict[str, Difference | None] = dict.fromkeys(METRICS)
+  by_metric: dict[str, Difference | None] = dict.fromkeys(METRICS)
   counts = _draw(a, resamples, seed)
   for name in a.statistics.keys() & b.statistics.keys():
     first, second = a.statistics[name], b.statistics[name]
@@ -118,8 +118,8 @@ def differences(
     drawn = first.resampled(counts) - second.resampled(counts)
     low, high = np.quantile(drawn, [tail, 1 - tail])
     against = np.mean(drawn * np.sign(difference) <= 0)
-    found[name] = Difference(difference, float(low), float(high), float(against))
-  return found
+    by_metric[name] = Difference(difference, float(low), float(high), float(against))
+  return by_metric
 
 
 def _size(measured: Measured) -> int:

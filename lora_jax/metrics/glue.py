@@ -99,8 +99,8 @@ def main_metric(task: str) -> str:
   if task == "stsb":
     return "pearson"
   if task not in CLASSES and task not in GROUPED:
-    known = ", ".join(("stsb", *CLASSES, *GROUPED))
-    raise ValueError(f"task must be one of {known}, got {task!r}")
+    tasks = ", ".join(("stsb", *CLASSES, *GROUPED))
+    raise ValueError(f"task must be one of {tasks}, got {task!r}")
   return next(iter(CLASSES[task])) if task in CLASSES else GROUPED[task][0]
 
 
@@ -146,12 +146,12 @@ def score(
     return {"f1": f1(predicted, expected), "exact_match": float(exact)}
   margins = _by_group(outputs[:, 1] - outputs[:, 0], groups)
   chosen = [int(np.argmax(margin)) for margin in margins]
-  wanted = _by_group(expected, groups)
+  targets = _by_group(expected, groups)
   if task == "copa":
-    return {"accuracy": float(np.mean([w[c] for w, c in zip(wanted, chosen, strict=True)]))}
+    return {"accuracy": float(np.mean([w[c] for w, c in zip(targets, chosen, strict=True)]))}
   if len(answers) != len(expected):
     raise ValueError(f"record needs the entities of {len(expected)} records, got {len(answers)}")
-  return _entities(chosen, wanted, _by_group(np.asarray(answers, object), groups))
+  return _entities(chosen, targets, _by_group(np.asarray(answers, object), groups))
 
 
 def _by_group(values: np.ndarray, groups: Sequence[int]) -> list[np.ndarray]:
@@ -162,22 +162,22 @@ def _by_group(values: np.ndarray, groups: Sequence[int]) -> list[np.ndarray]:
 
 
 def _entities(
-  chosen: Sequence[int], wanted: Sequence[np.ndarray], entities: Sequence[np.ndarray]
+  chosen: Sequence[int], targets: Sequence[np.ndarray], entities: Sequence[np.ndarray]
 ) -> dict[str, float]:
   """Returns ReCoRD's metrics: the chosen entity against the right one that it is nearest to."""
   overlaps, exact = [], []
-  for choice, right, names in zip(chosen, wanted, entities, strict=True):
-    got = _words(names[choice])
+  for choice, right, names in zip(chosen, targets, entities, strict=True):
+    chosen_words = _words(names[choice])
     answers = [_words(name) for name, is_right in zip(names, right, strict=True) if is_right]
-    overlaps.append(max((_overlap(got, answer) for answer in answers), default=0.0))
-    exact.append(got in answers)
+    overlaps.append(max((_overlap(chosen_words, answer) for answer in answers), default=0.0))
+    exact.append(chosen_words in answers)
   return {"f1": float(np.mean(overlaps)), "exact_match": float(np.mean(exact))}
 
 
 def _words(text: str) -> list[str]:
   """Returns a text's words as SQuAD's script compares them: no case, punctuation, articles."""
-  kept = "".join(c for c in text.lower() if c not in string.punctuation)
-  return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+  letters = "".join(c for c in text.lower() if c not in string.punctuation)
+  return re.sub(r"\b(a|an|the)\b", " ", letters).split()
 
 
 def _overlap(a: Sequence[str], b: Sequence[str]) -> float:

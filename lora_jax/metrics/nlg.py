@@ -40,8 +40,8 @@ class Measured:
 
   def scores(self) -> NlgScores:
     """Returns the scores of the whole corpus."""
-    found = {name: statistics.score() for name, statistics in self.statistics.items()}
-    return NlgScores(**{name: found.get(name) for name in METRICS}, missing=self.missing)
+    values = {name: statistics.score() for name, statistics in self.statistics.items()}
+    return NlgScores(**{name: values.get(name) for name in METRICS}, missing=self.missing)
 
 
 def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> NlgScores:

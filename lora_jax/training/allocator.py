@@ -21,15 +21,15 @@ def keep_freed_memory() -> bool:
   Call it before JAX's first computation: threads that run already keep heaps of their own. The
   process holds on to the most memory that it ever had, and up to twice that, where blocks of
   several sizes lie between one another. Where the environment has any of glibc's `MALLOC_*`
-  variables or tunables, these stand and nothing is changed: `MALLOC_ARENA_MAX=8`, say, is a way
-  out.
+  variables or tunables, they apply and nothing is changed; `MALLOC_ARENA_MAX=8`, for instance,
+  opts out.
 
   Returns:
-    Whether it is so now: False without glibc, and where the environment has settings.
+    Whether glibc now keeps it: False without glibc, or if the environment has settings.
   """
-  own = any(name.startswith("MALLOC_") for name in os.environ)
-  own = own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-  if sys.platform != "linux" or own:
+  configured = any(name.startswith("MALLOC_") for name in os.environ)
+  configured = configured or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+  if sys.platform != "linux" or configured:
     return False
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is None:  # another C library

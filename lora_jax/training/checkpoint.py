@@ -218,10 +218,10 @@ class Checkpoints:
       ValueError: if it belongs to another base or state, or a later version of lora_jax wrote it.
     """
     about = self._about(step)
-    where = f"the checkpoint of step {step} in {self.folder}"
+    label = f"the checkpoint of step {step} in {self.folder}"
     if about["base"] != base:
       raise ValueError(
-        f"{where} belongs to a base with fingerprint {about['base']}, and this one has {base}. "
+        f"{label} belongs to a base with fingerprint {about['base']}, and this one has {base}. "
         "Load the base that it was trained on, or give another workdir"
       )
     arrays = _arrays(like)
@@ -231,15 +231,15 @@ class Checkpoints:
       faults = (
         f"{n}: {stored.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in names
       )
-      raise ValueError(f"{where} has another state: {'; '.join(list(faults)[:5])}")
+      raise ValueError(f"{label} has another state: {'; '.join(list(faults)[:5])}")
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
       restored = self._checkpointer.restore(self.folder / str(step), args=args)["state"]
     except Exception as error:  # storage libraries raise errors of many kinds
-      raise DamagedCheckpoint(f"{where} cannot be read ({type(error).__name__})") from error
+      raise DamagedCheckpoint(f"{label} cannot be read ({type(error).__name__})") from error
     if fingerprint(restored) != about["state"]:
-      raise DamagedCheckpoint(f"{where} is damaged: its arrays differ from those that were saved")
+      raise DamagedCheckpoint(f"{label} is damaged: its arrays differ from those that were saved")
     return Restored(_like(restored, like), about["data_state"], step, about["loss"])
 
   def _restore_whole(self, step: int, like: PyTree, base: str) -> Restored | None:

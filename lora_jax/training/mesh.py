@@ -28,16 +28,16 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   Raises:
     ValueError: if there are too few devices.
   """
-  wanted, devices = data * fsdp * tensor, jax.devices()
+  count, devices = data * fsdp * tensor, jax.devices()
   if min(data, fsdp, tensor) < 1:
     raise ValueError(f"mesh axes must be at least 1, got data={data} fsdp={fsdp} tensor={tensor}")
-  if wanted > len(devices) or (len(devices) % wanted and jax.process_count() > 1):
+  if count > len(devices) or (len(devices) % count and jax.process_count() > 1):
     raise ValueError(
-      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {wanted} devices; there are "
-      f"{len(devices)}. (On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={wanted} "
+      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there "
+      f"are {len(devices)}. (On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={count} "
       "emulates them)"
     )
-  grid = np.asarray(devices[:wanted]).reshape(data, fsdp, tensor)
+  grid = np.asarray(devices[:count]).reshape(data, fsdp, tensor)
   return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -56,7 +56,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
   leaves = leaves_with_path(shapes)
   select([pattern for pattern, _ in rules], [path for path, _ in leaves], "sharding rule")
 
-  def of(path: str, leaf: Any) -> NamedSharding:
+  def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
     spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
     if spec is None:
       patterns = ", ".join(near(path, [pattern for pattern, _ in rules]))
@@ -72,7 +72,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
         )
     return NamedSharding(mesh, P(*full))
 
-  return jax.tree.unflatten(jax.tree.structure(shapes), [of(*item) for item in leaves])
+  return jax.tree.unflatten(jax.tree.structure(shapes), [leaf_sharding(*item) for item in leaves])
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 1) -> PyTree:
@@ -85,7 +85,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
   """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
-  def of(array: np.ndarray) -> jax.Array:
+  def split(array: np.ndarray) -> jax.Array:
     rows = len(array) * jax.process_count()
     if rows % (parts * accumulation_steps):
       raise ValueError(
@@ -98,4 +98,4 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
       array, spec = array.reshape(accumulation_steps, -1, *array.shape[1:]), P(None, *spec)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
 
-  return {name: of(array) for name, array in batch.items()}
+  return {name: split(array) for name, array in batch.items()}

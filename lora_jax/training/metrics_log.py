@@ -21,10 +21,10 @@ class MetricsLog:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     self.path = folder / "metrics.jsonl"
-    kept = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-    new = self.path.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-    os.replace(new, self.path)
+    lines = [line for line in read_metrics(self.path) if line["step"] <= first_step]
+    rewritten = self.path.with_suffix(".new")
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    os.replace(rewritten, self.path)
     self._file = self.path.open("a", encoding="utf-8")
     self._writer = _tensorboard(folder / "tensorboard", first_step)
 

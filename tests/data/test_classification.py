@@ -18,20 +18,20 @@ TOKENIZER = tiny_tokenizer(["a b c d e f"])  # a is 4, f is 9
 
 def examples(count=103, lowest=3, highest=30):
   """Returns examples whose first token is their number plus 1."""
-  made = []
+  built = []
   for i in range(count):
     tokens = np.full(DRAW.integers(lowest, highest + 1), 7, np.int32)
     tokens[0] = i + 1
-    made.append(Example(tokens, np.zeros_like(tokens), i % 3))
-  return made
+    built.append(Example(tokens, np.zeros_like(tokens), i % 3))
+  return built
 
 
-def batches(given, **settings):
+def batches(data, **settings):
   settings = {"batch_size": 8, "row_lengths": [16, 32], "seed": 0, **settings}
-  return bucketed_batches(given, **settings)
+  return bucketed_batches(data, **settings)
 
 
-def seen(batch):
+def covered(batch):
   """Returns the numbers of a batch's examples."""
   return (batch["tokens"][batch["weights"] > 0, 0] - 1).tolist()
 
@@ -58,9 +58,9 @@ def test_a_tokenizer_of_its_own_padding_is_taken_as_bare():
   padding = Tokenizer.from_str(TOKENIZER.to_str())
   padding.enable_padding(length=20)
   padding.enable_truncation(4)
-  given = [Record("a b c", "d e", 0)]
+  data = [Record("a b c", "d e", 0)]
   assert (
-    encode(padding, given, 16)[0].tokens.tolist() == encode(TOKENIZER, given, 16)[0].tokens.tolist()
+    encode(padding, data, 16)[0].tokens.tolist() == encode(TOKENIZER, data, 16)[0].tokens.tolist()
   )
 
 
@@ -92,76 +92,76 @@ def test_the_arrays_of_a_batch():
 
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_every_example_once_an_epoch_in_rows_that_fit(window):
-  given = examples()
-  made = batches(given, num_epochs=2, window=window)
-  assert made.epoch_ends == (13, 26)
-  assert len(made) == 26
+  data = examples()
+  built = batches(data, num_epochs=2, window=window)
+  assert built.epoch_ends == (13, 26)
+  assert len(built) == 26
   orders = []
   for first in (0, 13):
-    found = [seen(made[i]) for i in range(first, first + 13)]
-    assert found == [made.numbers(i) for i in range(first, first + 13)]
-    orders.append([i for numbers in found for i in numbers])
+    actual = [covered(built[i]) for i in range(first, first + 13)]
+    assert actual == [built.numbers(i) for i in range(first, first + 13)]
+    orders.append([i for numbers in actual for i in numbers])
     assert sorted(orders[-1]) == list(range(103))
-    assert sorted(map(len, found)) == [7] + [8] * 12
+    assert sorted(map(len, actual)) == [7] + [8] * 12
   assert orders[0] != orders[1]
-  for i in range(len(made)):
-    longest = max(len(given[n].tokens) for n in made.numbers(i))
-    assert made[i]["tokens"].shape == (8, 16 if longest <= 16 else 32)
-    assert int(np.count_nonzero(made[i]["segment_ids"])) == sum(
-      len(given[n].tokens) for n in made.numbers(i)
+  for i in range(len(built)):
+    longest = max(len(data[n].tokens) for n in built.numbers(i))
+    assert built[i]["tokens"].shape == (8, 16 if longest <= 16 else 32)
+    assert int(np.count_nonzero(built[i]["segment_ids"])) == sum(
+      len(data[n].tokens) for n in built.numbers(i)
     )
 
 
 def test_buckets_save_padding_and_random_batches_are_random():
-  given = examples(800)
+  data = examples(800)
 
   def padding(**settings):
-    made = batches(given, **settings)
-    return sum(np.count_nonzero(made[i]["segment_ids"] == 0) for i in range(len(made)))
+    built = batches(data, **settings)
+    return sum(np.count_nonzero(built[i]["segment_ids"] == 0) for i in range(len(built)))
 
   assert padding(seed=None) <= padding(window=50) < 0.6 * padding(window=1)
-  lengths = [len(given[n].tokens) for n in batches(given, window=1).numbers(0)]
+  lengths = [len(data[n].tokens) for n in batches(data, window=1).numbers(0)]
   assert max(lengths) - min(lengths) > 10
 
 
 def test_evaluation_is_sorted_and_whole():
-  given = examples()
-  made = batches(given, seed=None)
-  order = [n for i in range(len(made)) for n in made.numbers(i)]
+  data = examples()
+  built = batches(data, seed=None)
+  order = [n for i in range(len(built)) for n in built.numbers(i)]
   assert sorted(order) == list(range(103))
-  lengths = [len(given[i].tokens) for i in order]
+  lengths = [len(data[i].tokens) for i in order]
   assert lengths == sorted(lengths)
-  assert sum(made[i]["weights"].sum() for i in range(len(made))) == 103
+  assert sum(built[i]["weights"].sum() for i in range(len(built))) == 103
 
 
 def test_the_order_is_of_the_seed_and_the_epoch():
-  given = examples()
+  data = examples()
 
   def order(**settings):
-    made = batches(given, **settings)
-    return [made.numbers(i) for i in range(len(made))]
+    built = batches(data, **settings)
+    return [built.numbers(i) for i in range(len(built))]
 
   assert order(num_epochs=2)[:13] == order(num_epochs=1)
   assert order(seed=0) == order(seed=0) != order(seed=1)
 
 
 def test_an_iterator_goes_on_where_it_was():
-  made = batches(examples(), num_epochs=2)
-  iterator = iter(as_grain(made))
+  built = batches(examples(), num_epochs=2)
+  iterator = iter(as_grain(built))
   for _ in range(5):
     next(iterator)
   state = json.loads(json.dumps(iterator.get_state()))
-  rest = [seen(batch) for batch in iterator]
-  again = iter(as_grain(made))
+  rest = [covered(batch) for batch in iterator]
+  again = iter(as_grain(built))
   again.set_state(state)
-  assert [seen(batch) for batch in again] == rest
+  assert [covered(batch) for batch in again] == rest
   assert len(rest) == 21
 
 
 def test_processes_share_a_batch():
-  given = examples()
-  whole = batches(given)
-  parts = [batches(given, shard_index=i, shard_count=2) for i in range(2)]
+  data = examples()
+  whole = batches(data)
+  parts = [batches(data, shard_index=i, shard_count=2) for i in range(2)]
   for i in range(len(whole)):
     rows = [part[i] for part in parts]
     for name, array in whole[i].items():
@@ -169,12 +169,12 @@ def test_processes_share_a_batch():
 
 
 def test_bad_settings_are_refused():
-  given = examples(10)
+  data = examples(10)
   with pytest.raises(ValueError, match="row_length of at least"):
-    batches(given, row_lengths=[8])
+    batches(data, row_lengths=[8])
   with pytest.raises(ValueError, match="at least one example"):
     batches([])
   with pytest.raises(ValueError, match="multiple of shard_count = 3, got 8"):
-    batches(given, shard_count=3)
+    batches(data, shard_count=3)
   with pytest.raises(ValueError, match=r"shard_index must be in 0\.\.1, got 2"):
-    batches(given, shard_index=2, shard_count=2)
+    batches(data, shard_index=2, shard_count=2)

@@ -35,8 +35,8 @@ def test_documents_come_from_all_kinds_of_files(tmp_path):
   with gzip.open(tmp_path / "c.txt.gz", "wt", encoding="utf-8") as file:
     file.write("\n<|endoftext|>\n\nSix.\n")
   (tmp_path / "notes.md").write_text("no text")
-  found = list(corpus.documents(corpus.find_files(tmp_path)))
-  assert found == ["One.\nTwo.", "Three.", "Vier\u2028 – five.", "Six."]
+  actual = list(corpus.documents(corpus.find_files(tmp_path)))
+  assert actual == ["One.\nTwo.", "Three.", "Vier\u2028 – five.", "Six."]
 
 
 def test_bad_files_are_named(tmp_path):

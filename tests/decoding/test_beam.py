@@ -43,12 +43,12 @@ def log_probs(gpt2):
   net = GPT2(config)
   forward = jax.jit(lambda tokens: jax.nn.log_softmax(net.apply({"params": params}, tokens)))
 
-  def of(tokens):
+  def log_probs_of(tokens):
     row = np.zeros((1, config.num_positions), np.int32)
     row[0, : len(tokens)] = tokens
     return np.asarray(forward(row))[0, : len(tokens)]
 
-  return of
+  return log_probs_of
 
 
 def score_of(log_probs, prompt, tokens, length_penalty):
@@ -58,14 +58,14 @@ def score_of(log_probs, prompt, tokens, length_penalty):
   )
 
 
-def check_equal(log_probs, found, prompts, expected, length_penalty):
+def check_equal(log_probs, actual, prompts, expected, length_penalty):
   """Holds the best hypotheses to the expected (tokens, score); a tie must show in the scores."""
   for i, (prompt, (tokens, score)) in enumerate(zip(prompts, expected, strict=True)):
-    ours = found.tokens[i, 0, : found.lengths[i, 0]].tolist()
-    assert found.scores[i, 0] == pytest.approx(score, abs=TIE * max(1, abs(score))), i
-    if ours != tokens:
-      theirs = score_of(log_probs, prompt, tokens, length_penalty)
-      assert theirs == pytest.approx(float(found.scores[i, 0]), abs=TIE), f"{i}: no tie"
+    chosen_tokens = actual.tokens[i, 0, : actual.lengths[i, 0]].tolist()
+    assert actual.scores[i, 0] == pytest.approx(score, abs=TIE * max(1, abs(score))), i
+    if chosen_tokens != tokens:
+      expected_score = score_of(log_probs, prompt, tokens, length_penalty)
+      assert expected_score == pytest.approx(float(actual.scores[i, 0]), abs=TIE), f"{i}: no tie"
 
 
 def settings_id(case):
@@ -79,10 +79,10 @@ BEAM_CASES = [case for case in GOLDEN["cases"] if case["settings"]["num_beams"] 
 def test_it_finds_what_transformers_found(model, gpt2, log_probs, case):
   config = BeamConfig(eos_ids=EOS_IDS, **case["settings"])
   prompts = GOLDEN["prompts"][:24]
-  found = beam_search(model, gpt2[1], prompts, config, batch_size=8)
+  actual = beam_search(model, gpt2[1], prompts, config, batch_size=8)
   expected = list(zip(case["tokens"], case["scores"], strict=True))[:24]
-  check_equal(log_probs, found, prompts, expected, config.length_penalty)
-  assert len(set(found.lengths[:, 0])) > 1 or config.max_new_tokens < 8  # they end anywhere
+  check_equal(log_probs, actual, prompts, expected, config.length_penalty)
+  assert len(set(actual.lengths[:, 0])) > 1 or config.max_new_tokens < 8  # they end anywhere
 
 
 @pytest.mark.long
@@ -90,9 +90,9 @@ def test_it_finds_what_transformers_found_for_200_prompts(model, gpt2, log_probs
   case = GOLDEN["cases"][0]
   config = BeamConfig(eos_ids=EOS_IDS, **case["settings"])
   prompts = GOLDEN["prompts"]
-  found = beam_search(model, gpt2[1], prompts, config)
+  actual = beam_search(model, gpt2[1], prompts, config)
   expected = list(zip(case["tokens"], case["scores"], strict=True))
-  check_equal(log_probs, found, prompts, expected, config.length_penalty)
+  check_equal(log_probs, actual, prompts, expected, config.length_penalty)
 
 
 def test_it_finds_what_transformers_finds_now(model, gpt2, log_probs):
@@ -105,8 +105,8 @@ def test_it_finds_what_transformers_finds_now(model, gpt2, log_probs):
   prompts = GOLDEN["prompts"][24:48]
   expected = make_beam_golden.search(GPT2LMHeadModel.from_pretrained(FOLDER), prompts, **settings)
   config = BeamConfig(eos_ids=EOS_IDS, **settings)
-  found = beam_search(model, gpt2[1], prompts, config)
-  check_equal(log_probs, found, prompts, expected, config.length_penalty)
+  actual = beam_search(model, gpt2[1], prompts, config)
+  check_equal(log_probs, actual, prompts, expected, config.length_penalty)
 
 
 # ---- the reference's rules, as plainly as they can be written ----------------------------
@@ -150,9 +150,9 @@ def test_the_reference_rules_are_those_of_a_plain_search(model, gpt2, log_probs,
     scoring="reference",
   )
   prompts = GOLDEN["prompts"][:10]
-  found = beam_search(model, gpt2[1], prompts, config)
+  actual = beam_search(model, gpt2[1], prompts, config)
   expected = [reference_search(log_probs, prompt, config) for prompt in prompts]
-  check_equal(log_probs, found, prompts, expected, penalty)
+  check_equal(log_probs, actual, prompts, expected, penalty)
 
 
 # ---- what holds for any scoring ---------------------------------------------------------
@@ -179,7 +179,7 @@ def test_slots_of_dead_beams_may_be_dropped(gpt2, monkeypatch, scan_layers):
   """A search whose cache holds all slots to the end drops none of them."""
   config, params = load_gpt2(FOLDER, scan_layers=scan_layers)
   search = BeamConfig(EOS_IDS, num_beams=4, max_new_tokens=40, num_return=4, length_penalty=2.0)
-  prompts, found, rounds = [prompt[:20] for prompt in GOLDEN["prompts"][:6]], [], []
+  prompts, actual, rounds = [prompt[:20] for prompt in GOLDEN["prompts"][:6]], [], []
   take = beam.take_slots
   monkeypatch.setattr(beam, "SLOT_MULTIPLE", 1)
   monkeypatch.setattr(
@@ -190,20 +190,20 @@ def test_slots_of_dead_beams_may_be_dropped(gpt2, monkeypatch, scan_layers):
       monkeypatch.setattr(beam, "sizes", lambda *args: sizes(*args)[-1:])
     rounds.clear()
     model = from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)
-    found.append(beam_search(model, params, prompts, search))
+    actual.append(beam_search(model, params, prompts, search))
     jax.effects_barrier()
     assert len(rounds) > 3 if few else len(rounds) == 1
-  assert found[0].steps.max() > 20
-  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
-  np.testing.assert_allclose(found[0].scores, found[1].scores, atol=1e-5)
+  assert actual[0].steps.max() > 20
+  np.testing.assert_array_equal(actual[0].tokens, actual[1].tokens)
+  np.testing.assert_allclose(actual[0].scores, actual[1].scores, atol=1e-5)
 
 
 def test_the_output_is_padded_and_knows_its_ends(model, gpt2):
   config = BeamConfig(eos_ids=EOS_IDS, num_beams=4, max_new_tokens=24, pad_id=159)
-  found = beam_search(model, gpt2[1], GOLDEN["prompts"][:24], config)
-  assert 0 < found.ended.sum() < found.ended.size
+  actual = beam_search(model, gpt2[1], GOLDEN["prompts"][:24], config)
+  assert 0 < actual.ended.sum() < actual.ended.size
   for tokens, length, ended, best in zip(
-    found.tokens[:, 0], found.lengths[:, 0], found.ended[:, 0], found.best(), strict=True
+    actual.tokens[:, 0], actual.lengths[:, 0], actual.ended[:, 0], actual.best(), strict=True
   ):
     assert (tokens[length:] == 159).all()
     assert (tokens[length - 1] in EOS_IDS) == ended
@@ -214,11 +214,11 @@ def test_the_output_is_padded_and_knows_its_ends(model, gpt2):
 def test_eight_devices_find_what_one_does(model, gpt2):
   prompts = GOLDEN["prompts"][:13]
   mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
-  one = beam_search(model, gpt2[1], prompts, CONFIG, batch_size=16)
+  unsharded = beam_search(model, gpt2[1], prompts, CONFIG, batch_size=16)
   params = jax.device_put(gpt2[1], jax.NamedSharding(mesh, jax.P()))
   eight = beam_search(model, params, prompts, CONFIG, batch_size=16, mesh=mesh)
-  np.testing.assert_array_equal(one.tokens, eight.tokens)
-  np.testing.assert_allclose(one.scores, eight.scores, atol=1e-5)
+  np.testing.assert_array_equal(unsharded.tokens, eight.tokens)
+  np.testing.assert_allclose(unsharded.scores, eight.scores, atol=1e-5)
 
 
 def test_batches_run_side_by_side_only_where_a_program_has_one_device(gpt2, monkeypatch):
@@ -244,8 +244,8 @@ def test_equal_scores_go_by_beam_then_token():
     max_positions=99,
   )
   config = BeamConfig((8,), num_beams=3, max_new_tokens=3, num_return=3, no_repeat_ngram_size=0)
-  found = beam_search(flat, {}, [[1]], config)
-  np.testing.assert_array_equal(found.tokens[0], [[0, 0, 0], [0, 0, 1], [0, 0, 2]])
+  actual = beam_search(flat, {}, [[1]], config)
+  np.testing.assert_array_equal(actual.tokens[0], [[0, 0, 0], [0, 0, 1], [0, 0, 2]])
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,14 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 
 def test_sampling_follows_the_probabilities_of_the_nucleus():
   probabilities = jnp.array([0.5, 0.3, 0.15, 0.05])
-  one = CachedModel(
+  constant = CachedModel(
     extend=lambda params, tokens, positions, cache, index, mask: (tokens[..., None] * 0.0, cache),
     logits=lambda params, hidden: jnp.broadcast_to(jnp.log(probabilities), (*hidden.shape[:-1], 4)),
     make_cache=lambda batch_size, num_slots: jnp.zeros((batch_size, num_slots)),
     max_positions=9,
   )
   config = SamplingConfig((), top_p=0.8, max_new_tokens=1)
-  ids = generate(one, {}, [[1]] * 4000, config, jax.random.key(0), batch_size=4000)
+  ids = generate(constant, {}, [[1]] * 4000, config, jax.random.key(0), batch_size=4000)
   shares = np.bincount([tokens[0] for tokens in ids], minlength=4) / len(ids)
   np.testing.assert_allclose(shares, [0.625, 0.375, 0, 0], atol=0.03)
 

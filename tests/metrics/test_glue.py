@@ -68,14 +68,14 @@ def test_the_metrics_of_each_task():
   for task in ("sst2", "mnli", "qnli", "rte", "wnli", "boolq", "wic", "wsc"):
     assert glue.score(task, outputs, TWO_LABELS) == {"accuracy": pytest.approx(0.7)}
   for task in ("mrpc", "qqp"):
-    found = glue.score(task, outputs, TWO_LABELS)
-    assert found == {"accuracy": pytest.approx(0.7), "f1": pytest.approx(0.7297297297297297)}
+    actual = glue.score(task, outputs, TWO_LABELS)
+    assert actual == {"accuracy": pytest.approx(0.7), "f1": pytest.approx(0.7297297297297297)}
     assert glue.main_metric(task) == "accuracy"
   assert glue.score("cola", outputs, TWO_LABELS) == {"matthews": pytest.approx(0.392793037)}
-  found = glue.score("stsb", SCORES[:, None], SCORE_LABELS)
-  assert found == {"pearson": pytest.approx(0.711951921), "spearman": pytest.approx(0.694020845)}
-  found = glue.score("cb", one_hot(THREE, 3), THREE_LABELS)
-  assert found == {"accuracy": pytest.approx(0.35), "f1": pytest.approx(0.34827825)}
+  actual = glue.score("stsb", SCORES[:, None], SCORE_LABELS)
+  assert actual == {"pearson": pytest.approx(0.711951921), "spearman": pytest.approx(0.694020845)}
+  actual = glue.score("cb", one_hot(THREE, 3), THREE_LABELS)
+  assert actual == {"accuracy": pytest.approx(0.35), "f1": pytest.approx(0.34827825)}
   assert (glue.main_metric("cola"), glue.main_metric("stsb")) == ("matthews", "pearson")
 
 
@@ -84,14 +84,14 @@ def test_candidates_are_scored_together():
   margins = np.array([0.1, 0.4, -2.0, -3.0])
   outputs = np.stack([0 * margins, margins], axis=1)
   assert glue.score("copa", outputs, [0, 1, 0, 1], groups) == {"accuracy": 0.5}
-  found = glue.score("multirc", outputs, [1, 1, 0, 1], groups)
-  assert found == {"f1": pytest.approx(0.8), "exact_match": 0.5}
+  actual = glue.score("multirc", outputs, [1, 1, 0, 1], groups)
+  assert actual == {"f1": pytest.approx(0.8), "exact_match": 0.5}
   answers = ["Bob", "The Ann-Marie Lee", "Rome", "New York"]
-  found = glue.score("record", outputs, [0, 1, 0, 1], groups, answers)
-  assert found == {"f1": 0.5, "exact_match": 0.5}
+  actual = glue.score("record", outputs, [0, 1, 0, 1], groups, answers)
+  assert actual == {"f1": 0.5, "exact_match": 0.5}
   answers = ["Ann", "the Ann Lee.", "old York", "New York"]
-  found = glue.score("record", outputs, [1, 0, 0, 1], groups, answers)
-  assert found == {"f1": pytest.approx((2 / 3 + 1 / 2) / 2), "exact_match": 0.0}
+  actual = glue.score("record", outputs, [1, 0, 0, 1], groups, answers)
+  assert actual == {"f1": pytest.approx((2 / 3 + 1 / 2) / 2), "exact_match": 0.0}
 
 
 def test_bad_input_is_refused():

@@ -60,12 +60,12 @@ def test_coco_scores_are_those_of_the_official_scorer(golden, measured, name, me
 def test_all_five_have_intervals_and_differences(measured):
   best, worst = measured["held_out_reference"], measured["truncated_8_words"]
   scores = best.scores()
-  for name, found in metrics.intervals(best, resamples=200).items():
-    assert found.low < found.score < found.high
-    assert found.score == getattr(scores, name)
-  for found in metrics.differences(best, worst, resamples=200).values():
-    assert 0 < found.low < found.difference < found.high
-    assert found.share_against == 0
+  for name, actual in metrics.intervals(best, resamples=200).items():
+    assert actual.low < actual.score < actual.high
+    assert actual.score == getattr(scores, name)
+  for actual in metrics.differences(best, worst, resamples=200).values():
+    assert 0 < actual.low < actual.difference < actual.high
+    assert actual.share_against == 0
 
 
 def test_without_java_three_cells_are_empty(monkeypatch):

@@ -28,10 +28,10 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def _run(how: str, **environment: str) -> tuple[str, int]:
-  ours = ("MALLOC_", "XLA_")
-  environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | environment
-  command = [sys.executable, "-c", FAULTS, how]
+def _run(mode: str, **environment: str) -> tuple[str, int]:
+  prefixes = ("MALLOC_", "XLA_")
+  environment = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)} | environment
+  command = [sys.executable, "-c", FAULTS, mode]
   run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   kept, faults = run.stdout.split()
   return kept, int(faults)

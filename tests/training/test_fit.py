@@ -63,8 +63,8 @@ def lines(workdir):
 
 def assert_same(got, got_workdir, name="lora"):
   expected, workdir = undisturbed(name)
-  for ours, theirs in ((got.last, expected.last), (got.best, expected.best)):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+  for tree, expected_tree in ((got.last, expected.last), (got.best, expected.best)):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(expected_tree), strict=True):
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   assert (got.best_step, got.best_loss) == (expected.best_step, expected.best_loss)
   assert got.last_loss == expected.last_loss
@@ -202,24 +202,24 @@ def test_evaluation_is_exact_over_uneven_batches():
 
 def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
   """The middle one of three is called the best, whatever its loss."""
-  params, seen = fresh_params(num_layers=1), []
+  params, evaluated = fresh_params(num_layers=1), []
   loss = method("lora")(language_model_loss(model(num_layers=1)[0]))
   data = batches()
 
   def evaluate(params, trainable):
-    seen.append(jax.tree.map(np.array, trainable))
-    return Evaluation((3.0, 1.0, 2.0)[len(seen) - 1], {"accuracy": 0.1 * len(seen)})
+    evaluated.append(jax.tree.map(np.array, trainable))
+    return Evaluation((3.0, 1.0, 2.0)[len(evaluated) - 1], {"accuracy": 0.1 * len(evaluated)})
 
-  given = {"workdir": tmp_path, "key": jax.random.key(0), "mesh": make_mesh(), "progress": False}
+  options = {"workdir": tmp_path, "key": jax.random.key(0), "mesh": make_mesh(), "progress": False}
   arguments = (
     *(loss, params, loss.init(jax.random.key(2), params, data[0])),
     *(optax.adamw(1e-2), iter(as_grain(data))),
   )
   with pytest.raises(ValueError, match="expected eval_loss and eval_batches, or evaluate"):
-    fit(*arguments, config=FitConfig(6, 2, 9, 1), **given)
-  got = fit(*arguments, config=FitConfig(6, 2, 9, 1), evaluate=evaluate, **given)
+    fit(*arguments, config=FitConfig(6, 2, 9, 1), **options)
+  got = fit(*arguments, config=FitConfig(6, 2, 9, 1), evaluate=evaluate, **options)
   assert (got.best_step, got.best_loss, got.last_loss) == (4, 1.0, 2.0)
-  jax.tree.map(np.testing.assert_array_equal, got.best, seen[1])
+  jax.tree.map(np.testing.assert_array_equal, got.best, evaluated[1])
   logged = [m for m in read_metrics(tmp_path / "metrics.jsonl") if "valid/accuracy" in m]
   assert [m["step"] for m in logged] == [2, 4, 6]
 

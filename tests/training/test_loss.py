@@ -56,7 +56,7 @@ def value_and_grad(adaptation, params):
   """Returns a function from a trainable tree and a batch to its loss and gradient."""
 
   @jax.jit
-  def of_batch(trainable, batch):
+  def batch_loss(trainable, batch):
     def total(trainable):
       loss = adaptation.apply(params, trainable, batch, lora_key=None)
       return loss.total, loss
@@ -64,7 +64,7 @@ def value_and_grad(adaptation, params):
     (_, loss), grads = jax.value_and_grad(total, has_aux=True)(trainable)
     return loss, grads
 
-  return of_batch
+  return batch_loss
 
 
 def lora(target, **options):
@@ -125,8 +125,8 @@ def summed(batches):
   module, params = model(num_layers=1, vocab_size=8192, num_positions=512)
   adaptation = lora(QUERY)(language_model_loss(module, 0.1))
   trainable = randomized(adaptation.init(KEY, params, batches[0]))
-  of_batch = value_and_grad(adaptation, params)
-  parts = [of_batch(trainable, batch) for batch in batches]
+  batch_loss = value_and_grad(adaptation, params)
+  parts = [batch_loss(trainable, batch) for batch in batches]
   return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 

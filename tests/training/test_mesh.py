@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness.recipe import params_places
+from experiments.harness.sharding import sharding_of
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
@@ -22,7 +22,7 @@ def trained(name, scan_layers, parts, **axes):
   """Returns the losses of three steps, and the state after them."""
   mesh, shape = make_mesh(**axes), {"scan_layers": scan_layers, "num_layers": 1 + scan_layers}
   params = fresh_params(**shape)
-  params = jax.device_put(params, params_places(mesh)(params))
+  params = jax.device_put(params, sharding_of(mesh)(params))
   loss = method(name, dropout=0.0)(language_model_loss(model(**shape)[0], 0.1))
   data = batches(batch_size=8)
   trainable = loss.init(jax.random.key(1), params, data[0])
@@ -56,8 +56,8 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
   losses, state = trained(name, scan_layers, parts, **axes)
   np.testing.assert_allclose(losses, expected, rtol=1e-5)
   assert losses[0] > losses[-1]
-  got, wanted = jax.device_get((state.part, alone.part))
-  assert relative_difference(got, wanted) < 1e-5
+  got, expected_part = jax.device_get((state.part, alone.part))
+  assert relative_difference(got, expected_part) < 1e-5
   arrays = jax.tree.leaves((state.part, state.opt_state))
   split = [x for x in arrays if x.addressable_shards[0].data.size < x.size]
   if name == "lora":  # of A and B, one side of each weight is split, or both
@@ -72,7 +72,7 @@ def test_a_fingerprint_does_not_depend_on_the_mesh():
   params = fresh_params()
   expected = fingerprint(params)
   mesh = make_mesh(2, 2, 2)
-  assert fingerprint(jax.device_put(params, params_places(mesh)(params))) == expected
+  assert fingerprint(jax.device_put(params, sharding_of(mesh)(params))) == expected
 
 
 def test_a_fingerprint_depends_on_every_bit_and_place():

@@ -146,11 +146,11 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
   def losses(parts):
     step, state, frozen, _ = begin(noisy, optax.sgd(0.0), parts)
     batch = place_batch(make_mesh(), half, parts)
-    found = []
+    values = []
     for _ in range(3):
       state, metrics = step(state, frozen, batch)
-      found.append(float(metrics.loss))
-    return found
+      values.append(float(metrics.loss))
+    return values
 
   def apply(params, trainable, batch, *, lora_key, key):
     """One mask for all rows, so that equal micro-batches differ by their keys alone."""
@@ -181,16 +181,16 @@ def test_the_models_own_dropout_has_a_key_of_the_step(parts):
     return squares(params, {**batch, "x": batch["x"] * keep})
 
   adaptation = lj.lora(noisy, lj.LoraConfig(2, 4.0, "up|down", extra="bias"))
-  found = []
+  runs = []
   for _ in range(2):
     step, state, frozen, batch = begin(adaptation, optax.sgd(0.0), parts)
     losses = []
     for _ in range(3):
       state, metrics = step(state, frozen, batch)
       losses.append(float(metrics.loss))
-    found.append(losses)
-  assert found[0] == found[1]
-  assert len(set(found[0])) == 3
+    runs.append(losses)
+  assert runs[0] == runs[1]
+  assert len(set(runs[0])) == 3
   _, state, frozen, batch = begin(adaptation)
   plain = make_eval_step(adaptation)(frozen["base"], trainable_tree(state, frozen), batch)
   np.testing.assert_allclose(plain, squares(PARAMS, BATCH), rtol=1e-5)
@@ -221,9 +221,11 @@ def test_one_compilation_serves_all_steps_and_a_resumed_run(axes, parts, tmp_pat
   restored, _ = step(restored, frozen, batch)
   assert len(COMPILED) == before
   expected, _ = step(state, frozen, batch)
-  for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
-    got, wanted = (x if x.dtype != KEY.dtype else jax.random.key_data(x) for x in (got, wanted))
-    np.testing.assert_array_equal(got, wanted)
+  for got, reference in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
+    got, reference = (
+      x if x.dtype != KEY.dtype else jax.random.key_data(x) for x in (got, reference)
+    )
+    np.testing.assert_array_equal(got, reference)
 
 
 def test_all_finite():

@@ -94,9 +94,9 @@ def load_bert(
   config = read_config(folder, param_dtype=param_dtype, **computation)
   prefix = f"{config.kind}."
   names = {name.removeprefix(prefix) for name in tensor_names(folder)}
-  absent = ["head"] if key is not None else []
+  new_parts = ["head"] if key is not None else []
   if key is not None and config.pooler and "pooler.dense.weight" not in names:
-    absent.append("pooler")
+    new_parts.append("pooler")
 
   def ignored(tensor: str) -> bool:
     short = tensor.removeprefix(prefix)
@@ -106,7 +106,7 @@ def load_bert(
 
   model, stored = Bert(config), stored_tensors(config)
   return config, load_encoder(
-    folder, model, stored, prefix, shardings, ignored, new=absent, key=key
+    folder, model, stored, prefix, shardings, ignored, new_parts=new_parts, key=key
   )
 
 
@@ -141,32 +141,32 @@ def read_config(
     ValueError: if it is no such model, or one that is computed otherwise.
   """
   path = Path(folder) / "config.json"
-  given = read_json(path)
-  kind = given.get("model_type")
+  fields = read_json(path)
+  kind = fields.get("model_type")
   if kind not in CLASSES:
     raise ValueError(f"{path}: expected model_type {' or '.join(CLASSES)}, got {kind!r}")
-  given = DEFAULTS | {key: value for key, value in given.items() if value is not None}
-  if given.get("pad_token_id") is None:
-    given["pad_token_id"] = PAD_ID[kind]
-  check_integers(path, given, dict.fromkeys(INTEGERS.values(), 1) | {"pad_token_id": 0})
-  for key, ours in (
+  fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
+  if fields.get("pad_token_id") is None:
+    fields["pad_token_id"] = PAD_ID[kind]
+  check_integers(path, fields, dict.fromkeys(INTEGERS.values(), 1) | {"pad_token_id": 0})
+  for key, expected in (
     ("position_embedding_type", "absolute"),
     ("is_decoder", False),
     ("add_cross_attention", False),
   ):
-    if given.get(key, ours) != ours:
-      raise ValueError(f"{path}: {key}={given[key]!r} is not supported; expected {ours!r}")
+    if fields.get(key, expected) != expected:
+      raise ValueError(f"{path}: {key}={fields[key]!r} is not supported; expected {expected!r}")
   names = {name.removeprefix(f"{kind}.") for name in tensor_names(path.parent)}
-  num_labels = head_size(path, given, names, num_labels, new_head)
+  num_labels = head_size(path, fields, names, num_labels, new_head)
   has_pooler = "pooler.dense.weight" in names
-  of_head = given.get("classifier_dropout")
+  head_dropout = fields.get("classifier_dropout")
   read = {
-    **{ours: given[theirs] for ours, theirs in (INTEGERS | FLOATS).items()},
+    **{name: fields[key] for name, key in (INTEGERS | FLOATS).items()},
     "kind": kind,
-    "activation": given["hidden_act"],
+    "activation": fields["hidden_act"],
     "pooler": has_pooler if num_labels is None else kind == "bert",
     "num_labels": num_labels,
-    "head_dropout": given["hidden_dropout_prob"] if of_head is None else of_head,
+    "head_dropout": fields["hidden_dropout_prob"] if head_dropout is None else head_dropout,
   }
   try:
     return BertConfig(**read | computation)

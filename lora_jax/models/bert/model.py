@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from lora_jax.models.gpt2.model import layer_norm
 from lora_jax.models.parts.causal_lm import check_choice, dense, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
+  Context,
   Encoder,
-  Seen,
   attention_weights,
   check_encoder,
   dropout,
@@ -106,14 +106,14 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], seen: Seen, deterministic: bool
+    self, x: Float[Array, "B S D"], context: Context, deterministic: bool
   ) -> Float[Array, "B T D"]:
     config = self.config
-    query = heads(config, "query", take(x, seen.at))
+    query = heads(config, "query", take(x, context.token_index))
     key, value = heads(config, "key", x), heads(config, "value", x)
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
-    weights = attention_weights(config, scores, seen.mask, deterministic)
+    weights = attention_weights(config, scores, context.mask, deterministic)
     out = jnp.einsum("BNTS,BSNH->BTNH", weights, value)
     return dense(config, config.embed_dim, "out", out.reshape(*out.shape[:2], -1))
 
@@ -125,10 +125,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], number: Any, seen: Seen, deterministic: bool
+    self, x: Float[Array, "B S D"], number: Any, context: Context, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], None]:
-    attended = Attention(self.config, name="attn")(x, seen, deterministic)
-    return finish_layer(self.config, x, attended, seen.at, deterministic), None
+    attended = Attention(self.config, name="attn")(x, context, deterministic)
+    return finish_layer(self.config, x, attended, context.token_index, deterministic), None
 
 
 class Head(nn.Module):
@@ -185,9 +185,9 @@ class Bert(Encoder):
   ) -> Int[Array, "B T"]:
     """Returns the rows of the table of positions; those that RoBERTa counts leave padding out."""
     config = self.config
-    found = positions_of(tokens, positions, config.num_positions - config.first_position)
+    rows = positions_of(tokens, positions, config.num_positions - config.first_position)
     if positions is not None or config.kind == "bert":
-      return found + config.first_position
+      return rows + config.first_position
     is_token = (tokens != config.pad_id).astype(jnp.int32)
     return jnp.cumsum(is_token, axis=1) * is_token + config.pad_id
 

@@ -50,7 +50,7 @@ def stored_by_module(
     layer: names of those in a layer.
   """
   prefix = "" if model.config.num_labels is None else prefix
-  outside = {**{ours: prefix + theirs for ours, theirs in outside.items()}, **head}
+  outside = {**{path: prefix + name for path, name in outside.items()}, **head}
   stored = []
   for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(model)):
     path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -63,27 +63,27 @@ def stored_by_module(
     name = f"{layer[inside]}.{TENSOR[kind]}"
     stacked = stack == "layers"
     for i in range(leaf.shape[0]) if stacked else [int(stack.removeprefix("layers_"))]:
-      own = f"{prefix}encoder.layer.{i}.{name}"
-      stored.append(StoredTensor(own, (path,), i if stacked else None, **traits))
+      tensor = f"{prefix}encoder.layer.{i}.{name}"
+      stored.append(StoredTensor(tensor, (path,), i if stacked else None, **traits))
   return stored
 
 
-def check_integers(path: Path, given: Mapping[str, Any], least: Mapping[str, int]) -> None:
+def check_integers(path: Path, fields: Mapping[str, Any], least: Mapping[str, int]) -> None:
   """Raises ValueError unless fields of config.json are integers of at least so much."""
   for key, low in least.items():
-    value = given.get(key)
+    value = fields.get(key)
     if type(value) is not int or value < low:
       raise ValueError(f"{path}: expected an integer of at least {low} for {key}, got {value!r}")
 
 
 def head_size(
-  path: Path, given: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
+  path: Path, fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
 ) -> int | None:
   """Returns the labels of the head that a model is to have; None is no head.
 
   Args:
     path: of config.json, for messages.
-    given: what stands there.
+    fields: the contents of config.json.
     names: of the folder's tensors.
     num_labels: that are asked for; None takes the folder's head, or none.
     is_new: whether a new head is asked for.
@@ -94,19 +94,19 @@ def head_size(
     if num_labels is None:
       raise ValueError("a key makes a new head; expected num_labels beside it")
     return num_labels
-  found = None
-  kinds = given.get("architectures") or ["ForSequenceClassification"]
-  of_sequences = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
-  if of_sequences and any(name.startswith("classifier.") for name in names):
-    labels = given.get("id2label")
-    found = len(labels) if isinstance(labels, dict) else given.get("num_labels", 2)
-  if num_labels is not None and num_labels != found:
-    has = "no head" if found is None else f"a head of {found} labels"
+  size = None
+  kinds = fields.get("architectures") or ["ForSequenceClassification"]
+  is_classifier = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+  if is_classifier and any(name.startswith("classifier.") for name in names):
+    labels = fields.get("id2label")
+    size = len(labels) if isinstance(labels, dict) else fields.get("num_labels", 2)
+  if num_labels is not None and num_labels != size:
+    head = "no head" if size is None else f"a head of {size} labels"
     raise ValueError(
-      f"{path.parent} has {has}, not one of {num_labels}. Give a key to make a new one: "
+      f"{path.parent} has {head}, not one of {num_labels}. Give a key to make a new one: "
       f"num_labels={num_labels}, key=jax.random.key(0)"
     )
-  return found
+  return size
 
 
 def tensor_names(folder: Path) -> set[str]:
@@ -122,7 +122,7 @@ def load_encoder(
   prefix: str,
   shardings: PyTree | Callable[[PyTree], PyTree] | None,
   ignored: Callable[[str], bool],
-  new: Sequence[str],
+  new_parts: Sequence[str],
   key: jax.Array | None,
 ) -> PyTree:
   """Returns an encoder's params: those of its folder, and new parts.
@@ -134,30 +134,30 @@ def load_encoder(
     prefix: of the encoder's names in some files: all those that have it lose it first.
     shardings: as of `load_params`.
     ignored: tells the names, as they stand in the files, of tensors that are not read.
-    new: parts that are made with the key, not read, by their names in the tree's first level.
+    new_parts: first-level names of parts of the tree that the key initializes instead.
     key: None if there are none.
   """
   shapes = shapes_of(model)
   names = tensor_names(folder)
   by_name = {name.removeprefix(prefix): name for name in sorted(names, key=len)}
   for now, old in OLD_NAMES.items():
-    of_old = [name for name in by_name if name.endswith(old)]
-    by_name |= {name.removesuffix(old) + now: by_name[name] for name in of_old}
+    renamed = [name for name in by_name if name.endswith(old)]
+    by_name |= {name.removesuffix(old) + now: by_name[name] for name in renamed}
   read = [
-    one._replace(name=by_name.get(one.name.removeprefix(prefix), one.name))
-    for one in stored
-    if one.paths[0].split("/")[0] not in new
+    tensor._replace(name=by_name.get(tensor.name.removeprefix(prefix), tensor.name))
+    for tensor in stored
+    if tensor.paths[0].split("/")[0] not in new_parts
   ]
   places = shardings(shapes) if callable(shardings) else shardings
   places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
   old_shapes, old_places = (
-    {part: tree[part] for part in shapes if part not in new} for tree in (shapes, places)
+    {part: tree[part] for part in shapes if part not in new_parts} for tree in (shapes, places)
   )
   params = load_params(folder, read, old_shapes, old_places, ignored)
   tokens = jnp.zeros((1, 1), jnp.int32)
-  for part in new:
-    made = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
-    params[part] = jax.tree.map(_placed, made, places[part])
+  for part in new_parts:
+    leaves = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
+    params[part] = jax.tree.map(_placed, leaves, places[part])
   return {part: params[part] for part in shapes}
 
 
@@ -183,7 +183,7 @@ def save_encoder(
   written = {
     **fields,
     "architectures": [family + kind],
-    **{theirs: getattr(config, ours) for ours, theirs in (INTEGERS | FLOATS).items()},
+    **{key: getattr(config, name) for name, key in (INTEGERS | FLOATS).items()},
     "hidden_act": config.activation,
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
   }

@@ -86,10 +86,10 @@ class StoredTensor(NamedTuple):
     """Returns what there is for each axis of our leaves in the order of its own axes."""
     if not self.transposed or len(axes) < 2:
       return axes
-    *others, inputs, outputs = axes
+    *leading, inputs, outputs = axes
     if self.is_parameter:  # experts in one tensor
-      return (*others, outputs, inputs)
-    return (outputs, inputs, *others)
+      return (*leading, outputs, inputs)
+    return (outputs, inputs, *leading)
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
@@ -238,7 +238,7 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
     FileNotFoundError: if weights are missing.
     ValueError: if a file is truncated or the index is wrong or points out of the folder.
   """
-  names, where = weight_files(folder)
+  names, weight_map = weight_files(folder)
   files: dict[str, _File] = {}
   for name in names:
     file = _map(folder / name)
@@ -246,9 +246,9 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
       if tensor in files:
         raise ValueError(f"{folder}: {tensor} is in {files[tensor].name} and in {name}")
       files[tensor] = file
-  found = {tensor: file.name for tensor, file in files.items()}
-  if where is not None and where != found:
-    wrong = sorted({key for key, _ in where.items() ^ found.items()})
+  actual = {tensor: file.name for tensor, file in files.items()}
+  if weight_map is not None and weight_map != actual:
+    wrong = sorted({key for key, _ in weight_map.items() ^ actual.items()})
     raise ValueError(f"{folder / INDEX} and the files disagree about {', '.join(wrong[:5])}")
   yield Tensors(files)
 
@@ -262,22 +262,24 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   if single.is_file():
     return [single.name], None
   if not index.is_file():
-    others = sorted(path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind))
-    hint = f"; {', '.join(others)} may be pickles and are not read" if others else ""
+    unread = sorted(path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind))
+    hint = f"; {', '.join(unread)} may be pickles and are not read" if unread else ""
     raise FileNotFoundError(
       f"{single} does not exist: the weights are missing{hint}. Expected model.safetensors, or "
       f"several files with {INDEX}"
     )
-  where = read_json(index).get("weight_map")
-  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(name, str) for name in weight_map.values()
+  ):
     raise ValueError(f"{index}: expected an object 'weight_map' of file names")
-  names = sorted(set(where.values()))
+  names = sorted(set(weight_map.values()))
   for name in names:
     if Path(name).name != name or not name.endswith(".safetensors"):
       raise ValueError(f"{index}: {name!r} is not the name of a safetensors file of the folder")
     if not (folder / name).is_file():
       raise FileNotFoundError(f"{folder / name} does not exist, but {INDEX} names it")
-  return names, where
+  return names, weight_map
 
 
 def dtype_of(folder: Path) -> np.dtype:
@@ -297,18 +299,18 @@ def check_tensors(
   ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
   """Raises ValueError naming each tensor that is missing, unexpected, mis-shaped or no float."""
-  found = {name: tensors.shape(name) for name in tensors if not ignored(name)}
-  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-  faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+  shapes = {name: tensors.shape(name) for name in tensors if not ignored(name)}
+  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
+  faults += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
   faults += [
-    f"{name} has shape {found[name]}, expected {shape}"
+    f"{name} has shape {shapes[name]}, expected {shape}"
     for name, shape in expected.items()
-    if name in found and found[name] != shape
+    if name in shapes and shapes[name] != shape
   ]
   faults += [
     f"{name} is of {tensors.dtype(name)}, expected one of {', '.join(FLOATS)}"
     for name in expected
-    if name in found and tensors.dtype(name) not in FLOATS
+    if name in shapes and tensors.dtype(name) not in FLOATS
   ]
   if faults:
     more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
@@ -374,8 +376,8 @@ def _shape(parts: Parts) -> tuple[int, ...]:
 
 def _copy_into(out: np.ndarray, parts: Parts) -> None:
   if isinstance(parts, list):
-    for one, part in zip(out, parts, strict=True):
-      _copy_into(one, part)
+    for target, part in zip(out, parts, strict=True):
+      _copy_into(target, part)
   else:
     out[...] = parts
 
@@ -401,11 +403,11 @@ def save_folder(
     OSError: if it cannot be written, as on a full disk; then nothing is left behind.
   """
   copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
-  with new_folder(folder) as new:
-    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    _save_shards(new, tensors, max_shard_bytes)
+  with new_folder(folder) as temporary:
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    _save_shards(temporary, tensors, max_shard_bytes)
     for file in copied:
-      shutil.copyfile(file, new / file.name)
+      shutil.copyfile(file, temporary / file.name)
 
 
 @contextmanager
@@ -420,10 +422,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    new = Path(name) / "folder"
-    new.mkdir()
-    yield new
-    os.rename(new, folder)
+    temporary = Path(name) / "folder"
+    temporary.mkdir()
+    yield temporary
+    os.rename(temporary, folder)
 
 
 def _save_shards(

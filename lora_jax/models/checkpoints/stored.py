@@ -48,10 +48,10 @@ def load_params(
   paths = [path for path, _ in _with_path(shapes)]
   sizes = dict(zip(paths, leaves, strict=True))
   holding: dict[str, Holding] = {}
-  for one in stored:
+  for tensor in stored:
     start = 0
-    for path in one.paths:
-      holding.setdefault(path, {})[one.place] = one, start
+    for path in tensor.paths:
+      holding.setdefault(path, {})[tensor.place] = tensor, start
       start += sizes[path].shape[-1]
   places = shardings(shapes) if callable(shardings) else shardings
   places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
@@ -67,32 +67,32 @@ def load_params(
       return make_leaf(shape.shape, shape.dtype, read, place)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies let go of the interpreter
-      new = list(pool.map(leaf, paths, leaves, places))
-  return jax.tree.unflatten(structure, new)
+      arrays = list(pool.map(leaf, paths, leaves, places))
+  return jax.tree.unflatten(structure, arrays)
 
 
 def expected_shapes(
   stored: Sequence[StoredTensor], shapes: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the tensors by name, from those of the leaves by path."""
-  return {one.name: stored_shape(one, shapes) for one in stored}
+  return {tensor.name: stored_shape(tensor, shapes) for tensor in stored}
 
 
-def stored_shape(one: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
+def stored_shape(tensor: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
   """Returns the shape of a tensor, from those of the leaves by path."""
-  parts = [tuple(shapes[path].shape)[len(one.place) :] for path in one.paths]
-  return one.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
+  parts = [tuple(shapes[path].shape)[len(tensor.place) :] for path in tensor.paths]
+  return tensor.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
-def _read(tensors: Tensors, of: Holding, index: Index) -> Parts:
+def _read(tensors: Tensors, holding: Holding, index: Index) -> Parts:
   """Returns a part of a leaf, its stacked layers and experts from a tensor each."""
-  if () in of:
-    (one, start), last = of[()], index[-1]
+  if () in holding:
+    (tensor, start), last = holding[()], index[-1]
     index = (*index[:-1], slice(start + last.start, start + last.stop))
-    return one.to_ours(tensors.read(one.name, one.axes_to_file(index)))
+    return tensor.to_ours(tensors.read(tensor.name, tensor.axes_to_file(index)))
   by_first: dict[int, Holding] = {}
-  for (first, *rest), one in of.items():
-    by_first.setdefault(first, {})[tuple(rest)] = one
+  for (first, *rest), tensor in holding.items():
+    by_first.setdefault(first, {})[tuple(rest)] = tensor
   numbers = range(len(by_first))[index[0]]
   return [_read(tensors, by_first[i], index[1:]) for i in numbers]
 
@@ -107,15 +107,15 @@ def tensors_of(
   """
   leaves = dict(_with_path(params))
   expected = {(path, tuple(leaf.shape)) for path, leaf in _with_path(shapes)}
-  found = {(path, tuple(leaf.shape)) for path, leaf in leaves.items()}
-  if expected != found:
+  actual = {(path, tuple(leaf.shape)) for path, leaf in leaves.items()}
+  if expected != actual:
     raise ValueError(
       "the params are not those of the config: expected "
-      f"{sorted(expected - found)[:3]}, got {sorted(found - expected)[:3]}"
+      f"{sorted(expected - actual)[:3]}, got {sorted(actual - expected)[:3]}"
     )
-  for one in stored:
-    parts = [np.asarray(leaves[path][one.place]) for path in one.paths]
-    yield one.name, one.to_file(np.concatenate(parts, axis=-1))
+  for tensor in stored:
+    parts = [np.asarray(leaves[path][tensor.place]) for path in tensor.paths]
+    yield tensor.name, tensor.to_file(np.concatenate(parts, axis=-1))
 
 
 def _with_path(tree: PyTree) -> list[tuple[str, Any]]:

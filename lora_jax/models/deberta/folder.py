@@ -109,8 +109,11 @@ def load_deberta(
     unused = not config.input_positions and short == "embeddings.position_embeddings.weight"
     return replaced or unused or bool(OTHER_HEADS.fullmatch(tensor))
 
-  model, stored, new = Deberta(config), stored_tensors(config), ["head"] if key is not None else []
-  return config, load_encoder(folder, model, stored, PREFIX, shardings, ignored, new=new, key=key)
+  model, stored = Deberta(config), stored_tensors(config)
+  new_parts = ["head"] if key is not None else []
+  return config, load_encoder(
+    folder, model, stored, PREFIX, shardings, ignored, new_parts=new_parts, key=key
+  )
 
 
 def params_shapes(config: DebertaConfig) -> PyTree:
@@ -137,43 +140,43 @@ def read_config(
   Arguments and errors as of `bert_folder.read_config`.
   """
   path = Path(folder) / "config.json"
-  given = read_json(path)
-  if given.get("model_type") != "deberta-v2":
-    raise ValueError(f"{path}: expected model_type 'deberta-v2', got {given.get('model_type')!r}")
-  given = DEFAULTS | {key: value for key, value in given.items() if value is not None}
+  fields = read_json(path)
+  if fields.get("model_type") != "deberta-v2":
+    raise ValueError(f"{path}: expected model_type 'deberta-v2', got {fields.get('model_type')!r}")
+  fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
   least = {"type_vocab_size": 0, "pad_token_id": 0, "conv_kernel_size": 0}
   least |= {"max_relative_positions": -1, "position_buckets": -1}
-  check_integers(path, given, dict.fromkeys(INTEGERS.values(), 1) | least)
-  width = given["hidden_size"]
-  for key, ours in (
+  check_integers(path, fields, dict.fromkeys(INTEGERS.values(), 1) | least)
+  width = fields["hidden_size"]
+  for key, expected in (
     ("relative_attention", True),
     ("embedding_size", width),
     ("pooler_hidden_size", width),
-    ("attention_head_size", width // given["num_attention_heads"]),
+    ("attention_head_size", width // fields["num_attention_heads"]),
     ("conv_groups", 1),
   ):
-    if given.get(key, None if key == "relative_attention" else ours) != ours:
-      raise ValueError(f"{path}: {key}={given.get(key)!r} is not supported; expected {ours!r}")
+    if fields.get(key, None if key == "relative_attention" else expected) != expected:
+      raise ValueError(f"{path}: {key}={fields.get(key)!r} is not supported; expected {expected!r}")
   names = {name.removeprefix(PREFIX) for name in tensor_names(path.parent)}
-  of_head, distance = given.get("cls_dropout"), given["max_relative_positions"]
-  terms = given.get("pos_att_type") or []
+  head_dropout, distance = fields.get("cls_dropout"), fields["max_relative_positions"]
+  terms = fields.get("pos_att_type") or []
   terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
   read = {
-    **{ours: given[theirs] for ours, theirs in (INTEGERS | FLOATS).items()},
-    "activation": given["hidden_act"],
-    "input_positions": bool(given["position_biased_input"]),
-    "max_distance": given["max_position_embeddings"] if distance < 1 else distance,
-    "num_buckets": given["position_buckets"] if given["position_buckets"] > 0 else None,
+    **{name: fields[key] for name, key in (INTEGERS | FLOATS).items()},
+    "activation": fields["hidden_act"],
+    "input_positions": bool(fields["position_biased_input"]),
+    "max_distance": fields["max_position_embeddings"] if distance < 1 else distance,
+    "num_buckets": fields["position_buckets"] if fields["position_buckets"] > 0 else None,
     "content_to_position": "c2p" in terms,
     "position_to_content": "p2c" in terms,
-    "share_kernels": bool(given["share_att_key"]),
-    "norm_distances": "layer_norm" in given["norm_rel_ebd"].lower(),
-    "conv_size": given["conv_kernel_size"] or None,
-    "conv_activation": given["conv_act"],
-    "num_labels": head_size(path, given, names, num_labels, new_head),
-    "head_activation": given["pooler_hidden_act"],
-    "pooler_dropout": given["pooler_dropout"],
-    "head_dropout": given["hidden_dropout_prob"] if of_head is None else of_head,
+    "share_kernels": bool(fields["share_att_key"]),
+    "norm_distances": "layer_norm" in fields["norm_rel_ebd"].lower(),
+    "conv_size": fields["conv_kernel_size"] or None,
+    "conv_activation": fields["conv_act"],
+    "num_labels": head_size(path, fields, names, num_labels, new_head),
+    "head_activation": fields["pooler_hidden_act"],
+    "pooler_dropout": fields["pooler_dropout"],
+    "head_dropout": fields["hidden_dropout_prob"] if head_dropout is None else head_dropout,
   }
   try:
     return DebertaConfig(**read | computation)

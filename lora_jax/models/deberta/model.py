@@ -22,12 +22,12 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.gpt2.model import ACTIVATIONS as OF_MLP
+from lora_jax.models.gpt2.model import ACTIVATIONS as MLP_ACTIVATIONS
 from lora_jax.models.gpt2.model import layer_norm
 from lora_jax.models.parts.causal_lm import check_choice, dense, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
+  Context,
   Encoder,
-  Seen,
   attention_weights,
   check_encoder,
   dropout,
@@ -39,7 +39,7 @@ from lora_jax.models.parts.encoder import (
 
 __all__ = ["Deberta", "DebertaConfig"]
 
-ACTIVATIONS = OF_MLP | {"tanh": nn.tanh}
+ACTIVATIONS = MLP_ACTIVATIONS | {"tanh": nn.tanh}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], seen: Seen, deterministic: bool
+    self, x: Float[Array, "B S D"], context: Context, deterministic: bool
   ) -> Float[Array, "B T D"]:
-    config, beside = self.config, seen.beside
+    config, extra = self.config, context.extra
 
     def layer(name: str) -> nn.Dense:
       return make_dense(config, config.embed_dim, name)
@@ -162,21 +162,22 @@ class Attention(nn.Module):
       return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], config.num_heads, -1)
 
     to_query, to_key = layer("query"), layer("key")
-    query, key = heads(to_query, take(x, seen.at)), heads(to_key, x)
+    query, key = heads(to_query, take(x, context.token_index)), heads(to_key, x)
     value = heads(layer("value"), x)
-    distances = dropout(config.hidden_dropout, beside.distances, deterministic)
-    rows = (beside.rows[None] if seen.at is None else beside.rows[seen.at])[:, None]  # (B, 1, T, S)
+    distances = dropout(config.hidden_dropout, extra.distances, deterministic)
+    rows = extra.rows[None] if context.token_index is None else extra.rows[context.token_index]
+    rows = rows[:, None]  # (B, 1, T, S)
     scores = _product("BTNH,BSNH->BNTS", query, key)
     if config.content_to_position:
       keys = heads(to_key if config.share_kernels else layer("position_key"), distances)
       scores += jnp.take_along_axis(_product("BTNH,RNH->BNTR", query, keys), rows, axis=-1)
     if config.position_to_content:
       queries = heads(to_query if config.share_kernels else layer("position_query"), distances)
-      of_keys, rows = _product("BSNH,RNH->BNSR", key, queries), rows.swapaxes(2, 3)
-      scores += jnp.take_along_axis(of_keys, rows, axis=-1).swapaxes(2, 3)
+      key_scores, rows = _product("BSNH,RNH->BNSR", key, queries), rows.swapaxes(2, 3)
+      scores += jnp.take_along_axis(key_scores, rows, axis=-1).swapaxes(2, 3)
     terms = 1 + config.content_to_position + config.position_to_content
     scores = scores * (terms * query.shape[-1]) ** -0.5
-    weights = attention_weights(config, scores, seen.mask, deterministic)
+    weights = attention_weights(config, scores, context.mask, deterministic)
     out = jnp.einsum("BNTS,BSNH->BTNH", weights, value)
     return dense(config, config.embed_dim, "out", out.reshape(*out.shape[:2], -1))
 
@@ -192,23 +193,23 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], number: Any, seen: Seen, deterministic: bool
+    self, x: Float[Array, "B S D"], number: Any, context: Context, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], None]:
-    attended = Attention(self.config, name="attn")(x, seen, deterministic)
-    x = finish_layer(self.config, x, attended, seen.at, deterministic)
-    if seen.beside.conv is not None and number is not None:
-      x = jnp.where(number == 0, self._with_conv(x, seen), x)
+    attended = Attention(self.config, name="attn")(x, context, deterministic)
+    x = finish_layer(self.config, x, attended, context.token_index, deterministic)
+    if context.extra.conv is not None and number is not None:
+      x = jnp.where(number == 0, self._with_conv(x, context), x)
     return x, None
 
-  def _with_conv(self, x: Float[Array, "B T D"], seen: Seen) -> Float[Array, "B T D"]:
-    beside = seen.beside
-    wide = (x + take(beside.conv, seen.at)).astype(jnp.float32)
+  def _with_conv(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+    extra = context.extra
+    wide = (x + take(extra.conv, context.token_index)).astype(jnp.float32)
     wide = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon)
-    scale, bias = (beside.conv_norm[name][None, None] for name in ("scale", "bias"))
+    scale, bias = (extra.conv_norm[name][None, None] for name in ("scale", "bias"))
     out = (normed * scale + bias).astype(x.dtype)
-    return out if beside.is_token is None else out * take(beside.is_token, seen.at)
+    return out if extra.is_token is None else out * take(extra.is_token, context.token_index)
 
 
 class Head(nn.Module):
@@ -283,7 +284,7 @@ class Deberta(Encoder):
       x = x * (segment_ids != 0)[..., None]
     return self.embed_dropout(x, deterministic=deterministic)
 
-  def beside(
+  def extra(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
   ) -> Beside:
     """Returns the distances, and the convolution of the embeddings."""

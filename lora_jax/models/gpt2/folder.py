@@ -85,7 +85,7 @@ def load_gpt2(
     is_old = not any(name.startswith(PREFIX) for name in tensors)
   stored = stored_tensors(config)
   if is_old:
-    stored = [one._replace(name=one.name.removeprefix(PREFIX)) for one in stored]
+    stored = [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
 
   def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
     return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
@@ -105,30 +105,30 @@ def read_config(folder: str | Path, **computation: Any) -> GPT2Config:
     ValueError: if it is no GPT-2, or one that is computed otherwise.
   """
   path = Path(folder) / "config.json"
-  given = read_json(path)
-  if given.get("model_type") != "gpt2":
-    raise ValueError(f"{path}: expected model_type 'gpt2', got {given.get('model_type')!r}")
-  for key, ours in (
+  fields = read_json(path)
+  if fields.get("model_type") != "gpt2":
+    raise ValueError(f"{path}: expected model_type 'gpt2', got {fields.get('model_type')!r}")
+  for key, expected in (
     ("scale_attn_weights", True),
     ("scale_attn_by_inverse_layer_idx", False),
     ("add_cross_attention", False),
   ):
-    if given.get(key, ours) != ours:
-      raise ValueError(f"{path}: {key}={given[key]} is not supported; expected {ours}")
-  missing = [key for key in FIELDS.values() if key not in given]
+    if fields.get(key, expected) != expected:
+      raise ValueError(f"{path}: {key}={fields[key]} is not supported; expected {expected}")
+  missing = [key for key in FIELDS.values() if key not in fields]
   if missing:
     raise ValueError(f"{path}: missing {', '.join(missing)}")
-  inner = {} if given.get("n_inner") is None else {"n_inner": given["n_inner"]}
-  for key, value in ({key: given[key] for key in FIELDS.values()} | inner).items():
+  inner = {} if fields.get("n_inner") is None else {"n_inner": fields["n_inner"]}
+  for key, value in ({key: fields[key] for key in FIELDS.values()} | inner).items():
     if type(value) is not int or value < 1:
       raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
   try:
     return GPT2Config(
-      **{ours: given[theirs] for ours, theirs in FIELDS.items()},
-      mlp_dim=given.get("n_inner"),
-      activation=given.get("activation_function", "gelu_new"),
-      layer_norm_epsilon=given.get("layer_norm_epsilon", 1e-5),
-      tie_head=given.get("tie_word_embeddings", True),
+      **{name: fields[key] for name, key in FIELDS.items()},
+      mlp_dim=fields.get("n_inner"),
+      activation=fields.get("activation_function", "gelu_new"),
+      layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5),
+      tie_head=fields.get("tie_word_embeddings", True),
       **computation,
     )
   except ValueError as error:
@@ -157,11 +157,10 @@ def save_gpt2(
     FileExistsError: if there is such a folder.
     ValueError: if the params are not those of the config.
   """
-  given = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
   written = {
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],
-    **given,
+    **{key: getattr(config, name) for name, key in FIELDS.items()},
     "n_inner": config.mlp_dim,
     "activation_function": config.activation,
     "layer_norm_epsilon": config.layer_norm_epsilon,
@@ -184,8 +183,8 @@ def stored_tensors(config: GPT2Config) -> list[StoredTensor]:
   for i in range(config.num_layers):
     layer, stack = (i, "h") if config.scan_layers else (None, f"h_{i}")
     for name, paths in LAYER.items():
-      ours = tuple(f"{stack}/{path}" for path in paths)
-      stored.append(StoredTensor(f"{PREFIX}h.{i}.{name}", ours, layer))
+      leaves = tuple(f"{stack}/{path}" for path in paths)
+      stored.append(StoredTensor(f"{PREFIX}h.{i}.{name}", leaves, layer))
   if not config.tie_head:
     stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))
   return stored

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
-  Seen,
+  Context,
   attend,
   check_choice,
   check_computation,
@@ -108,15 +108,19 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+    self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
 
     def heads(name: str, x: Array) -> Array:
       return dense(config, config.embed_dim, name, x).reshape(*x.shape[:2], -1, config.head_size)
 
-    query, key, value = heads("query", take(x, seen.at)), heads("key", x), heads("value", x)
-    out, cache = attend(config, query, key, value, cache, seen)
+    query, key, value = (
+      heads("query", take(x, context.token_index)),
+      heads("key", x),
+      heads("value", x),
+    )
+    out, cache = attend(config, query, key, value, cache, context)
     out = out.reshape(*out.shape[:2], -1)
     return dense(config, config.embed_dim, "out", out, _residual_std(config)), cache
 
@@ -141,12 +145,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+    self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
     attention = Attention(config, name="attn")
-    attended, cache = attention(layer_norm(config, "ln_1")(x), cache, seen)
-    x = take(x, seen.at) + attended
+    attended, cache = attention(layer_norm(config, "ln_1")(x), cache, context)
+    x = take(x, context.token_index) + attended
     return x + MLP(config, name="mlp")(layer_norm(config, "ln_2")(x)), cache
 
 

@@ -73,111 +73,111 @@ def read_config(folder: str | Path, **computation: Any) -> LlamaConfig:
     ValueError: if it is none of the family, or one that is computed otherwise.
   """
   path = Path(folder) / "config.json"
-  given = read_json(path)
-  kind = given.get("model_type")
+  fields = read_json(path)
+  kind = fields.get("model_type")
   if kind not in FAMILIES:
     raise ValueError(f"{path}: expected model_type {', '.join(FAMILIES)}, got {kind!r}")
-  given = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **DEFAULTS[kind], **given}
-  if "num_local_experts" in given and kind in ("mixtral", "qwen3_moe"):
-    given["num_experts"] = given["num_local_experts"]
-  if given.get("num_key_value_heads") is None:
-    given["num_key_value_heads"] = given.get("num_attention_heads")
-  missing = [key for key in FIELDS.values() if key not in given]
+  fields = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **DEFAULTS[kind], **fields}
+  if "num_local_experts" in fields and kind in ("mixtral", "qwen3_moe"):
+    fields["num_experts"] = fields["num_local_experts"]
+  if fields.get("num_key_value_heads") is None:
+    fields["num_key_value_heads"] = fields.get("num_attention_heads")
+  missing = [key for key in FIELDS.values() if key not in fields]
   if missing:
     raise ValueError(f"{path}: missing {', '.join(missing)}")
   for key in (*FIELDS.values(), "head_dim", *EXPERT_FIELDS):
-    value, needed = given.get(key), key in FIELDS.values() or key in DEFAULTS[kind]
+    value, needed = fields.get(key), key in FIELDS.values() or key in DEFAULTS[kind]
     if (type(value) is not int or value < 1) and (needed or value is not None):
       raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
-  if given.get("use_bidirectional_attention"):
+  if fields.get("use_bidirectional_attention"):
     raise ValueError(f"{path}: use_bidirectional_attention is not supported")
-  bias = kind in ("llama", "qwen3", "qwen3_moe", "gemma") and bool(given.get("attention_bias"))
+  bias = kind in ("llama", "qwen3", "qwen3_moe", "gemma") and bool(fields.get("attention_bias"))
   biases = {"qkv_bias": bias, "out_bias": bias}
   if kind == "qwen2_moe":
-    biases["qkv_bias"] = bool(given["qkv_bias"])
-  biases["mlp_bias"] = kind == "llama" and bool(given.get("mlp_bias"))
+    biases["qkv_bias"] = bool(fields["qkv_bias"])
+  biases["mlp_bias"] = kind == "llama" and bool(fields.get("mlp_bias"))
   try:
-    theta, scaling = _rotation(given)
-    sizes = {ours: given[theirs] for ours, theirs in FIELDS.items()}
-    if (mixture := _mixture(given)) is not None and kind != "mixtral":
-      sizes["mlp_dim"] = given["moe_intermediate_size"]
+    theta, scaling = _rotation(fields)
+    sizes = {name: fields[key] for name, key in FIELDS.items()}
+    if (mixture := _mixture(fields)) is not None and kind != "mixtral":
+      sizes["mlp_dim"] = fields["moe_intermediate_size"]
     return LlamaConfig(
       **sizes,
       **biases | FAMILIES[kind][1],
       mixture=mixture,
-      head_dim=given.get("head_dim"),
-      activation=_activation(given),
-      rms_norm_epsilon=given["rms_norm_eps"],
+      head_dim=fields.get("head_dim"),
+      activation=_activation(fields),
+      rms_norm_epsilon=fields["rms_norm_eps"],
       rope_theta=theta,
       rope_scaling=scaling,
-      **_window(given),
-      tie_head=bool(given.get("tie_word_embeddings", False)),
+      **_window(fields),
+      tie_head=bool(fields.get("tie_word_embeddings", False)),
       **computation,
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
-def _mixture(given: Mapping[str, Any]) -> MixtureConfig | None:
+def _mixture(fields: Mapping[str, Any]) -> MixtureConfig | None:
   """Returns the experts of all layers. Raises ValueError if only some layers have any."""
-  kind = given["model_type"]
+  kind = fields["model_type"]
   if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
     return None
-  if given.get("decoder_sparse_step", 1) != 1 or given.get("mlp_only_layers"):
+  if fields.get("decoder_sparse_step", 1) != 1 or fields.get("mlp_only_layers"):
     raise ValueError(
       "layers with and without experts in one model are not supported: decoder_sparse_step is "
-      f"{given.get('decoder_sparse_step')!r} and mlp_only_layers {given.get('mlp_only_layers')!r}, "
-      "expected 1 and none"
+      f"{fields.get('decoder_sparse_step')!r}, expected 1, and mlp_only_layers "
+      f"{fields.get('mlp_only_layers')!r}, expected none"
     )
   return MixtureConfig(
-    given["num_experts"],
-    given["num_experts_per_tok"],
-    renormalize=kind == "mixtral" or bool(given["norm_topk_prob"]),
-    shared_dim=given["shared_expert_intermediate_size"] if kind == "qwen2_moe" else None,
+    fields["num_experts"],
+    fields["num_experts_per_tok"],
+    renormalize=kind == "mixtral" or bool(fields["norm_topk_prob"]),
+    shared_dim=fields["shared_expert_intermediate_size"] if kind == "qwen2_moe" else None,
   )
 
 
-def _activation(given: Mapping[str, Any]) -> str:
+def _activation(fields: Mapping[str, Any]) -> str:
   """Returns the activation's name; `gelu` in Gemma's first files means its tanh form."""
-  gemma = given["model_type"] == "gemma"
-  name = (given.get("hidden_activation") if gemma else None) or given["hidden_act"]
+  gemma = fields["model_type"] == "gemma"
+  name = (fields.get("hidden_activation") if gemma else None) or fields["hidden_act"]
   return TANH if gemma and name == "gelu" else name
 
 
-def _window(given: Mapping[str, Any]) -> dict[str, Any]:
+def _window(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the sliding window and the layers that have it, as fields of `LlamaConfig`."""
-  kind, window = given["model_type"], given.get("sliding_window")
+  kind, window = fields["model_type"], fields.get("sliding_window")
   if kind in ("mistral", "mixtral"):
     return {"sliding_window": window}
-  if not kind.startswith("qwen") or not window or not given.get("use_sliding_window"):
+  if not kind.startswith("qwen") or not window or not fields.get("use_sliding_window"):
     return {}
   if kind == "qwen3_moe":
     return {"sliding_window": window}
-  first, count = given["max_window_layers"], given["num_hidden_layers"]
+  first, count = fields["max_window_layers"], fields["num_hidden_layers"]
   slides = [i < first and i % 2 == 0 if kind == "qwen2_moe" else i >= first for i in range(count)]
-  if (types := given.get("layer_types")) is not None:
+  if (types := fields.get("layer_types")) is not None:
     if len(types) != count or not set(types) <= {SLIDING, FULL}:
       raise ValueError(f"expected layer_types to be {count} of {SLIDING}, {FULL}; got {types}")
-    slides = [one == SLIDING for one in types]
+    slides = [layer_type == SLIDING for layer_type in types]
   layers = tuple(i for i in range(count) if slides[i])
   if not layers:
     return {}
   return {"sliding_window": window, "window_layers": None if all(slides) else layers}
 
 
-def _rotation(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rotation(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """Returns the base of the rotation and its scaling, by new and old names."""
-  rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+  rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
 
   def number(name: str) -> float:
-    value = rope.get(name, given.get(name, 10000.0) if name == "rope_theta" else None)
+    value = rope.get(name, fields.get(name, 10000.0) if name == "rope_theta" else None)
     if not isinstance(value, int | float) or value <= 0:
       raise ValueError(f"expected a positive number for the rotation's {name}, got {value!r}")
     return value
 
   theta = float(number("rope_theta"))
   kind = rope.get("rope_type", rope.get("type", "default"))
-  if rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1.0:
+  if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
     raise ValueError("a rotation of a part of each head is not supported")
   if kind == "default":
     return theta, None
@@ -200,7 +200,7 @@ def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str,
   written = {
     "model_type": kind,
     "architectures": [FAMILIES[kind][0]],
-    **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
+    **{key: getattr(config, name) for name, key in FIELDS.items()},
     "head_dim": config.head_size,
     "hidden_act": config.activation,
     "rms_norm_eps": config.rms_norm_epsilon,

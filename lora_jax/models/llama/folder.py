@@ -120,7 +120,7 @@ def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[Stor
   stored = [StoredTensor(EMBEDDING, ("token_embedding/embedding",), is_embedding=True)]
   for i in range(config.num_layers):
     layer, stack = (i, "layers") if config.scan_layers else (None, f"layers_{i}")
-    of_layer = [
+    layer_tensors = [
       StoredTensor(
         name,
         (f"{stack}/{leaf}",),
@@ -132,12 +132,12 @@ def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[Stor
       if f"{stack}/{leaf}" in paths
     ]
     if config.mixture is not None:
-      of_layer += _experts(config, f"{stack}/mlp/experts", layer, published)
-    for one in of_layer:
-      name = one.name
+      layer_tensors += _experts(config, f"{stack}/mlp/experts", layer, published)
+    for tensor in layer_tensors:
+      name = tensor.name
       if published and config.mixture is not None and family_of(config) == "mixtral":
         name = re.sub(r"^mlp\.", "block_sparse_moe.", name)
-      stored.append(one._replace(name=f"model.layers.{i}.{name}"))
+      stored.append(tensor._replace(name=f"model.layers.{i}.{name}"))
   stored.append(StoredTensor("model.norm.weight", ("final_norm/scale",)))
   if not config.tie_head:
     stored.append(StoredTensor(HEAD, ("lm_head/kernel",), transposed=True))

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
-  Seen,
+  Context,
   attend,
   check_choice,
   check_computation,
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+    self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
     config, size = self.config, self.config.head_size
 
@@ -184,14 +184,14 @@ class Attention(nn.Module):
       out = dense(config, count * size, name, x, use_bias=config.qkv_bias)
       return out.reshape(*x.shape[:2], count, size)
 
-    query = heads("query", take(x, seen.at), config.num_heads)
+    query = heads("query", take(x, context.token_index), config.num_heads)
     key = heads("key", x, config.num_kv_heads)
     value = heads("value", x, config.num_kv_heads)
     if config.qk_norm:
       query, key = RMSNorm(config, name="query_norm")(query), RMSNorm(config, name="key_norm")(key)
-    query = rotate(query, *(take(part, seen.at) for part in seen.rotation))
-    key = rotate(key, *seen.rotation)
-    out, cache = attend(config, query, key, value, cache, seen)
+    query = rotate(query, *(take(part, context.token_index) for part in context.rotation))
+    key = rotate(key, *context.rotation)
+    out, cache = attend(config, query, key, value, cache, context)
     out = out.reshape(*out.shape[:2], -1)
     out = dense(config, config.embed_dim, "out", out, residual_std(config), config.out_bias)
     return out, cache
@@ -204,12 +204,12 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B S D"], cache: Any, seen: Seen
+    self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
     config = self.config
     attention = Attention(config, name="attn")
-    attended, cache = attention(RMSNorm(config, name="attn_norm")(x), cache, seen)
-    x = take(x, seen.at) + attended
+    attended, cache = attention(RMSNorm(config, name="attn_norm")(x), cache, context)
+    x = take(x, context.token_index) + attended
     mlp = (MLP if config.mixture is None else Mixture)(config, name="mlp")
     return x + mlp(RMSNorm(config, name="mlp_norm")(x)), cache
 

@@ -40,12 +40,12 @@ def _forward(query, key, value, mask):
   weights, totals, outs = [], [], []
   for start, stop, end in _blocks(query.shape[2], key.shape[2]):
     logits = _product("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :end])
-    seen = None if mask is None else mask[:, :, start:stop, :end]
+    visible = None if mask is None else mask[:, :, start:stop, :end]
     if stop == end:
       causal = (jnp.arange(start, stop)[:, None] >= jnp.arange(end)[None])[None, None]
-      seen = causal if seen is None else seen & causal
-    assert seen is not None, "fewer queries than keys see what a mask says"
-    logits = jnp.where(seen, logits * query.shape[-1] ** -0.5, -jnp.inf)
+      visible = causal if visible is None else visible & causal
+    assert visible is not None, "fewer queries than keys see what a mask says"
+    logits = jnp.where(visible, logits * query.shape[-1] ** -0.5, -jnp.inf)
     unscaled = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     totals.append(unscaled.sum(axis=-1, keepdims=True))
     weights.append(unscaled.astype(value.dtype))
@@ -61,16 +61,16 @@ def _backward(saved, gradient):
   to_query, to_key, to_value = [], [], []
   blocks = _blocks(length, num_keys)
   for (start, stop, end), weights, total in zip(blocks, all_weights, totals, strict=True):
-    of_block = gradient[:, :, start:stop] / total
-    mean = jnp.sum(of_block * out[:, :, start:stop], axis=-1, keepdims=True)  # by P, of a row's
-    of_block = of_block.astype(value.dtype)
-    to_logits = _product("BNTH,BNSH->BNTS", of_block, value[:, :, :end]) - mean
+    block = gradient[:, :, start:stop] / total
+    mean = jnp.sum(block * out[:, :, start:stop], axis=-1, keepdims=True)  # by P, of a row's
+    block = block.astype(value.dtype)
+    to_logits = _product("BNTH,BNSH->BNTS", block, value[:, :, :end]) - mean
     to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
     to_query.append(_product("BNTS,BNSH->BNTH", to_logits, key[:, :, :end]))
     rest = ((0, 0), (0, 0), (0, num_keys - end), (0, 0))
-    of_keys = _product("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
-    to_key.append(jnp.pad(of_keys, rest))
-    to_value.append(jnp.pad(_product("BNTS,BNTH->BNSH", weights, of_block), rest))
+    key_gradient = _product("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
+    to_key.append(jnp.pad(key_gradient, rest))
+    to_value.append(jnp.pad(_product("BNTS,BNTH->BNSH", weights, block), rest))
   gradients = (jnp.concatenate(to_query, axis=2), *map(_sum, (to_key, to_value)))
   return (*(_swap_heads(x.astype(query.dtype)) for x in gradients), None)
 

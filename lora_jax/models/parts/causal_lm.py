@@ -1,7 +1,7 @@
 """What the language models of the zoo have in common: layers, masks, caches, the last layer's part.
 
 x = embed(tokens, positions)
-for each layer:  x = block(x, its cache, seen)
+for each layer:  x = block(x, its cache, context)
 logits = head(norm(x))
 """
 
@@ -58,19 +58,19 @@ class Shape(Layers, Protocol):
   def sliding_window(self) -> int | None: ...
 
 
-class Seen(NamedTuple):
-  """What all layers are given besides their input and cache.
+class Context(NamedTuple):
+  """The inputs that all layers share, besides the hidden states and the cache.
 
   Attributes:
     mask: (#B, 1, T, S), True where a token sees another, causal order apart; None is everywhere.
     index: the first slot of a cache that is written.
-    at: (B, T), the tokens of each row whose output is wanted; None is all.
-    rotation: of queries and keys by their positions, (B, T, H) cosines and sines; None is none.
+    token_index: (B, T), the tokens of each row whose output is computed; None is all.
+    rotation: (B, T, H) cosines and sines that rotate queries and keys by position; None is none.
   """
 
   mask: Any = None
   index: Any = None
-  at: Any = None
+  token_index: Any = None
   rotation: Any = None
 
 
@@ -122,19 +122,19 @@ class CausalLM(nn.Module):
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
-    at: Int[Array, "B T"] | None = None,
+    token_index: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
     """Returns the normalized output of the last layer; arguments as of a call.
 
     Args:
-      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
-        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
-        that are not scanned).
+      token_index: indices in each row of the tokens whose output is returned; None is all. If
+        they are fewer than a row's tokens, the last layer computes no other outputs (unless the
+        layers are scanned).
     """
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return self._run(tokens, positions, None, Seen(mask, at=at))[0]
+    return self._run(tokens, positions, None, Context(mask, token_index=token_index))[0]
 
   def extend(
     self,
@@ -169,9 +169,9 @@ class CausalLM(nn.Module):
       raise ValueError(
         f"{tokens.shape[1]} tokens do not fit a cache of {slots} slots from slot {index} on"
       )
-    return self._run(tokens, positions, cache, Seen(mask[:, None], index))
+    return self._run(tokens, positions, cache, Context(mask[:, None], index))
 
-  def _run(self, tokens, positions, cache, seen: Seen) -> tuple[Array, Any]:
+  def _run(self, tokens, positions, cache, context: Context) -> tuple[Array, Any]:
     limit = self.config.num_positions
     if positions is None:
       if tokens.shape[1] > limit:
@@ -181,27 +181,27 @@ class CausalLM(nn.Module):
         )
       positions = jnp.arange(tokens.shape[1])[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
-    x, at = self.embed(tokens, positions), seen.at
-    near, window = seen.mask, self.config.sliding_window
+    x, token_index = self.embed(tokens, positions), context.token_index
+    near, window = context.mask, self.config.sliding_window
     if cache is None and window is not None and window < tokens.shape[1]:
       near = near_mask(near, window, tokens.shape[1])
-    seen = seen._replace(at=None, rotation=self.rotation(positions))
+    context = context._replace(token_index=None, rotation=self.rotation(positions))
     stack = self.stack()
     if self.config.scan_layers:
-      x, cache = stack(x, cache, seen._replace(mask=near))
-      return self.norm(take(x, at)), cache
+      x, cache = stack(x, cache, context._replace(mask=near))
+      return self.norm(take(x, token_index)), cache
     written = []
     for i, block in enumerate(stack):
       before = None if cache is None else cache[i]
-      own = seen._replace(mask=near) if self.slides(i) else seen
-      if at is not None and block is stack[-1] and at.shape[1] < tokens.shape[1]:
-        mask = causal_mask(own.mask, at, tokens.shape[1])
-        x, layer = block(x, before, own._replace(mask=mask, at=at))
-        at = None  # the others are gone
+      layer_context = context._replace(mask=near) if self.slides(i) else context
+      if token_index is not None and block is stack[-1] and token_index.shape[1] < tokens.shape[1]:
+        mask = causal_mask(layer_context.mask, token_index, tokens.shape[1])
+        x, layer = block(x, before, layer_context._replace(mask=mask, token_index=token_index))
+        token_index = None  # the others are gone
       else:
-        x, layer = block(x, before, own)
+        x, layer = block(x, before, layer_context)
       written.append(layer)
-    return self.norm(take(x, at)), None if cache is None else tuple(written)
+    return self.norm(take(x, token_index)), None if cache is None else tuple(written)
 
 
 def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int = 0) -> Any:
@@ -209,9 +209,9 @@ def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int
 
   Args:
     config: of the model.
-    block: makes a layer, which is called with its input, what is its own (a cache), what all see,
-      and Python values.
-    num_static: how many such values.
+    block: makes a layer, which is called with its input, its cache or number, the context that
+      all layers share, and Python values.
+    num_static: the number of such values.
   """
   if config.remat is not None:
     policy = getattr(jax.checkpoint_policies, config.remat)
@@ -237,9 +237,9 @@ def shapes_of(model: nn.Module) -> PyTree:
     model: whose `config` has `num_layers` and `scan_layers`, and its layers by `make_layers`.
   """
   config: Any = getattr(model, "config")  # noqa: B009
-  one = model.clone(config=dataclasses.replace(config, num_layers=1, scan_layers=False))
+  single = model.clone(config=dataclasses.replace(config, num_layers=1, scan_layers=False))
   tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  shapes = dict(jax.eval_shape(one.init, jax.random.key(0), tokens)["params"])
+  shapes = dict(jax.eval_shape(single.init, jax.random.key(0), tokens)["params"])
   (first,) = (name for name in shapes if name.endswith("_0"))
   layer, layers = shapes.pop(first), first.removesuffix("_0")
   if not config.scan_layers:
@@ -257,23 +257,28 @@ def attend(
   key: Float[Array, "B S K H"],
   value: Float[Array, "B S K H"],
   cache: Any,
-  seen: Seen,
+  context: Context,
 ) -> tuple[Float[Array, "B T N H"], Any]:
   """Returns the attention over the sequence itself or over a cache, and the cache.
 
   Several heads of the queries share one of the keys and values, N / K of them.
   """
   if cache is not None:
-    keys, values = cache = write_cache(cache, key, value, seen.index)
-    assert seen.mask is not None, "a cache is read by a mask"
-    return cached_attention(query, keys, values, seen.mask), cache
+    keys, values = cache = write_cache(cache, key, value, context.index)
+    assert context.mask is not None, "a cache is read by a mask"
+    return cached_attention(query, keys, values, context.mask), cache
   if config.attention == "compact":
     group = query.shape[2] // key.shape[2]
     key, value = (x if group == 1 else jnp.repeat(x, group, axis=2) for x in (key, value))
-    return causal_attention(query, key, value, seen.mask), None
+    return causal_attention(query, key, value, context.mask), None
   implementation: Any = config.attention
   out = jax.nn.dot_product_attention(
-    query, key, value, mask=seen.mask, is_causal=seen.at is None, implementation=implementation
+    query,
+    key,
+    value,
+    mask=context.mask,
+    is_causal=context.token_index is None,
+    implementation=implementation,
   )
   return out, None
 
@@ -357,9 +362,11 @@ def head(
   return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def take(x: Float[Array, "B S *D"], at: Int[Array, "B T"] | None) -> Float[Array, "B T *D"]:
-  """Returns some tokens of each row; all of them if `at` is None."""
-  return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+def take(
+  x: Float[Array, "B S *D"], token_index: Int[Array, "B T"] | None
+) -> Float[Array, "B T *D"]:
+  """Returns some tokens of each row; all of them if `token_index` is None."""
+  return x if token_index is None else jnp.take_along_axis(x, token_index[..., None], axis=1)
 
 
 def near_mask(
@@ -372,11 +379,13 @@ def near_mask(
 
 
 def causal_mask(
-  mask: Bool[Array, "#B 1 S S"] | None, at: Int[Array, "B T"], length: int
+  mask: Bool[Array, "#B 1 S S"] | None, token_index: Int[Array, "B T"], length: int
 ) -> Bool[Array, "B 1 T S"]:
   """Returns what some tokens of each row see: up to themselves, and by the mask."""
-  causal = (at[:, :, None] >= jnp.arange(length)[None, None])[:, None]
-  return causal if mask is None else causal & jnp.take_along_axis(mask, at[:, None, :, None], 2)
+  causal = (token_index[:, :, None] >= jnp.arange(length)[None, None])[:, None]
+  return (
+    causal if mask is None else causal & jnp.take_along_axis(mask, token_index[:, None, :, None], 2)
+  )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

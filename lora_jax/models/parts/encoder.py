@@ -34,22 +34,22 @@ class EncoderShape(Layers, Protocol):
   def num_labels(self) -> int | None: ...
 
 
-class Seen(NamedTuple):
-  """What all layers are given besides their input.
+class Context(NamedTuple):
+  """The inputs that all layers share, besides the hidden states.
 
   Attributes:
     mask: (B, 1, T, S), True where a token sees another; None is everywhere.
-    at: (B, T), the tokens of each row whose output is wanted; None is all.
-    beside: what else a model's layers need.
+    token_index: (B, T), the tokens of each row whose output is computed; None is all.
+    extra: further inputs that a model's layers need.
   """
 
   mask: Any = None
-  at: Any = None
-  beside: Any = None
+  token_index: Any = None
+  extra: Any = None
 
 
 class Encoder(nn.Module):
-  """An encoder; a subclass has `embed`, `stack`, `logits`, and maybe `beside`."""
+  """An encoder; a subclass has `embed`, `stack`, `logits`, and maybe `extra`."""
 
   config: Any
 
@@ -67,10 +67,10 @@ class Encoder(nn.Module):
     """Returns what `make_layers` has returned."""
     raise NotImplementedError
 
-  def beside(
+  def extra(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
   ) -> Any:
-    """Returns what the layers need beside the embeddings and the mask."""
+    """Returns the inputs that layers need besides the embeddings and the mask."""
     del x, segment_ids, deterministic
 
   def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     token_types: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    at: Int[Array, "B A"] | None = None,
+    token_index: Int[Array, "B A"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B *A L"]:
     """Returns the logits of each row, float32; of a model without a head, the hidden states.
@@ -94,16 +94,16 @@ class Encoder(nn.Module):
         padding, is one; packed sequences are 1, 2, ... None is one segment a row.
       token_types: of each token (BERT: 1 in the second sentence of a pair); None is 0.
       positions: of each token in its sequence, from 0; None counts along each row.
-      at: indices in each row of the first tokens of packed sequences, of each of which there
-        are logits then, (B, A, L). None is the row's first token.
+      token_index: indices in each row of the first tokens of packed sequences, each of which
+        then has logits, (B, A, L). None is the row's first token.
       deterministic: whether there is no dropout; if False, a key is taken from the rng `dropout`.
     """
     inputs = tokens, segment_ids, token_types, positions
     if self.config.num_labels is None:
-      return self.hidden(*inputs, at, deterministic)
-    first = jnp.zeros((tokens.shape[0], 1), jnp.int32) if at is None else at
+      return self.hidden(*inputs, token_index, deterministic)
+    first = jnp.zeros((tokens.shape[0], 1), jnp.int32) if token_index is None else token_index
     logits = self.logits(self.hidden(*inputs, first, deterministic), deterministic)
-    return logits[:, 0] if at is None else logits
+    return logits[:, 0] if token_index is None else logits
 
   def hidden(
     self,
@@ -111,32 +111,36 @@ class Encoder(nn.Module):
     segment_ids: Int[Array, "B T"] | None = None,
     token_types: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    at: Int[Array, "B A"] | None = None,
+    token_index: Int[Array, "B A"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B A D"]:
     """Returns the output of the last layer; arguments as of a call.
 
     Args:
-      at: indices in each row of the tokens whose output is wanted; None is all of them. Where
-        they are fewer than a row's tokens, the last layer computes no other outputs (of layers
-        that are not scanned).
+      token_index: indices in each row of the tokens whose output is returned; None is all. If
+        they are fewer than a row's tokens, the last layer computes no other outputs (unless the
+        layers are scanned).
     """
     x = self.embed(tokens, segment_ids, token_types, positions, deterministic)
     mask = None
     if segment_ids is not None:
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    seen = Seen(mask, beside=self.beside(x, segment_ids, deterministic))
+    context = Context(mask, extra=self.extra(x, segment_ids, deterministic))
     stack = self.stack()
     if self.config.scan_layers:
-      return take(stack(x, jnp.arange(self.config.num_layers), seen, deterministic)[0], at)
+      return take(
+        stack(x, jnp.arange(self.config.num_layers), context, deterministic)[0], token_index
+      )
     numbers = [0, *[None] * (len(stack) - 1)]  # the first is the one that may differ
     for block, number in zip(stack[:-1], numbers, strict=False):
-      x, _ = block(x, number, seen, deterministic)
-    if at is not None and at.shape[1] >= tokens.shape[1]:
-      return take(stack[-1](x, numbers[-1], seen, deterministic)[0], at)
-    if mask is not None and at is not None:
-      mask = jnp.take_along_axis(mask, at[:, None, :, None], axis=2)
-    return stack[-1](x, numbers[-1], seen._replace(mask=mask, at=at), deterministic)[0]
+      x, _ = block(x, number, context, deterministic)
+    if token_index is not None and token_index.shape[1] >= tokens.shape[1]:
+      return take(stack[-1](x, numbers[-1], context, deterministic)[0], token_index)
+    if mask is not None and token_index is not None:
+      mask = jnp.take_along_axis(mask, token_index[:, None, :, None], axis=2)
+    return stack[-1](
+      x, numbers[-1], context._replace(mask=mask, token_index=token_index), deterministic
+    )[0]
 
 
 class MLP(nn.Module):
@@ -155,11 +159,11 @@ def finish_layer(
   config: EncoderShape,
   x: Float[Array, "B S D"],
   attended: Float[Array, "B T D"],
-  at: Int[Array, "B T"] | None,
+  token_index: Int[Array, "B T"] | None,
   deterministic: bool,
 ) -> Float[Array, "B T D"]:
   """Returns a layer's output from its input and its attention's output, inside its module."""
-  x = take(x, at) + dropout(config.hidden_dropout, attended, deterministic)
+  x = take(x, token_index) + dropout(config.hidden_dropout, attended, deterministic)
   x = layer_norm(config, "attn_norm")(x)
   x = x + dropout(config.hidden_dropout, MLP(config, name="mlp")(x), deterministic)
   return layer_norm(config, "mlp_norm")(x)

@@ -117,10 +117,10 @@ def build_sentencepiece(
   if dummy_prefix:
     # The first puts a space before a text that has none, the second makes it SPACE. One alone
     # would leave out the prefix of a text that begins with SPACE, as SentencePiece does not.
-    when = "always" if prefix_at_parts else "first"
+    scheme = "always" if prefix_at_parts else "first"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore
       [
-        pre_tokenizers.Metaspace(" ", prepend_scheme=when, split=False),
+        pre_tokenizers.Metaspace(" ", prepend_scheme=scheme, split=False),
         pre_tokenizers.Metaspace(SPACE, prepend_scheme="never", split=False),
       ]
     )
@@ -212,10 +212,10 @@ def _refuse_others(
     "spaces after words instead of before": bool(trainer.get(24, 0)),
     "spaces as they are in its pieces": not normalizer.get(5, 1),
   }
-  found = [fault for fault, is_there in faults.items() if is_there]
-  if found:
+  present = [fault for fault, is_there in faults.items() if is_there]
+  if present:
     raise ValueError(
-      f"{path} has {'; '.join(found)}, which is not known here. Save the model's tokenizer with "
+      f"{path} has {'; '.join(present)}, which is not known here. Save the model's tokenizer with "
       "transformers and take its tokenizer.json"
     )
 
@@ -228,14 +228,14 @@ def _piece(message: bytes) -> Piece:
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
   """Yields the number and the value of each field of a protobuf message, in their order."""
-  at = 0
+  position = 0
 
   def varint() -> int:
-    nonlocal at
+    nonlocal position
     value = shift = 0
     while True:
-      byte = message[at]
-      at += 1
+      byte = message[position]
+      position += 1
       value |= (byte & 0x7F) << shift
       shift += 7
       if byte < 0x80:
@@ -243,16 +243,18 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
       if shift > 63:
         raise ValueError("a number has more than 64 bits")
 
-  while at < len(message):
+  while position < len(message):
     key = varint()
     wire_type = key & 7
     if wire_type == 0:
       yield key >> 3, varint()
       continue
     if wire_type not in (1, 2, 5):
-      raise ValueError(f"byte {at}: a field of the unknown wire type {wire_type}")
+      raise ValueError(f"byte {position}: a field of the unknown wire type {wire_type}")
     length = {1: 8, 5: 4}.get(wire_type) or varint()
-    if not 0 <= length <= len(message) - at:
-      raise ValueError(f"byte {at}: {length} bytes are announced, {len(message) - at} are there")
-    yield key >> 3, message[at : at + length]
-    at += length
+    if not 0 <= length <= len(message) - position:
+      raise ValueError(
+        f"byte {position}: {length} bytes are announced, {len(message) - position} are there"
+      )
+    yield key >> 3, message[position : position + length]
+    position += length

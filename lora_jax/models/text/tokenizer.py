@@ -71,10 +71,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
 
 def end_of_text_id(tokenizer: Any) -> int:
   """Returns the id of `<|endoftext|>`; raises ValueError if the tokenizer has none."""
-  found = tokenizer.token_to_id(END_OF_TEXT)
-  if found is None:
+  token_id = tokenizer.token_to_id(END_OF_TEXT)
+  if token_id is None:
     raise ValueError(f"the tokenizer has no token {END_OF_TEXT!r}, which ends every text")
-  return found
+  return token_id
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -96,14 +96,14 @@ def read_special_tokens(folder: str | Path) -> dict[str, str]:
 
 def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
   """Returns the special tokens with the options of their search in a text."""
-  found: dict[str, dict[str, Any]] = {}
+  tokens: dict[str, dict[str, Any]] = {}
   for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
     values = read_json_if_there(path)
     for use in (f"{use}_token" for use in SPECIAL_TOKENS):
       token = values.get(use)
       if token is not None:
-        found[use] = _options(path, use, {"content": token} if isinstance(token, str) else token)
-  return found
+        tokens[use] = _options(path, use, {"content": token} if isinstance(token, str) else token)
+  return tokens
 
 
 def _options(path: Path, name: str, token: Any) -> dict[str, Any]:
@@ -231,16 +231,16 @@ def _add_tokens(
   path = folder / "tokenizer_config.json"
   for i, token in (config.get("added_tokens_decoder") or {}).items():
     added[int(i)] = _options(path, f"added token {i}", token)
-  known = {token["content"] for token in added.values()}
+  added_contents = {token["content"] for token in added.values()}
   names = {token["content"] for token in special.values()}
   for i, token in sorted(added.items()):
     is_special = token.pop("special", False) or token["content"] in names
     options: dict[str, Any] = {"normalized": not is_special, **token, "special": is_special}
     tokenizer.add_tokens([AddedToken(**options)])
-    if (found := tokenizer.token_to_id(token["content"])) != i:
-      raise ValueError(f"{folder}: the added token {token['content']!r} has id {found}, not {i}")
+    if (assigned := tokenizer.token_to_id(token["content"])) != i:
+      raise ValueError(f"{folder}: the added token {token['content']!r} has id {assigned}, not {i}")
   for use, token in special.items():
-    if token["content"] in known:
+    if token["content"] in added_contents:
       continue
     if tokenizer.token_to_id(token["content"]) is None:
       raise ValueError(
@@ -253,9 +253,9 @@ def _add_tokens(
 
 
 def _with_id(tokenizer: "Tokenizer", token: str) -> tuple[str, int]:
-  found = tokenizer.token_to_id(token)
-  assert found is not None, "special tokens have been added"
-  return token, found
+  token_id = tokenizer.token_to_id(token)
+  assert token_id is not None, "special tokens have been added"
+  return token, token_id
 
 
 def _mark_ends(
@@ -264,9 +264,9 @@ def _mark_ends(
   """Puts the beginning's and the end's token about texts, as far as tokenizer_config.json wants."""
   from tokenizers import processors
 
-  wanted = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
-  wanted["bos_token"] = add_bos if wanted["bos_token"] is None else wanted["bos_token"]
-  ends = [use for use, is_wanted in wanted.items() if is_wanted]
+  flags = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
+  flags["bos_token"] = add_bos if flags["bos_token"] is None else flags["bos_token"]
+  ends = [use for use, is_wanted in flags.items() if is_wanted]
   if not ends:
     return
   start = [special[use] for use in ends if use == "bos_token"]

@@ -42,9 +42,9 @@ def expected(name):
 
 
 def check_outputs(config, params, name):
-  given, outputs = expected(name)
-  hidden = run(config, params, *given, method="hidden")
-  real = np.asarray(given[1], bool)
+  model_inputs, outputs = expected(name)
+  hidden = run(config, params, *model_inputs, method="hidden")
+  real = np.asarray(model_inputs[1], bool)
   assert relative_difference(hidden[real], outputs["hidden"][real]) < 1e-5
   assert ("pooled" in outputs) == config.pooler
   if config.pooler:
@@ -53,7 +53,7 @@ def check_outputs(config, params, name):
   assert ("logits" in outputs) == (config.num_labels is not None)
   if config.num_labels is not None:
     assert np.ptp(outputs["logits"]) > 0.1, "logits this near would prove little"
-    assert relative_difference(run(config, params, *given), outputs["logits"]) < 1e-5
+    assert relative_difference(run(config, params, *model_inputs), outputs["logits"]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_transformers_reads_our_folders(name, tmp_path):
   family, kind, _ = golden.MODELS[name]
   save_bert(tmp_path / "new", *load_bert(golden.GOLDEN / name))
   model = getattr(transformers, family + kind).from_pretrained(tmp_path / "new").eval()
-  given, outputs = expected(name)
-  arrays = dict(zip(("tokens", "mask", "types"), map(np.array, given), strict=True))
+  model_inputs, outputs = expected(name)
+  arrays = dict(zip(("tokens", "mask", "types"), map(np.array, model_inputs), strict=True))
   for key, array in golden.outputs(model, arrays).items():
     assert relative_difference(array, outputs[key]) < 1e-5
 
@@ -112,28 +112,31 @@ def test_packed_rows_give_the_logits_of_each_sequence(name, scan_layers):
   tokens, types = tokens[:1], types[:1]
   segments = jnp.asarray([[1] * 5 + [2] * 5 + [0] * 3])
   positions = jnp.asarray([[*range(5), *range(5), 0, 0, 0]])
-  at = jnp.asarray([[0, 5, 5]])
-  both, of_types = (array[0, :10].reshape(2, 5) for array in (tokens, types))
-  alone = run(config, params, both, None, of_types)
-  packed = run(config, params, tokens, segments, types, positions, at)
+  token_index = jnp.asarray([[0, 5, 5]])
+  unpacked, unpacked_types = (array[0, :10].reshape(2, 5) for array in (tokens, types))
+  alone = run(config, params, unpacked, None, unpacked_types)
+  packed = run(config, params, tokens, segments, types, positions, token_index)
   assert relative_difference(packed[0], alone[jnp.asarray([0, 1, 1])]) < 1e-5
 
 
 def test_some_outputs_are_those_of_all():
   config, params = load_bert(golden.GOLDEN / "bert")
-  given, _ = expected("bert")
-  every = run(config, params, *given)
-  for at in (jnp.asarray([[12, 7, 3], [0, 9, 9]]), jnp.zeros((2, 14), jnp.int32)):
-    some = run(config, params, *given, at=at)
-    assert relative_difference(some, jnp.take_along_axis(every, at[..., None], axis=1)) < 1e-5
+  model_inputs, _ = expected("bert")
+  every = run(config, params, *model_inputs)
+  for token_index in (jnp.asarray([[12, 7, 3], [0, 9, 9]]), jnp.zeros((2, 14), jnp.int32)):
+    selected = run(config, params, *model_inputs, token_index=token_index)
+    assert (
+      relative_difference(selected, jnp.take_along_axis(every, token_index[..., None], axis=1))
+      < 1e-5
+    )
 
 
 def test_padding_may_come_first():
   """RoBERTa's positions count tokens, not places: the same logits wherever padding is."""
   config, params = load_bert(golden.GOLDEN / "roberta_regression")
   (tokens, mask, _), outputs = expected("roberta_regression")
-  moved, of_mask = (jnp.roll(array[1:], 4, axis=1) for array in (tokens, mask))
-  first = run(config, params, moved, of_mask, at=jnp.asarray([[4]]))
+  moved, rolled_mask = (jnp.roll(array[1:], 4, axis=1) for array in (tokens, mask))
+  first = run(config, params, moved, rolled_mask, token_index=jnp.asarray([[4]]))
   assert relative_difference(first[0], outputs["logits"][1:]) < 1e-5
 
 
@@ -145,19 +148,19 @@ RATES = ("hidden_dropout", "attention_dropout", "head_dropout")
   [*(("roberta_regression", rate) for rate in RATES), ("bert_classifier", "head_dropout")],
 )
 def test_dropout(name, rate):
-  given, outputs = expected(name)
+  model_inputs, outputs = expected(name)
   keys = jax.random.split(jax.random.key(0))
   config, params = load_bert(golden.GOLDEN / name, **dict.fromkeys(RATES, 0.0) | {rate: 0.3})
-  one, two, same = (
-    run(config, params, *given, deterministic=False, key=key) for key in (*keys, keys[0])
+  first_draw, second_draw, same = (
+    run(config, params, *model_inputs, deterministic=False, key=key) for key in (*keys, keys[0])
   )
-  assert relative_difference(one, outputs["logits"]) > 1e-3
-  assert relative_difference(one, two) > 1e-3
-  np.testing.assert_array_equal(one, same)
-  plain = run(config, params, *given)
+  assert relative_difference(first_draw, outputs["logits"]) > 1e-3
+  assert relative_difference(first_draw, second_draw) > 1e-3
+  np.testing.assert_array_equal(first_draw, same)
+  plain = run(config, params, *model_inputs)
   assert relative_difference(plain, outputs["logits"]) < 1e-5
   config = dataclasses.replace(config, **{rate: 0.0})
-  zero = run(config, params, *given, deterministic=False, key=keys[0])
+  zero = run(config, params, *model_inputs, deterministic=False, key=keys[0])
   np.testing.assert_array_equal(zero, plain)
 
 
@@ -169,8 +172,8 @@ def test_no_two_layers_drop_the_same(computation):
   ones = r"layers(_\d+)?/(\w+_norm/scale|mlp/down/bias)"
   mask = lj.match(params, ones)
   params = jax.tree.map(lambda leaf, is_one: jnp.full_like(leaf, is_one), params, mask)
-  given, _ = expected("bert")
-  hidden = run(config, params, *given, deterministic=False, key=jax.random.key(0))
+  model_inputs, _ = expected("bert")
+  hidden = run(config, params, *model_inputs, deterministic=False, key=jax.random.key(0))
   assert len(np.unique(np.asarray(hidden[0, 0]).round(3))) == 4
 
 
@@ -179,22 +182,24 @@ def test_no_two_layers_drop_the_same(computation):
 )
 def test_lora_of_all_dense_layers(name, computation):
   config, params = load_bert(golden.GOLDEN / name, **COMPUTATIONS[computation])
-  given, outputs = expected(name)
+  model_inputs, outputs = expected(name)
   target = r"layers(_\d+)?/(attn|mlp)/\w+/kernel"
   fn = functools.partial(run, config)
   adapted = lj.lora(fn, lj.LoraConfig(2, 4.0, target, extra="head/.*"))
-  trainable = adapted.init(jax.random.key(0), params, *given)
+  trainable = adapted.init(jax.random.key(0), params, *model_inputs)
   apply = jax.jit(adapted.apply)
-  assert relative_difference(apply(params, trainable, *given), outputs["logits"]) < 1e-5
+  assert relative_difference(apply(params, trainable, *model_inputs), outputs["logits"]) < 1e-5
   kernels = 1 if config.scan_layers else config.num_layers
   heads = len(jax.tree.leaves(params["head"]))
   assert len(jax.tree.leaves(trainable)) == 2 * 6 * kernels + heads
   trainable = randomized(trainable)
-  out = apply(params, trainable, *given)
-  assert relative_difference(jax.jit(fn)(adapted.merge(params, trainable), *given), out) < 1e-5
+  out = apply(params, trainable, *model_inputs)
+  assert (
+    relative_difference(jax.jit(fn)(adapted.merge(params, trainable), *model_inputs), out) < 1e-5
+  )
   assert relative_difference(out, outputs["logits"]) > 0.1
   loss = lambda tune: (  # noqa: E731
-    adapted.apply(params, tune, *given, deterministic=False, key=jax.random.key(1)) ** 2
+    adapted.apply(params, tune, *model_inputs, deterministic=False, key=jax.random.key(1)) ** 2
   ).sum()
   gradients = jax.jit(jax.grad(loss))(trainable)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
@@ -202,7 +207,7 @@ def test_lora_of_all_dense_layers(name, computation):
 
 @pytest.mark.parametrize("name", ["bert_masked", "bert_classifier", "roberta"])
 def test_a_new_head(name):
-  key, (given, outputs) = jax.random.key(7), expected(name)
+  key, (model_inputs, outputs) = jax.random.key(7), expected(name)
   settings = {"num_labels": 5, "param_dtype": "bfloat16"}
   _, params = load_bert(golden.GOLDEN / name, **settings, key=key)
   head = params["head"]["out"]
@@ -211,9 +216,9 @@ def test_a_new_head(name):
   assert 0.01 < float(head["kernel"].std()) < 0.03
   assert not head["bias"].any()
   config, params = load_bert(golden.GOLDEN / name, num_labels=5, key=key)
-  assert run(config, params, *given).shape == (2, 5)
-  hidden = run(config, params, *given, method="hidden")
-  real = np.asarray(given[1], bool)
+  assert run(config, params, *model_inputs).shape == (2, 5)
+  hidden = run(config, params, *model_inputs, method="hidden")
+  real = np.asarray(model_inputs[1], bool)
   assert relative_difference(hidden[real], outputs["hidden"][real]) < 1e-5
   if name == "bert_classifier":  # whose pooler stays
     pooled = run(config, params, hidden[:, 0], method="pooled")
@@ -226,7 +231,7 @@ def test_a_new_head(name):
 
 def test_old_names(tmp_path):
   """Without the prefix, with gamma and beta, and with constants."""
-  given, outputs = expected("bert_classifier")
+  model_inputs, outputs = expected("bert_classifier")
   shutil.copytree(golden.GOLDEN / "bert_classifier", tmp_path / "model")
   path = tmp_path / "model" / "model.safetensors"
   arrays = {}
@@ -235,10 +240,10 @@ def test_old_names(tmp_path):
     arrays[name.replace("LayerNorm.bias", "LayerNorm.beta")] = array
   save_file(arrays | {"bert.embeddings.position_ids": np.arange(24)[None]}, path)
   config, params = load_bert(tmp_path / "model")
-  assert relative_difference(run(config, params, *given), outputs["logits"]) < 1e-5
+  assert relative_difference(run(config, params, *model_inputs), outputs["logits"]) < 1e-5
   save_file({name.removeprefix("bert."): array for name, array in arrays.items()}, path)
   config, params = load_bert(tmp_path / "model")
-  assert relative_difference(run(config, params, *given), outputs["logits"]) < 1e-5
+  assert relative_difference(run(config, params, *model_inputs), outputs["logits"]) < 1e-5
 
 
 def test_a_mesh_gets_its_shards_while_loading():
@@ -253,8 +258,8 @@ def test_a_mesh_gets_its_shards_while_loading():
   _, params = load_bert(folder, shardings=places, num_labels=2, key=jax.random.key(0))
   kernel = params["layers_1"]["attn"]["query"]["kernel"]
   assert kernel.addressable_shards[0].data.shape == (8, 8)
-  new = params["head"]["out"]["kernel"]
-  assert new.sharding.spec == jax.P("tensor", None)
+  kernel = params["head"]["out"]["kernel"]
+  assert kernel.sharding.spec == jax.P("tensor", None)
   _, plain = load_bert(folder, num_labels=2, key=jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, params, plain)
 

@@ -46,14 +46,14 @@ def expected(name):
 )
 def test_outputs_are_those_of_transformers(name, computation):
   config, params = load_deberta(golden.GOLDEN / name, **COMPUTATIONS[computation])
-  given, outputs = expected(name)
-  hidden = run(config, params, *given, method="hidden")
-  real = np.asarray(given[1], bool)
+  model_inputs, outputs = expected(name)
+  hidden = run(config, params, *model_inputs, method="hidden")
+  real = np.asarray(model_inputs[1], bool)
   assert relative_difference(hidden[real], outputs["hidden"][real]) < 1e-5
   assert ("logits" in outputs) == (config.num_labels is not None)
   if config.num_labels is not None:
     assert np.ptp(outputs["logits"]) > 0.1, "logits this near would prove little"
-    assert relative_difference(run(config, params, *given), outputs["logits"]) < 1e-5
+    assert relative_difference(run(config, params, *model_inputs), outputs["logits"]) < 1e-5
 
 
 @pytest.mark.parametrize("name", golden.MODELS)
@@ -78,8 +78,8 @@ def test_transformers_reads_our_folders(name, tmp_path):
   save_deberta(tmp_path / "new", *load_deberta(golden.GOLDEN / name))
   kind = golden.MODELS[name][0]
   model = getattr(transformers, f"DebertaV2{kind}").from_pretrained(tmp_path / "new").eval()
-  given, outputs = expected(name)
-  arrays = dict(zip(("tokens", "mask", "types"), map(np.array, given), strict=True))
+  model_inputs, outputs = expected(name)
+  arrays = dict(zip(("tokens", "mask", "types"), map(np.array, model_inputs), strict=True))
   for key, array in golden.outputs(model, arrays).items():
     assert relative_difference(array, outputs[key]) < 1e-5
 
@@ -89,7 +89,7 @@ def test_packed_rows_and_some_outputs():
   (tokens, _, _), _ = expected("v3_classifier")
   segments = jnp.asarray([[1] * 5 + [2] * 5 + [0] * 3])
   alone = run(config, params, tokens[0, :10].reshape(2, 5))
-  packed = run(config, params, tokens[:1], segments, at=jnp.asarray([[0, 5, 5]]))
+  packed = run(config, params, tokens[:1], segments, token_index=jnp.asarray([[0, 5, 5]]))
   assert relative_difference(packed[0], alone[jnp.asarray([0, 1, 1])]) < 1e-5
   config, params = load_deberta(golden.GOLDEN / "v2_regression")
   with pytest.raises(ValueError, match="a convolution takes no packed rows"):
@@ -102,9 +102,9 @@ def test_a_convolution_is_trained_on_padded_batches():
   count = len(tokens)
   batch = {"tokens": tokens, "segment_ids": mask, "token_types": types}
   batch |= {"labels": np.ones(count, np.float32), "weights": np.ones(count, np.float32)}
-  found = jax.jit(classification_loss(Deberta(config)))(params, batch)
+  actual = jax.jit(classification_loss(Deberta(config)))(params, batch)
   _, outputs = expected("v2_regression")
-  assert float(found.total) == pytest.approx(((outputs["logits"][:, 0] - 1) ** 2).sum(), rel=1e-4)
+  assert float(actual.total) == pytest.approx(((outputs["logits"][:, 0] - 1) ** 2).sum(), rel=1e-4)
 
 
 def torch_rows(length, buckets, positions):
@@ -135,16 +135,16 @@ RATES = ("hidden_dropout", "attention_dropout", "pooler_dropout", "head_dropout"
 
 @pytest.mark.parametrize("rate", RATES)
 def test_dropout(rate):
-  given, outputs = expected("v2_regression")
+  model_inputs, outputs = expected("v2_regression")
   keys, none = jax.random.split(jax.random.key(0)), dict.fromkeys(RATES, 0.0)
   config, params = load_deberta(golden.GOLDEN / "v2_regression", **none | {rate: 0.3})
-  one, two = (run(config, params, *given, deterministic=False, key=key) for key in keys)
+  one, two = (run(config, params, *model_inputs, deterministic=False, key=key) for key in keys)
   assert relative_difference(one, outputs["logits"]) > 1e-3
   assert relative_difference(one, two) > 1e-3
-  plain = run(config, params, *given)
+  plain = run(config, params, *model_inputs)
   assert relative_difference(plain, outputs["logits"]) < 1e-5
   config, _ = load_deberta(golden.GOLDEN / "v2_regression", **none)
-  zero = run(config, params, *given, deterministic=False, key=keys[0])
+  zero = run(config, params, *model_inputs, deterministic=False, key=keys[0])
   np.testing.assert_array_equal(zero, plain)
 
 
@@ -154,32 +154,32 @@ def test_dropout(rate):
 def test_lora_of_all_dense_layers(name, computation, tmp_path):
   """Query and key are used twice a layer, for tokens and for distances."""
   config, params = load_deberta(golden.GOLDEN / name, **COMPUTATIONS[computation])
-  given, outputs = expected(name)
+  model_inputs, outputs = expected(name)
   target, fn = r"layers(_\d+)?/(attn|mlp)/\w+/kernel", functools.partial(run, config)
   lora_config = lj.LoraConfig(2, 4.0, target, extra="head/.*")
   adapted = lj.lora(fn, lora_config)
-  trainable = adapted.init(jax.random.key(0), params, *given)
+  trainable = adapted.init(jax.random.key(0), params, *model_inputs)
   apply = jax.jit(adapted.apply)
-  assert relative_difference(apply(params, trainable, *given), outputs["logits"]) < 1e-5
+  assert relative_difference(apply(params, trainable, *model_inputs), outputs["logits"]) < 1e-5
   trainable = randomized(trainable)
-  out = apply(params, trainable, *given)
-  assert relative_difference(fn(adapted.merge(params, trainable), *given), out) < 1e-5
+  out = apply(params, trainable, *model_inputs)
+  assert relative_difference(fn(adapted.merge(params, trainable), *model_inputs), out) < 1e-5
   assert relative_difference(out, outputs["logits"]) > 0.1
   tensors = stored_tensors(config)
   save_peft(tmp_path / "new", lora_config, trainable, tensors, params)
   back = load_peft(tmp_path / "new", tensors, params)
   again = jax.jit(lj.lora(fn, back[0]).apply)
-  assert relative_difference(again(params, back[1], *given), out) < 1e-5
+  assert relative_difference(again(params, back[1], *model_inputs), out) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["v3_masked", "v3_classifier"])
 def test_a_new_head(name):
-  key, (given, outputs) = jax.random.key(7), expected(name)
+  key, (model_inputs, outputs) = jax.random.key(7), expected(name)
   config, params = load_deberta(golden.GOLDEN / name, num_labels=5, key=key)
   assert 0.01 < float(params["head"]["dense"]["kernel"].std()) < 0.03
-  assert run(config, params, *given).shape == (2, 5)
-  hidden = run(config, params, *given, method="hidden")
-  real = np.asarray(given[1], bool)
+  assert run(config, params, *model_inputs).shape == (2, 5)
+  hidden = run(config, params, *model_inputs, method="hidden")
+  real = np.asarray(model_inputs[1], bool)
   assert relative_difference(hidden[real], outputs["hidden"][real]) < 1e-5
   with pytest.raises(ValueError, match=r"not one of 5\. Give a key to make a new one"):
     load_deberta(golden.GOLDEN / name, num_labels=5)
@@ -188,9 +188,9 @@ def test_a_new_head(name):
 def test_a_null_is_the_default(tmp_path):
   shutil.copytree(golden.GOLDEN / "v3", tmp_path / "new")
   path = tmp_path / "new" / "config.json"
-  given = json.loads(path.read_text())
+  fields = json.loads(path.read_text())
   empty = {"pooler_dropout": None, "conv_act": None, "cls_dropout": None, "conv_kernel_size": None}
-  path.write_text(json.dumps(given | empty))
+  path.write_text(json.dumps(fields | empty))
   assert load_deberta(tmp_path / "new")[0] == load_deberta(golden.GOLDEN / "v3")[0]
 
 

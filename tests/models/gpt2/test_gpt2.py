@@ -90,12 +90,12 @@ def test_folders_go_to_and_from_transformers(name, tmp_path):
   model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
   for scan_layers in (False, True):
     config, params = load_gpt2(tmp_path / "theirs", scan_layers=scan_layers)
-    ours = tmp_path / f"ours_{scan_layers}"
-    save_gpt2(ours, config, params, end_of_text_id=0, max_shard_bytes=50_000)
-    again = transformers.GPT2LMHeadModel.from_pretrained(ours).eval()
-    stored, given = again.state_dict(), model.state_dict()
-    assert stored.keys() == given.keys()
-    assert all(bool((stored[key] == given[key]).all()) for key in given)
+    folder = tmp_path / f"ours_{scan_layers}"
+    save_gpt2(folder, config, params, end_of_text_id=0, max_shard_bytes=50_000)
+    again = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    stored, expected_state = again.state_dict(), model.state_dict()
+    assert stored.keys() == expected_state.keys()
+    assert all(bool((stored[key] == expected_state[key]).all()) for key in expected_state)
     for tokens, mask in golden.batches(shape["vocab_size"], seed=7).values():
       expected = golden.logits(model, tokens, mask)
       assert_same_logits(padded(config, params, tokens, mask), expected, mask)
@@ -105,11 +105,11 @@ def test_folders_go_to_and_from_transformers(name, tmp_path):
 def test_gradients_do_not_depend_on_remat_or_scan():
   def gradients(computation):
     config, params = load_gpt2(golden.GOLDEN / "tied", **COMPUTATIONS[computation])
-    found = jax.jit(jax.grad(lambda p: (run(config, p, tokens_of()) ** 2).mean()))(params)
+    actual = jax.jit(jax.grad(lambda p: (run(config, p, tokens_of()) ** 2).mean()))(params)
     if config.scan_layers:
-      layers = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], found["h"]) for i in range(2)}
-      found = {key: value for key, value in found.items() if key != "h"} | layers
-    return found
+      layers = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], actual["h"]) for i in range(2)}
+      actual = {key: value for key, value in actual.items() if key != "h"} | layers
+    return actual
 
   assert relative_difference(gradients("scanned_remat"), gradients("unrolled")) < 1e-5
 
@@ -124,7 +124,7 @@ def extended(config, params, tokens, first, num_slots, parts):
     )
     return model.apply({"params": params}, hidden, method="logits"), cache
 
-  cache, start, found = init_cache(config, len(tokens), num_slots), 0, []
+  cache, start, actual = init_cache(config, len(tokens), num_slots), 0, []
   step = jax.jit(step)
   for size in parts:
     place = start + np.arange(size)
@@ -135,9 +135,9 @@ def extended(config, params, tokens, first, num_slots, parts):
     logits, cache = step(
       params, part, positions, cache, jnp.int32(first + start), jnp.asarray(mask)[None]
     )
-    found.append(logits)
+    actual.append(logits)
     start += size
-  return jnp.concatenate(found, axis=1)
+  return jnp.concatenate(actual, axis=1)
 
 
 @pytest.mark.parametrize(("scan_layers", "first"), [(False, 4), (True, 0)])
@@ -181,8 +181,8 @@ def token_dependence(config, params, segment_ids):
   tokens = jnp.arange(9)[None]  # each its own row of the table, whose gradient tells them apart
 
   def logits(table):
-    new = params | {"wte": {"embedding": table}}
-    hidden = GPT2(config).apply({"params": new}, tokens, None, segment_ids, method="hidden")
+    scaled = params | {"wte": {"embedding": table}}
+    hidden = GPT2(config).apply({"params": scaled}, tokens, None, segment_ids, method="hidden")
     weights = jnp.asarray(np.random.default_rng(0).standard_normal(config.embed_dim), jnp.float32)
     return hidden[0] @ weights
 
@@ -199,20 +199,20 @@ def test_outputs_of_some_tokens_are_those_of_all(computation, packed):
   )
   tokens = tokens_of()
   segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0], [1] * 9]) if packed else None
-  at = jnp.asarray([[6, 2, 3, 3], [8, 0, 5, 1]])  # in any order, and twice
+  token_index = jnp.asarray([[6, 2, 3, 3], [8, 0, 5, 1]])  # in any order, and twice
 
   def loss(params, chosen):
-    args = (tokens, None, segments, *((at,) if chosen else ()))
+    args = (tokens, None, segments, *((token_index,) if chosen else ()))
     hidden = GPT2(config).apply({"params": params}, *args, method="hidden")
-    hidden = hidden if chosen else jnp.take_along_axis(hidden, at[..., None], axis=1)
+    hidden = hidden if chosen else jnp.take_along_axis(hidden, token_index[..., None], axis=1)
     return jnp.sin(hidden).sum(), hidden
 
-  def of(chosen):
+  def value_and_grad(chosen):
     call = jax.jit(jax.value_and_grad(functools.partial(loss, chosen=chosen), has_aux=True))
     (_, hidden), gradients = call(params)
     return hidden, gradients, call.lower(params).compile().cost_analysis()["flops"]
 
-  got, expected = of(True), of(False)
+  got, expected = value_and_grad(True), value_and_grad(False)
   assert got[0].shape == (2, 4, config.embed_dim)
   assert relative_difference(got[0], expected[0]) < 1e-5
   for name, leaf in leaves_with_path(got[1]):
@@ -249,9 +249,9 @@ def test_lora_starts_at_the_base_and_trains(target, name, computation):
 
   assert relative_difference(gradients(start)[1], run(config, params, tokens)) < 1e-6
   tune = randomized(start)
-  found, logits = gradients(tune)
+  actual, logits = gradients(tune)
   assert relative_difference(logits, run(config, adapted.merge(params, tune), tokens)) < 1e-5
-  for leaf in jax.tree.leaves(found):
+  for leaf in jax.tree.leaves(actual):
     assert bool(jnp.isfinite(leaf).all())
     assert float(jnp.abs(leaf).max()) > 0
 

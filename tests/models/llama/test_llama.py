@@ -92,7 +92,7 @@ def test_transformers_reads_our_folders(name, tmp_path):
 def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
   config, params = load_llama(golden.GOLDEN / name, scan_layers=scan_layers)
   tokens, logits = expected(name)
-  cache, start, found = init_cache(config, 2, 16), 0, []
+  cache, start, collected = init_cache(config, 2, 16), 0, []
   model, variables = Llama(config), {"params": params}
   extend = jax.jit(functools.partial(model.apply, method="extend"))
   for size in (6, 4, 3):
@@ -101,9 +101,9 @@ def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
     positions = jnp.broadcast_to(place[None], (2, size))
     part = tokens[:, start : start + size]
     hidden, cache = extend(variables, part, positions, cache, start, mask)
-    found.append(model.apply(variables, hidden, method="logits"))
+    collected.append(model.apply(variables, hidden, method="logits"))
     start += size
-  assert relative_difference(jnp.concatenate(found, axis=1), logits) < 1e-5
+  assert relative_difference(jnp.concatenate(collected, axis=1), logits) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen2_mixed"])
@@ -113,13 +113,15 @@ def test_packed_rows_and_some_outputs_are_those_of_each_sequence(name):
   segments = jnp.asarray([[1] * 8 + [2] * 5] * 2)
   positions = jnp.asarray([[*range(8), *range(5)]] * 2)
   alone = [run(config, params, tokens[:, part]) for part in (slice(8), slice(8, 13))]
-  both = jnp.concatenate(alone, axis=1)
-  assert relative_difference(run(config, params, tokens, positions, segments), both) < 1e-5
-  at = jnp.asarray([[12, 7, 3], [0, 9, 9]])
+  pair = jnp.concatenate(alone, axis=1)
+  assert relative_difference(run(config, params, tokens, positions, segments), pair) < 1e-5
+  token_index = jnp.asarray([[12, 7, 3], [0, 9, 9]])
   hidden = functools.partial(Llama(config).apply, {"params": params}, method="hidden")
-  some = hidden(tokens, positions, segments, at)
+  selected = hidden(tokens, positions, segments, token_index)
   every = hidden(tokens, positions, segments)
-  assert relative_difference(some, jnp.take_along_axis(every, at[..., None], axis=1)) < 1e-5
+  assert (
+    relative_difference(selected, jnp.take_along_axis(every, token_index[..., None], axis=1)) < 1e-5
+  )
 
 
 @pytest.mark.parametrize("computation", ["unrolled", "scanned"])
@@ -156,15 +158,15 @@ def test_lora_of_experts(computation):
   np.testing.assert_array_equal(step_0, run(config, params, tokens))
   trainable = randomized(trainable)
 
-  def both(trainable):
+  def pair(trainable):
     """The outputs of the two ways, branch by branch and merged."""
     merged = adapted.merge(params, trainable)
     return adapted.apply(params, trainable, tokens), run(config, merged, tokens)
 
   @jax.jit
   def outputs_and_gradients(trainable):
-    grads = (jax.grad(lambda tune, i=i: both(tune)[i].var())(trainable) for i in range(2))
-    return both(trainable), tuple(grads)
+    grads = (jax.grad(lambda tune, i=i: pair(tune)[i].var())(trainable) for i in range(2))
+    return pair(trainable), tuple(grads)
 
   (out, merged), (gradients, same) = outputs_and_gradients(trainable)
   assert relative_difference(merged, out) < 1e-5
@@ -182,8 +184,8 @@ def test_decoding_with_an_adapter_of_experts():
   base = from_linen(Llama(config), functools.partial(init_cache, config), config.num_positions)
   extend = lj.lora(base.extend, lora_config).apply
   model = CachedModel(
-    lambda both, *args: extend(*both, *args),
-    lambda both, hidden: base.logits(both[0], hidden),
+    lambda pair, *args: extend(*pair, *args),
+    lambda pair, hidden: base.logits(pair[0], hidden),
     base.make_cache,
     base.max_positions,
   )
@@ -519,12 +521,12 @@ def numpy_logits(ids):
 
 def pieces():
   """Returns the tokens' bytes, from llama2.c's file of them."""
-  raw, place, found = (STORIES / "tok512.bin").read_bytes(), 4, []
+  raw, place, collected = (STORIES / "tok512.bin").read_bytes(), 4, []
   while place < len(raw):
     _, length = struct.unpack("fi", raw[place : place + 8])
-    found.append(raw[place + 8 : place + 8 + length])
+    collected.append(raw[place + 8 : place + 8 + length])
     place += 8 + length
-  return found
+  return collected
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="stories260k is not beside this checkout")

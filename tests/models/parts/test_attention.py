@@ -47,10 +47,12 @@ def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
   got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
   wide = [array.astype("float32") for array in arrays]
   expected = outputs_and_gradients(by_jax(mask), *wide)
-  for ours, theirs in zip(got, expected, strict=True):
-    assert ours.dtype == dtype
-    largest = float(jnp.abs(theirs).max())
-    np.testing.assert_allclose(ours.astype("float32"), theirs, atol=tolerance * largest)
+  for actual, expected_gradient in zip(got, expected, strict=True):
+    assert actual.dtype == dtype
+    largest = float(jnp.abs(expected_gradient).max())
+    np.testing.assert_allclose(
+      actual.astype("float32"), expected_gradient, atol=tolerance * largest
+    )
 
 
 def test_fewer_queries_than_keys():
@@ -63,22 +65,24 @@ def test_fewer_queries_than_keys():
   expected = outputs_and_gradients(
     lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *arrays
   )
-  for ours, theirs in zip(got, expected, strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+  for actual, expected_gradient in zip(got, expected, strict=True):
+    np.testing.assert_allclose(
+      actual, expected_gradient, atol=1e-5 * float(jnp.abs(expected_gradient).max())
+    )
 
 
 @pytest.mark.usefixtures("block_size")
 def test_a_token_sees_its_own_segment_up_to_itself():
   query, key, value, _ = inputs()
 
-  def seen(position):
+  def visible(position):
     def output(value):
       return causal_attention(query, key, value, segments_mask())[0, position].sum()
 
     return np.flatnonzero(np.abs(jax.grad(output)(value)[0]).sum(axis=(1, 2))).tolist()
 
-  assert seen(3) == [0, 1, 2, 3]
-  assert seen(7) == [5, 6, 7]
+  assert visible(3) == [0, 1, 2, 3]
+  assert visible(7) == [5, 6, 7]
 
 
 def test_no_more_than_eight_blocks_cover_all_queries():

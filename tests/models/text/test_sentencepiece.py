@@ -30,14 +30,14 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_and_texts_are_sentencepieces(name, folders):
-  tokenizer, found = load_tokenizer(folders / name), FOUND[name]
+  tokenizer, expected = load_tokenizer(folders / name), FOUND[name]
   unknown = tokenizer.token_to_id("[UNK]" if name == "deberta" else "<unk>")
-  assert len(found["ids"]) == len(TEXTS)
-  for text, ids, decoded in zip(TEXTS, found["ids"], found["decoded"], strict=True):
+  assert len(expected["ids"]) == len(TEXTS)
+  for text, ids, decoded in zip(TEXTS, expected["ids"], expected["decoded"], strict=True):
     assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
     if unknown not in ids and text != " ▁ ▁a▁":  # shown as ⁇ ; and several spaces at the start
       assert tokenizer.decode(ids) == decoded
-  assert [x.ids for x in tokenizer.encode_batch(TEXTS, add_special_tokens=False)] == found["ids"]
+  assert [x.ids for x in tokenizer.encode_batch(TEXTS, add_special_tokens=False)] == expected["ids"]
 
 
 def test_the_tokenizer_can_be_saved(folders, tmp_path):

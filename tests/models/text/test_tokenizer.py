@@ -127,14 +127,14 @@ def test_a_tokenizer_must_know_the_end_of_text(tmp_path):
 
 @pytest.mark.parametrize("name", ["bert", "bert_cased", "bert_accents", "roberta"])
 def test_encoders_ids_and_texts_are_those_of_transformers(name):
-  found = json.loads((GOLDEN / "ids.json").read_text("utf-8"))[name]
+  expected = json.loads((GOLDEN / "ids.json").read_text("utf-8"))[name]
   tokenizer = load_tokenizer(GOLDEN / name)
   texts = ODD_TEXTS + MARKED
-  assert len(texts) == len(found["ids"])
-  for text, ids, decoded in zip(texts, found["ids"], found["decoded"], strict=True):
+  assert len(texts) == len(expected["ids"])
+  for text, ids, decoded in zip(texts, expected["ids"], expected["decoded"], strict=True):
     assert tokenizer.encode(text).ids == ids, text
     assert tokenizer.decode(ids, skip_special_tokens=False) == decoded
-  for pair, (ids, types) in zip(PAIRS, found["pairs"], strict=True):
+  for pair, (ids, types) in zip(PAIRS, expected["pairs"], strict=True):
     encoding = tokenizer.encode(*pair)
     assert (encoding.ids, encoding.type_ids) == (ids, types)
 
