@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.trees import FrozenKey
+
 WIDTH, HEADS, LAYERS, VOCABULARY = 24, 4, 3, 50
 
 
@@ -59,11 +61,15 @@ def tokens(batch: int = 2, time: int = 7) -> jax.Array:
 
 
 def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:
-  """Returns a tree like `trainable` with every leaf drawn anew, so that B is not zero."""
+  """Returns a tree like `trainable`, every trained leaf drawn anew, so that B is not zero."""
   draw = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda x: jnp.asarray(scale * draw.standard_normal(x.shape), x.dtype), trainable
-  )
+
+  def drawn(keys: Any, x: Any) -> Any:
+    if any(isinstance(key, FrozenKey) for key in keys):
+      return x
+    return jnp.asarray(scale * draw.standard_normal(x.shape), x.dtype)
+
+  return jax.tree_util.tree_map_with_path(drawn, trainable)
 
 
 def relative_difference(got: Any, expected: Any) -> float:

@@ -178,7 +178,10 @@ def _of_layer(path: str, weight: LoraWeight, layer: int) -> LoraWeight | None:
     layer = weight.layers.index(layer)
   batch, inputs, outputs = (tuple(dim - 1 for dim in dims) for dims in weight.axes)
   axes = LoraAxes(batch[1:], inputs, outputs)
-  arrays = {name: array[layer] for name, array in weight.arrays.items()}
+  arrays = {
+    spec.name: weight.arrays[spec.name][layer if "batch" in spec.words.split() else ...]
+    for spec in weight.table
+  }
   return LoraWeight.from_arrays(arrays, weight.table, axes, None)
 
 

@@ -40,11 +40,9 @@ def adapt(model, **settings):
   """Returns an adapted model, its config and factors that change much."""
   config = lj.LoraConfig(**{"rank": 3, "alpha": 6.0, "target": ALL} | settings)
   adapted = lj.lora(functools.partial(run, model.module), config)
-  return (
-    adapted,
-    config,
-    randomized(jax.eval_shape(adapted.init, jax.random.key(0), model.params, TOKENS)),
-  )
+  start = (jax.random.key(0), model.params, TOKENS)
+  trainable = adapted.init(*start) if config.variant else jax.eval_shape(adapted.init, *start)
+  return adapted, config, randomized(trainable)
 
 
 def save(folder, model, config, trainable):
@@ -76,6 +74,8 @@ CASES = {
   "part of a stack": {"scan_layers": True, "stacked_layers": [1]},
   "embedding": {"target": r"(wte|token_embedding)/embedding"},
   "extra": {"extra": [r".*norm/.*|ln_f/.*|.*/bias"]},
+  "DoRA": {"variant": lj.DORA},
+  "DoRA of part of a stack": {"scan_layers": True, "stacked_layers": [1], "variant": lj.DORA},
   "extra of a stack": {"scan_layers": True, "extra": [r".*/query/bias"]},
 }
 

@@ -191,9 +191,7 @@ def test_the_config_names_the_variant():
     lj.lora(dense, config).apply(params, trainable, x),
     lj.dora(dense, CONFIG).apply(params, trainable, x),
   )
-  message = (
-    r"other variant: w has the arrays lora_a, lora_b, magnitude, norm_squared; LoRA"
-  )
+  message = r"other variant: w has the arrays lora_a, lora_b, magnitude, norm_squared; LoRA"
   with pytest.raises(ValueError, match=message):
     lj.lora(dense, CONFIG).apply(params, trainable, x)
   with pytest.raises(ValueError, match=r"variant must be a lora_jax.Variant, as lora_jax.DORA"):
