@@ -3,6 +3,7 @@
     PYTHONPATH=. python -m benchmarks.transform
     PYTHONPATH=. python -m benchmarks.transform --target query,value     # the paper's
     PYTHONPATH=. python -m benchmarks.transform --batch 8 --length 1024 --dtype bfloat16  # a GPU
+    PYTHONPATH=. python -m benchmarks.transform --against /tmp/before  # another commit's LoRA
 
 The model has GPT-2's shape (learned positions, LayerNorm before each part, a tied head), once
 with a Python loop over its layers ("unrolled") and once with `jax.lax.scan` over stacked ones.
@@ -30,17 +31,41 @@ other work on the machine falls on all alike; the quartiles are those of the ste
 Tracing is one thread's work, given in that thread's CPU seconds, without garbage collection.
 Before any step is timed, the losses and gradients of `hand` and `lora_jax` are compared, as the
 compiled steps return them.
+
+`--against CHECKOUT` compares this checkout's `lora_jax.lora` with that of another checkout, such
+as `git worktree add /tmp/before COMMIT` makes. Each runs this file in its own process, which
+imports `lora_jax` from its checkout; the two take turns (other, this, other, this, ...), so that
+other work on the machine falls on both. The models are "mlp" (the unrolled one without
+attention), "unrolled", and "remat" (the scanned one, each layer recomputed in the backward pass).
+The table has this checkout's columns, each with its ratio to the other checkout's ("x"). That of
+step_ms is the median over the turns' own ratios, with their quartiles; that of trace_s is a ratio
+of medians. The losses of all timed steps are compared too. A change that is to cost nothing has
+these goals, which nothing asserts:
+
+    gflop      x is 1.00
+    temp_mb    x is within 2 % of 1
+    step_ms    x is at most 1.02, or its quartiles include 1
+    trace_s    x is within 10 % of 1
+
+`--against .`, this checkout against itself, shows how much of a ratio is noise.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import gc
+import json
 import math
+import os
 import random
 import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,6 +85,8 @@ LAYERS = {
   "mlp_in": "mlp/in",
   "mlp_out": "mlp/out",
 }
+HERE = Path(__file__).resolve().parents[1]
+FORMS = ("mlp", "unrolled", "scanned", "remat")
 WAYS = ("hand", "lora_jax", "merged", "full")
 COLUMNS = {"trace_s": 3, "retrace_s": 3, "lower_s": 3, "gflop": 3, "temp_mb": 1, "step_ms": 1}
 GOALS = {"trace_s": 2.5, "retrace_s": 2.5, "gflop": 1.01, "temp_mb": 1.05, "step_ms": 1.05}
@@ -101,13 +128,19 @@ def attention(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> j
 
 def block(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> jax.Array:
   attn, mlp = adapter.get("attn", {}), adapter.get("mlp", {})
-  x = x + attention(layer["attn"], layer_norm(layer["ln_1"], x), attn, scaling)
+  if "attn" in layer:
+    x = x + attention(layer["attn"], layer_norm(layer["ln_1"], x), attn, scaling)
   hidden = linear(layer["mlp"]["in"], layer_norm(layer["ln_2"], x), mlp.get("in"), scaling)
   return x + linear(layer["mlp"]["out"], jax.nn.gelu(hidden), mlp.get("out"), scaling)
 
 
 def gpt(
-  params: PyTree, ids: jax.Array, adapters: PyTree | None = None, scaling: float = 0.0
+  params: PyTree,
+  ids: jax.Array,
+  adapters: PyTree | None = None,
+  scaling: float = 0.0,
+  *,
+  remat: bool = False,
 ) -> jax.Array:
   """Returns the logits; the layers are either `h_0`, `h_1`, ... or stacked under `h`."""
   given = adapters or {}
@@ -117,7 +150,8 @@ def gpt(
     return block(layer_and_adapter[0], x, layer_and_adapter[1], scaling), None
 
   if "h" in params:
-    x, _ = jax.lax.scan(body, x, (params["h"], given.get("h", {})))
+    scanned = jax.checkpoint(body) if remat else body
+    x, _ = jax.lax.scan(scanned, x, (params["h"], given.get("h", {})))
   for i in range(sum(name.startswith("h_") for name in params)):
     x, _ = body(x, (params[f"h_{i}"], given.get(f"h_{i}", {})))
   return layer_norm(params["ln_f"], x) @ params["wte"]["embedding"].T
@@ -136,7 +170,7 @@ def init_layer(key: jax.Array, width: int, dtype: Any) -> PyTree:
 
 
 def init_params(options: argparse.Namespace, form: str) -> PyTree:
-  """Returns the model's parameters in one of the two forms, the same numbers in both."""
+  """Returns the model's parameters in one of the forms, the same numbers in all."""
   width, dtype = options.width, jnp.dtype(options.dtype)
 
   def init(key):
@@ -147,7 +181,9 @@ def init_params(options: argparse.Namespace, form: str) -> PyTree:
       for k, (name, size) in zip(keys, sizes.items(), strict=False)
     }
     layers = jax.vmap(lambda k: init_layer(k, width, dtype))(keys[2:])
-    if form == "scanned":
+    if form == "mlp":
+      layers = {name: layers[name] for name in ("ln_2", "mlp")}
+    if form in ("scanned", "remat"):
       stacks = {"h": layers}
     else:
       stacks = {f"h_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(options.layers)}
@@ -167,29 +203,30 @@ def _norm(width: int, dtype: Any) -> PyTree:
 # ---- the four ways ---------------------------------------------------------------------
 
 
-def adapt(options: argparse.Namespace) -> lora_jax.Adaptation:
+def adapt(options: argparse.Namespace, model: Callable[..., jax.Array]) -> lora_jax.Adaptation:
   """Returns LoRA of a fresh copy of the plain model, of which nothing has been traced."""
   paths = "|".join(LAYERS[name] for name in options.target)
   config = lora_jax.LoraConfig(rank=options.rank, alpha=ALPHA, target=rf".*/({paths})/kernel")
-  return lora_jax.lora(lambda params, ids: gpt(params, ids), config)
+  return lora_jax.lora(lambda params, ids: model(params, ids), config)
 
 
-def make_apply(way: str, options: argparse.Namespace) -> Callable[..., jax.Array]:
+def make_apply(way: str, options: argparse.Namespace, form: str) -> Callable[..., jax.Array]:
   """Returns `apply(trainable, params, ids)` for one way, likewise fresh."""
   scaling = ALPHA / options.rank
-  adapted = adapt(options)
-  full = lora_jax.full_finetuning(lambda params, ids: gpt(params, ids))
+  model = functools.partial(gpt, remat=form == "remat")
+  adapted = adapt(options, model)
+  full = lora_jax.full_finetuning(lambda params, ids: model(params, ids))
   return {
-    "hand": lambda trainable, params, ids: gpt(params, ids, trainable, scaling),
+    "hand": lambda trainable, params, ids: model(params, ids, trainable, scaling),
     "lora_jax": lambda trainable, params, ids: adapted.apply(params, trainable, ids),
-    "merged": lambda trainable, params, ids: gpt(adapted.merge(params, trainable), ids),
+    "merged": lambda trainable, params, ids: model(adapted.merge(params, trainable), ids),
     "full": lambda trainable, params, ids: full.apply(params, trainable, ids),
   }[way]
 
 
-def make_step(way: str, options: argparse.Namespace) -> Any:
+def make_step(way: str, options: argparse.Namespace, form: str) -> Any:
   """Returns the jitted train step of one way; each call returns a new function."""
-  apply, optimizer = make_apply(way, options), optax.adamw(1e-4)
+  apply, optimizer = make_apply(way, options, form), optax.adamw(1e-4)
 
   def loss_fn(trainable, params, ids, labels):
     logits = apply(trainable, params, ids).astype(jnp.float32)
@@ -208,7 +245,7 @@ def make_trainable(way: str, options: argparse.Namespace, params: PyTree) -> PyT
   if way == "full":
     return jax.tree.map(jnp.copy, params)
   ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
-  trainable = adapt(options).init(_key(1), params, ids)
+  trainable = adapt(options, gpt).init(_key(1), params, ids)
   leaves, structure = jax.tree.flatten(trainable)
   keys = jax.random.split(_key(2), len(leaves))
   leaves = [0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
@@ -342,7 +379,7 @@ class Measured:
     return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
-def timed_traces(way: str, options: argparse.Namespace, shapes: Sequence[PyTree]) -> Any:
+def timed_traces(way: str, options: argparse.Namespace, form: str, shapes: Sequence[PyTree]) -> Any:
   """Returns the seconds by column, the traced step and the lowered one."""
   jax.clear_caches()
   seconds = {}
@@ -356,34 +393,40 @@ def timed_traces(way: str, options: argparse.Namespace, shapes: Sequence[PyTree]
     gc.enable()
     return result
 
-  timed("trace_s", make_step(way, options).trace, *shapes)
-  traced = timed("retrace_s", make_step(way, options).trace, *shapes)
+  timed("trace_s", make_step(way, options, form).trace, *shapes)
+  traced = timed("retrace_s", make_step(way, options, form).trace, *shapes)
   lowered = timed("lower_s", traced.lower)
   return seconds, traced, lowered
 
 
-def compile_ways(options: argparse.Namespace, shapes: Mapping[str, Any]) -> dict[str, Measured]:
+def compile_ways(
+  options: argparse.Namespace, form: str, shapes: Mapping[str, Any]
+) -> dict[str, Measured]:
   """Traces each way several times, in turns, and compiles it once."""
-  timed_traces("hand", options, shapes["hand"])  # what JAX imports at first use
+  timed_traces("hand", options, form, shapes["hand"])  # what JAX imports at first use
   turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
   last, measured = {}, {}
   for _ in range(options.traces):
     for way in WAYS:
-      seconds, *last[way] = timed_traces(way, options, shapes[way])
+      seconds, *last[way] = timed_traces(way, options, form, shapes[way])
       turns[way].append(seconds)
   for way in WAYS:
     traced, lowered = last.pop(way)
     compiled = lowered.compile()
-    gflop = compiled_flops(compiled.as_text()) / 1e9
-    temp_mb = compiled.memory_analysis().temp_size_in_bytes / 1e6
     measured[way] = Measured(
       compiled,
-      counts={"gflop": gflop, "temp_mb": temp_mb},
+      counts=compiled_counts(compiled),
       jaxpr_gflop=jaxpr_flops(traced.jaxpr) / 1e9,
       xla_gflop=compiled.cost_analysis()["flops"] / 1e9,
       turns={c: {i: turn[c] for i, turn in enumerate(turns[way])} for c in turns[way][0]},
     )
   return measured
+
+
+def compiled_counts(compiled: Any) -> dict[str, float]:
+  """Returns the table's columns that are read off a compiled step."""
+  gflop = compiled_flops(compiled.as_text()) / 1e9
+  return {"gflop": gflop, "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6}
 
 
 def first_steps(
@@ -408,10 +451,14 @@ def first_steps(
   worst = max(jax.tree.leaves(jax.tree.map(_difference, results["hand"], results["lora_jax"])))
   loss = float(results["hand"]["loss"])
   print(f"  loss {loss:.4f}; loss and gradients agree to {worst:.1e}", flush=True)
-  exact = options.dtype == "float32" and options.precision == "highest"
-  if not worst <= (1e-4 if exact else 5e-2):
+  if not worst <= loss_tolerance(options):
     raise ValueError(f"lora_jax differs from the hand-written LoRA by {worst:.1e}, relative")
   return states
+
+
+def loss_tolerance(options: argparse.Namespace) -> float:
+  exact = options.dtype == "float32" and options.precision == "highest"
+  return 1e-4 if exact else 5e-2
 
 
 def _difference(expected: Any, got: Any) -> float:
@@ -432,32 +479,165 @@ def time_steps(
     ways = WAYS if turn % 5 == 0 else ("hand", "lora_jax")
     for way in random.Random(turn).sample(ways, len(ways)):
       trainable, state = states.pop(way)
-      jax.block_until_ready((trainable, state))
-      start = time.perf_counter()
-      trainable, state, loss = measured[way].compiled(trainable, state, *args)
-      jax.block_until_ready((trainable, state, loss))
-      step_ms = 1e3 * (time.perf_counter() - start)
+      step_ms, trainable, state, _ = timed_step(measured[way].compiled, trainable, state, args)
       measured[way].turns.setdefault("step_ms", {})[turn] = step_ms
       states[way] = trainable, state
+
+
+def timed_step(compiled: Any, trainable: PyTree, state: PyTree, args: Sequence[Any]) -> Any:
+  """Returns one step's milliseconds, then the trainable tree, optimizer state and loss."""
+  jax.block_until_ready((trainable, state))
+  start = time.perf_counter()
+  results = jax.block_until_ready(compiled(trainable, state, *args))
+  return 1e3 * (time.perf_counter() - start), *results
+
+
+def init_arguments(options: argparse.Namespace, form: str) -> tuple[PyTree, jax.Array, jax.Array]:
+  """Returns the step's arguments that no step changes: parameters, token ids and labels."""
+  sizes = (2, options.batch, options.length)
+  ids, labels = jax.random.randint(_key(3), sizes, 0, options.vocabulary)
+  return init_params(options, form), ids, labels
+
+
+def step_shapes(way: str, options: argparse.Namespace, args: Sequence[Any]) -> Sequence[PyTree]:
+  """Returns the shapes of all the step's arguments, the trainable tree first."""
+  trainable = jax.eval_shape(lambda p: make_trainable(way, options, p), args[0])
+  state = jax.eval_shape(optax.adamw(1e-4).init, trainable)
+  return (trainable, state, *jax.eval_shape(lambda *a: a, *args))
 
 
 def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
   """Returns the four ways' measurements for one form of the model."""
   print(f"{form}: tracing and compiling", flush=True)
-  params = init_params(options, form)
-  ids, labels = jax.random.randint(
-    _key(3), (2, options.batch, options.length), 0, options.vocabulary
-  )
-  args = params, ids, labels
-  shapes = {}
-  for way in WAYS:
-    trainable = jax.eval_shape(lambda p, way=way: make_trainable(way, options, p), params)
-    state = jax.eval_shape(optax.adamw(1e-4).init, trainable)
-    shapes[way] = (trainable, state, *jax.eval_shape(lambda *a: a, *args))
-  measured = compile_ways(options, shapes)
+  args = init_arguments(options, form)
+  shapes = {way: step_shapes(way, options, args) for way in WAYS}
+  measured = compile_ways(options, form, shapes)
   states = first_steps(options, measured, args)
   time_steps(options, measured, states, args)
   return measured
+
+
+# ---- two checkouts ---------------------------------------------------------------------
+
+
+def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  """Yields a worker's answers in `compare`'s order, each computed when it is asked for.
+
+  It runs on other commits' checkouts too: of their `lora_jax` it takes the public API only.
+  """
+  jax.config.update("jax_default_matmul_precision", options.precision)
+  device = jax.devices()[0]
+  yield {"package": lora_jax.__file__, "device": f"{device.device_kind} ({device.platform})"}
+  for form in options.forms:
+    args = init_arguments(options, form)
+    shapes = step_shapes("lora_jax", options, args)
+    timed_traces("lora_jax", options, form, shapes)  # what JAX imports at first use
+    yield {}
+    lowered: Any = None
+    for _ in range(options.traces):
+      seconds, _, lowered = timed_traces("lora_jax", options, form, shapes)
+      yield seconds
+    compiled = lowered.compile()
+    trainable = jax.jit(lambda p: make_trainable("lora_jax", options, p))(args[0])
+    state = jax.jit(optax.adamw(1e-4).init)(trainable)
+    _, trainable, state, _ = timed_step(compiled, trainable, state, args)
+    yield compiled_counts(compiled)
+    for _ in range(options.repeats):
+      step_ms, trainable, state, loss = timed_step(compiled, trainable, state, args)
+      yield {"step_ms": step_ms, "loss": float(loss)}
+
+
+def work(options: argparse.Namespace) -> None:
+  """Answers each line of stdin with a line of JSON, until stdin ends."""
+  answers = measurements(options)
+  for _ in sys.stdin:
+    print(json.dumps(next(answers)), flush=True)
+
+
+def start_worker(checkout: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
+  """Starts this file in a process that imports `lora_jax` from a checkout."""
+  choices = json.dumps({**vars(options), "against": None})
+  environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", **os.environ}  # two share a GPU
+  return subprocess.Popen(
+    [sys.executable, "-P", __file__, "--worker", choices],  # -P: without this file's folder
+    env=environment | {"PYTHONPATH": str(checkout)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+def ask(worker: subprocess.Popen[str], word: str) -> dict[str, Any]:
+  """Returns a worker's next answer; `word` is for whoever reads the pipe."""
+  assert worker.stdin
+  assert worker.stdout
+  with contextlib.suppress(BrokenPipeError):
+    print(word, file=worker.stdin, flush=True)
+  line = worker.stdout.readline()
+  if not line:
+    raise RuntimeError(f"a worker ended at {word!r}; its own error is above")
+  return json.loads(line)
+
+
+@dataclasses.dataclass
+class Pair:
+  """One form's answers in two checkouts, each a list of turns [other checkout, this one]."""
+
+  traces: list[list[dict[str, float]]]
+  compiled: list[list[dict[str, float]]]
+  steps: list[list[dict[str, float]]]
+
+  def column(self, name: str) -> tuple[float, float]:
+    """Returns this checkout's median, and its ratio to the other's median."""
+    turns = [t for t in (*self.traces, *self.compiled, *self.steps) if name in t[0]]
+    before, after = (statistics.median(turn[side][name] for turn in turns) for side in (0, 1))
+    return after, after / before if before else math.nan
+
+  def step_quartiles(self) -> list[float]:
+    """Returns the quartiles of the steps' ratios, turn by turn."""
+    ratios = [after["step_ms"] / before["step_ms"] for before, after in self.steps]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+  def loss_difference(self) -> float:
+    """Returns the largest relative difference of the losses of a turn."""
+    return max(abs(after["loss"] / before["loss"] - 1) for before, after in self.steps)
+
+
+def compare(options: argparse.Namespace) -> dict[str, Pair]:
+  """Returns each form's measurements of the other checkout and this one, taken in turns.
+
+  Raises:
+    RuntimeError: if a worker fails or has imported another package than its checkout's.
+    ValueError: if the checkouts' losses differ.
+  """
+  checkouts = (options.against.resolve(), HERE)
+  results = {}
+  with contextlib.ExitStack() as stack:
+    workers = [stack.enter_context(start_worker(path, options)) for path in checkouts]
+
+    def take(word: str, turns: int = 1) -> list[list[dict[str, Any]]]:
+      return [[ask(worker, word) for worker in workers] for _ in range(turns)]
+
+    for checkout, answer in zip(checkouts, take("import")[0], strict=True):
+      print(f"{checkout} at {commit(checkout)}, {answer['device']}", flush=True)
+      if not Path(answer["package"]).resolve().is_relative_to(checkout):
+        raise RuntimeError(f"expected lora_jax of {checkout}, got {answer['package']}")
+    for form in options.forms:
+      take(f"warm up {form}")
+      traces, compiled = take("trace", options.traces), take("compile")
+      pair = results[form] = Pair(traces, compiled, take("step", options.repeats))
+      difference = pair.loss_difference()
+      print(f"{form}: losses agree to {difference:.1e}", flush=True)
+      if not difference <= loss_tolerance(options):
+        raise ValueError(f"the checkouts' losses for {form} differ by {difference:.1e}, relative")
+  return results
+
+
+def commit(checkout: Path) -> str:
+  """Returns a checkout's commit, with "-dirty" where files differ from it."""
+  command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  return done.stdout.strip() or "an unknown commit"
 
 
 # ---- the report ------------------------------------------------------------------------
@@ -493,6 +673,23 @@ def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
       print(f"{form:9} {column:9}{got:8.3f} (at most {goal})  {met}")
 
 
+def print_comparison(pairs: Mapping[str, Pair]) -> None:
+  """Prints this checkout's figures with their ratios to the other's."""
+  columns = ("gflop", "temp_mb", "step_ms", "trace_s")
+  heads = [f"{name:>10}      x" for name in columns]
+  heads[2] += "  (quartiles)  "
+  print("\nform     " + "".join(heads))
+  for form, pair in pairs.items():
+    low, middle, high = pair.step_quartiles()
+    cells = []
+    for name in columns:
+      value, ratio = pair.column(name)
+      shown = middle if name == "step_ms" else ratio
+      cells.append(f"{value:10.{COLUMNS[name]}f}{shown:7.3f}")
+    cells[2] += f"  ({low:.3f}-{high:.3f})"
+    print(f"{form:9}" + "".join(cells))
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description="lora_jax against LoRA written by hand.")
   parser.add_argument("--layers", type=int, default=12)
@@ -501,27 +698,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--batch", type=int, default=1)
   parser.add_argument("--length", type=int, default=64)
   parser.add_argument("--rank", type=int, default=4)
-  parser.add_argument("--repeats", type=int, default=30, help="turns of timed steps")
+  parser.add_argument("--repeats", type=int, help="turns of timed steps: 30, --against: 24")
   parser.add_argument("--traces", type=int, default=5, help="turns of timed traces")
   parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-  parser.add_argument("--forms", default="unrolled,scanned")
+  parser.add_argument("--forms", help="unrolled,scanned; --against: mlp,unrolled,remat")
   parser.add_argument("--precision", default="highest", help="of float32 products, on GPUs")
+  parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="of another commit")
+  parser.add_argument("--worker", help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)
+  options.repeats = options.repeats or (24 if options.against else 30)
+  options.forms = options.forms or ("mlp,unrolled,remat" if options.against else "unrolled,scanned")
   options.target, options.forms = options.target.split(","), options.forms.split(",")
   for name, given, known in (
     ("--target", options.target, LAYERS),
-    ("--forms", options.forms, ("unrolled", "scanned")),
+    ("--forms", options.forms, FORMS),
   ):
     if not set(given) <= set(known):
       parser.error(f"{name} must be among {','.join(known)}, got {','.join(given)}")
   if options.width % HEAD_WIDTH:
     parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
+  if options.against and not (options.against / "lora_jax" / "__init__.py").is_file():
+    parser.error(f"--against must be a checkout with lora_jax/ in it, got {options.against}")
   return options
 
 
-def main() -> None:
-  options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+  options = parse(arguments)
+  if options.worker:
+    work(argparse.Namespace(**json.loads(options.worker)))
+    return
+  if options.against:
+    print(f"JAX {jax.__version__}, {vars(options)}")
+    print_comparison(compare(options))
+    return
   jax.config.update("jax_default_matmul_precision", options.precision)
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")

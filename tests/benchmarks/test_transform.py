@@ -1,5 +1,7 @@
 """The benchmark runs, and what it counts holds: FLOPs within 1 % of hand-written LoRA."""
 
+import os
+
 import jax
 import pytest
 
@@ -23,3 +25,36 @@ def test_the_benchmark_prints_its_table_and_counts_equal_flops(form, capsys):
   gflop = {way: measured.counts["gflop"] for way, measured in results[form].items()}
   assert gflop["lora_jax"] == pytest.approx(gflop["hand"], rel=0.01)
   assert gflop["merged"] > 1.1 * gflop["hand"]  # the count can tell
+
+
+@pytest.mark.parametrize(
+  "forms", [pytest.param(["unrolled", "remat"], marks=pytest.mark.long), ["mlp"]]
+)
+def test_a_checkout_against_itself_has_a_row_of_ratios_per_model(forms, capsys):
+  transform.main([*SMALL, "--against", os.path.relpath(transform.HERE), "--forms", ",".join(forms)])
+  lines = capsys.readouterr().out.splitlines()
+  agreements = [line for line in lines if "losses agree to" in line]
+  assert [line.partition(":")[0] for line in agreements] == forms
+  head, *rows = [line.split() for line in lines[lines.index("") + 1 :]]
+  columns = ["gflop", "x", "temp_mb", "x", "step_ms", "x", "(quartiles)", "trace_s", "x"]
+  assert head == ["form", *columns]
+  assert [row[0] for row in rows] == forms
+  for row in rows:
+    assert (row[2], row[4]) == ("1.000", "1.000")
+    low, high = map(float, row[7].strip("()").split("-"))
+    assert 0 < low <= float(row[6]) <= high
+    assert all(float(row[i]) > 0 for i in (1, 3, 5, 8, 9))
+
+
+def test_a_comparison_measures_the_package_of_the_checkout_that_it_names(tmp_path):
+  (tmp_path / "lora_jax").mkdir()
+  (tmp_path / "lora_jax" / "__init__.py").write_text("raise ImportError('the other checkout')")
+  options = transform.parse([*SMALL, "--against", str(tmp_path), "--forms", "mlp"])
+  with pytest.raises(RuntimeError, match="worker ended at 'import'"):
+    transform.compare(options)
+
+
+def test_a_folder_without_the_package_is_no_checkout(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    transform.parse(["--against", str(tmp_path)])
+  assert "--against must be a checkout with lora_jax/ in it" in capsys.readouterr().err
