@@ -9,7 +9,8 @@ its own, and FOLDER/figures.json is written after each; a later run adds its sec
 Attention is cuDNN's; where cuDNN fails, XLA's is measured, and the row says so.
 
     matmul       bfloat16, (8192, 8192) @ (8192, 8192)
-    llama8b      Llama 3 8B, bfloat16, rows of 4096 tokens; rank 16 on all linear layers; AdamW
+    llama8b      Llama 3 8B, bfloat16, rows of 4096 tokens; rank 16 on all linear layers; AdamW.
+                 LoRA, where the name does not say DoRA
     gpt2 medium  float32 weights, bfloat16 computation, 16 rows of 512 tokens; rank 4 on query and
                  value; AdamW. PEFT, by torch.compile: rank 8 on the fused query, key, value layer
 
@@ -19,7 +20,10 @@ Attention is cuDNN's; where cuDNN fails, XLA's is measured, and the row says so.
     tflop/s   forward and backward of the matmuls that the gradient needs, without recomputation:
               4 per frozen weight and token, 6 per adapter weight and token, 3 times the forward of
               causal attention. Elementwise operations are not counted
+              DoRA's norms are not either, so that its tflop/s are LoRA's over the longer step
     share     of the tflop/s of `matmul`
+
+Where both are there, a last line has DoRA's step and peak over those of LoRA.
 """
 
 import argparse
@@ -43,9 +47,11 @@ import lora_jax as lj
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.llama import Llama, LlamaConfig
 from lora_jax.training.loss import language_model_loss, mean
+from lora_jax.trees import key_parts
 
 PyTree = Any
 Figures = dict[str, Any]
+Method = Callable[[Callable[..., Any], lj.LoraConfig], lj.Adaptation]
 
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(gate|up|down))/kernel"
 QUERY_VALUE = r".*/attn/(query|value)/kernel"
@@ -89,8 +95,10 @@ def measure_matmul(tiny: bool) -> Figures:
   }
 
 
-def measure_llama(tiny: bool, attention: str, rows: int, remat: str) -> Figures:
-  """Returns the figures of a LoRA step of Llama 3 8B."""
+def measure_llama(
+  tiny: bool, attention: str, rows: int, remat: str, adapt: Method = lj.lora
+) -> Figures:
+  """Returns the figures of a step of Llama 3 8B, by LoRA or another method."""
   shape: dict[str, Any] = TINY_LLAMA if tiny else LLAMA_8B
   length, rank, chunk = (64, 4, 32) if tiny else (4096, 16, 1024)
   config = LlamaConfig(
@@ -103,7 +111,8 @@ def measure_llama(tiny: bool, attention: str, rows: int, remat: str) -> Figures:
     attention=attention,
   )
   batch = make_batch(config.vocab_size, rows, length)
-  figures = measure_lora(Llama(config), batch, rank, ALL_LINEAR, chunk, 3 if tiny else 10)
+  repeats = 3 if tiny else 10
+  figures = measure_lora(Llama(config), batch, rank, ALL_LINEAR, chunk, repeats, adapt)
   return figures | {"attention": attention, "remat": remat}
 
 
@@ -124,6 +133,7 @@ def measure_lora(
   target: str,
   chunk: int | None,
   repeats: int,
+  adapt: Method = lj.lora,
 ) -> Figures:
   """Returns the figures of one training step: forward, backward, AdamW.
 
@@ -134,28 +144,37 @@ def measure_lora(
     target: the weights to adapt.
     chunk: target tokens of a row whose logits are in memory at once; None is all.
     repeats: how many steps are timed.
+    adapt: LoRA, or a variant of it.
   """
   params, inputs = random_params(model), jax.device_put(dict(batch))
-  lora = lj.lora(language_model_loss(model, 0.0, chunk), lj.LoraConfig(rank, 2.0 * rank, target))
+  loss = language_model_loss(model, 0.0, chunk)
+  adapted = adapt(loss, lj.LoraConfig(rank, 2.0 * rank, target))
   optimizer = optax.adamw(1e-4)
-  adapter = lora.init(jax.random.key(1), params, inputs)
+  trainable = jax.jit(adapted.init)(jax.random.key(1), params, inputs)
+  mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
+  adapter, held = lj.partition(trainable, mask)  # held: what a variant does not train
 
-  def update(params: PyTree, inputs: PyTree, state: PyTree) -> PyTree:
+  def update(params: PyTree, held: PyTree, inputs: PyTree, state: PyTree) -> PyTree:
     adapter, moments, _ = state
-    loss, grads = jax.value_and_grad(lambda x: mean(lora.apply(params, x, inputs)))(adapter)
+
+    def loss_of(adapter: PyTree) -> jax.Array:
+      return mean(adapted.apply(params, lj.combine(adapter, held), inputs))
+
+    loss, grads = jax.value_and_grad(loss_of)(adapter)
     updates, moments = optimizer.update(grads, moments, adapter)
     return optax.apply_updates(adapter, updates), moments, loss
 
   state = (adapter, optimizer.init(adapter), jnp.zeros(()))
   begin = time.perf_counter()
-  compiled = jax.jit(update, donate_argnums=2).lower(params, inputs, state).compile()
+  compiled = jax.jit(update, donate_argnums=3).lower(params, held, inputs, state).compile()
   compile_s = time.perf_counter() - begin
-  seconds = time_steps(lambda state: compiled(params, inputs, state), state, repeats)
+  seconds = time_steps(lambda state: compiled(params, held, inputs, state), state, repeats)
   stats = jax.local_devices()[0].memory_stats() or {}
   rows, length = batch["tokens"].shape
   config, adapter_size = model.config, int(optax.tree.size(adapter))
   weights = count_matmul_weights(config, params)
-  flops = training_flops(weights, adapter_size, config.num_layers, config.embed_dim, length)
+  matrices = count_adapter_matrices(adapter)
+  flops = training_flops(weights, matrices, config.num_layers, config.embed_dim, length)
   return {
     **jax_device(),
     "rank": rank,
@@ -322,6 +341,12 @@ def count_matmul_weights(config: LlamaConfig | GPT2Config, params: PyTree) -> in
   return kernels + (config.vocab_size * config.embed_dim if config.tie_head else 0)
 
 
+def count_adapter_matrices(adapter: PyTree) -> int:
+  """Returns the number of weights in A and B, without DoRA's magnitudes."""
+  leaves = jax.tree_util.tree_leaves_with_path(adapter)
+  return sum(leaf.size for path, leaf in leaves if key_parts(path)[-1] in ("lora_a", "lora_b"))
+
+
 def planned_bytes(compiled: Any) -> int:
   """Returns the memory that XLA plans for a compiled step, arguments included; 0 if unknown."""
   plan = compiled.memory_analysis()
@@ -335,11 +360,12 @@ def jax_device() -> Figures:
   return {"device": jax.devices()[0].device_kind, "versions": {"jax": jax.__version__}}
 
 
+LORA = "llama8b rows=1 nothing_saveable"
+DORA = "llama8b rows=1 nothing_saveable, DoRA"
 SECTIONS: dict[str, Callable[[bool, str], Figures]] = {
   "matmul": lambda tiny, attention: measure_matmul(tiny),
-  "llama8b rows=1 nothing_saveable": functools.partial(
-    measure_llama, rows=1, remat="nothing_saveable"
-  ),
+  LORA: functools.partial(measure_llama, rows=1, remat="nothing_saveable"),
+  DORA: functools.partial(measure_llama, rows=1, remat="nothing_saveable", adapt=lj.dora),
   "gpt2 medium, lora_jax": measure_gpt2,
   "gpt2 medium, PEFT": lambda tiny, attention: measure_peft(tiny),
   "llama8b rows=2 nothing_saveable": functools.partial(
@@ -377,23 +403,27 @@ def measure_section(name: str, tiny: bool, limit: float) -> Figures:
 
 
 def print_table(figures: Mapping[str, Figures]) -> None:
-  """Prints a row for each section."""
+  """Prints a row for each section, and DoRA's figures over LoRA's."""
   rate = figures.get("matmul", {}).get("tflops")
   print(
-    f"{'section':33}{'attention':>10}{'step_s':>9}{'tokens/s':>10}{'peak_gb':>9}{'tflop/s':>9}"
+    f"{'section':38}{'attention':>10}{'step_s':>9}{'tokens/s':>10}{'peak_gb':>9}{'tflop/s':>9}"
     f"{'share':>7}"
   )
   for name, values in figures.items():
     if "error" in values:
-      print(f"{name:33} failed: {values['error'].strip().splitlines()[-1][:60]}")
+      print(f"{name:38} failed: {values['error'].strip().splitlines()[-1][:60]}")
       continue
     share = f"{values['tflops'] / rate:.2f}" if rate else ""
     tokens = f"{values['tokens_per_s']:.0f}" if "tokens_per_s" in values else ""
     memory = f"{values['peak_gb']:.1f}" if "peak_gb" in values else ""
     print(
-      f"{name:33}{values.get('attention', ''):>10}{values['step_s']:9.4f}{tokens:>10}"
+      f"{name:38}{values.get('attention', ''):>10}{values['step_s']:9.4f}{tokens:>10}"
       f"{memory:>9}{values['tflops']:9.1f}{share:>7}"
     )
+  lora, dora = figures.get(LORA, {}), figures.get(DORA, {})
+  if "step_s" in lora and "step_s" in dora:
+    memory = f", peak {dora['peak_gb'] / lora['peak_gb']:.3f}" if lora["peak_gb"] else ""
+    print(f"DoRA / LoRA: step {dora['step_s'] / lora['step_s']:.3f}{memory}")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:

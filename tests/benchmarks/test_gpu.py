@@ -17,11 +17,13 @@ def test_the_benchmark_measures_prints_and_keeps_earlier_figures(capsys, monkeyp
   for name in ("matmul", LLAMA):
     figures = gpu.main(["--out", str(tmp_path), "--tiny", "--only", name])
   assert figures == json.loads((tmp_path / "figures.json").read_text())
-  assert list(figures) == ["matmul", LLAMA]
-  header, matmul, llama = capsys.readouterr().out.splitlines()[-3:]
+  assert list(figures) == ["matmul", LLAMA, gpu.DORA]
+  header, matmul, llama, dora, ratio = capsys.readouterr().out.splitlines()[-5:]
   assert header.split()[0] == "section"
   assert matmul.split()[-1] == "1.00"
   assert llama.removeprefix(LLAMA).split()[0] == "xla"
+  assert dora.removeprefix(gpu.DORA).split()[0] == "xla"
+  assert ratio.startswith("DoRA / LoRA: step ")
   step, lora = figures[LLAMA]["step_s"], figures[LLAMA]
   assert lora["fastest_s"] <= step <= lora["slowest_s"]
   assert lora["tokens_per_s"] == pytest.approx(64 / step)
@@ -36,6 +38,27 @@ def test_operations_are_those_of_the_shapes():
   params = gpu.random_params(gpu.GPT2(tied))
   assert gpu.count_matmul_weights(tied, params) == 2 * 12 * 64**2 + 64 * 512
   assert gpu.training_flops(100, 10, num_layers=2, embed_dim=8, length=4) == 400 + 60 + 384
+
+
+def test_dora_trains_all_but_its_constant_and_its_operations_are_those_of_a_and_b():
+  model = gpu.Llama(gpu.LlamaConfig(**gpu.TINY_LLAMA, num_positions=16, scan_layers=True))
+  batch = gpu.make_batch(512, 1, 16)
+  lora, dora = (
+    gpu.measure_lora(model, batch, 4, gpu.QUERY_VALUE, None, 1, adapt)
+    for adapt in (gpu.lj.lora, gpu.lj.dora)
+  )
+  magnitudes = 2 * (64 + 32)  # of two layers' query and value; norm_squared is not among them
+  assert dora["adapter_parameters"] == lora["adapter_parameters"] + magnitudes
+  assert dora["flops_per_token"] == lora["flops_per_token"]
+
+
+def test_lora_and_dora_are_set_side_by_side(capsys):
+  figures = {"attention": "cudnn", "tflops": 1.0, "tokens_per_s": 1.0}
+  lora, dora = {"step_s": 0.4, "peak_gb": 20.0}, {"step_s": 0.5, "peak_gb": 21.0}
+  gpu.print_table({LLAMA: figures | lora, gpu.DORA: figures | dora})
+  assert capsys.readouterr().out.splitlines()[-1] == "DoRA / LoRA: step 1.250, peak 1.050"
+  gpu.print_table({LLAMA: figures | lora, gpu.DORA: {"error": "out of memory"}})
+  assert "DoRA / LoRA" not in capsys.readouterr().out
 
 
 def test_cudnn_that_fails_is_reported_beside_the_figures_by_xla(monkeypatch):
