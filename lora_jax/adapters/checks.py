@@ -122,15 +122,15 @@ def _shapes(
   The size of an inner axis is that of the first array that has it.
   """
   sizes: dict[str, int] = {}
-  found = []
+  shapes = []
   for spec in weight.table:
     got, labels = tuple(weight.arrays[spec.name].shape), weight.axes.labels(spec.words)
     for word, inner in INNER.items():
       if inner in labels and len(got) == len(labels):
         sizes.setdefault(word, got[labels.index(inner)])
     wanted = weight.axes.array_shape(spec.words, shape, dict.fromkeys(INNER, -1) | sizes)
-    found.append((spec.name, got, wanted))
-  return found
+    shapes.append((spec.name, got, wanted))
+  return shapes
 
 
 def table_names(table: Table) -> str:

@@ -118,21 +118,21 @@ def _differences(trainable: PyTree, like: PyTree) -> Iterable[str]:
   yield from (f"missing: {path}" for path in expected if path not in got)
   yield from (f"unexpected: {path}" for path in got if path not in expected)
   for path in (path for path in expected if path in got):
-    ours, theirs = got[path], expected[path]
-    if type(ours) is not type(theirs) and is_lora_weight(ours) != is_lora_weight(theirs):
-      yield f"other kind: {path} is a {type(ours).__name__}"
+    node, like_node = got[path], expected[path]
+    if type(node) is not type(like_node) and is_lora_weight(node) != is_lora_weight(like_node):
+      yield f"other kind: {path} is a {type(node).__name__}"
       continue
-    if is_lora_weight(ours) and ours.table != theirs.table:
-      names = table_names(ours.table), table_names(theirs.table)
+    if is_lora_weight(node) and node.table != like_node.table:
+      names = table_names(node.table), table_names(like_node.table)
       yield f"other variant: {path} has the arrays {names[0]}, expected {names[1]}"
       continue
-    if is_lora_weight(ours) and (ours.axes, ours.layers) != (theirs.axes, theirs.layers):
-      yield f"other axes: {path} has {ours.axes}, expected {theirs.axes}"
-    shapes = [[tuple(x.shape) for x in jax.tree.leaves(node)] for node in (ours, theirs)]
+    if is_lora_weight(node) and (node.axes, node.layers) != (like_node.axes, like_node.layers):
+      yield f"other axes: {path} has {node.axes}, expected {like_node.axes}"
+    shapes = [[tuple(x.shape) for x in jax.tree.leaves(node)] for node in (node, like_node)]
     if shapes[0] != shapes[1]:
       yield f"mis-shaped: {path} is {shapes[0]}, expected {shapes[1]}"
 
 
-def _raise_if(problems: list[str], what: str) -> None:
+def _raise_if(problems: list[str], summary: str) -> None:
   if problems:
-    raise ValueError(f"{what}:\n  " + "\n  ".join(problems))
+    raise ValueError(f"{summary}:\n  " + "\n  ".join(problems))

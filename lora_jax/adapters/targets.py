@@ -130,5 +130,5 @@ def layer_number(path: str) -> int | None:
   >>> layer_number("h_11/attn/query/kernel"), layer_number("blocks/attn/query/kernel")
   (11, None)
   """
-  found = re.search(r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
-  return int(found[1]) if found else None
+  match = re.search(r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
+  return int(match[1]) if match else None

@@ -48,20 +48,23 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: 
   """
   if len(adapters) != len(weights):
     raise ValueError(f"expected one weight for each adapter, got {len(weights)}, {len(adapters)}")
-  opened = [open_adapter(*one, params, by) for one, by in zip(adapters, weights, strict=True)]
-  new: dict[str, Any] = {}
-  for path, having in by_path(opened).items():
-    parts = list(having.values())
+  opened = [
+    open_adapter(*adapter, params, factor)
+    for adapter, factor in zip(adapters, weights, strict=True)
+  ]
+  leaves: dict[str, Any] = {}
+  for path, parts_by_number in by_path(opened).items():
+    parts = list(parts_by_number.values())
     a = jnp.concatenate([part.lora_a for part in parts], axis=-1)
     b = jnp.concatenate([part.lora_b for part in parts], axis=len(parts[0].axes.batch))
-    new[path] = parts[0].replace(lora_a=a, lora_b=b)
-  for path, leaf in ((path, leaf) for one in opened for path, leaf in one.whole.items()):
-    if not jnp.array_equal(new.setdefault(path, leaf), leaf):
+    leaves[path] = parts[0].replace(lora_a=a, lora_b=b)
+  for path, leaf in ((path, leaf) for adapter in opened for path, leaf in adapter.whole.items()):
+    if not jnp.array_equal(leaves.setdefault(path, leaf), leaf):
       raise ValueError(
         f"{path} is trained whole in several of the adapters, to different values, of which there "
         "is no sum. Leave it out of all but one"
       )
-  return close_adapter(opened, new)
+  return close_adapter(opened, leaves)
 
 
 def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list[PyTree]]:
@@ -84,27 +87,27 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
     ValueError: if an adapter is not for these params, or a weight is factored along other axes
       in two of them.
   """
-  opened = [open_adapter(*one, params) for one in adapters]
-  own = dict(leaves_with_path(params))
-  new: list[dict[str, Any]] = [{} for _ in opened]
-  for path, having in by_path(opened).items():
-    rank = max(part.rank for part in having.values())
-    zeros = jax.tree.map(jnp.zeros_like, next(iter(having.values())))
-    for i, tree in enumerate(new):
-      tree[path] = _padded(having.get(i) or zeros, rank)
-  for path in dict.fromkeys(path for one in opened for path in one.whole):
-    for one, tree in zip(opened, new, strict=True):
-      tree[path] = one.whole.get(path, own[path])
+  opened = [open_adapter(*adapter, params) for adapter in adapters]
+  base_leaves = dict(leaves_with_path(params))
+  leaves: list[dict[str, Any]] = [{} for _ in opened]
+  for path, parts_by_number in by_path(opened).items():
+    rank = max(part.rank for part in parts_by_number.values())
+    zeros = jax.tree.map(jnp.zeros_like, next(iter(parts_by_number.values())))
+    for i, tree in enumerate(leaves):
+      tree[path] = _padded(parts_by_number.get(i) or zeros, rank)
+  for path in dict.fromkeys(path for adapter in opened for path in adapter.whole):
+    for adapter, tree in zip(opened, leaves, strict=True):
+      tree[path] = adapter.whole.get(path, base_leaves[path])
       if isinstance(tree[path], jax.ShapeDtypeStruct):
         raise ValueError(f"{path} is trained whole in some of the adapters; give the base's params")
-  closed = [close_adapter(opened, tree) for tree in new]
+  closed = [close_adapter(opened, tree) for tree in leaves]
   return closed[0][0], [trainable for _, trainable in closed]
 
 
 def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
   """Returns the same delta, with zeros up to a rank."""
-  more, at = rank - weight.rank, len(weight.axes.batch)
+  added, rank_axis = rank - weight.rank, len(weight.axes.batch)
   widths = [(0, 0)] * (weight.lora_b.ndim - 1)
-  a = jnp.pad(weight.lora_a, [(0, 0)] * (weight.lora_a.ndim - 1) + [(0, more)])
-  b = jnp.pad(weight.lora_b, [*widths[:at], (0, more), *widths[at:]])
+  a = jnp.pad(weight.lora_a, [(0, 0)] * (weight.lora_a.ndim - 1) + [(0, added)])
+  b = jnp.pad(weight.lora_b, [*widths[:rank_axis], (0, added), *widths[rank_axis:]])
   return weight.replace(lora_a=a, lora_b=b)

@@ -25,14 +25,16 @@ class Opened(NamedTuple):
   keys: dict[str, tuple[str, ...]]
 
 
-def open_adapter(config: LoraConfig, trainable: PyTree, params: PyTree, by: float = 1.0) -> Opened:
+def open_adapter(
+  config: LoraConfig, trainable: PyTree, params: PyTree, factor: float = 1.0
+) -> Opened:
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
   weights = {}
   for path, weight in adapter_weights(trainable).items():
     check_plain(path, weight, "arithmetic of factors")
     a, b = (jnp.asarray(factor, jnp.float32) for factor in (weight.lora_a, weight.lora_b))
-    weights[path] = weight.replace(lora_a=a, lora_b=b * jnp.float32(by * targets[path].scaling))
+    weights[path] = weight.replace(lora_a=a, lora_b=b * jnp.float32(factor * targets[path].scaling))
   keys = {path: target.keys for path, target in targets.items()}
   keys |= {path: parts for path, (parts, _) in extra.items()}
   return Opened(weights, adapter_extra(trainable), targets, keys)
@@ -49,17 +51,17 @@ def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
   """
   if not opened:
     raise ValueError("expected adapters, got none")
-  factored = {path for one in opened for path in one.weights}
-  if both := sorted(factored & {path for one in opened for path in one.whole}):
+  factored = {path for adapter in opened for path in adapter.weights}
+  if conflicting := sorted(factored & {path for adapter in opened for path in adapter.whole}):
     raise ValueError(
-      f"{', '.join(both)} is adapted by factors in one adapter and trained whole in another, of "
-      "which there is no common form. Merge one of them first"
+      f"{', '.join(conflicting)} is adapted by factors in one adapter and trained whole in "
+      "another, of which there is no common form. Merge one of them first"
     )
-  found: dict[str, dict[int, LoraWeight]] = {}
-  for i, one in enumerate(opened):
-    for path, weight in one.weights.items():
-      found.setdefault(path, {})[i] = weight
-  for path, parts in found.items():
+  parts_by_path: dict[str, dict[int, LoraWeight]] = {}
+  for i, adapter in enumerate(opened):
+    for path, weight in adapter.weights.items():
+      parts_by_path.setdefault(path, {})[i] = weight
+  for path, parts in parts_by_path.items():
     axes = {part.axes for part in parts.values()}
     if len(axes) > 1:
       raise ValueError(
@@ -69,7 +71,7 @@ def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
     if len({part.layers for part in parts.values()}) > 1:
       for i, part in parts.items():
         parts[i] = _on_all_layers(part, opened[i].targets[path].leaf.shape)
-  return found
+  return parts_by_path
 
 
 def _on_all_layers(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
@@ -84,20 +86,22 @@ def _on_all_layers(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
   return LoraWeight(a, b, weight.axes)
 
 
-def close_adapter(opened: Sequence[Opened], new: dict[str, Any]) -> Adapter:
+def close_adapter(opened: Sequence[Opened], leaves: dict[str, Any]) -> Adapter:
   """Returns the adapter with new leaves at some of the paths, of scaling 1."""
   rules, whole = {}, []
-  for path, leaf in new.items():
+  for path, leaf in leaves.items():
     if not isinstance(leaf, LoraWeight):
       whole.append(path)
       continue
-    how = {one.targets[path].on_unhandled for one in opened if path in one.targets}
+    behaviours = {
+      adapter.targets[path].on_unhandled for adapter in opened if path in adapter.targets
+    }
     rules[path] = LoraRule(
       re.escape(path),
       rank=leaf.rank,
       alpha=float(leaf.rank),
       stacked_layers=leaf.layers,
-      on_unhandled="materialize" if "materialize" in how else "raise",
+      on_unhandled="materialize" if "materialize" in behaviours else "raise",
     )
-  keys = {path: parts for one in opened for path, parts in one.keys.items()}
-  return exact_config(rules, whole), nest((keys[path], leaf) for path, leaf in new.items())
+  keys = {path: parts for adapter in opened for path, parts in adapter.keys.items()}
+  return exact_config(rules, whole), nest((keys[path], leaf) for path, leaf in leaves.items())

@@ -42,12 +42,12 @@ def truncate_rank(
 
 def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, ""]]:
   """Returns the best approximation of a rank, and its relative error."""
-  a, b, own = weight.lora_a, weight.lora_b, weight.rank
-  if own <= rank:
+  a, b, full_rank = weight.lora_a, weight.lora_b, weight.rank
+  if full_rank <= rank:
     return weight, jnp.zeros(())
   batch = a.shape[: len(weight.axes.batch)]
-  q_a, r_a = jnp.linalg.qr(a.reshape(*batch, -1, own))
-  q_b, r_b = jnp.linalg.qr(b.reshape(*batch, own, -1).mT)
+  q_a, r_a = jnp.linalg.qr(a.reshape(*batch, -1, full_rank))
+  q_b, r_b = jnp.linalg.qr(b.reshape(*batch, full_rank, -1).mT)
   u, values, v = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
   rank = min(rank, values.shape[-1])
   half = jnp.sqrt(values[..., :rank])

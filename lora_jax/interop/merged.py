@@ -129,12 +129,12 @@ class _NewLeaves:
   ) -> np.ndarray:
     """Returns a tensor of the base with its new parts, in its own dtype."""
     array = np.array(array, order="C")
-    ours = stored.to_ours(array)
+    leaf_parts = stored.to_ours(array)
     stop = 0
     for path in stored.paths:
       start, stop = stop, stop + leaves[path].shape[-1]
       if path in self.errors:
-        part = ours[..., start:stop]
+        part = leaf_parts[..., start:stop]
         part[...] = self.rounded(part, path, stored.place, array.dtype)
     return array
 
@@ -208,29 +208,37 @@ def _changed(
       forms += [form.removesuffix(now) + old for form in forms if form.endswith(now)]
     return next((form for form in forms if form in present), stored.name)
 
-  changed = {name_of(one): one for one in tensors if new_leaves.errors.keys() & set(one.paths)}
-  if lost := sorted(set(new_leaves.errors) - {p for one in changed.values() for p in one.paths}):
+  changed = {
+    name_of(stored_tensor): stored_tensor
+    for stored_tensor in tensors
+    if new_leaves.errors.keys() & set(stored_tensor.paths)
+  }
+  if lost := sorted(
+    set(new_leaves.errors) - {p for stored_tensor in changed.values() for p in stored_tensor.paths}
+  ):
     raise ValueError(f"the model has no tensor for {', '.join(lost)}")
   expected = expected_shapes(list(changed.values()), leaves)
-  for name, one in changed.items():
+  for name, stored_tensor in changed.items():
     shape = base.shape(name) if name in present else None
-    if shape != expected[one.name] or base.dtype(name) not in FLOATS:
+    if shape != expected[stored_tensor.name] or base.dtype(name) not in FLOATS:
       got = "nothing" if shape is None else f"{base.dtype(name)} {shape}"
       raise ValueError(
-        f"{folder}: {name}: expected floats of shape {expected[one.name]}, got {got}. Give the "
-        "folder that the base was loaded from"
+        f"{folder}: {name}: expected floats of shape {expected[stored_tensor.name]}, got {got}. "
+        "Give the folder that the base was loaded from"
       )
-  for other in present - {name_of(one) for one in tensors}:  # a tied head that is written out
-    for name, one in list(changed.items()):
-      same = one.is_embedding and base.shape(other) == base.shape(name)
+  for other in present - {
+    name_of(stored_tensor) for stored_tensor in tensors
+  }:  # a tied head that is written out
+    for name, stored_tensor in list(changed.items()):
+      same = stored_tensor.is_embedding and base.shape(other) == base.shape(name)
       same = same and base.dtype(other) == base.dtype(name)
       if same and np.array_equal(base.read(other), base.read(name)):
-        changed[other] = one
+        changed[other] = stored_tensor
   return changed
 
 
 def _others(folder: Path, has_index: bool) -> list[str]:
   """Returns the names of the files besides the weights; none that tells of other weights."""
-  found = {path.name for kind in COPIED for path in folder.glob(kind) if path.is_file()}
-  stale = {name for name in found if name.endswith(".index.json")} | {"adapter_config.json"}
-  return sorted(found - stale) + ([INDEX] if has_index else [])
+  names = {path.name for kind in COPIED for path in folder.glob(kind) if path.is_file()}
+  stale = {name for name in names if name.endswith(".index.json")} | {"adapter_config.json"}
+  return sorted(names - stale) + ([INDEX] if has_index else [])

@@ -126,9 +126,9 @@ class Factored:
     gain = None if self.gain is None else fn(self.gain)
     return dataclasses.replace(self, terms=terms, gain=gain)
 
-  def scale(self, base: jax.Array, by: ArrayLike) -> "Factored":
+  def scale(self, base: jax.Array, scale: ArrayLike) -> "Factored":
     """Multiplies by a scalar; `base` is the base already multiplied."""
-    return dataclasses.replace(self, base=base, terms=tuple(by * term for term in self.terms))
+    return dataclasses.replace(self, base=base, terms=tuple(scale * term for term in self.terms))
 
   def fold(self, number: ArrayLike) -> "Factored":
     """Folds `number` into the dropout keys: one number for each use or iteration."""
@@ -290,11 +290,11 @@ class Factored:
 
 def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
   """Multiplies by a gain, in float32 or wider: in bfloat16 a gain of 1.003 would be 1."""
-  by = gain.along(tuple(label for label in labels if label in gain.labels))
+  scale = gain.along(tuple(label for label in labels if label in gain.labels))
   axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
-  by = resharded(lax.broadcast_in_dim(by, array.shape, axes), array)
+  scale = resharded(lax.broadcast_in_dim(scale, array.shape, axes), array)
   wide = jnp.promote_types(array.dtype, jnp.float32)
-  return (array.astype(wide) * by.astype(wide)).astype(array.dtype)
+  return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
 
 
 def _dot_term(
@@ -327,6 +327,6 @@ def _rank_first(factor: Factor) -> Factor:
   """
   if RANK not in factor.labels[1:]:
     return factor
-  at = factor.axis(RANK)
-  array = lax.optimization_barrier(jnp.moveaxis(factor.array, at, 0))
-  return Factor(array, (RANK, *factor.labels[:at], *factor.labels[at + 1 :]))
+  rank_axis = factor.axis(RANK)
+  array = lax.optimization_barrier(jnp.moveaxis(factor.array, rank_axis, 0))
+  return Factor(array, (RANK, *factor.labels[:rank_axis], *factor.labels[rank_axis + 1 :]))

@@ -149,8 +149,9 @@ class Term:
     return -1 * self
 
   def scaled(self, z: jax.Array) -> jax.Array:
-    by = self.scaling
-    return z * (by if isinstance(by, int | float) else jnp.asarray(by).astype(z.dtype))
+    if isinstance(self.scaling, int | float):
+      return z * self.scaling
+    return z * jnp.asarray(self.scaling).astype(z.dtype)
 
   def fold(self, number: ArrayLike) -> "Term":
     if self.key is None:

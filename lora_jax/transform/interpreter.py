@@ -188,9 +188,9 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
   last: list[list[Any]] = []
   for equation in reversed(jaxpr.eqns):
     atoms = [atom for atom in equation.invars if not isinstance(atom, Literal)]
-    mine = [atom for atom in dict.fromkeys((*atoms, *equation.outvars)) if atom not in seen]
-    seen.update(mine)
-    last.append(mine)
+    last_here = [atom for atom in dict.fromkeys((*atoms, *equation.outvars)) if atom not in seen]
+    seen.update(last_here)
+    last.append(last_here)
   return last[::-1]
 
 

@@ -131,9 +131,10 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
       out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups))
     return out
 
-  own = w.ndim  # of axes that the kernel does not share: any labels from here on
-  x_labels = tuple(in_dim if axis == in_spec[1] and groups == 1 else own for axis in range(x.ndim))
-  out_labels = tuple(out_dim if axis == out_spec[1] else own for axis in range(x.ndim))
+  unshared = w.ndim  # the label of axes that the kernel does not have
+  channels = in_dim if groups == 1 else unshared
+  x_labels = tuple(channels if axis == in_spec[1] else unshared for axis in range(x.ndim))
+  out_labels = tuple(out_dim if axis == out_spec[1] else unshared for axis in range(x.ndim))
   return w.consume(x, x_labels, out_labels, (in_dim, *window), (), output)
 
 

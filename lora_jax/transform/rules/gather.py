@@ -57,7 +57,7 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value
     dims = tuple(sorted(indexed))
     exists = look_up(Factor(jnp.ones([w.shape[d] for d in dims]), dims), 0.0)
     gain = _one_elsewhere(gain, exists)
-  lookup = {*batch, *(new for old in w.lookup for new in where[old])}
+  lookup = {*batch, *(moved_dim for old in w.lookup for moved_dim in where[old])}
   return replace(w, base=base, terms=terms, gain=gain, lookup=tuple(sorted(lookup)))
 
 

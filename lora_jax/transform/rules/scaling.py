@@ -21,27 +21,27 @@ def mul(call, x, y, **_):
   """By a scalar, or by an array that varies along the axes of one factor only."""
   if isinstance(x, Factored) and isinstance(y, Factored):
     raise Unsupported("the elementwise product of two adapted weights")
-  w, by = (x, y) if isinstance(x, Factored) else (y, x)
-  base = call(w.base, by) if w is x else call(by, w.base)
-  return _scale_along(w, base, by)
+  w, scale = (x, y) if isinstance(x, Factored) else (y, x)
+  base = call(w.base, scale) if w is x else call(scale, w.base)
+  return _scale_along(w, base, scale)
 
 
-def div(call, w, by, **_):
-  if not isinstance(w, Factored) or isinstance(by, Factored):
+def div(call, w, scale, **_):
+  if not isinstance(w, Factored) or isinstance(scale, Factored):
     raise Unsupported("division by an adapted weight")
-  return _scale_along(w, call(w.base, by), 1 / by)
+  return _scale_along(w, call(w.base, scale), 1 / scale)
 
 
-def _scale_along(w: Factored, base: jax.Array, by: Any) -> Factored:
-  shape = np.shape(by)
+def _scale_along(w: Factored, base: jax.Array, scale: Any) -> Factored:
+  shape = np.shape(scale)
   dims = [d for d, size in enumerate(shape) if size > 1]
   if not dims:
-    return w.scale(base, jnp.reshape(by, ()))
+    return w.scale(base, jnp.reshape(scale, ()))
   if w.probing:
     return w.rebase(base)
   if base.shape != w.shape:
     raise Unsupported(f"an elementwise product that broadcasts the weight to {base.shape}")
-  small = lax.squeeze(by, [d for d in range(w.ndim) if d not in dims])
+  small = lax.squeeze(scale, [d for d in range(w.ndim) if d not in dims])
 
   def scaled(factor: Factor) -> Factor:
     order = [dims.index(d) for d in factor.labels if d in dims]
