@@ -17,12 +17,11 @@ from tests.jaxprs import count_of_sizes
 from tests.layer_kinds import KINDS, LayerKind, normal
 from tests.transform.test_layer_kinds import assert_close, join, split_arrays
 
-VARIANTS = {
-  "dora": lj.DORA,
+VARIANTS = {"dora": lj.DORA, "gain_out": toys.GAIN_OUT}
+TOYS = {  # of what only an equation of theirs says; a few kinds show it
   "scaled": toys.SCALED_VARIANT,
   "hadamard": toys.HADAMARD_VARIANT,
   "core": toys.CORE_VARIANT,
-  "gain_out": toys.GAIN_OUT,
   "gain_in": toys.GAIN_IN,
 }
 ONE_PER_FAMILY = {  # of rules, and of ways through control flow; the others are `long`
@@ -38,6 +37,11 @@ ONE_PER_FAMILY = {  # of rules, and of ways through control flow; the others are
   "plain: w[ids], out of bounds filled, clipped, promised",
   "plain: flipped, padded, sliced",
   "mesh: shard_map, weight split over its inputs",
+}
+FEW = {
+  "Flax Linen: nn.remat with a policy, under nn.scan",
+  "plain: w split into q, k, v",
+  "plain: ragged_dot over experts",
 }
 COMPILED_LOOPS = {  # without LLVM's optimizations, as here, tanh rounds otherwise in a fused loop
   "plain: weights stacked by jnp.stack, then scanned",
@@ -56,20 +60,21 @@ ROUNDED = {("gain_in", "plain: bfloat16 input, float32 weight, by lax.dot_genera
 
 
 def pairs():
-  for name in VARIANTS:
+  for name in VARIANTS | TOYS:
+    short = ONE_PER_FAMILY if name in VARIANTS else FEW
     for kind in KINDS:
-      marks = [] if str(kind) in ONE_PER_FAMILY else [pytest.mark.long]
+      marks = [] if str(kind) in short else [pytest.mark.long]
       yield pytest.param(name, kind, id=f"{name}-{kind}", marks=marks)
 
 
 def test_the_families_are_kinds():
-  assert {str(kind) for kind in KINDS} >= ONE_PER_FAMILY
+  assert {str(kind) for kind in KINDS} >= ONE_PER_FAMILY | FEW
 
 
 @functools.cache
 def prepared(name: str, kind: LayerKind):
   case = kind.build()
-  variant = VARIANTS[name]
+  variant = (VARIANTS | TOYS)[name]
   config = lj.LoraConfig(case.rank, 3.0, case.target, rules=case.rules, variant=variant)
   adaptation = lj.lora(case.fn, config, opaque=case.opaque)
   return case, adaptation, adaptation.init(jax.random.key(0), case.params, *case.args)
