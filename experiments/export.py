@@ -31,7 +31,7 @@ from experiments.nlg.restore import load_adapter, load_run
 from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.gpt2.folder import save_gpt2, stored_tensors
-from lora_jax.models.zoo import plan_causal_lm
+from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 EXPORTED = {kind.NAME: kind for kind in (E2EConfig, GlueConfig, FinetuneConfig)}
@@ -106,11 +106,14 @@ def _written_already(config: FinetuneConfig) -> str:
 
 
 def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float]:
-  """Writes the merged model of a run of `experiments.finetune`; loads no weights but one by one."""
-  result = read_finished(config.workdir)
-  if not find_method(config.method).exports_adapter:
+  """Writes the merged model of a run of `experiments.finetune`, one weight after another.
+
+  LoRA needs of the base no more than its shapes to read an adapter; its variants need the weights.
+  """
+  result, method = read_finished(config.workdir), find_method(config.method)
+  if not method.exports_adapter:
     raise ValueError(_written_already(config))
-  model = plan_causal_lm(config.model.folder)
+  model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
   lora, adapter = load_peft(export_folder(config), model.stored, model.params)
   base = find_folder(config.model.folder)  # with its weights
   changed = result.get("weights", {}).items() - weights_digests(base).items()

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import read_config, replace_fields
-from experiments.harness.fit import count, fit_run, initialize
+from experiments.harness.fit import count, count_trained, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.optimizer import make_optimizer
@@ -140,13 +141,17 @@ def _with_warmup(config: FinetuneConfig, data: Data) -> FinetuneConfig:
 def plan(config: ConfigDict) -> None:
   """Prints what `run` would do: what matches, parameters, memory and steps; loads no weights."""
   settings = _checked(config)
-  mesh = settings.mesh.make()
+  mesh, method = settings.mesh.make(), find_method(settings.method)
   model = plan_causal_lm(settings.model.folder, **loading_options(settings, mesh))
   _, data = load_data(settings, model)
   loss = adapted_loss(settings, model)
-  trainable = initialize(settings, loss, model.params, data.train[0])
-  check_export(settings, model, trainable)
-  if find_method(settings.method).exports_adapter:
+  trainable = model.params
+  if not method.owns_base:
+    shapes = jax.eval_shape(loss.init, jax.random.key(0), model.params, data.train[0])
+    trainable = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  if method.exports_adapter:
+    if method.variant is None:  # others may need the base's weights for it
+      check_export(settings, model, trainable)
     print(lj.summary(model.params, trainable, lora_config(settings)), end="\n\n")
   print(_outline(settings, model, data, trainable))
   optimizer, _ = make_optimizer(_with_warmup(settings, data).optimizer, len(data.train))
@@ -172,7 +177,7 @@ def _gigabytes(size: int) -> str:
 
 def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable: PyTree) -> str:
   """Returns what is trained on what."""
-  base, size, method = count(model.params), count(trainable), find_method(config.method)
+  base, size, method = count(model.params), count_trained(trainable), find_method(config.method)
   rank = f", rank {config.lora.rank}" if method.uses("lora") else ""
   return "\n".join(
     [

@@ -15,6 +15,7 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import BatchSource, as_grain
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
+from lora_jax.trees import partition, trainable_mask
 
 
 class Trained(NamedTuple):
@@ -36,6 +37,12 @@ class Trained(NamedTuple):
 def count(tree: PyTree) -> int:
   """Returns the number of elements of a tree of arrays, or of their shapes."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def count_trained(trainable: PyTree) -> int:
+  """Returns the number of trained parameters, without arrays that a variant holds frozen."""
+  tree = {"base": None, "adapter": trainable}
+  return count(partition(tree, trainable_mask(tree))[0])
 
 
 def initialize(config: TrainingConfig, loss: Adaptation, params: PyTree, batch: Any) -> PyTree:
@@ -83,7 +90,7 @@ def fit_run(
   """
   workdir, steps = Path(config.workdir), num_train_steps or len(batches)
   optimizer, schedule = make_optimizer(config.optimizer, steps, decays)
-  size = count(trainable)
+  size = count_trained(trainable)
   print(
     f"{method.label} in {workdir}: {size:,} trainable parameters, {examples}, {steps:,} steps",
     flush=True,

@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments.harness.config import Config, RunConfig, flat, read_config
 
-EXPORTS = ("adapter", "peft", "base", "model")
+EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 
 
 @contextlib.contextmanager
