@@ -31,7 +31,8 @@ def runs(tmp_path_factory):
   """A LoRA run and one of full fine-tuning, both short, and the logits of the first."""
   root = tmp_path_factory.mktemp("runs")
   short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
-  for name, changes in {"lora": {}, "full": {"method": "full_finetuning"}}.items():
+  methods = {"lora": "lora", "dora": "dora", "full": "full_finetuning"}
+  for name, changes in {name: {"method": method} for name, method in methods.items()}.items():
     gpt2_e2e.run(apply(tiny_config(root / name), {**short, **changes}))
   return root
 
@@ -40,14 +41,14 @@ def logits_of(run):
   return run.base.module.apply({"params": run.params}, TOKENS)
 
 
-@pytest.mark.parametrize("form", [[], ["--server"]])
-def test_an_adapter_for_peft(runs, form, tmp_path, capsys):
-  export.main([str(runs / "lora"), str(tmp_path / "new"), *form])
+@pytest.mark.parametrize(("name", "form"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
+def test_an_adapter_for_peft(runs, name, form, tmp_path, capsys):
+  export.main([str(runs / name), str(tmp_path / "new"), *form])
   assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
   config, params = load_gpt2(tiny_folder())
   lora_config, trainable = load_peft(tmp_path / "new", stored_tensors(config), params)
   adapted = lj.lora(lambda p, tokens: GPT2(config).apply({"params": p}, tokens), lora_config)
-  expected = logits_of(load_run(runs / "lora"))
+  expected = logits_of(load_run(runs / name))
   assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
   base = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(base, expected) > 1e-2
@@ -56,7 +57,7 @@ def test_an_adapter_for_peft(runs, form, tmp_path, capsys):
   assert ("rank_pattern" in written) == (not form)  # 3 x 4 on the fused weight, 4 elsewhere
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "dora", "full"])
 def test_a_merged_model_for_transformers(runs, name, tmp_path):
   export.main([str(runs / name), str(tmp_path / "new"), "--merged"])
   config, params = load_gpt2(tmp_path / "new")
@@ -93,6 +94,8 @@ def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):
 def test_what_cannot_be_exported(runs, tmp_path):
   with pytest.raises(SystemExit, match="is a run of full_finetuning, which has no adapter"):
     export.main([str(runs / "full"), str(tmp_path / "new")])
+  with pytest.raises(SystemExit, match="read no DoRA"):
+    export.main([str(runs / "dora"), str(tmp_path / "new"), "--server"])
   with pytest.raises(SystemExit, match="is not the folder of a run"):
     export.main([str(tmp_path), str(tmp_path / "new")])
   with pytest.raises(SystemExit, match="exists; nothing is overwritten"):

@@ -409,3 +409,24 @@ def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
       export.main([config.workdir, str(tmp_path / "out"), *flags])
   finetune.plan(config)
   assert re.search(r"method +full fine-tuning, 295,808 parameters \(100", capsys.readouterr().out)
+
+
+def test_a_variant_of_lora(chat_folder, tmp_path, capsys):
+  """It needs its row alone, and a dry run no weights."""
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  changes = {"method": "dora", "lora.target": "all-linear", "samples.count": 1}
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  finetune.plan(config)
+  planned = r"method +DoRA, rank 4, 5,184 parameters"  # LoRA's and a magnitude an output
+  assert re.search(planned, capsys.readouterr().out)
+  assert finetune.run(config)["trainable_parameters"] == 5184
+  out = capsys.readouterr().out
+  assert "vllm" not in out
+  names = {}
+  exec(out.split("# here\n")[1].split("# in PEFT")[0], names)
+  base = names["base"]
+  expected = names["adapted"].apply(base.params, names["adapter"], TOKENS)
+  assert relative_difference(base.call(base.params, TOKENS), expected) > 1e-3
+  export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5

@@ -1,6 +1,7 @@
 """The GLUE experiment from end to end, on a tiny model and made-up lines."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -154,6 +155,24 @@ def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
   keys = [jax.random.key(i) for i in (0, 0, 1)]
   a, b, c = (float(loss(base.params, batch, key=key).total) for key in keys)
   assert a == b != c
+
+
+def test_a_variant_of_lora(finished, tmp_path):
+  """It needs its row alone: the adapter is exported with its head, and merged."""
+  config = apply(tiny_config(tmp_path / "run"), {"method": "dora", "fit.num_epochs": 1})
+  result = glue.run(config)
+  assert result["trainable_parameters"] == finished[1]["trainable_parameters"] + 2 * 32
+  run = load_encoder(tmp_path / "run")
+  texts, expected = assert_predicts(run, tmp_path / "run")
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  _, params = load_bert(tmp_path / "merged")
+  assert relative_difference(run._replace(params=params).classify(texts), expected) < 1e-5
+  export.main([str(tmp_path / "run"), str(tmp_path / "peft")])
+  stored = stored_tensors(run.base.module.config)
+  lora, trainable = load_peft(tmp_path / "peft", stored, run.base.params)
+  merged = lj.lora(lambda params: params, lora).merge(run.base.params, trainable)
+  assert relative_difference(run._replace(params=merged).classify(texts), expected) < 1e-5
+  assert re.search(r"minilm, DoRA \| +320 \|", glue_report.report([finished[0], tmp_path / "run"]))
 
 
 @pytest.mark.parametrize("method", ["full_finetuning", "head_only"])
@@ -492,7 +511,7 @@ def test_what_a_run_needs_is_asked_for(tmp_path, monkeypatch):
   config = tiny_config(tmp_path)
   with pytest.raises(ValueError, match=r"data\.source must name the folder"):
     glue.run(apply(config, {"data.source": ""}))
-  with pytest.raises(ValueError, match="method must be one of lora, full_finetuning, head_only"):
+  with pytest.raises(ValueError, match=r"method must be one of lora, .*full_finetuning, head_only"):
     glue.run(apply(config, {"method": "prefix"}))
   paper = configs.get_config("roberta_base,rte")
   paper.data.source = "somewhere"
@@ -510,7 +529,8 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
   tuning = configs.get_config("minilm,cola")
   tuning.data.tuning = True
   runs = list(configs.sweep(tuning))
-  assert [sum(r["method"] == m for r in runs) for m in methods.names("glue")] == [3, 3, 3]
+  tried = methods.names("glue")
+  assert [run["method"] for run in runs] == [method for method in tried for _ in range(3)]
   config = configs.get_config("minilm,cola")
   config.optimizer.tuned_in = str(tmp_path)
   for i, changes in enumerate(runs):
@@ -520,13 +540,14 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
     write_json(folder / "config.json", json.loads(one.to_json()))
     if i < len(runs) - 1:
       write_json(folder / "result.json", {"score": -abs(i % 3 - 1)})
+  assert tried[-1] == "head_only"
   with pytest.raises(ValueError, match=r"minilm,cola, head_only with the rates 0\.01\. First"):
     list(configs.sweep(config))
   write_json(folder / "result.json", {"score": 0.5})
   found = list(configs.sweep(config))
-  assert [run["seed"] for run in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+  assert [run["seed"] for run in found] == [seed for seed in range(3) for _ in tried]
   rates = {run["method"]: run["optimizer.learning_rate"] for run in found}
-  assert rates == {"lora": 3e-3, "full_finetuning": 1e-4, "head_only": 1e-2}
+  assert rates == {"lora": 3e-3, "dora": 3e-3, "full_finetuning": 1e-4, "head_only": 1e-2}
   beyond = apply(tuning, {"method": "lora", "optimizer.learning_rate": 3e-4})
   (tmp_path / "beyond").mkdir()
   write_json(tmp_path / "beyond" / "config.json", json.loads(beyond.to_json()))
@@ -539,7 +560,7 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
     with pytest.raises(ValueError, match=rf"was tuned with {name}=.* and this sweep has {value!r}"):
       list(configs.sweep(apply(config, {name: value})))
   config.data.task = "sst2"
-  assert [run["seed"] for run in configs.sweep(config)] == [0, 0, 0]
+  assert [run["seed"] for run in configs.sweep(config)] == [0 for _ in tried]
   config.optimizer.tuned_in = ""
   with pytest.raises(ValueError, match=r"the learning rates are not tuned yet\. First run --sweep"):
     list(configs.sweep(config))
