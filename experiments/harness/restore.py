@@ -13,6 +13,7 @@ from experiments.harness.optimizer import make_optimizer
 from experiments.harness.workdir import read_finished, read_result
 from lora_jax.training.checkpoint import Checkpoints, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.held import read_held
 from lora_jax.training.step import start, trainable_tree
 
 
@@ -52,6 +53,7 @@ def restore_trained(
   state, frozen, _ = start(params, trainable, optimizer, jax.random.key(0), mesh)
   with Checkpoints(folder / "checkpoints") as checkpoints:
     restored = checkpoints.restore(step, state, fingerprint(params))
+  frozen = {**frozen, "adapter": read_held(folder, frozen["adapter"])}
   return trainable_tree(restored.state, frozen), restored.loss
 
 
