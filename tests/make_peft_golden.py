@@ -1,4 +1,6 @@
-"""Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden
+"""Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden [NAME ...]
+
+Without a name it makes all adapters, and otherwise only those.
 
 Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
 the small models of tests/golden/gpt2, llama, bert and deberta; beside it stand the logits of the
@@ -6,6 +8,8 @@ adapted model.
 """
 
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +92,31 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # PEFT adds modules_to_save
     {"r": 3, "target_modules": ["conv.conv", "pooler.dense"]},
   ),
 }
+DORA: dict[str, tuple[str, dict[str, Any]]] = {
+  "dora": (
+    "llama/llama3",
+    {
+      "r": 4,
+      "target_modules": ["q_proj", "v_proj", "down_proj"],
+      "rank_pattern": {"down_proj": 2},
+      "alpha_pattern": {"q_proj": 12},
+      "use_rslora": True,
+    },
+  ),
+  "dora_fused": (
+    "gpt2/tied",
+    {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"},
+  ),
+  "dora_embedding": (
+    "llama/llama_biased",
+    {"r": 2, "target_modules": ["embed_tokens", "o_proj"], "modules_to_save": ["lm_head"]},
+  ),
+  "dora_conv": (
+    "deberta/v2_regression",
+    {"r": 3, "target_modules": ["conv.conv", "pooler.dense", "word_embeddings"]},
+  ),
+}
+DORA = {name: (base, settings | {"use_dora": True}) for name, (base, settings) in DORA.items()}
 
 
 def is_encoder(name: str) -> bool:
@@ -142,21 +171,26 @@ def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
   return model.eval()
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
   from safetensors.numpy import save_file
 
-  shutil.rmtree(GOLDEN, ignore_errors=True)
-  for seed, (name, (base, settings)) in enumerate((ADAPTERS | ENCODERS).items()):
+  adapters = ADAPTERS | ENCODERS | DORA
+  if unknown := [name for name in names if name not in adapters]:
+    raise ValueError(f"no adapter is called {', '.join(unknown)}; expected {', '.join(adapters)}")
+  for seed, (name, (base, settings)) in enumerate(adapters.items()):
+    if names and name not in names:
+      continue
+    shutil.rmtree(GOLDEN / name, ignore_errors=True)
     model = make_adapter(base, settings, seed)
     model.save_pretrained(GOLDEN / name, save_embedding_layers=False)
     (GOLDEN / name / "README.md").unlink(missing_ok=True)
     config = GOLDEN / name / "adapter_config.json"
     config.write_text(config.read_text().replace(str(MODELS), "golden") + "\n")
-    inputs = inputs_of(base) if name in ENCODERS else (tokens_of(base),)
+    inputs = inputs_of(base) if is_encoder(base) else (tokens_of(base),)
     save_file({"logits": logits(model, *inputs)}, GOLDEN / f"{name}.safetensors")
     for path in (GOLDEN / f"{name}.safetensors", GOLDEN / name / "adapter_model.safetensors"):
       path.chmod(0o644)
 
 
 if __name__ == "__main__":
-  main()
+  main(sys.argv[1:])

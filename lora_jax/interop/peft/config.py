@@ -34,7 +34,6 @@ OF_NO_MATTER = {
 }
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
 OTHER_METHODS = {  # fields that make an adapter of another method
-  "use_dora": "DoRA",
   "use_qalora": "QALoRA",
   "use_bdlora": "BD-LoRA",
   "layer_replication": "layer replication",
@@ -59,6 +58,7 @@ class PeftConfig:
     rank_pattern: regular expressions for the endings of names, to ranks.
     alpha_pattern: likewise, to alphas.
     use_rslora: scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+    use_dora: whether all modules are adapted by DoRA (Liu et al. 2024, arXiv 2402.09353).
     bias: `none`, `all` or `lora_only`: which biases are trained.
     modules_to_save: names or their endings of modules that are trained whole.
     layers_to_transform: numbers of the layers that are adapted; None is all.
@@ -75,6 +75,7 @@ class PeftConfig:
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   use_rslora: bool = False
+  use_dora: bool = False
   bias: str = "none"
   modules_to_save: tuple[str, ...] = ()
   layers_to_transform: tuple[int, ...] | None = None
@@ -185,6 +186,7 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
     rank_pattern=ranks,
     alpha_pattern=field("alpha_pattern", dict, {}),
     use_rslora=field("use_rslora", bool, False),
+    use_dora=field("use_dora", bool, False),
     bias=field("bias", str, "none"),
     modules_to_save=tuple(field("modules_to_save", list, [])),
     layers_to_transform=((layers,) if isinstance(layers, int) else tuple(layers)) or None,
@@ -197,6 +199,9 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
     raise ValueError(f"{path}: bias is {config.bias!r}, expected none, all or lora_only")
   if config.target_parameters and config.lora_bias:
     raise ValueError(f"{path}: PEFT has no lora_bias with target_parameters")
+  if config.use_dora and (config.lora_bias or config.target_parameters):
+    other = "lora_bias" if config.lora_bias else "target_parameters"
+    raise ValueError(f"{path}: PEFT has no use_dora with {other}")
   if not config.target_modules and not config.target_parameters:
     raise ValueError(f"{path}: target_modules is missing; expected the names of modules")
   return config

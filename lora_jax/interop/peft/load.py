@@ -1,5 +1,6 @@
 """Reads adapters that PEFT has saved."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
-from lora_jax.adapters.delta import LoraWeight
+from lora_jax.adapters.delta import LoraWeight, adapted_layers
 from lora_jax.axes import LoraAxes
 from lora_jax.interop.peft.config import PeftConfig, parse
 from lora_jax.interop.peft.modules import (
@@ -24,12 +25,17 @@ from lora_jax.interop.peft.modules import (
   check_tied,
   factor_names,
   find_modules,
+  magnitude_name,
   whole_name,
 )
-from lora_jax.models.checkpoints.hub import StoredTensor, open_safetensors
-from lora_jax.models.checkpoints.stored import stored_shape
+from lora_jax.interop.peft.read import is_trained_whole, read_arrays, which_base
+from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.models.files import read_json
 from lora_jax.trees import leaves_with_path, nest
+from lora_jax.variants.dora import DORA, column_norm_squared
+from lora_jax.variants.lora import LORA
+
+IN_FILE = tuple(spec for spec in DORA.table if not spec.frozen)  # |W|^2 is computed from the base
 
 
 def load_peft(
@@ -40,14 +46,15 @@ def load_peft(
   Args:
     folder: with adapter_config.json and adapter_model.safetensors.
     tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
-    params: of the base, from which biases of B are added to the layers' own.
+    params: of the base. Biases of B are added to its own, and DoRA needs |W|^2 of its weights;
+      otherwise shapes are enough.
 
   Returns:
-    The config and the trainable tree of `lora_jax.lora`.
+    The config, with its variant, and the trainable tree of `lora_jax.lora`.
   Raises:
     FileNotFoundError: if a file is missing.
     ValueError: if the adapter is of another method or another model, or a tensor is missing,
-      unexpected, mis-shaped or truncated; each is named.
+      unexpected, mis-shaped or truncated; each is named. For DoRA, if params are shapes.
   """
   folder = Path(folder)
   if not folder.is_dir():
@@ -62,14 +69,21 @@ def load_peft(
   trained = [module for module in own if module in modules or config.saves(module.name)]
   check_called(folder, modules)
   check_tied(folder, [module for module in trained if module.stored.is_embedding], tensors)
-  arrays = _read(folder, config, modules, tensors, leaves)
+  if config.use_dora:
+    _check_values(folder, modules, leaves)
+  arrays = read_arrays(folder, config, modules, tensors, leaves)
   targets: dict[str, dict[tuple[int, ...], LoraWeight]] = {}
   settings: dict[str, tuple[int, float]] = {}
   for module in modules:
     a, b = module.from_file(*(arrays[key] for key in factor_names(module, modules)))
+    by_output = {"lora_b": b}
+    if config.use_dora:
+      by_output["magnitude"] = arrays[magnitude_name(module)].reshape(-1)
+    table, axes = IN_FILE if config.use_dora else LORA.table, _axes(a.ndim, module.is_conv)
     offsets = np.cumsum([0, *module.outputs])
     for path, start, stop in zip(module.stored.paths, offsets, offsets[1:], strict=False):
-      weight = LoraWeight(a, b[..., start:stop], _axes(a.ndim, module.is_conv))
+      part = {name: array[..., start:stop] for name, array in by_output.items()}
+      weight = LoraWeight.from_arrays({"lora_a": a, **part}, table, axes, None)
       targets.setdefault(path, {})[module.stored.place] = weight
       setting = weight.rank, config.scaling_of(module.name) * weight.rank
       if settings.setdefault(path, setting) != setting:
@@ -78,9 +92,14 @@ def load_peft(
           "with scan_layers=False"
         )
   weights = {path: _stacked(of, tuple(leaves[path].shape)) for path, of in targets.items()}
+  if config.use_dora:
+    weights = {path: _with_norm(weight, leaves[path]) for path, weight in weights.items()}
   extra = _extra(config, modules, arrays, tensors, leaves)
   items = [(tuple(path.split("/")), leaf) for path, leaf in (weights | extra).items()]
-  return _lora_config(settings, weights, extra), jax.tree.map(jnp.asarray, nest(items))
+  lora_config = _lora_config(settings, weights, extra)
+  if config.use_dora:
+    lora_config = dataclasses.replace(lora_config, variant=DORA)
+  return lora_config, jax.tree.map(jnp.asarray, nest(items))
 
 
 def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[Module]:
@@ -106,121 +125,25 @@ def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[M
     raise ValueError(
       f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
       f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}. "
-      f"{_which_base(config)}"
+      f"{which_base(config)}"
     )
   return modules
 
 
-def _which_base(config: PeftConfig) -> str:
-  return f"Load the base that it was trained on{f' ({config.base})' if config.base else ''}"
+def _check_values(folder: Path, modules: Sequence[Module], leaves: Mapping[str, Any]) -> None:
+  """Raises ValueError if params have no values of the adapted weights."""
+  paths = [path for module in modules for path in module.stored.paths]
+  shapes = [path for path in paths if isinstance(leaves[path], jax.ShapeDtypeStruct)]
+  if shapes:
+    raise ValueError(
+      f"{folder}: use_dora: DoRA needs the norms of the base's weights, and params have only the "
+      f"shape of {shapes[0]}. Give real arrays"
+    )
 
 
 def _short(module: Module) -> str:
   """Returns the end of a module's name; of a parameter, with its module's."""
   return ".".join(module.name.split(".")[-2 if module.stored.is_parameter else -1 :])
-
-
-def _read(
-  folder: Path,
-  config: PeftConfig,
-  modules: Sequence[Module],
-  tensors: Sequence[StoredTensor],
-  leaves: Mapping[str, Any],
-) -> Arrays:
-  """Returns the file's tensors by name, once they are exactly those of the config."""
-  expected: dict[str, tuple[int, ...]] = {}
-  for module in modules:
-    shapes = module.factor_shapes(config.rank_of(module.name))
-    expected |= dict(zip(factor_names(module, modules), shapes, strict=True))
-    if config.lora_bias:
-      expected[f"{PREFIX}{module.name}.lora_B.bias"] = (sum(module.outputs),)
-  adapted = {module.module for module in modules}
-  for stored in tensors:
-    if _trained_whole(config, stored, adapted):
-      expected[whole_name(stored, adapted)] = stored_shape(stored, leaves)
-  arrays = _load(folder / WEIGHTS)
-  _drop_base_copies(folder, arrays, modules, leaves)
-  _drop_bias_copies(arrays, config, tensors)
-  faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
-  faults += [f"unexpected {n} {x.shape}" for n, x in arrays.items() if n not in expected]
-  faults += [
-    f"{n} has shape {arrays[n].shape}, expected {shape}"
-    for n, shape in expected.items()
-    if n in arrays and arrays[n].shape != shape
-  ]
-  if faults:
-    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
-    raise ValueError(
-      f"{folder}: the tensors are not those of its {CONFIG} and this model: "
-      f"{'; '.join(faults[:8])}{more}. {_which_base(config)}, and leave {CONFIG} as PEFT wrote it"
-    )
-  return arrays
-
-
-def _drop_base_copies(
-  folder: Path, arrays: Arrays, modules: Sequence[Module], leaves: Mapping[str, Any]
-) -> None:
-  """Leaves out the base's embedding or head, which PEFT saves beside an adapter of it.
-
-  It may have been in another dtype there. Where `leaves` are shapes, its shape alone is compared.
-
-  Raises:
-    ValueError: if it is not this base's.
-  """
-  for module in modules:
-    copy = arrays.pop(f"{PREFIX}{module.name}.base_layer.weight", None)
-    if copy is None:
-      continue
-    (path,) = module.stored.paths
-    if not _is_copy(module.stored.to_ours(copy), leaves[path]):
-      raise ValueError(
-        f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
-        "Load the base that it was trained on"
-      )
-
-
-def _drop_bias_copies(arrays: Arrays, config: PeftConfig, tensors: Sequence[StoredTensor]) -> None:
-  """Leaves out what PEFT saves besides of a whole module's bias, as it saves all biases.
-
-  The bias is there as it was in the base too, which nothing reads, and as it is, a second time.
-  """
-  for stored in tensors:
-    if stored.is_bias and config.bias == "all" and config.saves(stored.module):
-      module = f"{PREFIX}{stored.module}"
-      arrays.pop(f"{module}.original_module.bias", None)
-      again, own = f"{module}.modules_to_save.bias", arrays.get(f"{module}.bias")
-      if own is not None and again in arrays and np.array_equal(arrays[again], own):
-        del arrays[again]
-
-
-def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
-  """Returns whether an array is a leaf, rounded to the dtype of one of the two."""
-  if isinstance(leaf, jax.ShapeDtypeStruct):
-    return copy.shape == leaf.shape
-  own = np.asarray(leaf)
-  if copy.shape != own.shape:
-    return False
-  with np.errstate(over="ignore"):
-    rounded = [own.astype(dtype).astype(np.float32) for dtype in (jnp.bfloat16, np.float16)]
-    same = np.array_equal(copy.astype(own.dtype), own)
-  return same or any(np.array_equal(copy, other) for other in rounded)
-
-
-def _load(path: Path) -> Arrays:
-  if not path.is_file():
-    pickles = sorted(p.name for kind in ("*.bin", "*.pt") for p in path.parent.glob(kind))
-    hint = f"; {', '.join(pickles)} may be a pickle and is not read" if pickles else ""
-    raise FileNotFoundError(f"{path} does not exist{hint}. Save the adapter as safetensors")
-  with open_safetensors(path) as file:
-    return {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-
-
-def _trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
-  if config.saves(stored.module):
-    return True
-  return stored.is_bias and (
-    config.bias == "all" or (config.bias == "lora_only" and stored.module in adapted)
-  )
 
 
 def _axes(ndim: int, is_conv: bool = False) -> LoraAxes:
@@ -231,7 +154,7 @@ def _axes(ndim: int, is_conv: bool = False) -> LoraAxes:
 
 
 def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, ...]) -> LoraWeight:
-  """Returns the factors of a leaf, those of stacked layers and experts as one.
+  """Returns the arrays of a leaf, those of stacked layers and experts as one.
 
   Args:
     of_places: by their index into the leaf.
@@ -248,8 +171,17 @@ def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, 
     raise ValueError(
       "the adapter is for some experts of stacked layers; load the model with scan_layers=False"
     )
-  a, b = (np.stack([getattr(part, name) for part in parts]) for name in ("lora_a", "lora_b"))
-  return LoraWeight(a, b, _axes(a.ndim), layers)
+  table = parts[0].table
+  arrays = {spec.name: np.stack([part.arrays[spec.name] for part in parts]) for spec in table}
+  return LoraWeight.from_arrays(arrays, table, _axes(arrays["lora_a"].ndim), layers)
+
+
+def _with_norm(weight: LoraWeight, leaf: jax.Array) -> LoraWeight:
+  """Returns a node of DoRA, with |W|^2 of the base's weight."""
+  axes, layers = weight.axes, weight.layers
+  norm_squared = column_norm_squared(adapted_layers(jnp.asarray(leaf), axes, layers), axes)
+  arrays = weight.arrays | {"norm_squared": norm_squared}
+  return LoraWeight.from_arrays(arrays, DORA.table, axes, layers)
 
 
 def _extra(
@@ -274,7 +206,7 @@ def _extra(
         new.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
 
   for stored in tensors:
-    if _trained_whole(config, stored, adapted):
+    if is_trained_whole(config, stored, adapted):
       parts(stored, arrays[whole_name(stored, adapted)])
   if config.lora_bias:
     biases = {stored.module: stored for stored in tensors if stored.is_bias}

@@ -9,6 +9,12 @@
     base_model.model.deberta.encoder.conv.conv.lora_A.weight     (rank, in, width)
     base_model.model.deberta.encoder.conv.conv.lora_B.weight     (out, rank, 1)
 
+DoRA's magnitude is beside them, of a fused weight those of its parts, one after another:
+
+    base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector       (out,)
+    base_model.model.transformer.wte.lora_magnitude_vector                   (D,)
+    base_model.model.deberta.encoder.conv.conv.lora_magnitude_vector         (1, out, 1)
+
 Where PEFT adapts a fused weight and our leaves are its parts, an adapter goes over exactly. From
 PEFT, all parts share A, and each has its rows of B. To PEFT, the As of the parts stand one below
 another, with zeros in B where a part has no share in them, so that ranks add up; As that are equal
@@ -29,6 +35,7 @@ Arrays = dict[str, np.ndarray]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 
 
 class Module:
@@ -76,6 +83,12 @@ class Module:
     ranks = math.prod((rank, *self.experts))
     return (ranks, self.inputs), (sum(self.outputs), ranks)
 
+  @property
+  def magnitude_shape(self) -> tuple[int, ...]:
+    """The shape of DoRA's magnitude in the file."""
+    outputs = sum(self.outputs)
+    return (1, outputs, *[1] * (len(self.shapes[0]) - 2)) if self.is_conv else (outputs,)
+
   def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns A (..., in, rank), of a convolution over its window, and B (..., rank, out).
 
@@ -116,6 +129,11 @@ def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
     same = [other.name for other in adapted if other.module == module.module]
     name = PREFIX + module.module + ".base_layer" * (len(same) - 1 - same.index(module.name))
   return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
+def magnitude_name(module: Module) -> str:
+  """Returns the name of DoRA's magnitude in the file."""
+  return f"{PREFIX}{module.name}.{MAGNITUDE}"
 
 
 def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> list[Module]:

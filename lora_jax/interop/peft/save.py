@@ -1,6 +1,5 @@
 """Writes adapters in PEFT's form."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
-from lora_jax.adapters.targets import find_leaves
+from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.interop.peft.config import pattern_of, shortest_endings
+from lora_jax.interop.peft.fused import fused_arrays
 from lora_jax.interop.peft.modules import (
   CONFIG,
   WEIGHTS,
@@ -24,10 +25,13 @@ from lora_jax.interop.peft.modules import (
   factor_names,
   find_modules,
   is_language_model,
+  magnitude_name,
   whole_name,
 )
 from lora_jax.models.checkpoints.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.trees import leaves_with_path
+from lora_jax.variants.dora import DORA
+from lora_jax.variants.lora import LORA
 
 CLASSIFIER = "classifier"  # the head of a model for sequence classification
 
@@ -49,28 +53,35 @@ def save_peft(
     config: of the adapter.
     trainable: the trained tree.
     tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
-    params: of the base, or their shapes.
+    params: of the base, or their shapes. DoRA of some of a fused weight's parts needs arrays.
     base_model: the base's folder or hub repository, for the file.
     for_server: whether to write what adapter servers read: one rank and one alpha for all
       modules (smaller ranks are filled up with zeros), and nothing that is trained whole.
   Raises:
     FileExistsError: if there is such a folder.
-    ValueError: if PEFT has no form for the adapter.
+    ValueError: if the adapter is not for the base, or PEFT has no form for it.
   """
   if Path(folder).exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   leaves = dict(leaves_with_path(params))
   weights, whole = adapter_weights(trainable), adapter_extra(trainable)
-  scalings = {path: target.scaling for path, target in find_leaves(config, params)[0].items()}
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  scalings = {path: target.scaling for path, target in targets.items()}
   modules = find_modules(tensors, leaves)
   check_called(Path(folder), [m for m in modules if set(m.stored.paths) & set(weights)])
-  fused = {m.name: f for m in modules if (f := _fused(m, weights, scalings)) is not None}
+  use_dora = _uses_dora(weights, targets)
+  if use_dora:
+    _check_dora([m for m in modules if set(m.stored.paths) & set(weights)], for_server)
+  fused = {}
+  for module in modules:
+    one = fused_arrays(module, weights, scalings, leaves, use_dora)
+    if one is not None:
+      fused[module.name] = one
   chosen = [module for module in modules if module.name in fused]
   placed = {path for module in chosen for path in module.stored.paths}
   if lost := sorted(set(weights) - placed):
     raise ValueError(f"the model has no module for the adapted {', '.join(lost)}")
-  if not fused:
-    raise ValueError("the trainable tree adapts no weight, and PEFT's form is for LoRA")
   trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
   check_tied(Path(folder), [m for m in trained if m.stored.is_embedding], tensors)
   if for_server:
@@ -78,8 +89,11 @@ def save_peft(
     fused = {name: one.with_rank(rank) for name, one in fused.items()}
   arrays = {}
   for module in chosen:
-    factors = module.to_file(fused[module.name].a, fused[module.name].b)
+    one = fused[module.name]
+    factors = module.to_file(one.a, one.b)
     arrays |= dict(zip(factor_names(module, chosen), factors, strict=True))
+    if one.magnitude is not None:
+      arrays[magnitude_name(module)] = one.magnitude.reshape(module.magnitude_shape)
   parameters = [module.name for module in chosen if module.stored.is_parameter]
   linear = [module.name for module in chosen if not module.stored.is_parameter]
   if for_server and parameters:
@@ -105,6 +119,8 @@ def save_peft(
     written["target_parameters"] = _endings(parameters, [stored.name for stored in tensors])
   if ranks or alphas:
     written |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+  if use_dora:
+    written["use_dora"] = True
   if whole:
     if for_server:
       raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
@@ -126,73 +142,42 @@ def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
   return shortest_endings(chosen, names) if chosen else []
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fused:
-  """One module's factors as PEFT has them: `alpha / rank * b @ a`."""
+def _uses_dora(weights: Mapping[str, LoraWeight], targets: Mapping[str, Target]) -> bool:
+  """Returns whether the weights are adapted by DoRA, all of them, or by LoRA.
 
-  a: np.ndarray  # (rank, in), of stacked experts (experts, rank, in)
-  b: np.ndarray  # (out, rank), likewise
-  alpha: float
-
-  @property
-  def rank(self) -> int:
-    return self.a.shape[-2]
-
-  def with_rank(self, rank: int) -> "_Fused":
-    """Returns the same with zeros up to a rank, and alpha equal to it."""
-    more, experts = (0, rank - self.rank), [(0, 0)] * (self.a.ndim - 2)
-    b = self.b * np.float32(self.alpha / self.rank)
-    a, b = np.pad(self.a, (*experts, more, (0, 0))), np.pad(b, (*experts, (0, 0), more))
-    return _Fused(a, b, float(rank))
-
-
-def _fused(
-  module: Module, weights: Mapping[str, LoraWeight], scalings: Mapping[str, float]
-) -> _Fused | None:
-  """Returns the factors of a module from those of its parts; None if none is adapted."""
-  found = [_of_place(weights.get(path), module) for path in module.stored.paths]
-  if all(part is None for part in found):
-    return None
-  used = [scalings[p] for p, part in zip(module.stored.paths, found, strict=True) if part]
-  scaling = used[0] if len(set(used)) == 1 else 1.0
-  factors: list[np.ndarray] = []  # the different As
-  blocks: list[np.ndarray] = []  # of B, (out, rank of that A)
-  offsets = np.cumsum([0, *module.outputs])
-  for path, part, start in zip(module.stored.paths, found, offsets, strict=False):
-    if part is None:
-      continue
-    a, b = part
-    b = b if scaling == scalings[path] else b * np.float32(scalings[path])
-    same = (i for i, other in enumerate(factors) if np.array_equal(other, a))
-    place = next(same, None)
-    if place is None:
-      place = len(factors)
-      factors.append(a)
-      zeros = np.zeros((*module.experts, sum(module.outputs), a.shape[-2]), np.float32)
-      blocks.append(zeros)
-    blocks[place][..., start : start + b.shape[-2], :] = b
-  a, b = np.concatenate(factors, axis=-2), np.concatenate(blocks, axis=-1)
-  return _Fused(a, b, scaling * a.shape[-2])
+  Raises:
+    ValueError: if some are adapted by DoRA and others by LoRA, or one by another variant.
+  """
+  variants = {path: targets[path].variant or LORA for path in weights}
+  for path, variant in variants.items():
+    if variant not in (LORA, DORA):
+      raise ValueError(
+        f"PEFT's format is for LoRA and DoRA, and {path} is adapted by {variant.name}. "
+        "lora_jax.convert gives the nearest LoRA"
+      )
+  plain = [path for path, variant in variants.items() if variant == LORA]
+  if plain and len(plain) < len(weights):
+    raise ValueError(
+      f"PEFT has one use_dora for all modules, and {', '.join(plain)} are adapted by LoRA, the "
+      "others by DoRA: PEFT would rescale them, unless their magnitude followed |W + scaling * A B|"
+      ". Adapt all by one variant, or take the nearest LoRA of lora_jax.convert"
+    )
+  return not plain
 
 
-def _of_place(weight: LoraWeight | None, module: Module) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns A (..., rank, in) and B (..., out, rank) of a module; None if it is not adapted."""
-  if weight is None:
-    return None
-  if weight.axes.inputs > weight.axes.outputs:
-    raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
-  a, b = np.asarray(weight.lora_a, np.float32), np.asarray(weight.lora_b, np.float32)
-  if module.is_conv:
-    return module.stored.to_file(a).reshape(a.shape[-1], -1), b.T
-  place, layers = module.stored.place, weight.layers
-  if layers is not None and not place:  # some experts; the others are zero
-    some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))
-    a[list(layers)], b[list(layers)] = some
-  elif layers is not None:
-    if place[0] not in layers:
-      return None
-    place = (layers.index(place[0]), *place[1:])
-  return a[place].swapaxes(-1, -2), b[place].swapaxes(-1, -2)
+def _check_dora(modules: Sequence[Module], for_server: bool) -> None:
+  """Raises ValueError if PEFT or an adapter server has no DoRA of these modules."""
+  if for_server:
+    raise ValueError(
+      "adapter servers read no DoRA: vLLM and SGLang refuse it. Write the nearest LoRA, "
+      "lora_jax.convert(config, trainable, params, rank=...), or a merged model, "
+      "lora_jax.interop.save_merged"
+    )
+  if experts := [m.name for m in modules if m.stored.is_parameter or m.stored.expert is not None]:
+    raise ValueError(
+      f"PEFT has no DoRA of target_parameters, as which it reads {', '.join(experts)}. Take the "
+      "nearest LoRA of lora_jax.convert"
+    )
 
 
 def _trained_whole(

@@ -1,0 +1,137 @@
+"""The arrays of one module in PEFT, from those of our leaves that are its parts."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.adapters.delta import LoraWeight
+from lora_jax.axes import LoraAxes
+from lora_jax.interop.peft.modules import Module
+from lora_jax.variants.dora import column_norm_squared
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+  """One module's arrays as PEFT has them: `alpha / rank * b @ a`, and DoRA's magnitude.
+
+  Attributes:
+    a: (rank, in), of stacked experts (experts, rank, in).
+    b: (out, rank), of stacked experts (experts, out, rank).
+    alpha: of the module.
+    magnitude: (out,); None for LoRA.
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  alpha: float
+  magnitude: np.ndarray | None = None
+
+  @property
+  def rank(self) -> int:
+    return self.a.shape[-2]
+
+  def with_rank(self, rank: int) -> "Fused":
+    """Returns the same with zeros up to a rank, and alpha equal to it."""
+    more, experts = (0, rank - self.rank), [(0, 0)] * (self.a.ndim - 2)
+    b = self.b * np.float32(self.alpha / self.rank)
+    a, b = np.pad(self.a, (*experts, more, (0, 0))), np.pad(b, (*experts, (0, 0), more))
+    return dataclasses.replace(self, a=a, b=b, alpha=float(rank))
+
+
+def fused_arrays(
+  module: Module,
+  weights: Mapping[str, LoraWeight],
+  scalings: Mapping[str, float],
+  leaves: Mapping[str, Any],
+  use_dora: bool,
+) -> Fused | None:
+  """Returns the arrays of a module from those of its parts; None if none is adapted.
+
+  Args:
+    module: in PEFT.
+    weights: the adapted weights, by path.
+    scalings: by path.
+    leaves: of the base, or their shapes.
+    use_dora: whether the weights are adapted by DoRA.
+  Raises:
+    ValueError: if PEFT has no format for the axes, or it needs |W| of a part that is not adapted
+      and its leaf is a shape.
+  """
+  parts = [_of_place(weights.get(path), module) for path in module.stored.paths]
+  if all(part is None for part in parts):
+    return None
+  used = [scalings[p] for p, part in zip(module.stored.paths, parts, strict=True) if part]
+  scaling = used[0] if len(set(used)) == 1 else 1.0
+  factors: list[np.ndarray] = []  # the different As
+  blocks: list[np.ndarray] = []  # of B, (out, rank of that A)
+  offsets = np.cumsum([0, *module.outputs])
+  for path, part, start in zip(module.stored.paths, parts, offsets, strict=False):
+    if part is None:
+      continue
+    a, b = part.a, part.b
+    b = b if scaling == scalings[path] else b * np.float32(scalings[path])
+    same = (i for i, other in enumerate(factors) if np.array_equal(other, a))
+    place = next(same, None)
+    if place is None:
+      place = len(factors)
+      factors.append(a)
+      zeros = np.zeros((*module.experts, sum(module.outputs), a.shape[-2]), np.float32)
+      blocks.append(zeros)
+    blocks[place][..., start : start + b.shape[-2], :] = b
+  a, b = np.concatenate(factors, axis=-2), np.concatenate(blocks, axis=-1)
+  magnitude = _magnitude(module, parts, leaves) if use_dora else None
+  return Fused(a, b, scaling * a.shape[-2], magnitude)
+
+
+class _Part(NamedTuple):
+  """The arrays of one part of a module; `magnitude` is None for LoRA."""
+
+  a: np.ndarray  # (..., rank, in)
+  b: np.ndarray  # (..., out, rank)
+  magnitude: np.ndarray | None  # (out,)
+
+
+def _of_place(weight: LoraWeight | None, module: Module) -> _Part | None:
+  """Returns a weight's arrays of the module's layer or expert; None if it is not adapted."""
+  if weight is None:
+    return None
+  if weight.axes.inputs > weight.axes.outputs:
+    raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
+  arrays = {name: np.asarray(array, np.float32) for name, array in weight.arrays.items()}
+  a, b, magnitude = arrays["lora_a"], arrays["lora_b"], arrays.get("magnitude")
+  if module.is_conv:
+    return _Part(module.stored.to_file(a).reshape(a.shape[-1], -1), b.T, magnitude)
+  place, layers = module.stored.place, weight.layers
+  if layers is not None and not place:  # some experts; the others are zero
+    some, (a, b) = (a, b), (np.zeros((*module.experts, *x.shape[1:]), np.float32) for x in (a, b))
+    a[list(layers)], b[list(layers)] = some
+  elif layers is not None:
+    if place[0] not in layers:
+      return None
+    place = (layers.index(place[0]), *place[1:])
+  magnitude = None if magnitude is None else magnitude[place]
+  return _Part(a[place].swapaxes(-1, -2), b[place].swapaxes(-1, -2), magnitude)
+
+
+def _magnitude(module: Module, parts: list[_Part | None], leaves: Mapping[str, Any]) -> np.ndarray:
+  """Returns the magnitude of a module; of a part that is not adapted it is |W|.
+
+  B has zeros in the rows of such a part, so that PEFT's weight there is the base's.
+  """
+  pieces = []
+  for path, part in zip(module.stored.paths, parts, strict=True):
+    if part is not None:
+      pieces.append(part.magnitude)
+      continue
+    if isinstance(leaves[path], jax.ShapeDtypeStruct):
+      raise ValueError(
+        f"{path} is a part of {module.name} in PEFT and is not adapted: DoRA needs the norms of "
+        "its weight there, and params have only its shape. Give real arrays, or adapt it too"
+      )
+    w = jnp.asarray(leaves[path])[module.stored.place]
+    pieces.append(np.sqrt(column_norm_squared(w, LoraAxes((), (0,), (1,)))))
+  return np.concatenate(pieces)
