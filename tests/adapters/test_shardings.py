@@ -166,3 +166,31 @@ def test_some_layers_of_a_sharded_stack_on_an_explicit_mesh():
     places = lj.shardings(trainable, params)
     got = lora.apply(params, jax.device_put(trainable, places), x, P("data", None))
   assert relative_difference(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_gain_and_its_norm_are_sharded_as_their_weight(kind):
+  params, ids = make_params(), jnp.arange(8) * 3
+  plain = lj.dora(model(lambda spec: None), CONFIG)
+  trainable = randomized(plain.init(KEY, params, ids))
+
+  def losses(dora, trainable, params, ids):
+    return jax.value_and_grad(lambda t: jnp.mean(dora.apply(params, t, ids) ** 2))(trainable)
+
+  value, grads = jax.jit(lambda *args: losses(plain, *args))(trainable, params, ids)
+  mesh, out_sharding = on_mesh(kind)
+  dora = lj.dora(model(out_sharding), CONFIG)
+  with jax.set_mesh(mesh):
+    placed = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    params = jax.device_put(params, placed)
+    ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
+    start = dora.init(KEY, params, ids)
+    magnitude = start["heads"].magnitude
+    assert magnitude.sharding == start["heads"].norm_squared.sharding
+    assert (*magnitude.sharding.spec, None)[:2] == ("tensor", None)
+    trainable = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), trainable, start)
+    got, got_grads = jax.jit(lambda *args: losses(dora, *args))(trainable, params, ids)
+  assert relative_difference(got, value) < 1e-5
+  for name, node in got_grads.items():
+    for array in ("lora_a", "lora_b", "magnitude"):
+      assert relative_difference(node.arrays[array], grads[name].arrays[array]) < 1e-5
