@@ -24,7 +24,7 @@ BASES: dict[str, Changes] = {
   "2 M tokens": {"model.folder": FOLDER.format(2_000_000, 10)},
   "20 M tokens": {"model.folder": FOLDER.format(20_000_000, 100)},
 }
-METHODS: dict[str, Changes] = {
+ARMS: dict[str, Changes] = {
   "LoRA": {"lora.rank": 4},
   "full": {"method": "full_finetuning"},
   "LoRA on q and v": {"lora.rank": 4, "lora.target": QUERY_AND_VALUE},
@@ -58,15 +58,15 @@ def get_config(sweep: str = "seeds") -> Config:
 def sweep(config: Config) -> Iterator[Changes]:
   """Yields what each run changes."""
   if not config.decoding.num_inputs:
-    for method, changes in METHODS.items():
+    for arm, changes in ARMS.items():
       for base in BASES.values():
-        for rate in RATES[method]:
+        for rate in RATES[arm]:
           yield {**base, **changes, "optimizer.learning_rate": rate}
     return
   for base in BASES.values():
     yield {**base, "method": "frozen_base"}
-  for method, changes in METHODS.items():
+  for arm, changes in ARMS.items():
     for seed in SEEDS:
       for name, base in BASES.items():
-        rate = BEST[method][name]
+        rate = BEST[arm][name]
         yield {**base, **changes, "optimizer.learning_rate": rate, "seed": seed}

@@ -66,5 +66,5 @@ def test_depthwise_kernels_of_keras_are_refused_by_name():
     return layer.stateless_call(values, [], images)[0]
 
   adapted = lj.lora(fn, lj.LoraConfig(rank=1, alpha=1.0, target=".*/kernel"))
-  with pytest.raises(lj.UnsupportedOperation, match=r"cannot adapt .*/kernel by LoRA"):
+  with pytest.raises(lj.UnsupportedOperation, match=r"cannot adapt .*/kernel: "):
     adapted.init(jax.random.key(0), params, jnp.ones((1, 8, 8, 4)))

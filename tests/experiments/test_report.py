@@ -282,7 +282,7 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
   given = sweep_of_rates(runs, tmp_path / "rates")
   text = report(given, tmp_path / "r")
   found = rows(text, "By learning rate")
-  assert len(found) == len(e2e_budgets.METHODS) * len(e2e_budgets.BASES)
+  assert len(found) == len(e2e_budgets.ARMS) * len(e2e_budgets.BASES)
   for cells in found.values():
     assert sum(cell.startswith("**") for cell in cells.values()) == 1
   best = found["LoRA, q,v, base of 2,000,000 tokens"]
