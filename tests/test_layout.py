@@ -10,7 +10,7 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = [  # each may import from those before it
-  {"trees", "axes", "placement", "quantized"},
+  {"trees", "axes", "placement", "quantized", "extras"},
   {"adaptation", "transform"},
   {"adapters", "optimizer", "flax_nnx"},
   {"variants", "methods"},
@@ -130,6 +130,40 @@ def test_the_core_imports_jax_optax_and_jaxtyping_only():
   run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   loaded = {name for name in run.stdout.split() if name not in sys.stdlib_module_names}
   assert loaded - {"jax", "jaxlib"} == {"lora_jax"}
+
+
+WITHOUT = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: (
+  None if name == sys.argv[2] else find_spec(name, package)
+)
+sys.modules[sys.argv[2]] = None
+exec(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+  ("code", "package"),
+  [
+    ("import lora_jax.models.zoo", "safetensors"),
+    ("import lora_jax.models.text.tokenizer", "tokenizers"),
+    ("from lora_jax.data.batches import as_grain; as_grain([])", "grain"),
+    ("import experiments.report", "matplotlib"),
+  ],
+)
+def test_without_the_extra_it_says_what_to_install(code, package):
+  command = [sys.executable, "-c", WITHOUT, code, package]
+  run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert run.returncode == 1
+  assert f"needs {package}, which come with the extra 'experiments': pip install" in run.stderr
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "grain", "tqdm", "safetensors", "matplotlib"])
+def test_models_and_losses_need_no_extra(package):
+  code = "import lora_jax.models.llama, lora_jax.training.loop, lora_jax.training.step"
+  command = [sys.executable, "-c", WITHOUT, code, package]
+  assert subprocess.run(command, capture_output=True, text=True, cwd=ROOT).returncode == 0
 
 
 def test_no_private_jax_and_no_pickle():

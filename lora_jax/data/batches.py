@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from lora_jax.data.text import Example
+from lora_jax.extras import require
 
 if TYPE_CHECKING:
   import grain
@@ -294,6 +295,7 @@ def as_grain(batches: BatchSource[AnyBatch], prefetch: int = 2) -> "grain.IterDa
   Args:
     prefetch: the number of batches to make ahead.
   """
+  require("grain")
   import grain
 
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)

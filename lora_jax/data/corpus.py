@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import UInt16
 
 from lora_jax.data.batches import Batch
+from lora_jax.extras import require
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
@@ -93,6 +94,7 @@ def split(texts: Iterable[str], every: int) -> tuple[list[str], list[str]]:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
   """Returns a byte-level BPE (GPT-2's kind) made from texts; token 0 is the end of text."""
+  require("tokenizers")
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
   tokenizer = Tokenizer(models.BPE())

@@ -6,16 +6,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from tqdm import tqdm
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.extras import require
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.held import read_held, write_held
@@ -31,6 +31,9 @@ from lora_jax.training.step import (
   start,
   trainable_tree,
 )
+
+if TYPE_CHECKING:
+  from tqdm import tqdm
 
 Batch = Mapping[str, Any]
 
@@ -262,7 +265,7 @@ class _Window:
     self,
     config: FitConfig,
     log: MetricsLog,
-    bar: tqdm,
+    bar: "tqdm[Any]",
     progress: bool,
     schedule: Callable[[int], Any] | None,
     checkpoints: Checkpoints,
@@ -316,8 +319,11 @@ class _Window:
       print(f"step {step:,} of {total:,}: {text}, {left} left", file=sys.stderr, flush=True)
 
 
-def _bar(config: FitConfig, first: int, progress: bool) -> tqdm:
+def _bar(config: FitConfig, first: int, progress: bool) -> "tqdm[Any]":
   """Returns the progress line, which a log file would be filled with."""
+  require("tqdm")
+  from tqdm import tqdm
+
   return tqdm(
     total=config.num_train_steps,
     initial=first,

@@ -1,0 +1,14 @@
+"""Packages beyond the ordinary requirements, which models, data and experiments need."""
+
+import importlib.util
+
+
+def require(*packages: str) -> None:
+  """Raises ImportError if one of these packages is not installed, saying how to get it."""
+  missing = [name for name in packages if importlib.util.find_spec(name) is None]
+  if missing:
+    raise ImportError(
+      f"this part of lora_jax needs {', '.join(missing)}, which come with the extra "
+      "'experiments': pip install 'lora-jax[experiments]' (in a checkout: pip install "
+      "-e '.[experiments]')"
+    )
