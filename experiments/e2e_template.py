@@ -5,7 +5,7 @@
 The rule was written from the meaning of the slots and the wording of the training lines. Nothing
 in it was chosen by a score on the test set.
 
-Time: seconds, most of them for the metrics.
+Time: 31 s on 2 CPU cores beside other work, most of it for the metrics.
 Expect: BLEU 63.34 on the 630 test inputs.
 """
 
