@@ -147,11 +147,11 @@ def plan(config: ConfigDict) -> None:
   loss = adapted_loss(settings, model)
   trainable = model.params
   if not method.owns_base:
-    shapes = jax.eval_shape(loss.init, jax.random.key(0), model.params, data.train[0])
-    trainable = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    trainable = jax.eval_shape(loss.init, jax.random.key(0), model.params, data.train[0])
   if method.exports_adapter:
     if method.variant is None:  # others may need the base's weights for it
-      check_export(settings, model, trainable)
+      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trainable)
+      check_export(settings, model, zeros)
     print(lj.summary(model.params, trainable, lora_config(settings)), end="\n\n")
   print(_outline(settings, model, data, trainable))
   optimizer, _ = make_optimizer(_with_warmup(settings, data).optimizer, len(data.train))

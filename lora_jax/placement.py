@@ -18,8 +18,8 @@ def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
   return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def place(array: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> jax.Array:
-  """Puts an array where `sharding` says, in and out of `jit`; None leaves it."""
+def place(array: Any, sharding: NamedSharding | PartitionSpec | None) -> Any:
+  """Puts an array, or its shape, where `sharding` says, in and out of `jit`; None leaves it."""
   if sharding is None:
     return array
   if isinstance(array, Tracer):
@@ -29,4 +29,6 @@ def place(array: jax.Array, sharding: NamedSharding | PartitionSpec | None) -> j
     if mesh.are_all_axes_explicit:
       return jax.sharding.reshard(array, sharding)
     return jax.lax.with_sharding_constraint(array, sharding)
+  if isinstance(array, jax.ShapeDtypeStruct):
+    return array.update(sharding=sharding)
   return jax.device_put(array, sharding)

@@ -6,6 +6,7 @@ a frozen part. The state holds the first and is donated; the second is an argume
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -73,6 +74,9 @@ def start(
   In full fine-tuning the trainable tree is the base itself: pass the same object as both, as
   `full_finetuning(fn).init` returns it. The frozen part then has no array.
 
+  With `ShapeDtypeStruct`s as trainable leaves, the optimizer's state is of these too: nothing large
+  is allocated, and the step can be lowered and compiled.
+
   Args:
     params: the base params.
     trainable: as a method's `init` returns it. The step donates it.
@@ -89,8 +93,12 @@ def start(
   """
   replicated = NamedSharding(mesh, PartitionSpec())
 
-  def placed(leaf: jax.Array) -> jax.Array:
-    return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, replicated)
+  def placed(leaf: Any) -> Any:
+    if isinstance(leaf.sharding, NamedSharding):
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return leaf.update(sharding=replicated)
+    return jax.device_put(leaf, replicated)
 
   if trainable is params:
     trainable = params = jax.tree.map(placed, params)
@@ -102,8 +110,13 @@ def start(
   tree = {"base": base, "adapter": trainable}
   mask = trainable_mask(tree)
   specs = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
-  optimizer = freeze(optimizer, mask, specs)
   part, frozen = partition(tree, mask)
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(part)):
+    init = functools.partial(jax.eval_shape, optimizer.init)
+    optimizer = optax.GradientTransformationExtraArgs(
+      init, optax.with_extra_args_support(optimizer).update
+    )
+  optimizer = freeze(optimizer, mask, specs)
   state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), jnp.copy(key))
   return jax.tree.map(placed, state), frozen, optimizer
 

@@ -33,7 +33,7 @@ from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
-from lora_jax.training.step import make_eval_step
+from lora_jax.training.step import make_eval_step, make_train_step
 
 from tests.make_tokenizer_golden import GOLDEN
 from tests.tiny_e2e import EMBEDDED, tiny_folder
@@ -409,6 +409,26 @@ def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
       export.main([config.workdir, str(tmp_path / "out"), *flags])
   finetune.plan(config)
   assert re.search(r"method +full fine-tuning, 295,808 parameters \(100", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", ["full_finetuning", "lora", "dora"])
+def test_a_dry_run_allocates_nothing_large(method, chat_folder, tmp_path, monkeypatch):
+  """It sees the arrays when the step is compiled, while the optimizer's state is held."""
+  sizes = []
+
+  def seen(loss, optimizer, state, parts):
+    sizes.extend(leaf.size for leaf in jax.live_arrays() if id(leaf) not in before)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    assert sum(leaf.size for leaf in arrays) < 10
+    return make_train_step(loss, optimizer, state, parts)
+
+  monkeypatch.setattr(finetune, "make_train_step", seen)
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  config = apply(config_of(chat_folder, data, tmp_path / "run"), {"method": method})
+  before = {id(leaf) for leaf in jax.live_arrays()}
+  finetune.plan(config)
+  assert sizes
+  assert max(sizes) < 1000
 
 
 def test_a_variant_of_lora(chat_folder, tmp_path, capsys):
