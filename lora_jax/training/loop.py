@@ -1,12 +1,13 @@
 """The training loop. It knows neither LoRA nor any model, only an `Adaptation` of a loss."""
 
+import contextlib
 import dataclasses
 import datetime
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -31,9 +32,6 @@ from lora_jax.training.step import (
   start,
   trainable_tree,
 )
-
-if TYPE_CHECKING:
-  from tqdm import tqdm
 
 Batch = Mapping[str, Any]
 
@@ -265,13 +263,13 @@ class _Window:
     self,
     config: FitConfig,
     log: MetricsLog,
-    bar: "tqdm[Any]",
+    bar: "_Bar",
     progress: bool,
     schedule: Callable[[int], Any] | None,
     checkpoints: Checkpoints,
   ):
     self._config, self._log, self._bar, self._schedule = config, log, bar, schedule
-    self._prints_lines = progress and bar.disable
+    self._prints_lines = progress and isinstance(bar, _NoBar)
     self._checkpoints = checkpoints
     self._steps: list[tuple[int, StepMetrics]] = []
     self._tokens = 0
@@ -319,18 +317,33 @@ class _Window:
       print(f"step {step:,} of {total:,}: {text}, {left} left", file=sys.stderr, flush=True)
 
 
-def _bar(config: FitConfig, first: int, progress: bool) -> "tqdm[Any]":
-  """Returns the progress line, which a log file would be filled with."""
+class _Bar(Protocol):
+  """The part of tqdm that is used."""
+
+  def update(self) -> Any: ...
+
+  def set_postfix_str(self, s: str) -> Any: ...
+
+
+class _NoBar:
+  """Shows nothing, and needs no tqdm."""
+
+  def update(self) -> None:
+    pass
+
+  def set_postfix_str(self, s: str) -> None:
+    pass
+
+
+def _bar(config: FitConfig, first: int, progress: bool) -> contextlib.AbstractContextManager[_Bar]:
+  """Returns the progress line; none where stderr is not a terminal: it would fill a log file."""
+  if not (progress and sys.stderr.isatty()):
+    return contextlib.nullcontext(_NoBar())
   require("tqdm")
   from tqdm import tqdm
 
   return tqdm(
-    total=config.num_train_steps,
-    initial=first,
-    unit="step",
-    disable=not (progress and sys.stderr.isatty()),
-    mininterval=1.0,
-    dynamic_ncols=True,
+    total=config.num_train_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
   )
 
 

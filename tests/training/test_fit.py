@@ -224,6 +224,17 @@ def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
   assert [m["step"] for m in logged] == [2, 4, 6]
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_without_a_bar_there_is_no_need_of_tqdm(progress, tmp_path, monkeypatch, capfd):
+  monkeypatch.setitem(sys.modules, "tqdm", None)
+  train(tmp_path / "run", steps=1, progress=progress)
+  assert ("step 1 of 1: loss" in capfd.readouterr().err) == progress
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+  if progress:
+    with pytest.raises(ImportError, match="tqdm"):
+      train(tmp_path / "shown", steps=1, progress=True)
+
+
 def test_steps_are_positive():
   with pytest.raises(
     ValueError, match="eval_every_steps must be a positive number of steps, got 0"
