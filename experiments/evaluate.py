@@ -18,6 +18,7 @@ from typing import Any
 
 from experiments.harness.config import flat, replace_fields
 from experiments.harness.launch import explained, make_parser
+from experiments.harness.methods import check_used
 from experiments.harness.workdir import provenance, read_finished, read_run, run_once
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import decode_and_score
@@ -47,10 +48,12 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
     settings: values by the names in `SETTINGS`.
   Raises:
     FileNotFoundError: if the folder is no run's, or what was trained is not there any more.
-    ValueError: if the run is of another experiment, not finished, or a setting does not fit.
+    ValueError: if the run is of another experiment, not finished, or a setting does not fit or
+      has no effect on the run's method.
   """
   stored, result = read_run(E2EConfig, folder), read_finished(folder)
   config = replace_fields(stored, {SETTINGS[name]: value for name, value in settings.items()})
+  check_used(config.method, _changed(stored, config), config.experiment)
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; say how many inputs, as --num_inputs=630")
   workdir = Path(folder) / "evaluations" / _name(stored, config)
@@ -76,11 +79,17 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
   }
 
 
+def _changed(stored: E2EConfig, config: E2EConfig) -> dict[str, Any]:
+  """Returns the settings that differ from the run's, by their field in the config."""
+  before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
+  return {field: now[field] for field in SETTINGS.values() if before[field] != now[field]}
+
+
 def _name(stored: E2EConfig, config: E2EConfig) -> str:
   """Returns the folder's name for what differs from the run."""
-  before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
-  differing = [name for name, field in SETTINGS.items() if before[field] != now[field]]
-  return ",".join(f"{name}={now[SETTINGS[name]]}" for name in differing) or "unchanged"
+  changed = _changed(stored, config)
+  parts = [f"{name}={changed[field]}" for name, field in SETTINGS.items() if field in changed]
+  return ",".join(parts) or "unchanged"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -244,7 +244,7 @@ def _ranks(sweep: Sequence[Group]) -> str:
     f"(paper): Table 18 of {PAPER}: GPT-2 medium, LoRA on q and v, 26,000 steps. Another model: "
     "what can be compared is how the values move with the rank, not the values."
   )
-  return f"## By rank\n\n{table.aligned([head, *rows])}\n\n{note}"
+  return f"## By rank: {sweep[0].method.label}\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 
 def _budgets(families: Mapping[str, Mapping[int, Group]]) -> str:

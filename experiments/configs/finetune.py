@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
-from experiments.harness.methods import ALL_LINEAR, multiples
+from experiments.harness.config import ALL_LINEAR
+from experiments.harness.methods import multiples
 
 
 def get_config() -> Config:
@@ -37,7 +38,7 @@ def get_config() -> Config:
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.lora.dropout = 0.0
-  config.lora.target = ALL_LINEAR  # which can be written as all-linear
+  config.lora.target = ALL_LINEAR  # a pattern of paths; all-linear stands for this one
   config.lora.init = "kaiming_uniform"
 
   config.data = ConfigDict()

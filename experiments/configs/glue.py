@@ -20,6 +20,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
+from experiments.harness.config import with_pattern
 from experiments.harness.methods import METHODS, multiples, names
 from experiments.harness.workdir import read_result, stored_config
 from lora_jax.data.sets import glue, superglue
@@ -270,16 +271,45 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
     for seed in range(5):
       yield {"seed": seed}
     return
+  rates = best_rates(config)
   few = (0,) if config.data.task == "sst2" else (0, 1, 2)
   for seed in few if config.model.name == "minilm" else range(5):
-    for method in names("glue"):
-      rate = best_rate(config, method)
+    for method, rate in rates.items():
       yield {"method": method, "optimizer.learning_rate": rate, "seed": seed}
 
 
 def tuned_rates(method: str) -> list[float]:
   """Returns the learning rates that the tuning sweep tries: as many for each method."""
   return multiples(TUNED_RATE, METHODS[method].tried_learning_rates)
+
+
+def best_rates(config: Config) -> dict[str, float]:
+  """Returns the best learning rate of each method that the tuning sweep has runs of.
+
+  Others are left out, with a printed line: the sweep may be older than a method.
+
+  Raises:
+    ValueError: if there are no runs, or as of `best_rate`.
+  """
+  tuned = {run.method for run in map(_stored, _tuning_folders(config))}
+  left_out = [method for method in names("glue") if method not in tuned]
+  if tuned and left_out:
+    folder = config.optimizer.tuned_in
+    print(f"{folder} has no tuning runs of {config.variant} by {', '.join(left_out)}: left out")
+  return {m: best_rate(config, m) for m in names("glue") if m in tuned or not tuned}
+
+
+def _tuning_folders(config: Config) -> list[Path]:
+  """Returns the folders of the tuning sweep's runs of a variant, finished or not."""
+  if not config.optimizer.tuned_in:
+    return []
+  folders = [path.parent for path in sorted(Path(config.optimizer.tuned_in).glob("*/config.json"))]
+  runs = [(folder, _stored(folder)) for folder in folders]
+  return [f for f, run in runs if run.variant == config.variant and run.data.tuning]
+
+
+def _stored(folder: Path) -> Config:
+  return ConfigDict(stored_config(folder))
 
 
 def best_rate(config: Config, method: str) -> float:
@@ -297,12 +327,10 @@ def best_rate(config: Config, method: str) -> float:
     )
   folder = Path(config.optimizer.tuned_in)
   scores: dict[float, float] = {}
-  for path in sorted(folder.glob("*/result.json")):
-    tuned: Config = ConfigDict(stored_config(path.parent))
-    result = read_result(path.parent)
-    same = tuned.method == method and tuned.variant == config.variant
-    if result and same and tuned.data.tuning:
-      _check_same_recipe(config, tuned, path.parent)
+  for path in _tuning_folders(config):
+    tuned, result = _stored(path), read_result(path)
+    if result and tuned.method == method:
+      _check_same_recipe(config, tuned, path)
       scores[tuned.optimizer.learning_rate] = result["score"]
   missing = [rate for rate in tuned_rates(method) if rate not in scores]
   if missing:
@@ -315,12 +343,16 @@ def best_rate(config: Config, method: str) -> float:
 
 
 def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
-  """Raises ValueError if a tuning run has another model or recipe; it may have less data."""
+  """Raises ValueError if a tuning run has another model or recipe; it may have less data.
+
+  Fields that its method ignores may differ.
+  """
+  config = ConfigDict(with_pattern(config.to_dict()))
   for section in ("model", "lora", "optimizer", "data"):
     names = ("batch_size",) if section == "data" else config[section].keys()
     for name in sorted({*names} - {"learning_rate", "tuned_in"}):
       theirs, ours = tuned[section][name], config[section][name]
-      if theirs != ours:
+      if theirs != ours and METHODS[tuned.method].uses(f"{section}.{name}"):
         raise ValueError(
           f"{folder} was tuned with {section}.{name}={theirs!r}, and this sweep has {ours!r}, "
           "which may want another learning rate. Give both the same, or tune in another folder"

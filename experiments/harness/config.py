@@ -15,6 +15,10 @@ from ml_collections import ConfigDict
 from lora_jax.training.mesh import make_mesh
 from lora_jax.trees import near
 
+# The linear layers of the zoo's blocks, as PEFT's all-linear has them: not the heads, embeddings
+# and routers, nor the experts of a mixture, which are single three-dimensional weights.
+ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
+
 Section = TypeVar("Section")
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -24,7 +28,7 @@ class Lora:
   rank: int
   alpha: float
   dropout: float
-  target: str  # a pattern of paths, or all-linear
+  target: str  # a pattern of paths
   init: str
 
 
@@ -109,7 +113,15 @@ def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> C
       f"this is a config of {values.get('experiment')!r}, and the experiment is {kind.NAME!r}. "
       f"Start it with python -m experiments.{values.get('experiment')}"
     )
-  return _section(kind, values, "")
+  return _section(kind, with_pattern(values), "")
+
+
+def with_pattern(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns a nested config with the pattern that `lora.target=all-linear` stands for."""
+  lora = values.get("lora")
+  if not isinstance(lora, Mapping) or lora.get("target") != "all-linear":
+    return values
+  return dict(values, lora=dict(lora, target=ALL_LINEAR))
 
 
 def replace_fields(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -30,7 +30,7 @@ import lora_jax
 from experiments.configs import Config
 from experiments.harness.config import flat
 from experiments.harness.methods import check_used, default_learning_rate, find_method
-from experiments.harness.workdir import read_result
+from experiments.harness.workdir import has_trained, read_result, stored_config
 from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.trees import near
 
@@ -205,27 +205,49 @@ def settle(
   """
   usual = flat(default)
   if "method" in config and config.method != default.method:
-    method = find_method(config.method, config.experiment)
+    find_method(config.method, config.experiment)
     usual[RATE] = default_learning_rate(usual[RATE], default.method, config.method)
-    if RATE not in named and config.optimizer.learning_rate != usual[RATE]:
-      print(f"{RATE}={usual[RATE]:g}, the default for {method.label}")
+    if RATE not in named:
       config = apply(config, {RATE: usual[RATE]})
   return config, {name: value for name, value in flat(config).items() if usual[name] != value}
 
 
+def _with_stored_rate(
+  run: Config, default: Config, named: Collection[str]
+) -> tuple[Config, list[str]]:
+  """Returns a settled run that resumes at its folder's learning rate, and what to print about it.
+
+  Runs of other methods than the config file's were first stored with the file's learning rate.
+  """
+  if "method" not in run or run.method == default.method or RATE in named:
+    return run, []
+  rate, reason = run.optimizer.learning_rate, f"the default for {find_method(run.method).label}"
+  if has_trained(Path(run.workdir)):
+    stored = flat(stored_config(run.workdir))
+    same = (stored.get("experiment"), stored.get("method")) == (run.experiment, run.method)
+    if same and stored[RATE] != rate:
+      line = f"{RATE}={stored[RATE]:g}, with which {run.workdir} was trained; {reason} is {rate:g}"
+      return apply(run, {RATE: stored[RATE]}), [line]
+  return run, [f"{RATE}={rate:g}, {reason}"] if rate != default.optimizer.learning_rate else []
+
+
 def single_run(config: Config, default: Config, named: Collection[str]) -> Config:
   """Returns the config of a run; its folder, if it names none, is named by what it changes.
+
+  Prints the learning rate if it is not the config file's, and nobody named it.
 
   Raises:
     ValueError: if a changed field has no effect on the method.
   """
   config, changes = settle(config, default, named)
   if "method" in config:
-    check_used(config.method, changes)
-  if config.workdir:
-    return config
-  name = ",".join([str(config.variant), *_names(changes)])
-  return apply(config, {"workdir": f"runs/{config.experiment}/{name}"})
+    check_used(config.method, changes, config.experiment)
+  if not config.workdir:
+    name = ",".join([str(config.variant), *_names(changes)])
+    config = apply(config, {"workdir": f"runs/{config.experiment}/{name}"})
+  config, lines = _with_stored_rate(config, default, named)
+  print("".join(f"{line}\n" for line in lines), end="")
+  return config
 
 
 def sweep_runs(
@@ -239,19 +261,25 @@ def sweep_runs(
   """
   if not hasattr(module, "sweep"):
     raise ValueError(f"{module.__file__} has no function sweep(config)")
-  config, flags = settle(config, default, named)
+  settled, flags = settle(config, default, named)
   name = ",".join(["sweep", *_names(flags)])
   root = Path(str(config.workdir) or f"runs/{config.experiment}/{name}")
-  before, runs = flat(config), []
-  for changes in module.sweep(config):
-    run, _ = settle(apply(config, changes), default, {*named, *changes})
+  before, runs, printed = flat(settled), [], []
+  for changes in module.sweep(settled):
+    known = {*named, *changes}
+    run, _ = settle(apply(config, changes), default, known)  # another method, another rate
     if "method" in run:
-      check_used(run.method, {n: value for n, value in changes.items() if before[n] != value})
-    runs.append(apply(run, {"workdir": str(root / (",".join(_names(changes)) or "unchanged"))}))
+      changed = {n: value for n, value in changes.items() if before[n] != value}
+      check_used(run.method, changed, run.experiment)
+    run = apply(run, {"workdir": str(root / (",".join(_names(changes)) or "unchanged"))})
+    run, lines = _with_stored_rate(run, default, known)
+    printed += lines
+    runs.append(run)
+  print("".join(f"{line}\n" for line in dict.fromkeys(printed)), end="")
   methods = [run.method for run in runs if "method" in run]
   for field, value in flags.items():
     if methods and not any(find_method(method).uses(field) for method in methods):
-      check_used(methods[0], {field: value})
+      check_used(methods[0], {field: value}, config.experiment)
   return runs
 
 

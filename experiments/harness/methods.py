@@ -16,10 +16,6 @@ from experiments.harness.config import AdaptationConfig
 
 Adapt = Callable[[Callable[..., Any]], lj.Adaptation]
 
-# The linear layers of the zoo's blocks, as PEFT's all-linear has them: not the heads, embeddings
-# and routers, nor the experts of a mixture, which are single three-dimensional weights.
-ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
-
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -73,7 +69,7 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
   return lj.LoraConfig(
     lora.rank,
     lora.alpha,
-    target=ALL_LINEAR if lora.target == "all-linear" else lora.target,
+    target=lora.target,
     dropout=lora.dropout,
     init=lora.init,  # pyright: ignore[reportArgumentType]
     extra=config.head,
@@ -147,11 +143,14 @@ def adapt(config: AdaptationConfig) -> Adapt:
   return method.make(config)
 
 
-def check_used(name: str, changed: Mapping[str, Any]) -> None:
-  """Raises ValueError if a field that was changed, by dotted name, has no effect on a method."""
+def check_used(name: str, changed: Mapping[str, Any], experiment: str) -> None:
+  """Raises ValueError if a field that was changed, by dotted name, has no effect on a method.
+
+  The error names the experiment's methods that use it.
+  """
   for field, value in changed.items():
-    if not find_method(name).uses(field):
-      others = [other for other in names(trains=True) if METHODS[other].uses(field)]
+    if not find_method(name, experiment).uses(field):
+      others = [other for other in names(experiment, trains=True) if METHODS[other].uses(field)]
       raise ValueError(
         f"{field}={value!r} has no effect with method={name}: leave it out, or choose a method "
         f"that uses it: {', '.join(others)}"

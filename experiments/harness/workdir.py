@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.harness.config import Config, RunConfig, flat, read_config
+from experiments.harness.config import Config, RunConfig, flat, read_config, with_pattern
 
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 
@@ -44,7 +44,7 @@ def open_workdir(config: RunConfig) -> Iterator[Path]:
       raise RuntimeError(
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
-    stored = read_run(type(config), config.workdir) if _has_trained(folder) else config
+    stored = read_run(type(config), config.workdir) if has_trained(folder) else config
     if stored != config:
       raise ValueError(
         f"{folder} belongs to a run with another config: {_differences(stored, config)}. "
@@ -81,7 +81,7 @@ def check_same(path: Path, value: Any, label: str) -> None:
   Raises:
     ValueError: if it is something else by now.
   """
-  trained = _has_trained(path.parent) and path.exists()
+  trained = has_trained(path.parent) and path.exists()
   previous = json.loads(path.read_text("utf-8")) if trained else value
   if previous != value:
     raise ValueError(
@@ -91,7 +91,7 @@ def check_same(path: Path, value: Any, label: str) -> None:
   write_json(path, value)
 
 
-def _has_trained(folder: Path) -> bool:
+def has_trained(folder: Path) -> bool:
   """Returns whether a folder has what a run has trained, even if only a part of it was removed."""
   return any((folder / name).exists() for name in ("checkpoints", "result.json", *EXPORTS))
 
@@ -149,7 +149,7 @@ def stored_config(folder: str | Path) -> dict[str, Any]:
   path = Path(folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
-  return json.loads(path.read_text("utf-8")) | {"workdir": str(folder)}
+  return {**with_pattern(json.loads(path.read_text("utf-8"))), "workdir": str(folder)}
 
 
 def read_run(kind: type[Config], folder: str | Path) -> Config:
@@ -160,6 +160,10 @@ def read_run(kind: type[Config], folder: str | Path) -> Config:
     ValueError: if the run is of another experiment, or its config cannot be read.
   """
   stored = stored_config(folder)
+  if stored.get("experiment") != kind.NAME:
+    raise ValueError(
+      f"{folder} is a run of {stored.get('experiment')!r}, expected a run of {kind.NAME!r}"
+    )
   try:
     return read_config(kind, stored)
   except ValueError as error:

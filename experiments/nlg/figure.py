@@ -82,7 +82,8 @@ def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
 
 def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
   figure.suptitle(
-    "By rank: these runs (left axes), the paper's GPT-2 medium, Table 18 (right axes)"
+    f"By rank: {sweep[0].method.label} in these runs (left axes), "
+    "LoRA on the paper's GPT-2 medium, Table 18 (right axes)"
   )
   ranks = [group.settings["lora.rank"] for group in sweep]
   for name, axes in _panels(figure, sweep, share=False).items():

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.harness.config import ALL_LINEAR
 from experiments.harness.methods import Method
 from experiments.harness.runs import Run
+from experiments.nlg.config import E2EConfig
 from lora_jax.trees import matches
 
 RATE = "optimizer.learning_rate"
@@ -174,6 +176,9 @@ def _settings(run: Run) -> dict[str, Any]:
   settings |= {"method": run.result["method"]}
   for name in ("seed", "workdir"):
     settings.pop(name, None)
+  is_gpt2 = settings.get("experiment") == E2EConfig.NAME
+  if is_gpt2 and "lora.target" in settings and target(settings["lora.target"]) == "all linear":
+    settings["lora.target"] = ALL_LINEAR  # several patterns select these layers
   tokens = run.result.get(TOKENS)
   return settings if tokens is None else {**settings, TOKENS: tokens}
 

@@ -140,10 +140,13 @@ def test_what_cannot_be_evaluated(runs, tmp_path):
     evaluate_run(tmp_path, {"num_inputs": 1})
   with pytest.raises(FileNotFoundError, match=r"the last checkpoint of .* is not there"):
     evaluate_run(tmp_path, {"num_inputs": 1, "checkpoint": "last"})
+  write_json(tmp_path / "config.json", config | {"method": "frozen_base"})
+  with pytest.raises(ValueError, match=r"fit\.keep='last' has no effect with method=frozen_base"):
+    evaluate_run(tmp_path, {"num_inputs": 1, "checkpoint": "last"})
   with pytest.raises(ValueError, match=r"decoding\.scoring must be one of"):
     evaluate_run(runs / "lora", {"scoring": "other"})
   write_json(tmp_path / "config.json", config | {"experiment": "e2e_template"})
-  with pytest.raises(ValueError, match="of 'e2e_template', and the experiment is 'gpt2_e2e'"):
+  with pytest.raises(ValueError, match="is a run of 'e2e_template', expected a run of 'gpt2_e2e'"):
     evaluate_run(tmp_path, {})
 
 

@@ -525,7 +525,7 @@ def test_what_a_run_needs_is_asked_for(tmp_path, monkeypatch):
     glue.run(apply(config, {"model.folder": ""}))
 
 
-def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
+def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
   tuning = configs.get_config("minilm,cola")
   tuning.data.tuning = True
   runs = list(configs.sweep(tuning))
@@ -563,8 +563,17 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path):
   for name, value in (("lora.rank", 4), ("model.folder", "other"), ("data.batch_size", 8)):
     with pytest.raises(ValueError, match=rf"was tuned with {name}=.* and this sweep has {value!r}"):
       list(configs.sweep(apply(config, {name: value})))
+  (tmp_path / "0" / "result.json").unlink()
+  with pytest.raises(ValueError, match="has no finished tuning runs of minilm,cola, lora with"):
+    list(configs.sweep(config))
+  for i in range(3):
+    shutil.rmtree(tmp_path / str(i))  # as if the sweep were older than the method
+  assert list(configs.sweep(config)) == [run for run in found if run["method"] != "lora"]
+  assert "has no tuning runs of minilm,cola by lora: left out\n" in capsys.readouterr().out
+  other_rank = apply(config, {"lora.rank": 4})
+  assert configs.best_rate(other_rank, "head_only") == rates["head_only"]  # which has no rank
   config.data.task = "sst2"
-  assert [run["seed"] for run in configs.sweep(config)] == [0 for _ in tried]
+  assert [run["seed"] for run in configs.sweep(config)] == [0 for _ in tried[1:]]
   config.optimizer.tuned_in = ""
   with pytest.raises(ValueError, match=r"the learning rates are not tuned yet\. First run --sweep"):
     list(configs.sweep(config))

@@ -13,6 +13,7 @@ from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
 from experiments.e2e_template import describe, parse
 from experiments.harness import paper as paper_tables
+from experiments.harness.config import ALL_LINEAR
 from experiments.harness.launch import apply
 from experiments.harness.runs import read_runs
 from experiments.harness.workdir import write_json
@@ -206,6 +207,27 @@ def test_the_rank_sweep_stands_beside_table_18(runs, tmp_path):
   assert paper_tables.TABLE_18[4]["meteor"] == 46.89
 
 
+def test_each_methods_ranks_have_its_name(runs, tmp_path):
+  made = [runs / "lora1", runs / "rank8"]
+  for folder in list(made):
+    dora = changed(folder, tmp_path / folder.name, {"method": "dora"}, {"method": "dora"})
+    made.append(dora)
+  text = report(made, tmp_path / "r")
+  headings = [line for line in text.splitlines() if line.startswith("## By rank")]
+  assert headings == ["## By rank: LoRA", "## By rank: DoRA"]
+
+
+def test_all_patterns_of_all_layers_are_one_group(runs, tmp_path):
+  """GPT-2's own pattern, the zoo's, and its name, as it once was stored."""
+  made = [runs / "lora1"]
+  for seed, pattern in enumerate(("all-linear", ALL_LINEAR), 2):
+    changes = {"lora.target": pattern, "seed": seed}
+    made.append(changed(runs / "lora1", tmp_path / str(seed), changes, {"seed": seed}))
+  (group,) = group_runs(read_runs(made)[0])
+  assert len(group.runs) == 3
+  assert group.method_label == "LoRA, rank 4, all linear"
+
+
 def test_ranks_of_other_layers_are_no_sweep(runs, tmp_path):
   other = {"lora.rank": 2, "lora.target": configs.QUERY_AND_VALUE}
   folder = changed(runs / "lora1", tmp_path / "qv", other, {})
@@ -352,7 +374,7 @@ def test_tables_are_markdown(runs, tmp_path):
 @pytest.mark.parametrize(
   ("pattern", "name"),
   [
-    (configs.ALL_LINEAR, "all linear"),
+    (configs.GPT2_LINEAR, "all linear"),
     (configs.QUERY_AND_VALUE, "q,v"),
     (r".*/mlp/up/kernel", "up"),
     (r"h_3/attn/query/kernel", r"h_3/attn/query/kernel"),

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from experiments.harness import methods
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply, settle, single_run, sweep_runs
 from experiments.harness.methods import METHODS, adapt, check_used, lora_config
+from experiments.harness.workdir import open_workdir, stored_config, write_json
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
@@ -104,11 +107,15 @@ def test_a_method_that_trains_nothing_is_not_full_finetuning(tmp_path):
 def test_a_field_that_is_ignored():
   message = r"lora\.rank=8 has no effect with method=full_finetuning: leave it out, .*: lora"
   with pytest.raises(ValueError, match=message):
-    check_used("full_finetuning", {"seed": 1, "lora.rank": 8})
+    check_used("full_finetuning", {"seed": 1, "lora.rank": 8}, "glue")
   with pytest.raises(ValueError, match=r"lora\.start='runs' has no effect with method=head_only"):
-    check_used("head_only", {"lora.start": "runs"})
-  check_used("lora", {"lora.rank": 8, "optimizer.learning_rate": 1.0})
-  check_used("full_finetuning", {"optimizer.learning_rate": 1.0, "data.num_epochs": 2})
+    check_used("head_only", {"lora.start": "runs"}, "glue")
+  check_used("lora", {"lora.rank": 8, "optimizer.learning_rate": 1.0}, "gpt2_e2e")
+  changed = {"optimizer.learning_rate": 1.0, "data.num_epochs": 2}
+  check_used("full_finetuning", changed, "gpt2_e2e")
+  with pytest.raises(ValueError, match=r"that uses it: lora, .*full_finetuning") as raised:
+    check_used("frozen_base", {"optimizer.b1": 0.5}, "gpt2_e2e")
+  assert "head_only" not in str(raised.value)  # which gpt2_e2e lacks
 
 
 def test_a_single_run_refuses_what_is_ignored_and_takes_what_is_the_default():
@@ -136,6 +143,7 @@ def test_the_default_learning_rate_is_the_methods(default, changes, rate, capsys
   config, changed = settle(apply(default, changes), default, changes.keys())
   assert config.optimizer.learning_rate == rate
   assert changed == changes
+  single_run(apply(default, changes), default, changes.keys())
   printed = capsys.readouterr().out
   assert printed.count(f"optimizer.learning_rate={rate:g}, the default for ") == (
     rate != default.optimizer.learning_rate
@@ -144,6 +152,63 @@ def test_the_default_learning_rate_is_the_methods(default, changes, rate, capsys
   config, changed = settle(apply(default, named), default, named.keys())
   assert config.optimizer.learning_rate == 0.5
   assert changed == named
+
+
+def test_each_method_of_a_sweep_has_its_learning_rate(capsys):
+  default = e2e_configs.get_config()
+  changes = [{"method": "lora"}, {"method": "full_finetuning"}, {"seed": 1}]
+  module = SimpleNamespace(sweep=lambda config: changes)
+  full = apply(default, {"method": "full_finetuning"})
+  runs = sweep_runs(module, full, default, {"method"})
+  assert [run.optimizer.learning_rate for run in runs] == [1e-2, 1e-3, 1e-3]
+  line = "optimizer.learning_rate=0.001, the default for full fine-tuning\n"
+  assert capsys.readouterr().out == line
+
+
+def test_a_trained_folder_keeps_the_learning_rate_of_its_time(tmp_path, capsys):
+  """Methods had no learning rates of their own at first: all runs had the config file's."""
+  default = e2e_configs.get_config()
+  full = apply(default, {"method": "full_finetuning", "workdir": str(tmp_path / "seed=1")})
+  with open_workdir(read_config(E2EConfig, full)) as workdir:
+    pass
+  assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 1e-2
+  assert single_run(full, default, {"method"}).optimizer.learning_rate == 1e-3  # nothing is trained
+  (workdir / "checkpoints").mkdir()
+  capsys.readouterr()
+  run = single_run(full, default, {"method"})
+  assert run.optimizer.learning_rate == 1e-2
+  assert f"optimizer.learning_rate=0.01, with which {workdir} was" in capsys.readouterr().out
+  with open_workdir(read_config(E2EConfig, run)):
+    pass
+  module = SimpleNamespace(sweep=lambda config: [{"seed": 1}, {"seed": 2}])
+  sweep = apply(full, {"workdir": str(tmp_path)})
+  runs = sweep_runs(module, sweep, default, {"method"})
+  assert [run.optimizer.learning_rate for run in runs] == [1e-2, 1e-3]
+  named = apply(full, {"optimizer.learning_rate": 1e-3})
+  run = single_run(named, default, {"method", "optimizer.learning_rate"})
+  message = r"another config: optimizer\.learning_rate=0\.01 there, 0\.001 now"
+  with pytest.raises(ValueError, match=message), open_workdir(read_config(E2EConfig, run)):
+    pass
+  dora = single_run(apply(full, {"method": "dora"}), default, {"method"})
+  with (
+    pytest.raises(ValueError, match="another config: method="),
+    open_workdir(read_config(E2EConfig, dora)),
+  ):
+    pass
+
+
+def test_all_linear_is_the_pattern_that_it_stands_for(tmp_path):
+  config = read_config(FinetuneConfig, finetune_configs.get_config())
+  config = replace_fields(config, {"workdir": str(tmp_path)})
+  assert replace_fields(config, {"lora.target": "all-linear"}) == config
+  with open_workdir(config) as workdir:
+    (workdir / "checkpoints").mkdir()
+  stored = json.loads((workdir / "config.json").read_text())
+  stored["lora"]["target"] = "all-linear"  # as it once was stored
+  write_json(workdir / "config.json", stored)
+  assert stored_config(workdir)["lora"]["target"] == config.lora.target
+  with open_workdir(config):
+    pass
 
 
 @pytest.mark.parametrize(
