@@ -4,7 +4,8 @@
       --config.data.source=FOLDER
 
 Time: 5 hours on 2 CPU cores for all of MiniLM's table in docs/glue.md, which is 4 tasks with 3
-methods each, 3 seeds and the tuning of learning rates; the paper's models have not been run here.
+methods each, 3 seeds and the tuning of learning rates. The sweeps have DoRA too by now, a fourth
+method, which the 5 hours are without; the paper's models have not been run here.
 Expect: MiniLM on CoLA, Matthews 28.0 by LoRA, 29.8 by full fine-tuning, 7.4 by the head only.
 
 `run` is the whole of it: data -> model -> method -> fit -> metrics -> result.json.
