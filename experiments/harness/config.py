@@ -1,4 +1,4 @@
-"""What the configs of experiments share, as frozen dataclasses, and the strict reading of configs.
+"""The sections that experiments' configs share, as frozen dataclasses, and their strict reading.
 
 A ConfigDict ends where an experiment begins, at the top of its `run`:
 
@@ -101,8 +101,8 @@ def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> C
 
   Args:
     kind: the experiment's dataclass.
-    source: nested values. A field may be missing if it has a default in `kind`, which fields have
-      that were added after runs had been stored.
+    source: nested values. A field with a default in `kind` may be missing: it was added after runs
+      had been stored.
   Raises:
     ValueError: naming the field, if the config is of another experiment, or a field is unknown,
       missing or of another type.

@@ -1,4 +1,4 @@
-"""The training that all experiments share: from a loss under a method to what the run keeps."""
+"""The training that all experiments share, from an adapted loss to the run's result."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.harness.config import TrainingConfig
+from experiments.harness.config import Fit, TrainingConfig
 from experiments.harness.methods import Method
 from experiments.harness.optimizer import make_optimizer
 from lora_jax.adaptation import Adaptation
@@ -19,13 +19,13 @@ from lora_jax.trees import partition, trainable_mask
 
 
 class Trained(NamedTuple):
-  """What a run has trained.
+  """The outcome of a run's training.
 
   Attributes:
     fitted: the result of `fit`.
-    kept: the trainable tree of the best step or the last one, as the config wants.
-    loss: its validation loss, nats per token; or what else the evaluation has minimized.
-    fields: what `result.json` holds about training.
+    kept: the trainable tree of the best step or of the last one, as the config chooses.
+    loss: its validation loss, nats per token; or the evaluation's criterion.
+    fields: the part of `result.json` about training.
   """
 
   fitted: Fitted
@@ -40,7 +40,7 @@ def count(tree: PyTree) -> int:
 
 
 def count_trained(trainable: PyTree) -> int:
-  """Returns the number of trained parameters, without arrays that a variant holds frozen."""
+  """Returns the number of trained parameters; arrays that a variant keeps frozen do not count."""
   tree = {"base": None, "adapter": trainable}
   return count(partition(tree, trainable_mask(tree))[0])
 
@@ -73,20 +73,18 @@ def fit_run(
   """Trains in the run's folder, and saves the adapter if the method has one.
 
   Args:
-    config: of the run.
-    method: of `harness.methods`.
+    config: the run's config.
+    method: the row of `harness.methods`.
     loss: the method applied to a function `fn(params, batch) -> LossSum`.
-    params: of the base, placed on `mesh`.
+    params: the base params, placed on `mesh`.
     trainable: as `initialize` returns it. It is donated.
-    batches: of training.
+    batches: the training batches.
     mesh: as `make_mesh` returns it.
-    examples: what it is trained on, for the printed line: "4,000 lines".
-    num_train_steps: 0 is one for each batch.
-    keep: which checkpoint counts.
-    decays: as of `make_optimizer`.
-    eval_loss: as of `lora_jax.training.loop.fit`, as the two that follow.
-    eval_batches: see there.
-    evaluate: see there.
+    examples: the amount of training data, for the printed line: "4,000 lines".
+    num_train_steps: number of updates; 0 means one for each batch.
+    keep: the checkpoint that is kept.
+    decays: as in `make_optimizer`.
+    eval_loss, eval_batches, evaluate: as in `lora_jax.training.loop.fit`.
   """
   workdir, steps = Path(config.workdir), num_train_steps or len(batches)
   optimizer, schedule = make_optimizer(config.optimizer, steps, decays)
@@ -101,13 +99,7 @@ def fit_run(
     trainable,
     optimizer,
     iter(as_grain(batches)),  # pyright: ignore[reportArgumentType]
-    config=FitConfig(
-      num_train_steps=steps,
-      eval_every_steps=min(config.fit.eval_every_steps, steps),
-      checkpoint_every_steps=config.fit.checkpoint_every_steps,
-      log_every_steps=config.fit.log_every_steps,
-      accumulation_steps=config.fit.accumulation_steps,
-    ),
+    config=_fit_config(config.fit, steps),
     eval_loss=eval_loss,
     eval_batches=eval_batches,
     evaluate=evaluate,
@@ -129,3 +121,13 @@ def fit_run(
     "base": fitted.base,
   }
   return Trained(fitted, kept, fitted.best_loss if best else fitted.last_loss, fields)
+
+
+def _fit_config(fit: Fit, num_train_steps: int) -> FitConfig:
+  return FitConfig(
+    num_train_steps=num_train_steps,
+    eval_every_steps=min(fit.eval_every_steps, num_train_steps),
+    checkpoint_every_steps=fit.checkpoint_every_steps,
+    log_every_steps=fit.log_every_steps,
+    accumulation_steps=fit.accumulation_steps,
+  )

@@ -4,7 +4,7 @@
 --sweep                    one run for each of the config file's sweep(config)
 --sweep_shard=0/4          the first of four machines' shares of these runs
 --traceback                where an error was raised
---dry_run                  prints what would be done, of an experiment that can tell
+--dry_run                  prints what a run would do, where the experiment supports it
 """
 
 import argparse
@@ -45,13 +45,13 @@ def launch(
   shorthands: Mapping[str, str] | None = None,
   plan: Callable[[Config], None] | None = None,
 ) -> None:
-  """Runs an experiment as its command line says.
+  """Runs an experiment by its command line.
 
-  An error that was raised on purpose ends the program with its message alone and exit code 1.
+  An error that was raised on purpose ends the program with only its message, and exit code 1.
 
   Args:
     run: the experiment.
-    config_file: of its default config.
+    config_file: the file of its default config.
     shorthands: flags that stand for a field of the config: `{"model": "model.folder"}`.
     plan: prints what `run` would do, for `--dry_run`.
   """
@@ -88,7 +88,7 @@ def launch(
 
 
 def make_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
-  """Returns the parser of a command that has no config file."""
+  """Returns the parser of a command without a config file."""
   parser = argparse.ArgumentParser(
     prog=f"python -m experiments.{name}",
     description=description,
@@ -139,7 +139,7 @@ def _no_field(name: str, known: Iterable[str]) -> str:
 
 
 def _show_warnings() -> None:
-  """Shows this project's warnings, and of the libraries' messages the errors alone."""
+  """Shows this project's warnings, and only the errors of libraries."""
   logging.set_verbosity(logging.ERROR)
   handler = std_logging.StreamHandler()
   handler.setFormatter(std_logging.Formatter("%(levelname)s: %(message)s"))
@@ -151,7 +151,7 @@ def _show_warnings() -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-  """Ends the program with an error's message alone, if it says all."""
+  """Ends the program with only an error's message if that is meant for the user."""
   try:
     yield
   except Exception as error:
@@ -195,10 +195,10 @@ def apply(config: Config, changes: Mapping[str, Any]) -> Config:
 def settle(
   config: Config, default: Config, named: Collection[str]
 ) -> tuple[Config, dict[str, Any]]:
-  """Returns a config with its method's learning rate, and the fields that are no default.
+  """Returns a config with its method's learning rate, and the fields that differ from the defaults.
 
-  A config file's learning rate is that of its own method. The default of another method is a
-  multiple of it, by `harness.methods`, and holds unless `named` has the learning rate's field.
+  A config file's learning rate is that of its own method. Another method's default is a multiple
+  of it, by `harness.methods`, and applies unless `named` has the learning rate's field.
 
   Raises:
     ValueError: if the experiment does not have the method.
@@ -215,9 +215,9 @@ def settle(
 def _with_stored_rate(
   run: Config, default: Config, named: Collection[str]
 ) -> tuple[Config, list[str]]:
-  """Returns a settled run that resumes at its folder's learning rate, and what to print about it.
+  """Returns a settled run with its trained folder's learning rate, and lines to print about it.
 
-  Runs of other methods than the config file's were first stored with the file's learning rate.
+  Folders may be older than methods' own learning rates: they were trained at the config file's.
   """
   if "method" not in run or run.method == default.method or RATE in named:
     return run, []
@@ -232,9 +232,9 @@ def _with_stored_rate(
 
 
 def single_run(config: Config, default: Config, named: Collection[str]) -> Config:
-  """Returns the config of a run; its folder, if it names none, is named by what it changes.
+  """Returns the config of a run; an unnamed folder is named after the changed fields.
 
-  Prints the learning rate if it is not the config file's, and nobody named it.
+  Prints a learning rate that is neither named nor the config file's.
 
   Raises:
     ValueError: if a changed field has no effect on the method.
@@ -256,8 +256,8 @@ def sweep_runs(
   """Returns the configs of a config file's sweep.
 
   Raises:
-    ValueError: if the file has none, or a field that the sweep changes has no effect on that run's
-      method, or one that the command line changes has none on any run's.
+    ValueError: if the file has no sweep, a field that the sweep changes has no effect on that run's
+      method, or a field that the command line changes has no effect on any run's method.
   """
   if not hasattr(module, "sweep"):
     raise ValueError(f"{module.__file__} has no function sweep(config)")

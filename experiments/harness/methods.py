@@ -24,14 +24,14 @@ class Method:
   Attributes:
     label: in tables and plots.
     make: returns from a run's config what adapts a function; None trains nothing.
-    ignores: fields of configs, or whole sections, that its runs do not depend on.
-    owns_base: the trainable tree is the base itself, which is gone after training.
-    variant: of LoRA, which None is itself.
-    exports_adapter: PEFT has a format for what it trains.
-    has_servers: adapter servers, as vLLM, read that format.
-    learning_rate: its default, as a multiple of the config file's.
-    tried_learning_rates: by sweeps that tune it, as multiples of one rate for all methods.
-    experiments: that have it; None is all that adapt a base.
+    ignores: config fields, or whole sections, that have no effect on its runs.
+    owns_base: the trainable tree is the base itself, which training donates.
+    variant: the variant of LoRA; None is LoRA itself.
+    exports_adapter: PEFT has a format for its adapters.
+    has_servers: adapter servers such as vLLM read that format.
+    learning_rate: the default, as a multiple of the config file's.
+    tried_learning_rates: those of tuning sweeps, as multiples of one rate for all methods.
+    experiments: the experiments that have it; None is all that adapt a base.
   """
 
   label: str
@@ -64,7 +64,7 @@ class Method:
 
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
-  """Returns the LoRA of a config, or the variant of it, and the head that is trained with it."""
+  """Returns a config's LoRA or variant of LoRA, with the head that is trained with it."""
   lora = config.lora
   return lj.LoraConfig(
     lora.rank,
@@ -164,7 +164,7 @@ def default_learning_rate(learning_rate: float, tuned_for: str, name: str) -> fl
 
 
 def multiples(learning_rate: float, factors: Iterable[float]) -> list[float]:
-  """Returns multiples of a learning rate, without the last bits of the multiplication.
+  """Returns multiples of a learning rate, rounded to six digits.
 
   >>> multiples(1e-3, (0.03, 0.1, 0.3))
   [3e-05, 0.0001, 0.0003]

@@ -1,4 +1,4 @@
-"""What finished runs have trained, from their folders."""
+"""Reads the trained trees of finished runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +30,13 @@ def restore_trained(
   """Returns a finished run's trainable tree, and its validation loss if the run has one.
 
   Args:
-    config: of the run.
-    params: of its base, on `mesh`.
+    config: the run's config.
+    params: the base params, placed on `mesh`.
     trainable: as the method's `init` returns it.
-    mesh: that they are placed on.
+    mesh: the mesh of both trees.
     checkpoint: best or last.
-    saved: which of the two `adapter/` holds, of a method that has an adapter.
-    decays: as the run's optimizer has them.
+    saved: the checkpoint that `adapter/` holds, if the method saves an adapter.
+    decays: as in the run's optimizer.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
     ValueError: if the run is not finished, or of another base or another method.

@@ -1,7 +1,7 @@
-"""A run's folder: one process at a time, one config for ever.
+"""A run's folder: it belongs to one config, and is open to one process at a time.
 
-config.json      what was asked for           checkpoints/    by Orbax, never the base
-model.json       the base's configuration     adapter/        the trained tree alone
+config.json      the run's config             checkpoints/    by Orbax, never the base
+model.json       the base's configuration     adapter/        the trained tree only
 examples.json    the digest of the examples   peft/, base/    it or the model, for others
 metrics.jsonl    losses by step               predictions.txt one text for each input
 tensorboard/     the same                     model/          the model, fully trained
@@ -29,7 +29,7 @@ EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 
 @contextlib.contextmanager
 def open_workdir(config: RunConfig) -> Iterator[Path]:
-  """Makes or reopens the folder of a run, for this process alone.
+  """Makes or reopens a run's folder, and locks it for this process.
 
   Raises:
     RuntimeError: if another process works there.
@@ -57,11 +57,11 @@ def open_workdir(config: RunConfig) -> Iterator[Path]:
 
 
 def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-  """Returns a run's result: the stored one, or what `make` returns, which is then stored.
+  """Returns a run's stored result; if there is none, makes and stores it.
 
   Args:
-    config: of the run; `config.workdir` is the folder.
-    make: from the run's folder to what `result.json` is to hold.
+    config: the run's config; `config.workdir` is the folder.
+    make: a function from the run's folder to the result.
   Raises:
     RuntimeError, ValueError: as `open_workdir`.
   """
@@ -76,10 +76,10 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
 
 
 def check_same(path: Path, value: Any, label: str) -> None:
-  """Writes a JSON file about the inputs of a run; once the run has trained, compares them.
+  """Writes a JSON file about a run's inputs; once the run has trained, compares them.
 
   Raises:
-    ValueError: if it is something else by now.
+    ValueError: if they have changed since.
   """
   trained = has_trained(path.parent) and path.exists()
   previous = json.loads(path.read_text("utf-8")) if trained else value
@@ -92,17 +92,17 @@ def check_same(path: Path, value: Any, label: str) -> None:
 
 
 def has_trained(folder: Path) -> bool:
-  """Returns whether a folder has what a run has trained, even if only a part of it was removed."""
+  """Returns whether a folder holds anything that a run has trained."""
   return any((folder / name).exists() for name in ("checkpoints", "result.json", *EXPORTS))
 
 
 def check_model(workdir: Path, config: Any) -> None:
-  """Raises ValueError if a run that has trained is about to go on with another model config."""
+  """Raises ValueError if a run that has trained would resume with another model config."""
   check_same(workdir / "model.json", str(config), "model, by its config.json")
 
 
 def check_examples(workdir: Path, digest: str) -> None:
-  """Raises ValueError if a run that has trained is about to go on with other examples."""
+  """Raises ValueError if a run that has trained would resume with other examples."""
   check_same(workdir / "examples.json", digest, "examples, by its data or its tokenizer")
 
 
@@ -131,13 +131,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_result(folder: str | Path) -> dict[str, Any] | None:
-  """Returns the result of a run; None if it is not finished."""
+  """Returns a run's result; None if the run is not finished."""
   path = Path(folder) / "result.json"
   return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
-  """Returns the result of a run; raises ValueError if it is not finished."""
+  """Returns a run's result; raises ValueError if the run is not finished."""
   result = read_result(folder)
   if result is None:
     raise ValueError(f"{folder} is not finished: rerun its command, which resumes it")
@@ -145,7 +145,7 @@ def read_finished(folder: str | Path) -> dict[str, Any]:
 
 
 def stored_config(folder: str | Path) -> dict[str, Any]:
-  """Returns a run's config as it was stored; raises FileNotFoundError if the folder is no run's."""
+  """Returns a run's stored config; raises FileNotFoundError if the folder is not a run's."""
   path = Path(folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
@@ -156,7 +156,7 @@ def read_run(kind: type[Config], folder: str | Path) -> Config:
   """Returns the config of a run.
 
   Raises:
-    FileNotFoundError: if the folder is no run's.
+    FileNotFoundError: if the folder is not a run's.
     ValueError: if the run is of another experiment, or its config cannot be read.
   """
   stored = stored_config(folder)
@@ -171,7 +171,7 @@ def read_run(kind: type[Config], folder: str | Path) -> Config:
 
 
 def provenance() -> dict[str, str]:
-  """Returns what a result was made with: devices, JAX, and the commit of the code."""
+  """Returns the devices, the version of JAX and the code's commit, for a result."""
   device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return {"device": device, "jax": jax.__version__, "commit": commit()}
 

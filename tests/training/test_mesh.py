@@ -68,6 +68,30 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
   assert moments == [leaf.sharding for leaf in jax.tree.leaves(state.part)] * 2
 
 
+@pytest.mark.parametrize("name", ["lora", "full_finetuning"])
+def test_shapes_start_as_arrays_do(name):
+  """A plan's step has the state of a run's, with the same shardings, and no arrays."""
+  mesh = make_mesh(2, 2, 2)
+  loss, params = method(name)(language_model_loss(model()[0])), fresh_params()
+  params = jax.device_put(params, sharding_of(mesh)(params))
+  trainable = loss.init(jax.random.key(1), params, batches()[0])
+  params_shapes, trainable_shapes = (
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    for tree in (params, trainable)
+  )
+  if trainable is params:
+    trainable_shapes = params_shapes
+
+  def began(params, trainable):
+    state, _, _ = start(params, trainable, optax.adamw(1e-2), jax.random.key(0), mesh)
+    return state.part, state.opt_state
+
+  run, plan = began(params, trainable), began(params_shapes, trainable_shapes)
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(plan))
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding == b.sharding, True), run, plan)
+  jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), run, plan)
+
+
 def test_a_fingerprint_does_not_depend_on_the_mesh():
   params = fresh_params()
   expected = fingerprint(params)
