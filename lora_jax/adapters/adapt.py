@@ -11,12 +11,12 @@ A variant sees one weight and its arrays. Paths, layer subsets, dropout and its 
 import dataclasses
 import enum
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
@@ -26,13 +26,12 @@ from lora_jax.adapters.delta import (
   LoraWeight,
   Site,
   Variant,
-  adapted_layers,
   adapter_extra,
   adapter_weights,
   copied,
-  named_factors,
 )
 from lora_jax.adapters.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
+from lora_jax.adapters.layers import spread_layers, spread_term, sum_with_weight
 from lora_jax.adapters.shardings import array_sharding
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
@@ -167,37 +166,33 @@ def adapted_weight(
   are padded, the stack itself is left as it is.
   """
   axes, layers = weight.axes, weight.layers
-  part = Factored(adapted_layers(w, axes, layers), source)
-  part = variant.weight(part, named_factors(weight), scaling)
-  terms, gain = part.terms, part.gain
+  if not isinstance(scaling, int | float):
+    scaling = jnp.asarray(scaling, jnp.float32)
+  made = variant.weight(Factored(w, source), _named_factors(w, weight), scaling)
+  terms, gain = made.terms, made.gain
   if layers is not None:
     dim = axes.batch[0]
-    terms = tuple(_term_among_zeros(term, dim, layers, w.shape[dim]) for term in terms)
+    terms = tuple(spread_term(term, dim, layers, w.shape[dim]) for term in terms)
     if gain is not None and dim in gain.dims:
-      gain = _among(gain, dim, layers, w.shape[dim], 1.0)
+      gain = spread_layers(gain, dim, layers, w.shape[dim], 1.0)
     elif gain is not None:
       raise ValueError(f"{source}: the gain of some layers of a stack needs the stack's axis")
   return Factored(w, source, terms, gain)
 
 
-def _term_among_zeros(term: Term, dim: int, layers: tuple[int, ...], count: int) -> Term:
-  factors = [_among(f, dim, layers, count, 0.0) if dim in f.dims else f for f in term.factors]
-  if not any(dim in factor.dims for factor in term.factors):  # one factor for all the layers
-    ones = Factor(jnp.ones((len(layers),), jnp.float32), (dim,))
-    factors[0] = factors[0] * _among(ones, dim, layers, count, 0.0)
-  return dataclasses.replace(term, factors=tuple(factors))
+def _named_factors(w: jax.Array, weight: LoraWeight) -> SimpleNamespace:
+  """Returns a node's arrays as labelled factors, for a variant's equation."""
+  axes, layers = weight.axes, weight.layers
+  factors = {
+    spec.name: Factor(weight.arrays[spec.name], axes.labels(spec.words), spec.frozen)
+    for spec in weight.table
+  }
+  dim = None if layers is None else axes.batch[0]
 
+  def contract(factor: Factor, labels: Sequence[int]) -> Factor:
+    return sum_with_weight(w, factor, labels, dim, layers or ())
 
-def _among(factor: Factor, dim: int, layers: tuple[int, ...], count: int, fill: float) -> Factor:
-  """Returns a factor of `count` layers: its own at the indices `layers`, `fill` elsewhere."""
-  x, axis = factor.array, factor.axis(dim)
-  rest = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)  # of x's sharding
-  position = {layer: i for i, layer in enumerate(layers)}
-  pieces = [
-    lax.slice_in_dim(x, position[i], position[i] + 1, axis=axis) if i in position else rest
-    for i in range(count)
-  ]
-  return dataclasses.replace(factor, array=jnp.concatenate(pieces, axis=axis))
+  return SimpleNamespace(axes=axes, sum_with_weight=contract, **factors)
 
 
 def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -> LoraWeight:
@@ -209,16 +204,18 @@ def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -
     initialize = embedding
   site = Site(target.path, target.leaf, axes, target.rank, target.stacked_layers, initialize)
   arrays = dict(variant.start(key, site))
-  trained = {id(arrays[spec.name]) for spec in variant.table if not spec.frozen}
-  sharding = leaf_sharding(target.leaf)
+  if set(arrays) != set(variant.arrays):
+    raise ValueError(
+      f"{target.path}: start of {variant.table} gave the arrays {', '.join(sorted(arrays))}"
+    )
+  sharding, seen = leaf_sharding(target.leaf), {id(target.leaf)}
   for spec in variant.table:
-    shape = site.array_shape(spec.words, **variant.sizes(site))
-    if arrays[spec.name].shape != shape:
-      got = arrays[spec.name].shape
-      raise ValueError(f"{target.path}: init gave {spec.name} {got}, expected {shape}")
-    array = arrays[spec.name]
-    if spec.frozen and id(array) in trained:
-      array = jnp.copy(array)  # a step donates the trained one
+    array, shape = arrays[spec.name], site.array_shape(spec.words, **variant.sizes(site))
+    if array.shape != shape:
+      raise ValueError(f"{target.path}: init gave {spec.name} {array.shape}, expected {shape}")
+    if id(array) in seen:
+      array = jnp.copy(array)  # a step donates what is trained: no two may be one buffer
+    seen.add(id(array))
     where = array_sharding(sharding, spec.words, axes, site.layers)
     arrays[spec.name] = place(array.astype(jnp.float32), where)
   return LoraWeight.from_arrays(arrays, variant.table, axes, site.layers)

@@ -9,12 +9,11 @@ from jaxtyping import PyTree
 from lora_jax.adapters.delta import (
   LORA_TABLE,
   LoraWeight,
-  Table,
   Variant,
   adapter_extra,
   adapter_weights,
-  stored_shape,
 )
+from lora_jax.adapters.layers import stored_shape
 from lora_jax.adapters.targets import Target
 from lora_jax.axes import INNER, LoraAxes
 
@@ -60,8 +59,8 @@ def check_plain(path: str, weight: LoraWeight, operation: str) -> None:
   """Raises ValueError unless a weight is adapted by plain LoRA, where only that has a meaning."""
   if not weight.is_plain:
     raise ValueError(
-      f"{path} is adapted by a variant with the arrays {', '.join(weight.arrays)}, and {operation} "
-      "is for plain LoRA: a sum of such adapters is not one of them. Use lora_jax.convert first"
+      f"{path} is adapted by {weight.table}, and {operation} is for plain LoRA: a sum of such "
+      "adapters is not one of them. Use lora_jax.convert first"
     )
 
 
@@ -99,10 +98,9 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
   variant, shape = target.variant, tuple(target.leaf.shape)
   expected = LORA_TABLE if variant is None else variant.table
   if weight.table != expected:
-    name = "LoRA" if variant is None else variant.name
     return [
-      f"other variant: {path} has the arrays {table_names(weight.table)}; {name} has "
-      f"{table_names(expected)}. Give the config the adapter's variant, LoraConfig(variant=...)"
+      f"other variant: {path} is {weight.table}, the config's is {expected}. Give the config the "
+      "adapter's variant, LoraConfig(variant=...)"
     ]
   axes = weight.axes
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
@@ -131,8 +129,3 @@ def _shapes(
     wanted = weight.axes.array_shape(spec.words, shape, dict.fromkeys(INNER, -1) | sizes)
     shapes.append((spec.name, got, wanted))
   return shapes
-
-
-def table_names(table: Table) -> str:
-  """Returns the names of a table's arrays, for messages."""
-  return ", ".join(spec.name for spec in table)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lora_jax.adapters.delta import Variant
 from lora_jax.adapters.initializers import BY_NAME, Initializer
-from lora_jax.axes import LoraAxes
+from lora_jax.axes import INNER, LoraAxes
 from lora_jax.trees import as_patterns, near
 
 Init = Literal["kaiming_uniform", "gaussian", "original_code"] | Initializer
@@ -120,6 +120,19 @@ def _check(rank, alpha, init, dropout) -> None:
 def _check_variant(variant: Any) -> None:
   if variant is not None and not isinstance(variant, Variant):
     raise ValueError(f"variant must be a lora_jax.Variant, as lora_jax.DORA, got {variant!r}")
+  if variant is None:
+    return
+  words = {word for axes in variant.arrays.values() for word in axes.split()}
+  if unknown := words - {"batch", "in", "out", *INNER}:
+    raise ValueError(
+      f"variant {variant.name}: unknown axes {', '.join(sorted(unknown))}; expected batch, in, "
+      f"out, {', '.join(INNER)}"
+    )
+  if isinstance(variant.frozen, str) or not set(variant.frozen) <= set(variant.arrays):
+    raise ValueError(
+      f"variant {variant.name}: frozen={variant.frozen!r} must be a collection of names of its "
+      f"arrays, {', '.join(variant.arrays)}"
+    )
 
 
 def _check_layers(name: str, layers: Sequence[int] | None) -> None:

@@ -7,14 +7,14 @@ A variant of LoRA is a table of axes and two pure functions:
     weight(w, p, scaling)       the paper's equation: w + scaling * (p.lora_a @ p.lora_b)
 
 In `weight`, w is the frozen weight, a `Factored`; each `p.name` is a `Factor` with labelled axes,
-and `p.axes` says which of the weight's axes are inputs and outputs. Everything else follows from
+`p.axes` says which of the weight's axes are inputs and outputs, and `p.sum_with_weight(factor,
+labels)` contracts a factor with the weight itself. Everything else follows from
 the table: shapes and their checks, shardings, the form on disk, the summary, the optimizer's mask;
 `apply` hands the result of `weight` to the engine, and `merge` materializes it.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from lora_jax.adapters.initializers import Initializer
+from lora_jax.adapters.layers import adapted_layers, stored_shape
 from lora_jax.axes import RANK, LoraAxes
 from lora_jax.transform.factored import Factored
-from lora_jax.transform.factors import Factor
 from lora_jax.trees import FrozenKey, leaves_with_path
 
 
@@ -76,6 +76,11 @@ class Site:
     return adapted_layers(jnp.asarray(self.leaf), self.axes, self.layers)
 
 
+def _no_sizes(site: Site) -> Mapping[str, int]:
+  del site
+  return {}
+
+
 class Variant(NamedTuple):
   """A variant of LoRA: which arrays it has, how they start, and the weight they make.
 
@@ -94,12 +99,16 @@ class Variant(NamedTuple):
   start: Callable[[PRNGKeyArray, Site], Mapping[str, jax.Array]]
   weight: Callable[[Factored, Any, Any], Factored]
   frozen: Collection[str] = ()
-  sizes: Callable[[Site], Mapping[str, int]] = lambda site: {}
+  sizes: Callable[[Site], Mapping[str, int]] = _no_sizes
 
   @property
   def table(self) -> "Table":
-    """The static form of `arrays` and `frozen`, which a node carries."""
-    return tuple(ArraySpec(name, words, name in self.frozen) for name, words in self.arrays.items())
+    """The static form of a variant, which a node carries."""
+    specs = (ArraySpec(name, words, name in self.frozen) for name, words in self.arrays.items())
+    return Table(self.name, tuple(specs))
+
+  def __hash__(self) -> int:
+    return hash(self.name)
 
 
 class ArraySpec(NamedTuple):
@@ -110,8 +119,23 @@ class ArraySpec(NamedTuple):
   frozen: bool = False
 
 
-Table = tuple[ArraySpec, ...]
-LORA_TABLE: Table = (ArraySpec("lora_a", "batch in rank"), ArraySpec("lora_b", "batch rank out"))
+@dataclass(frozen=True)
+class Table:
+  """The arrays of a variant, in order, and the variant's name."""
+
+  variant: str
+  specs: tuple[ArraySpec, ...]
+
+  def __iter__(self) -> Iterator[ArraySpec]:
+    return iter(self.specs)
+
+  def __str__(self) -> str:
+    return f"{self.variant} ({', '.join(spec.name for spec in self.specs)})"
+
+
+LORA_TABLE = Table(
+  "LoRA", (ArraySpec("lora_a", "batch in rank"), ArraySpec("lora_b", "batch rank out"))
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -193,8 +217,12 @@ class LoraWeight:
 
   @property
   def is_plain(self) -> bool:
-    """Whether it is a pair A, B and nothing more, as LoRA has it."""
+    """Whether it is plain LoRA's."""
     return self.table == LORA_TABLE
+
+  @property
+  def has_rank(self) -> bool:
+    return any(RANK in self.axes.labels(spec.words) for spec in self.table)
 
   @property
   def rank(self) -> int:
@@ -202,7 +230,7 @@ class LoraWeight:
       labels = self.axes.labels(spec.words)
       if RANK in labels:
         return self.arrays[spec.name].shape[labels.index(RANK)]
-    raise ValueError(f"an adapted weight with {', '.join(self.arrays)} has no rank")
+    raise ValueError(f"the arrays of {self.table} have no rank")
 
 
 def is_lora_weight(node: Any) -> bool:
@@ -226,27 +254,3 @@ def copied(name: str, leaf: Any) -> jax.Array:
   if isinstance(leaf, jax.ShapeDtypeStruct):
     raise ValueError(f"{name} is copied by init and needs a real array, got {leaf}")
   return jnp.copy(leaf)
-
-
-def stored_shape(
-  shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None
-) -> tuple[int, ...]:
-  """Returns the weight's shape with the layer axis cut to the adapted layers."""
-  sizes = list(shape)
-  if layers is not None:
-    sizes[axes.batch[0]] = len(layers)
-  return tuple(sizes)
-
-
-def adapted_layers(w: jax.Array, axes: LoraAxes, layers: Sequence[int] | None) -> jax.Array:
-  """Returns the adapted layers of a weight."""
-  return w if layers is None else jnp.take(w, jnp.asarray(layers), axis=axes.batch[0])
-
-
-def named_factors(weight: LoraWeight) -> SimpleNamespace:
-  """Returns a node's arrays as labelled factors, for a variant's equation."""
-  factors = {
-    spec.name: Factor(weight.arrays[spec.name], weight.axes.labels(spec.words), spec.frozen)
-    for spec in weight.table
-  }
-  return SimpleNamespace(axes=weight.axes, **factors)

@@ -10,8 +10,13 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from lora_jax.adapters.checks import table_names
-from lora_jax.adapters.delta import LORA_TABLE, ArraySpec, LoraWeight, is_lora_weight
+from lora_jax.adapters.delta import (
+  LORA_TABLE,
+  ArraySpec,
+  LoraWeight,
+  Table,
+  is_lora_weight,
+)
 from lora_jax.axes import LoraAxes
 from lora_jax.trees import key_parts, leaves_with_path, nest
 
@@ -41,6 +46,7 @@ def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
       axes = {name: list(dims) for name, dims in node.axes._asdict().items()}
       table = [spec._asdict() for spec in node.table]
       entries[path] = {"keys": keys, "axes": axes, "layers": layers, "arrays": table}
+      entries[path]["variant"] = node.table.variant
     else:
       leaves = {path: node}
       entries[path] = {"keys": keys}
@@ -77,7 +83,7 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
     if "axes" in entry:
       node_axes = LoraAxes(**{name: tuple(dims) for name, dims in entry["axes"].items()})
       layers = None if entry["layers"] is None else tuple(entry["layers"])
-      table = tuple(ArraySpec(**spec) for spec in entry["arrays"])
+      table = Table(entry["variant"], tuple(ArraySpec(**spec) for spec in entry["arrays"]))
       named = dict(zip((spec.name for spec in table), leaves, strict=True))
       node = LoraWeight.from_arrays(named, table, node_axes, layers)
       items.append((tuple(entry["keys"]), node))
@@ -102,8 +108,11 @@ def _entries(axes: str) -> dict[str, Any]:
       raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
     leaves = data["leaves"]
     if data["version"] == 1:
-      plain = [spec._asdict() for spec in LORA_TABLE]
-      leaves = {p: {**e, "arrays": plain} if "axes" in e else e for p, e in leaves.items()}
+      plain = {
+        "arrays": [spec._asdict() for spec in LORA_TABLE],
+        "variant": LORA_TABLE.variant,
+      }
+      leaves = {path: e | plain if "axes" in e else e for path, e in leaves.items()}
     return leaves
   except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
@@ -123,8 +132,7 @@ def _differences(trainable: PyTree, like: PyTree) -> Iterable[str]:
       yield f"other kind: {path} is a {type(node).__name__}"
       continue
     if is_lora_weight(node) and node.table != like_node.table:
-      names = table_names(node.table), table_names(like_node.table)
-      yield f"other variant: {path} has the arrays {names[0]}, expected {names[1]}"
+      yield f"other variant: {path} is {node.table}, expected {like_node.table}"
       continue
     if is_lora_weight(node) and (node.axes, node.layers) != (like_node.axes, like_node.layers):
       yield f"other axes: {path} has {node.axes}, expected {like_node.axes}"

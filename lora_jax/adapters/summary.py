@@ -55,8 +55,9 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
     count = sum(map(_size, arrays.values()))
     adapted += count
     shapes = (_shape(arrays[name]) if name in arrays else "" for name in names)
-    scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{weight.rank}"
-    numbers = (str(weight.rank), scaling, f"{count:,}", _share(count, total))
+    rank = str(weight.rank) if weight.has_rank else ""
+    scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{rank}"
+    numbers = (rank, scaling if rank else "", f"{count:,}", _share(count, total))
     rows.append((path, _shape(base[path]), *shapes, *numbers))
   if adapted:
     rows.append(("adapter", *blank, "", f"{adapted:,}", _share(adapted, total)))

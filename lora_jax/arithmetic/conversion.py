@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, PyTree
 from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
-from lora_jax.adapters.delta import LoraWeight, adapted_layers, adapter_extra, adapter_weights
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
+from lora_jax.adapters.layers import adapted_layers
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.trees import nest
 from lora_jax.variants.lora import LORA
@@ -77,6 +78,8 @@ def _converted(
   target: Target, weight: LoraWeight, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, Float[Array, ""]]:
   """Returns the factors nearest to a weight's difference, and their relative error."""
+  if isinstance(target.leaf, jax.ShapeDtypeStruct):
+    raise ValueError(f"{target.path}: convert needs the base's real params, and got their shapes")
   axes = weight.axes
   wide = jnp.asarray(target.leaf, jnp.promote_types(target.leaf.dtype, jnp.float32))
   merged = merge_weight(wide, weight, target.variant or LORA, target.scaling)

@@ -102,6 +102,8 @@ class Factored:
   # ---- a variant's equation: w + s * (a @ b), v * gain ---------------------------------------
 
   def __add__(self, term: Term) -> "Factored":
+    if self.gain is not None:
+      raise ValueError("a term is added before the gain: (w + term) * gain")
     return dataclasses.replace(self, terms=(*self.terms, term))
 
   def __sub__(self, term: Term) -> "Factored":
@@ -251,12 +253,13 @@ class Factored:
   def input(self, x: jax.Array) -> jax.Array:
     """Returns a layer's input in the dtype of its low-rank branch.
 
-    That is its own, unless the weight's is wider or the input is of integers.
+    That is its own, unless the weight's is wider or the input is of integers; bfloat16 for float8,
+    in which the products of A and B would be lost.
     """
-    wide_enough = x.dtype.itemsize >= self.dtype.itemsize
-    if jnp.issubdtype(x.dtype, jnp.inexact) and wide_enough:
-      return x
-    return x.astype(jnp.promote_types(x.dtype, self.dtype))
+    dtype = self.dtype if self.dtype.itemsize > 1 else jnp.bfloat16
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+      return x.astype(jnp.promote_types(x.dtype, dtype))
+    return x if x.dtype.itemsize >= max(self.dtype.itemsize, 2) else x.astype(dtype)
 
   def materialize(self) -> jax.Array:
     """Returns the weight as one array. Only for merging, lookups and `on_unhandled`."""
@@ -293,7 +296,7 @@ def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
   scale = gain.along(tuple(label for label in labels if label in gain.labels))
   axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
   scale = resharded(lax.broadcast_in_dim(scale, array.shape, axes), array)
-  wide = jnp.promote_types(array.dtype, jnp.float32)
+  wide = array.dtype if array.dtype.itemsize > 2 else jnp.float32
   return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
 
 

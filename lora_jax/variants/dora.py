@@ -13,6 +13,7 @@ model, to the bit. |V| is a constant for gradients (sec. 4.3). It comes from the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.adapt import adapt
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
-from lora_jax.axes import RANK, RANK2
+from lora_jax.axes import RANK, RANK2, LoraAxes
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.factors import Factor
 from lora_jax.transform.interpreter import OpaqueRule
@@ -37,36 +38,38 @@ ARRAYS = LORA_ARRAYS | {"magnitude": "batch out", "norm_squared": "batch out"}
 
 
 def weight(w: Factored, p: Any, scaling: Any) -> Factored:
-  """Returns `(W + scaling * A B) * (m / |W + scaling * A B|)` (eq. 5)."""
+  """Returns `(W + scaling * A B) * (m / |W + scaling * A B|)` (eq. 5).
+
+  Where |V| is 0, as of an output that starts at zero, V is left as it is.
+  """
   v = lora_weight(w, p, scaling)
-  return v * (p.magnitude / norm(w, p, scaling))
+  squared = norm_squared(p, scaling)
+  is_zero = squared <= 0
+  # Without the barrier XLA turns m / sqrt(x) into m * rsqrt(x), which is not 1 at step 0.
+  norm = lax.optimization_barrier(jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
+  gain = jnp.where(is_zero, 1.0, p.magnitude.array / norm)
+  return v * Factor(gain, p.magnitude.labels)
 
 
-def norm(w: Factored, p: Any, scaling: Any) -> Factor:
-  """Returns |V|, (batch, out), a constant for gradients."""
+def norm_squared(p: Any, scaling: Any) -> jax.Array:
+  """Returns |V|^2, (batch..., out...), a constant for gradients."""
   a, b, axes = p.lora_a, p.lora_b, p.axes
-  base = Factor(w.base, tuple(range(w.ndim)))
-  narrow = dataclasses.replace(a, array=a.array.astype(w.dtype))  # no copy of W in float32
-  cross = narrow.sum_over(base, axes.inputs).sum_over(b, (RANK,))
+  cross = p.sum_with_weight(a, axes.inputs).sum_over(b, (RANK,))
   gram = a.sum_over(a.relabel({RANK: RANK2}), axes.inputs)
   square = gram.sum_over(b, (RANK,)).sum_over(b.relabel({RANK: RANK2}), (RANK2,))
-  labels = p.norm_squared.labels
-  total = p.norm_squared.array + 2 * scaling * cross.along(labels)
-  total = lax.stop_gradient(total + scaling**2 * square.along(labels))
-  # Without the barrier XLA turns m / sqrt(total) into m * rsqrt(total), which is not 1 at step 0.
-  return Factor(lax.optimization_barrier(jnp.sqrt(total)), labels)
+  start, labels = p.norm_squared.array, p.norm_squared.labels
+  added = 2 * scaling * cross.along(labels) + scaling**2 * square.along(labels)
+  return lax.stop_gradient(start + added.astype(start.dtype))
 
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
   """Returns A and B of LoRA, the magnitude |W|, and |W|^2; needs real params."""
-  norm_squared = column_norm_squared(site.weight, site.axes)
-  return lora_start(key, site) | {
-    "magnitude": jnp.sqrt(norm_squared),
-    "norm_squared": norm_squared,
-  }
+  squared = column_norm_squared(site.weight, site.axes)
+  return lora_start(key, site) | {"magnitude": jnp.sqrt(squared), "norm_squared": squared}
 
 
-def column_norm_squared(w: jax.Array, axes: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="axes")
+def column_norm_squared(w: jax.Array, axes: LoraAxes) -> jax.Array:
   """Returns |W|^2 over the inputs, (batch..., out...), float32."""
   total = jnp.sum(jnp.square(w.astype(jnp.float32)), axis=axes.inputs)
   kept = sorted((*axes.batch, *axes.outputs))
@@ -94,4 +97,8 @@ def dora(
   >>> bool((adapted.apply(params, trainable, jnp.ones((3, 8))) == 8.0).all())
   True
   """
+  if config.variant not in (None, DORA):
+    raise ValueError(
+      f"dora got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
+    )
   return adapt(fn, dataclasses.replace(config, variant=DORA), DORA, opaque)

@@ -21,7 +21,7 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.trees import label
+from lora_jax.trees import FrozenKey, key_parts
 
 ARRAYS = {"lora_a": "batch in rank", "lora_b": "batch rank out"}
 
@@ -100,7 +100,17 @@ def lora_plus(
   def faster(step: Any) -> Any:
     return ratio * (learning_rate(step) if callable(learning_rate) else learning_rate)
 
+  def group(keys: Any, leaf: Any) -> str:
+    del leaf
+    if any(isinstance(key, FrozenKey) for key in keys):
+      return "held"
+    return "b" if key_parts(keys)[-1] == "lora_b" else "other"
+
   return optax.partition(
-    {"b": make_optimizer(faster), "other": make_optimizer(learning_rate)},
-    lambda tree: label(tree, {r".*lora_b": "b", r".*": "other"}),
+    {
+      "b": make_optimizer(faster),
+      "other": make_optimizer(learning_rate),
+      "held": optax.set_to_zero(),
+    },
+    lambda tree: jax.tree_util.tree_map_with_path(group, tree),
   )

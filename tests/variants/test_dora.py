@@ -1,7 +1,9 @@
 """DoRA: the paper's formula, the base at step 0 to the bit, and what of it is trained."""
 
+import dataclasses
 import functools
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ import pytest
 
 import lora_jax as lj
 
+from tests import toy_variants as toys
+from tests.jaxprs import count_of_sizes
 from tests.paths import ROOT
 from tests.toy_models import make_params, relative_difference, scanned, tokens, unrolled
 
@@ -191,7 +195,7 @@ def test_the_config_names_the_variant():
     lj.lora(dense, config).apply(params, trainable, x),
     lj.dora(dense, CONFIG).apply(params, trainable, x),
   )
-  message = r"other variant: w has the arrays lora_a, lora_b, magnitude, norm_squared; LoRA"
+  message = r"other variant: w is DoRA \(lora_a, lora_b, magnitude, norm_squared\), the config's is"
   with pytest.raises(ValueError, match=message):
     lj.lora(dense, CONFIG).apply(params, trainable, x)
   with pytest.raises(ValueError, match=r"variant must be a lora_jax.Variant, as lora_jax.DORA"):
@@ -233,7 +237,7 @@ def test_summary_shardings_and_disk_follow_from_the_table():
   again = lj.unpack(arrays, axes, like=trainable)
   jax.tree.map(np.testing.assert_array_equal, again, trainable)
   plain = lj.lora(dense, CONFIG).init(KEY, params, x)
-  with pytest.raises(ValueError, match=r"other variant: w has the arrays .*norm_squared, exp"):
+  with pytest.raises(ValueError, match=r"other variant: w is DoRA .*, expected LoRA \(lora_a"):
     lj.unpack(arrays, axes, like=plain)
 
 
@@ -247,7 +251,7 @@ def converted(**options):
 
 def test_arithmetic_is_for_plain_lora_and_convert_leads_there():
   params, x, config, trainable, (plain, low_rank, errors) = converted(energy=1.0)
-  with pytest.raises(ValueError, match=r"w is adapted by a variant .* Use lora_jax.convert first"):
+  with pytest.raises(ValueError, match=r"w is adapted by DoRA .* Use lora_jax.convert first"):
     lj.weighted_sum([(config, trainable)], [1.0], params)
   assert plain.variant is None
   assert low_rank["w"].is_plain
@@ -286,3 +290,60 @@ def test_convert_takes_layers_one_by_one():
   expected = scanned(lj.lora(scanned, config).merge(params, trainable), tokens())
   assert relative_difference(out, expected) < 1e-4
   assert float(errors["blocks/attn/query/kernel"]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_output_that_starts_at_zero_stays_finite(dtype):
+  params, x = example(dtype)
+  params = {"w": params["w"].at[:, 2].set(0)}
+  dora = lj.dora(dense, CONFIG)
+  trainable = dora.init(KEY, params, x)
+  out, grads = jax.jit(
+    jax.value_and_grad(lambda t: jnp.sum(dora.apply(params, t, x).astype(jnp.float32) ** 2))
+  )(trainable)
+  assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves((out, grads)))
+  np.testing.assert_array_equal(dora.apply(params, trainable, x), dense(params, x))
+  merged = dora.merge(params, moved(trainable))["w"]
+  assert bool(jnp.all(jnp.isfinite(merged)))
+
+
+def test_scalings_of_any_dtype():
+  params, x = example()
+  dora = lj.dora(dense, CONFIG)
+  trainable = moved(dora.init(KEY, params, x))
+  expected = dora.apply(params, trainable, x, scaling=100.0)
+  for dtype in (jnp.float16, jnp.int8, jnp.float32):
+    out = dora.apply(params, trainable, x, scaling=dtype(100))
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_float64_weights():
+  with jax.enable_x64(True):
+    params, x = example(jnp.float64)
+    dora = lj.dora(dense, CONFIG)
+    trainable = dora.init(KEY, params, x)
+    np.testing.assert_array_equal(dora.apply(params, trainable, x), dense(params, x))
+
+
+def test_layers_that_are_left_alone_are_not_copied():
+  params = make_params(stacked=True)
+  config = lj.LoraConfig(4, 8.0, r"blocks/attn/query/kernel", stacked_layers=[0, 2])
+  dora = lj.dora(scanned, config)
+  trainable = dora.init(KEY, params, tokens())
+  jaxpr = jax.make_jaxpr(dora.apply)(params, trainable, tokens())
+  assert count_of_sizes(jaxpr, {2 * 24 * 24}) == 0
+  copied = jax.make_jaxpr(lambda w: jnp.take(w, jnp.array([0, 2]), axis=0))
+  stack = params["blocks"]["attn"]["query"]["kernel"]
+  assert count_of_sizes(copied(stack), {2 * 24 * 24}) > 0  # the count can tell
+
+
+def test_dora_of_a_config_of_another_variant():
+  config = lj.LoraConfig(rank=3, alpha=6.0, target="w", variant=toys.GAIN_OUT)
+  with pytest.raises(ValueError, match="dora got a config of another variant, gain over batch out"):
+    lj.dora(dense, config)
+
+
+def test_a_config_with_a_variant_can_be_hashed_and_pickled():
+  config = lj.LoraConfig(rank=3, alpha=6.0, target="w", variant=lj.DORA)
+  assert hash(config) == hash(dataclasses.replace(config))
+  assert pickle.loads(pickle.dumps(config)) == config

@@ -41,3 +41,13 @@ def test_lora_plus_trains_b_faster(schedule):
   np.testing.assert_allclose(updates["first"].lora_a, -0.1, rtol=1e-6)
   np.testing.assert_allclose(updates["first"].lora_b, -0.8, rtol=1e-6)
   np.testing.assert_allclose(updates["second"], -0.1, rtol=1e-6)
+
+
+def test_lora_plus_leaves_what_an_adapter_holds_alone():
+  config = lj.LoraConfig(rank=2, alpha=2.0, target="first", variant=lj.DORA)
+  trainable = lj.lora(fn, config).init(KEY, PARAMS, X)
+  optimizer = lj.lora_plus(lambda rate: optax.adamw(rate, weight_decay=0.5), 0.1)
+  grads = jax.tree.map(jnp.zeros_like, trainable)
+  updates, _ = optimizer.update(grads, optimizer.init(trainable), trainable)
+  assert not bool(updates["first"].norm_squared.any())
+  assert bool(updates["first"].magnitude.any())

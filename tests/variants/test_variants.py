@@ -146,3 +146,87 @@ def test_a_variant_on_a_layer_kind(name, kind):
   else:
     with pytest.raises(lj.UnsupportedOperation, match=reason):
       prepared(name, kind)
+
+
+WORDS = {"lora_a": "batch in rank", "lora_b": "batch rank out"}
+
+
+def variant(**changes):
+  settings = {
+    "name": "thrice LoRA",
+    "arrays": WORDS,
+    "start": lambda key, site: toys.draw(key, site, WORDS),
+    "weight": lambda w, p, scaling: w + 3 * scaling * (p.lora_a @ p.lora_b),
+  }
+  return lj.Variant(**settings | changes)
+
+
+def adapted(variant):
+  config = lj.LoraConfig(2, 2.0, "w", variant=variant)
+  fn = lambda params, x: x @ params["w"]  # noqa: E731
+  params, x = {"w": normal(6, 4)}, normal(3, 6)
+  return fn, config, lj.lora(fn, config), params, x
+
+
+def test_variants_with_the_same_arrays_are_told_apart():
+  fn, config, thrice, params, x = adapted(variant())
+  trainable = thrice.init(jax.random.key(0), params, x)
+  plain = lj.LoraConfig(2, 2.0, "w")
+  with pytest.raises(ValueError, match=r"w is thrice LoRA .*, the config's is LoRA"):
+    lj.lora(fn, plain).apply(params, trainable, x)
+  with pytest.raises(ValueError, match=r"w is adapted by thrice LoRA .*, and arithmetic of fac"):
+    lj.weighted_sum([(config, trainable)], [1.0], params)
+  arrays, axes = lj.pack(trainable)
+  other = lj.lora(fn, plain).init(jax.random.key(0), params, x)
+  with pytest.raises(ValueError, match=r"w is thrice LoRA .*, expected LoRA"):
+    lj.unpack(arrays, axes, like=other)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"frozen": ("typo",)}, r"frozen=\('typo',\) must be a collection of names of its arrays"),
+    ({"frozen": "lora_a"}, "frozen='lora_a' must be a collection of names"),
+    (
+      {"arrays": {"lora_a": "in ranks"}},
+      "unknown axes ranks; expected batch, in, out, rank, rank2",
+    ),
+  ],
+)
+def test_a_variant_that_makes_no_sense_is_refused(changes, message):
+  with pytest.raises(ValueError, match=rf"variant thrice LoRA: {message}"):
+    adapted(variant(**changes))
+
+
+def test_a_start_that_lacks_an_array_is_refused():
+  *_, lora, params, x = adapted(variant(start=lambda key, site: {"lora_a": jnp.ones((6, 2))}))
+  with pytest.raises(ValueError, match=r"w: start of thrice LoRA .* gave the arrays lora_a$"):
+    lora.init(jax.random.key(0), params, x)
+
+
+def test_a_term_is_added_before_the_gain():
+  words = WORDS | {"gain": "batch out"}
+  late = variant(
+    arrays=words,
+    start=lambda key, site: toys.draw(key, site, words),
+    weight=lambda w, p, s: w * p.gain + s * (p.lora_a @ p.lora_b),
+  )
+  *_, lora, params, x = adapted(late)
+  with pytest.raises(ValueError, match="a term is added before the gain"):
+    lora.init(jax.random.key(0), params, x)
+
+
+def test_no_two_arrays_are_one_buffer():
+  """A step donates what is trained; the base stays."""
+  words = {"first": "batch out", "second": "batch out", "copy": "batch in out"}
+
+  def start(key, site):
+    ones = jnp.ones(site.array_shape("batch out"))
+    return {"first": ones, "second": ones, "copy": site.weight}
+
+  *_, lora, params, x = adapted(
+    variant(arrays=words, start=start, weight=lambda w, p, s: w * (p.first * p.second))
+  )
+  node = lora.init(jax.random.key(0), params, x)["w"]
+  arrays = [*node.arrays.values(), params["w"]]
+  assert len({array.unsafe_buffer_pointer() for array in arrays}) == 4

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
-from lora_jax.adapters.delta import LoraWeight, adapted_layers
+from lora_jax.adapters.delta import LoraWeight, Table
+from lora_jax.adapters.layers import adapted_layers
 from lora_jax.axes import LoraAxes
 from lora_jax.interop.peft.config import PeftConfig, parse
 from lora_jax.interop.peft.modules import (
@@ -35,7 +36,9 @@ from lora_jax.trees import leaves_with_path, nest
 from lora_jax.variants.dora import DORA, column_norm_squared
 from lora_jax.variants.lora import LORA
 
-IN_FILE = tuple(spec for spec in DORA.table if not spec.frozen)  # |W|^2 is computed from the base
+IN_FILE = Table(
+  DORA.name, tuple(spec for spec in DORA.table if not spec.frozen)
+)  # |W|^2 is computed from the base
 
 
 def load_peft(

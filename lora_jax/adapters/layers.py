@@ -1,0 +1,75 @@
+"""Some layers of a stack: the small arrays are cut or padded, the stack itself is left as it is."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.axes import LoraAxes
+from lora_jax.transform.factors import Factor, Term
+
+
+def stored_shape(
+  shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None
+) -> tuple[int, ...]:
+  """Returns the weight's shape with the layer axis cut to the adapted layers."""
+  sizes = list(shape)
+  if layers is not None:
+    sizes[axes.batch[0]] = len(layers)
+  return tuple(sizes)
+
+
+def adapted_layers(w: jax.Array, axes: LoraAxes, layers: Sequence[int] | None) -> jax.Array:
+  """Returns a copy of the adapted layers of a weight; the weight itself if all are."""
+  return w if layers is None else jnp.take(w, jnp.asarray(layers), axis=axes.batch[0])
+
+
+def spread_layers(
+  factor: Factor, dim: int, layers: tuple[int, ...], count: int, fill: float
+) -> Factor:
+  """Returns a factor of `count` layers: its own at the indices `layers`, `fill` elsewhere."""
+  x, axis = factor.array, factor.axis(dim)
+  rest = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)  # of x's sharding
+  position = {layer: i for i, layer in enumerate(layers)}
+  pieces = [
+    lax.slice_in_dim(x, position[i], position[i] + 1, axis=axis) if i in position else rest
+    for i in range(count)
+  ]
+  return dataclasses.replace(factor, array=jnp.concatenate(pieces, axis=axis))
+
+
+def spread_term(term: Term, dim: int, layers: tuple[int, ...], count: int) -> Term:
+  """Returns a term that is zero in the layers that are not adapted."""
+  factors = [
+    spread_layers(f, dim, layers, count, 0.0) if dim in f.dims else f for f in term.factors
+  ]
+  if not any(dim in factor.dims for factor in term.factors):  # one factor for all the layers
+    ones = Factor(jnp.ones((len(layers),), jnp.float32), (dim,))
+    factors[0] = factors[0] * spread_layers(ones, dim, layers, count, 0.0)
+  return dataclasses.replace(term, factors=tuple(factors))
+
+
+def sum_with_weight(
+  w: jax.Array, factor: Factor, labels: Sequence[int], dim: int | None, layers: tuple[int, ...]
+) -> Factor:
+  """Returns a factor of the adapted layers times the weight, summed over `labels`; in float32.
+
+  The factor is padded with zeros and the result is cut, so that no layer of the weight is copied.
+
+  Args:
+    w: the whole weight.
+    factor: of the adapted layers; it is cast to the weight's dtype.
+    labels: that both have.
+    dim: the layer axis; None if all layers are adapted.
+    layers: the adapted ones.
+  """
+  dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # there is no product of float8
+  base = Factor(w.astype(dtype), tuple(range(w.ndim)), frozen=True)
+  factor = dataclasses.replace(factor, array=factor.array.astype(dtype))
+  if dim is None:
+    return factor.sum_over(base, labels)
+  whole = spread_layers(factor, dim, layers, w.shape[dim], 0.0).sum_over(base, labels)
+  part = jnp.take(whole.array, jnp.asarray(layers), axis=whole.axis(dim))
+  return dataclasses.replace(whole, array=part)
