@@ -126,10 +126,12 @@ def start_from(config: GlueConfig, trainable: PyTree) -> PyTree:
   folder = Path(config.lora.start)
   other = read_run(GlueConfig, folder)
   same = ("method", "model.name", "model.folder", "lora.rank", "lora.alpha", "lora.target")
-  theirs, ours = flat(dataclasses.asdict(other)), flat(dataclasses.asdict(config))
+  stored, current = flat(dataclasses.asdict(other)), flat(dataclasses.asdict(config))
   for name in same:
-    if theirs[name] != ours[name]:
-      raise ValueError(f"lora.start={folder} has {name}={theirs[name]!r}, expected {ours[name]!r}")
+    if stored[name] != current[name]:
+      raise ValueError(
+        f"lora.start={folder} has {name}={stored[name]!r}, expected {current[name]!r}"
+      )
   read_finished(folder)
   outputs, other_outputs = num_labels(config), num_labels(other)
   heads = adapter_extra(trainable)

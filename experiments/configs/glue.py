@@ -351,9 +351,9 @@ def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
   for section in ("model", "lora", "optimizer", "data"):
     names = ("batch_size",) if section == "data" else config[section].keys()
     for name in sorted({*names} - {"learning_rate", "tuned_in"}):
-      theirs, ours = tuned[section][name], config[section][name]
-      if theirs != ours and METHODS[tuned.method].uses(f"{section}.{name}"):
+      stored, current = tuned[section][name], config[section][name]
+      if stored != current and METHODS[tuned.method].uses(f"{section}.{name}"):
         raise ValueError(
-          f"{folder} was tuned with {section}.{name}={theirs!r}, and this sweep has {ours!r}, "
+          f"{folder} was tuned with {section}.{name}={stored!r}, and this sweep has {current!r}, "
           "which may want another learning rate. Give both the same, or tune in another folder"
         )

@@ -169,10 +169,10 @@ def _says_all(error: Exception) -> bool:
   if "--traceback" in sys.argv:
     return False
   last = traceback.extract_tb(error.__traceback__)[-1]
-  ours = any(Path(last.filename).is_relative_to(folder) for folder in OURS)
-  raised = ours and (last.line or "").startswith("raise")
-  told = isinstance(error, ValueError | RuntimeError | FloatingPointError)
-  return isinstance(error, OSError) or (raised and told)
+  raised_here = any(Path(last.filename).is_relative_to(folder) for folder in OURS)
+  raised = raised_here and (last.line or "").startswith("raise")
+  for_user = isinstance(error, ValueError | RuntimeError | FloatingPointError)
+  return isinstance(error, OSError) or (raised and for_user)
 
 
 def apply(config: Config, changes: Mapping[str, Any]) -> Config:

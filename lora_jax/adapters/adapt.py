@@ -168,8 +168,8 @@ def adapted_weight(
   axes, layers = weight.axes, weight.layers
   if not isinstance(scaling, int | float):
     scaling = jnp.asarray(scaling, jnp.float32)
-  made = variant.weight(Factored(w, source), _named_factors(w, weight), scaling)
-  terms, gain = made.terms, made.gain
+  adapted = variant.weight(Factored(w, source), _named_factors(w, weight), scaling)
+  terms, gain = adapted.terms, adapted.gain
   if layers is not None:
     dim = axes.batch[0]
     terms = tuple(spread_term(term, dim, layers, w.shape[dim]) for term in terms)

@@ -71,14 +71,14 @@ def save_merged(
   new_leaves = _NewLeaves(config, trainable, params)
   leaves = dict(leaves_with_path(params))
   names, index = weight_files(base_folder)
-  with open_tensors(base_folder) as base, new_folder(folder) as new:
+  with open_tensors(base_folder) as base, new_folder(folder) as new_copy:
     changed = _changed(base_folder, base, tensors, leaves, new_leaves)
     for name in (*_others(base_folder, index is not None), *names):
-      shutil.copyfile(base_folder / name, new / name)
+      shutil.copyfile(base_folder / name, new_copy / name)
     for tensor, stored in changed.items():
       merged = new_leaves.put_into(base.read(tensor), stored, leaves)
       name, start = base.place(tensor)
-      with (new / name).open("r+b") as file:
+      with (new_copy / name).open("r+b") as file:
         file.seek(start)
         file.write(merged.reshape(-1).view(np.uint8).data)
   return new_leaves.errors
@@ -103,15 +103,19 @@ def merged_params(
   Raises:
     ValueError: if the adapter is not for the base, or a merged weight is too large for `dtype`.
   """
-  new = _NewLeaves(config, trainable, params)
+  leaves = _NewLeaves(config, trainable, params)
 
   def merged(path: str, leaf: Any) -> np.ndarray:
     wide = np.asarray(leaf, np.float32)
     return (
-      new.rounded(wide, path, (), np.dtype(dtype)) if path in new.errors else wide.astype(dtype)
+      leaves.rounded(wide, path, (), np.dtype(dtype))
+      if path in leaves.errors
+      else wide.astype(dtype)
     )
 
-  return replace_leaves(params, {p: merged(p, x) for p, x in leaves_with_path(params)}), new.errors
+  return replace_leaves(
+    params, {p: merged(p, x) for p, x in leaves_with_path(params)}
+  ), leaves.errors
 
 
 class _NewLeaves:

@@ -151,7 +151,7 @@ class Factored:
         the factor's labels. An axis of size 1 whose dimension vanishes is squeezed after.
     """
     moved = self.map_factors(lambda f: move_factor(on_factor(f), f.labels, where))
-    lookup = tuple(sorted(new for old in self.lookup for new in where[old]))
+    lookup = tuple(sorted(label for old in self.lookup for label in where[old]))
     return dataclasses.replace(moved, base=base, lookup=lookup)
 
   # ---- consumers -----------------------------------------------------------------------------

@@ -183,5 +183,5 @@ class Term:
 def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
   """Relabels a factor's axes; those whose dimension has vanished have size 1 and go."""
   gone = [i for i, label in enumerate(labels) if label >= 0 and not where[label]]
-  moved = [new for old in labels for new in ((old,) if old < 0 else where[old])]
+  moved = [moved_label for old in labels for moved_label in ((old,) if old < 0 else where[old])]
   return Factor(lax.squeeze(array, gone) if gone else array, tuple(moved))

@@ -9,6 +9,7 @@ from benchmarks import gpu
 LLAMA = "llama8b rows=1 nothing_saveable"
 
 
+@pytest.mark.long
 def test_the_benchmark_measures_prints_and_keeps_earlier_figures(capsys, monkeypatch, tmp_path):
   def in_this_process(name, tiny, attention, limit):
     return gpu.SECTIONS[name](tiny, attention)

@@ -87,6 +87,7 @@ def test_what_is_lost_or_damaged_is_named(tmp_path, elsewhere):
     train(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("dora")
 def test_a_new_run_in_an_old_folder_writes_its_own(tmp_path, elsewhere):
   expected = train(tmp_path / "run").last

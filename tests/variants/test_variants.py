@@ -17,30 +17,28 @@ from tests.jaxprs import count_of_sizes
 from tests.layer_kinds import KINDS, LayerKind, normal
 from tests.transform.test_layer_kinds import assert_close, join, split_arrays
 
-VARIANTS = {"dora": lj.DORA, "gain_out": toys.GAIN_OUT}
+VARIANTS = {"dora": lj.DORA}
 TOYS = {  # of what only an equation of theirs says; a few kinds show it
+  "gain_out": toys.GAIN_OUT,
   "scaled": toys.SCALED_VARIANT,
   "hadamard": toys.HADAMARD_VARIANT,
   "core": toys.CORE_VARIANT,
   "gain_in": toys.GAIN_IN,
 }
 ONE_PER_FAMILY = {  # of rules, and of ways through control flow; the others are `long`
-  "Flax Linen: Dense, bfloat16 compute",
   "Flax Linen: Einsum, fused QKV",
   "Flax Linen: Embed, tied to the head by attend",
   "Flax Linen: Conv, 2-d, strided",
   "Flax Linen: nn.remat with a policy, under nn.scan",
   "plain: w split into q, k, v",
   "plain: concatenated weights, one of them plain",
-  "plain: weights stacked by jnp.stack, then scanned",
   "plain: ragged_dot over experts",
   "plain: w[ids], out of bounds filled, clipped, promised",
   "plain: flipped, padded, sliced",
   "mesh: shard_map, weight split over its inputs",
 }
 FEW = {
-  "Flax Linen: nn.remat with a policy, under nn.scan",
-  "plain: w split into q, k, v",
+  "Flax Linen: nn.scan over layers",
   "plain: ragged_dot over experts",
 }
 COMPILED_LOOPS = {  # without LLVM's optimizations, as here, tanh rounds otherwise in a fused loop

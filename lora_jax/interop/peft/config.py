@@ -109,8 +109,8 @@ class PeftConfig:
   def _layer(self, module: str) -> int | None:
     """Returns the number in a module's name; as in PEFT, the first one in the lists named."""
     for name in self.layers_pattern or (r"[^.]*",):
-      if found := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module):
-        return int(found[1])
+      if match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module):
+        return int(match[1])
     return None
 
   def rank_of(self, module: str) -> int:
@@ -131,37 +131,37 @@ class PeftConfig:
     return any(name.endswith(tuple(self.modules_to_save)) for name in whole)
 
 
-def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
+def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
   """Returns the config in the object of an `adapter_config.json`.
 
   Args:
-    given: the object.
+    entries: the object.
     path: of its file, for messages.
   Raises:
     ValueError: if it is of another method, or a field is unknown, missing or ill-typed.
   """
-  if given.get("peft_type") != "LORA":
-    raise ValueError(f"{path}: expected peft_type LORA, got {given.get('peft_type')!r}")
+  if entries.get("peft_type") != "LORA":
+    raise ValueError(f"{path}: expected peft_type LORA, got {entries.get('peft_type')!r}")
   for key, method in OTHER_METHODS.items():
-    if given.get(key):
-      raise ValueError(f"{path}: {key}={given[key]!r}: {method} does not exist here yet")
-  known = {own.name for own in dataclasses.fields(PeftConfig)} - {"rank", "alpha", "base"}
+    if entries.get(key):
+      raise ValueError(f"{path}: {key}={entries[key]!r}: {method} does not exist here yet")
+  known = {item.name for item in dataclasses.fields(PeftConfig)} - {"rank", "alpha", "base"}
   known |= {"r", "lora_alpha", "peft_type", "init_lora_weights", "base_model_name_or_path"}
-  init = given.get("init_lora_weights")
+  init = entries.get("init_lora_weights")
   if init not in PLAIN_INITS:
     raise ValueError(
       f"{path}: init_lora_weights={init!r} changes the base when PEFT loads the adapter. Save it "
       "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain one"
     )
-  for key in sorted(set(given) - known - OF_NO_MATTER - set(OTHER_METHODS)):
-    if given[key] not in (None, False, [], {}):
+  for key in sorted(set(entries) - known - OF_NO_MATTER - set(OTHER_METHODS)):
+    if entries[key] not in (None, False, [], {}):
       raise ValueError(
-        f"{path}: the field {key}={given[key]!r} is not known here; near: "
+        f"{path}: the field {key}={entries[key]!r} is not known here; near: "
         f"{', '.join(near(key, known))}"
       )
 
   def field(name: str, kind: Any, default: Any) -> Any:
-    value = given.get(name)
+    value = entries.get(name)
     value = default if value is None else value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
       raise ValueError(f"{path}: {name} is {value!r}, expected {_kinds(kind)}")
@@ -176,7 +176,7 @@ def parse(given: Mapping[str, Any], path: Path) -> PeftConfig:
   for name, value in {"r": rank, **ranks}.items():
     if type(value) is not int or value < 1:
       raise ValueError(f"{path}: the rank {name!r} is {value!r}, expected a positive integer")
-  layers = field("layers_to_transform", (int, list), []) if "layers_to_transform" in given else []
+  layers = field("layers_to_transform", (int, list), []) if "layers_to_transform" in entries else []
   pattern = names("layers_pattern")
   config = PeftConfig(
     rank=rank,
@@ -236,8 +236,8 @@ def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
   most, by_ending = usual(values.values()), {}
   for value in dict.fromkeys(values.values()):
     if value != most:
-      having = [name for name, own in values.items() if own == value]
-      by_ending |= dict.fromkeys(shortest_endings(having, list(values)), value)
+      names_with_value = [name for name, item in values.items() if item == value]
+      by_ending |= dict.fromkeys(shortest_endings(names_with_value, list(values)), value)
   return most, by_ending
 
 
@@ -257,4 +257,4 @@ def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 def _kinds(kind: Any) -> str:
   kinds = kind if isinstance(kind, tuple) else (kind,)
-  return " or ".join(one.__name__ for one in kinds)
+  return " or ".join(part.__name__ for part in kinds)

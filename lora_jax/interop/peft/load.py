@@ -67,9 +67,9 @@ def load_peft(
     )
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
   leaves = dict(leaves_with_path(params))
-  own = find_modules(tensors, leaves)
-  modules = _targeted(folder, config, own)
-  trained = [module for module in own if module in modules or config.saves(module.name)]
+  known = find_modules(tensors, leaves)
+  modules = _targeted(folder, config, known)
+  trained = [module for module in known if module in modules or config.saves(module.name)]
   check_called(folder, modules)
   check_tied(folder, [module for module in trained if module.stored.is_embedding], tensors)
   if config.use_dora:
@@ -94,7 +94,9 @@ def load_peft(
           f"{folder}: the layers stacked in {path} have different ranks or alphas; load the model "
           "with scan_layers=False"
         )
-  weights = {path: _stacked(of, tuple(leaves[path].shape)) for path, of in targets.items()}
+  weights = {
+    path: _stacked(by_place, tuple(leaves[path].shape)) for path, by_place in targets.items()
+  }
   if config.use_dora:
     weights = {path: _with_norm(weight, leaves[path]) for path, weight in weights.items()}
   extra = _extra(config, modules, arrays, tensors, leaves)
@@ -105,13 +107,13 @@ def load_peft(
   return lora_config, jax.tree.map(jnp.asarray, nest(items))
 
 
-def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[Module]:
+def _targeted(folder: Path, config: PeftConfig, known: Sequence[Module]) -> list[Module]:
   """Returns the modules and parameters that are adapted.
 
   Raises:
     ValueError: if there are none, or a target_parameter is none of the model's.
   """
-  parameters = [module for module in own if module.stored.is_parameter]
+  parameters = [module for module in known if module.stored.is_parameter]
   for name in config.target_parameters:
     if not any(module.name == name or module.name.endswith(f".{name}") for module in parameters):
       raise ValueError(
@@ -120,14 +122,14 @@ def _targeted(folder: Path, config: PeftConfig, own: Sequence[Module]) -> list[M
       )
   modules = [
     module
-    for module in own
+    for module in known
     if config.targets_parameter(module.name)
     or (not module.stored.is_parameter and config.targets(module.name, module.is_body))
   ]
   if not modules:
     raise ValueError(
       f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
-      f"{', '.join(sorted({_short(module) for module in own if module not in parameters}))}. "
+      f"{', '.join(sorted({_short(module) for module in known if module not in parameters}))}. "
       f"{which_base(config)}"
     )
   return modules
@@ -196,7 +198,7 @@ def _extra(
 ) -> dict[str, np.ndarray]:
   """Returns our leaves that are trained whole: saved modules, biases, and biases of B added."""
   adapted = {module.module for module in modules}
-  new: dict[str, np.ndarray] = {}
+  loaded: dict[str, np.ndarray] = {}
 
   def parts(stored: StoredTensor, array: np.ndarray) -> None:
     array = stored.to_ours(array)
@@ -204,9 +206,9 @@ def _extra(
     pieces = np.split(array, np.cumsum(sizes)[:-1], axis=-1)
     for path, piece in zip(stored.paths, pieces, strict=True):
       if not stored.place:
-        new[path] = piece
+        loaded[path] = piece
       else:  # the layers that are not named stay as they are
-        new.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
+        loaded.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
 
   for stored in tensors:
     if is_trained_whole(config, stored, adapted):
@@ -217,10 +219,10 @@ def _extra(
       if module.name not in biases:
         raise ValueError(f"lora_bias: {module.name} has no bias of its own to add that of B to")
       stored = biases[module.name]
-      own = [new.get(p, np.asarray(leaves[p], np.float32))[stored.place] for p in stored.paths]
+      known = [loaded.get(p, np.asarray(leaves[p], np.float32))[stored.place] for p in stored.paths]
       of_b = config.scaling_of(module.name) * arrays[f"{PREFIX}{module.name}.lora_B.bias"]
-      parts(stored, np.concatenate(own, axis=-1) + of_b)
-  return new
+      parts(stored, np.concatenate(known, axis=-1) + of_b)
+  return loaded
 
 
 def _lora_config(

@@ -94,21 +94,21 @@ def _drop_bias_copies(arrays: Arrays, config: PeftConfig, tensors: Sequence[Stor
     if stored.is_bias and config.bias == "all" and config.saves(stored.module):
       module = f"{PREFIX}{stored.module}"
       arrays.pop(f"{module}.original_module.bias", None)
-      again, own = f"{module}.modules_to_save.bias", arrays.get(f"{module}.bias")
-      if own is not None and again in arrays and np.array_equal(arrays[again], own):
-        del arrays[again]
+      duplicate, base = f"{module}.modules_to_save.bias", arrays.get(f"{module}.bias")
+      if base is not None and duplicate in arrays and np.array_equal(arrays[duplicate], base):
+        del arrays[duplicate]
 
 
 def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
   """Returns whether an array is a leaf, rounded to the dtype of one of the two."""
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return copy.shape == leaf.shape
-  own = np.asarray(leaf)
-  if copy.shape != own.shape:
+  base = np.asarray(leaf)
+  if copy.shape != base.shape:
     return False
   with np.errstate(over="ignore"):
-    rounded = [own.astype(dtype).astype(np.float32) for dtype in (jnp.bfloat16, np.float16)]
-    same = np.array_equal(copy.astype(own.dtype), own)
+    rounded = [base.astype(dtype).astype(np.float32) for dtype in (jnp.bfloat16, np.float16)]
+    same = np.array_equal(copy.astype(base.dtype), base)
   return same or any(np.array_equal(copy, other) for other in rounded)
 
 

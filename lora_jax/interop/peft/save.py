@@ -75,9 +75,9 @@ def save_peft(
     _check_dora([m for m in modules if set(m.stored.paths) & set(weights)], for_server)
   fused = {}
   for module in modules:
-    one = fused_arrays(module, weights, scalings, leaves, use_dora)
-    if one is not None:
-      fused[module.name] = one
+    joined = fused_arrays(module, weights, scalings, leaves, use_dora)
+    if joined is not None:
+      fused[module.name] = joined
   chosen = [module for module in modules if module.name in fused]
   placed = {path for module in chosen for path in module.stored.paths}
   if lost := sorted(set(weights) - placed):
@@ -85,15 +85,15 @@ def save_peft(
   trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
   check_tied(Path(folder), [m for m in trained if m.stored.is_embedding], tensors)
   if for_server:
-    rank = max(one.rank for one in fused.values())
-    fused = {name: one.with_rank(rank) for name, one in fused.items()}
+    rank = max(joined.rank for joined in fused.values())
+    fused = {name: joined.with_rank(rank) for name, joined in fused.items()}
   arrays = {}
   for module in chosen:
-    one = fused[module.name]
-    factors = module.to_file(one.a, one.b)
+    joined = fused[module.name]
+    factors = module.to_file(joined.a, joined.b)
     arrays |= dict(zip(factor_names(module, chosen), factors, strict=True))
-    if one.magnitude is not None:
-      arrays[magnitude_name(module)] = one.magnitude.reshape(module.magnitude_shape)
+    if joined.magnitude is not None:
+      arrays[magnitude_name(module)] = joined.magnitude.reshape(module.magnitude_shape)
   parameters = [module.name for module in chosen if module.stored.is_parameter]
   linear = [module.name for module in chosen if not module.stored.is_parameter]
   if for_server and parameters:
@@ -101,8 +101,8 @@ def save_peft(
       f"the form for servers has no target_parameters: {', '.join(parameters)}. Give the tensors "
       "where each expert has its own, stored_tensors(config, published=True)"
     )
-  rank, ranks = pattern_of({name: one.rank for name, one in fused.items()})
-  alpha, alphas = pattern_of({name: one.alpha for name, one in fused.items()})
+  rank, ranks = pattern_of({name: joined.rank for name, joined in fused.items()})
+  alpha, alphas = pattern_of({name: joined.alpha for name, joined in fused.items()})
   written = {
     "peft_type": "LORA",
     "base_model_name_or_path": base_model,
@@ -208,13 +208,13 @@ def _trained_whole(
       names.append(module)
       trained += of_module
       continue
-    own = [stored for stored in of_module if stored.is_bias and set(stored.paths) <= set(whole)]
-    if paths & set(whole) - {path for stored in own for path in stored.paths}:
+    picked = [stored for stored in of_module if stored.is_bias and set(stored.paths) <= set(whole)]
+    if paths & set(whole) - {path for stored in picked for path in stored.paths}:
       raise ValueError(
         f"PEFT trains whole modules: {module} has {', '.join(sorted(paths))}, of which "
         f"{', '.join(sorted(paths & set(whole)))} are trained whole. Add the others to `extra`"
       )
-    biases += own
+    biases += picked
   saved = {stored.name for stored in trained}
   others = [stored for stored in tensors if stored.is_bias and stored.name not in saved]
   word, biases = _which_biases(biases, others, adapted, whole, leaves)
@@ -222,9 +222,9 @@ def _trained_whole(
   for stored in (*trained, *biases):
     array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
     arrays[whole_name(stored, adapted)] = stored.to_file(array)
-  own = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
-  if own and set(own) <= set(names):
-    names = [*(name for name in names if name not in own), CLASSIFIER]
+  picked = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
+  if picked and set(picked) <= set(names):
+    names = [*(name for name in names if name not in picked), CLASSIFIER]
   return names, word, arrays  # whole names: PEFT means all that end with a short one
 
 
@@ -239,7 +239,7 @@ def _which_biases(
 
   Of stacked layers those that are as the base has them need not be among them.
   """
-  own = [stored for stored in all_biases if stored.module in adapted]
+  picked = [stored for stored in all_biases if stored.module in adapted]
   if not trained:
     return "none", []
   if len(trained) == len(all_biases):
@@ -250,12 +250,12 @@ def _which_biases(
     if not stored.place or not all(_is_of_base(whole[p], leaves[p], stored) for p in stored.paths)
   ]
   names = {stored.name for stored in trained}
-  if {s.name for s in changed} <= {s.name for s in own} <= names:
-    return "lora_only", own
+  if {s.name for s in changed} <= {s.name for s in picked} <= names:
+    return "lora_only", picked
   raise ValueError(
     "PEFT trains all biases, or those of the adapted modules, or modules as a whole; `extra` has "
     f"{', '.join(sorted(s.name for s in changed)[:4])} and others. Of the adapted modules' it "
-    f"lacks {', '.join(sorted({s.name for s in own} - names)[:4]) or 'none'}, of all "
+    f"lacks {', '.join(sorted({s.name for s in picked} - names)[:4]) or 'none'}, of all "
     f"{', '.join(sorted({s.name for s in all_biases} - names)[:4])}"
   )
 
@@ -272,6 +272,6 @@ def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
 
 
 def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-  with new_folder(folder) as new:
-    (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_tensors(new / WEIGHTS, arrays)
+  with new_folder(folder) as temporary:
+    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    save_tensors(temporary / WEIGHTS, arrays)

@@ -17,12 +17,12 @@ from lora_jax.transform.products import Labels
 
 
 def transpose(call, w, *, permutation, **_):
-  return w.move(call(w.base), {old: (new,) for new, old in enumerate(permutation)})
+  return w.move(call(w.base), {old: (moved,) for moved, old in enumerate(permutation)})
 
 
 def broadcast_in_dim(call, w, *dynamic_shape, shape, broadcast_dimensions, **_):
   pairs = zip(w.shape, broadcast_dimensions, strict=True)
-  where = {d: (new,) if size == shape[new] else () for d, (size, new) in enumerate(pairs)}
+  where = {d: (moved,) if size == shape[moved] else () for d, (size, moved) in enumerate(pairs)}
   return w.move(call(w.base, *dynamic_shape), where)
 
 
@@ -42,7 +42,7 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
 
   def reshaped(factor: Factor) -> Factor:
     sizes, labels, order = [], [], []
-    for old, new in groups:
+    for old, moved in groups:
       carried = [d for d in old if d in factor.dims]
       wide = [d for d in old if w.shape[d] > 1]
       order += carried
@@ -50,8 +50,8 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
         continue  # constant along this group, or only axes of size 1 in it
       if not set(wide) <= set(carried) and not w.probing:
         raise Unsupported(f"reshape from {w.shape} to {new_sizes} merges both factors' axes")
-      sizes += [new_sizes[n] for n in new]
-      labels += new
+      sizes += [new_sizes[n] for n in moved]
+      labels += moved
     inner = factor.inner
     labels = (*labels, *inner)
     if w.probing:  # labels matter here, values do not
@@ -59,11 +59,11 @@ def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
     array = lax.transpose(factor.array, [factor.axis(d) for d in (*order, *inner)])
     return Factor(lax.reshape(array, (*sizes, *array.shape[len(order) :])), labels)
 
-  lookup = sorted(n for old, new in groups if set(old) & set(w.lookup) for n in new)
+  lookup = sorted(n for old, moved in groups if set(old) & set(w.lookup) for n in moved)
   return replace(w.map_factors(reshaped), base=call(w.base, *dynamic_shape), lookup=tuple(lookup))
 
 
-def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels, Labels]]:
+def reshape_groups(old: Sequence[int], moved: Sequence[int]) -> list[tuple[Labels, Labels]]:
   """Pairs the dimensions of two shapes into the smallest groups of equal size.
 
   >>> reshape_groups((6, 5, 4), (2, 3, 20))
@@ -71,11 +71,11 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[Labels,
   """
   groups: list[tuple[Labels, Labels]] = []
   i = j = 0
-  while i < len(old) or j < len(new):
+  while i < len(old) or j < len(moved):
     start_i, start_j = i, j
-    i, j = min(i + 1, len(old)), min(j + 1, len(new))
-    while math.prod(old[start_i:i]) != math.prod(new[start_j:j]):
-      if math.prod(old[start_i:i]) < math.prod(new[start_j:j]):
+    i, j = min(i + 1, len(old)), min(j + 1, len(moved))
+    while math.prod(old[start_i:i]) != math.prod(moved[start_j:j]):
+      if math.prod(old[start_i:i]) < math.prod(moved[start_j:j]):
         i += 1
       else:
         j += 1

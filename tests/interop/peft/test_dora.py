@@ -70,7 +70,7 @@ def expected(name):
   return load_file(golden.GOLDEN / f"{name}.safetensors")["logits"]
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", golden.DORA)
 def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
   of, _ = golden.DORA[name]
@@ -141,10 +141,14 @@ CASES = {
   "an embedding": ("llama/llama_biased", {"target": LLAMA}),
   "a convolution": ("deberta/v2_regression", {"target": "conv/kernel|.*/mlp/up/kernel"}),
 }
+SHORT = ("ranks and alphas", "a stack", "an embedding", "a convolution")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [pytest.param(case, marks=() if case in SHORT else (pytest.mark.long,)) for case in CASES],
+)
 def test_peft_itself_agrees(case, tmp_path):
   name, settings = CASES[case]
   scan_layers = settings.get("scan_layers", False)
@@ -277,7 +281,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     load_peft(tmp_path / "adapter", tensors, params)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_dora_of_published_experts_is_read(scan_layers, tmp_path):
   """As older versions of PEFT wrote it, an expert a module: m_i / |V_i| of each expert i."""
   name = "llama/mixtral"
