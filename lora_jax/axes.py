@@ -1,5 +1,6 @@
 """The axes of a weight: which are inputs, which outputs, and which both sides share."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -35,9 +36,7 @@ class LoraAxes(NamedTuple):
     >>> LoraAxes((0,), (1,), (2, 3)).labels("batch rank out")
     (0, -1, 2, 3)
     """
-    roles = {"batch": self.batch, "in": self.inputs, "out": self.outputs}
-    roles |= {word: (label,) for word, label in INNER.items()}
-    return tuple(label for word in words.split() for label in roles[word])
+    return _labels(self, words)
 
   def array_shape(
     self, words: str, shape: Sequence[int], sizes: Mapping[str, int]
@@ -65,3 +64,10 @@ class LoraAxes(NamedTuple):
       )
     if not self.inputs or not self.outputs:
       raise ValueError(f"{path}: axes need an input and an output axis, got {self}")
+
+
+@functools.lru_cache(maxsize=1024)  # asked for each array of each weight at every trace
+def _labels(axes: LoraAxes, words: str) -> tuple[int, ...]:
+  roles = {"batch": axes.batch, "in": axes.inputs, "out": axes.outputs}
+  roles |= {word: (label,) for word, label in INNER.items()}
+  return tuple(label for word in words.split() for label in roles[word])
