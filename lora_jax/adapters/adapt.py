@@ -62,12 +62,12 @@ def adapt(
   """Adapts `fn(params, *args, **kwargs)` by a variant of LoRA; `fn` stays as it is.
 
   `init` traces `fn` once to learn which axes of each targeted weight are inputs and outputs,
-  and raises if one is unused or meets an operation without a rule. `apply` takes besides the
-  arguments of `fn`:
+  and raises if one is unused or meets an operation without a rule. In addition to the arguments
+  of `fn`, `apply` takes:
 
   - `lora_key`: with dropout, a key trains, None evaluates, and leaving it out raises.
   - `scaling`: replaces alpha / rank, as a scalar or by path; may be traced.
-  - `dropout_rate`: replaces the config's rate, likewise.
+  - `dropout_rate`: replaces the config's rate, as a scalar or by path; may be traced.
 
   Arguments that are not arrays are static. Call `apply` under `jax.jit`.
 

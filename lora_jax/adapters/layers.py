@@ -65,7 +65,7 @@ def sum_with_weight(
     dim: the layer axis; None if all layers are adapted.
     layers: the adapted ones.
   """
-  dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # there is no product of float8
+  dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # JAX does not promote float8
   base = Factor(w.astype(dtype), tuple(range(w.ndim)), frozen=True)
   factor = dataclasses.replace(factor, array=factor.array.astype(dtype))
   if dim is None:

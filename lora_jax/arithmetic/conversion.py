@@ -14,6 +14,7 @@ from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.arithmetic.truncation import balanced_factors, check_rank
 from lora_jax.trees import nest
 from lora_jax.variants.lora import LORA
 
@@ -49,8 +50,8 @@ def convert(
   """
   if (rank is None) == (energy is None):
     raise ValueError(f"expected rank or energy, one of them; got rank={rank}, energy={energy}")
-  if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-    raise ValueError(f"rank must be a positive integer, got {rank!r}")
+  if rank is not None:
+    check_rank(rank)
   if energy is not None and not 0 < energy <= 1:
     raise ValueError(f"energy must be in (0, 1], got {energy!r}")
   targets, extra = find_leaves(config, params)
@@ -92,11 +93,8 @@ def _converted(
   matrices = delta.reshape(*batch, int(np.prod(inputs)), -1)
   u, values, v = jnp.linalg.svd(matrices, full_matrices=False)
   kept = min(rank, values.shape[-1]) if rank is not None else _rank_for(values, energy)
-  half = jnp.sqrt(values[..., :kept])
-  lora_a = (u[..., :kept] * half[..., None, :]).reshape(*batch, *inputs, kept)
-  lora_b = (half[..., None] * v[..., :kept, :]).reshape(*batch, kept, *outputs)
-  lost, total = jnp.linalg.norm(values[..., kept:]), jnp.linalg.norm(values)
-  error = jnp.where(total > 0, lost / jnp.maximum(total, jnp.finfo(total.dtype).tiny), 0.0)
+  a, b, error = balanced_factors(u, values, v, kept)
+  lora_a, lora_b = a.reshape(*batch, *inputs, kept), b.reshape(*batch, kept, *outputs)
   return LoraWeight(lora_a, lora_b, axes, weight.layers), error
 
 

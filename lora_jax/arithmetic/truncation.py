@@ -30,8 +30,7 @@ def truncate_rank(
   Raises:
     ValueError: if the adapter is not for these params, or the rank is no positive integer.
   """
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f"rank must be a positive integer, got {rank!r}")
+  check_rank(rank)
   opened = open_adapter(config, trainable, params)
   with jax.default_matmul_precision("float32"):
     cut = {path: _truncated(weight, rank) for path, weight in opened.weights.items()}
@@ -50,10 +49,30 @@ def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, 
   q_b, r_b = jnp.linalg.qr(b.reshape(*batch, full_rank, -1).mT)
   u, values, v = jnp.linalg.svd(r_a @ r_b.mT, full_matrices=False)
   rank = min(rank, values.shape[-1])
-  half = jnp.sqrt(values[..., :rank])
-  new_a = q_a @ (u[..., :rank] * half[..., None, :])
-  new_b = (half[..., None] * v[..., :rank, :]) @ q_b.mT
-  lost, all_of_it = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
-  error = jnp.where(all_of_it > 0, lost / jnp.maximum(all_of_it, jnp.finfo(a.dtype).tiny), 0.0)
+  left, right, error = balanced_factors(u, values, v, rank)
+  new_a, new_b = q_a @ left, right @ q_b.mT
   a, b = new_a.reshape(*a.shape[:-1], rank), new_b.reshape(*batch, rank, *b.shape[len(batch) + 1 :])
   return weight.replace(lora_a=a, lora_b=b), error
+
+
+def balanced_factors(
+  u: Float[Array, "*batch m n"],
+  values: Float[Array, "*batch n"],
+  v: Float[Array, "*batch n k"],
+  rank: int,
+) -> tuple[Float[Array, "*batch m rank"], Float[Array, "*batch rank k"], Float[Array, ""]]:
+  """Returns the first `rank` terms of a decomposition as two factors, and what the others were.
+
+  Each factor gets the roots of the singular values; the error is relative, in the Frobenius norm.
+  """
+  half = jnp.sqrt(values[..., :rank])
+  a, b = u[..., :rank] * half[..., None, :], half[..., None] * v[..., :rank, :]
+  lost, total = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
+  error = jnp.where(total > 0, lost / jnp.maximum(total, jnp.finfo(total.dtype).tiny), 0.0)
+  return a, b, error
+
+
+def check_rank(rank: int) -> None:
+  """Raises ValueError unless the rank of a result is a positive integer."""
+  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    raise ValueError(f"rank must be a positive integer, got {rank!r}")

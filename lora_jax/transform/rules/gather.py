@@ -36,7 +36,7 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value
   where: dict[int, Labels] = {d: offset.get(d, ()) for d in range(w.ndim)}
   batch = tuple(d for d in range(base.ndim) if d not in dnums.offset_dims)
 
-  def look_up(factor: Factor, fill: float) -> Factor:
+  def look_up(factor: Factor) -> Factor:
     array = factor.array
     for axis, d in enumerate(factor.labels):  # a dimension cut without an index
       if d >= 0 and d not in indexed and slice_sizes[d] != w.shape[d]:
@@ -44,21 +44,17 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value
     factor = replace(factor, array=array)
     if not set(factor.dims) & indexed:
       return move_factor(array, factor.labels, where)
-    return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch, fill)
+    return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch)
 
-  terms, gain = w.terms, w.gain
   if mode == lax.GatherScatterMode.FILL_OR_DROP:  # a filled place is zero in every term
-    terms = tuple(_vary_along_all(term, indexed, w.shape) for term in terms)
-  terms = tuple(
-    replace(term, factors=tuple(look_up(factor, 0.0) for factor in term.factors)) for term in terms
-  )
-  gain = None if gain is None else look_up(gain, 1.0)
-  if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP:
+    w = replace(w, terms=tuple(_vary_along_all(term, indexed, w.shape) for term in w.terms))
+  looked_up = w.map_factors(look_up)
+  if looked_up.gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP:  # and one in a gain
     dims = tuple(sorted(indexed))
-    exists = look_up(Factor(jnp.ones([w.shape[d] for d in dims]), dims), 0.0)
-    gain = _one_elsewhere(gain, exists)
+    exists = look_up(Factor(jnp.ones([w.shape[d] for d in dims]), dims))
+    looked_up = replace(looked_up, gain=_one_elsewhere(looked_up.gain, exists))
   lookup = {*batch, *(moved_dim for old in w.lookup for moved_dim in where[old])}
-  return replace(w, base=base, terms=terms, gain=gain, lookup=tuple(sorted(lookup)))
+  return replace(looked_up, base=base, lookup=tuple(sorted(lookup)))
 
 
 def _one_elsewhere(gain: Factor, exists: Factor) -> Factor:
@@ -74,7 +70,7 @@ def _vary_along_all(term: Term, dims: Iterable[int], shape: Sequence[int]) -> Te
 
 
 def _gather_factor(
-  factor: Factor, indices, dnums, indexed, slice_sizes, mode, where, batch, fill: float
+  factor: Factor, indices, dnums, indexed, slice_sizes, mode, where, batch
 ) -> Factor:
   """Gathers one factor by the index columns of the indexed dimensions that it has."""
   array, labels = factor.array, factor.labels
@@ -97,7 +93,7 @@ def _gather_factor(
     start_indices_batching_dims=tuple(i for _, i in batching),
   )
   sizes = [n if d < 0 else slice_sizes[d] for d, n in zip(labels, array.shape, strict=True)]
-  fill_value = fill if mode == lax.GatherScatterMode.FILL_OR_DROP else None
+  fill_value = 0 if mode == lax.GatherScatterMode.FILL_OR_DROP else None
   out = lax.gather(array, indices, numbers, tuple(sizes), mode=mode, fill_value=fill_value)
   moved = [(label,) if label < 0 else where[label] for label in rest]
   return Factor(out, (*batch, *(label for labels in moved for label in labels)))
