@@ -57,7 +57,7 @@ def replace_leaves(tree: PyTree, replacements: Mapping[str, Any]) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def near(name: str, names: Iterable[str], count: int = 5) -> list[str]:
+def closest_names(name: str, names: Iterable[str], count: int = 5) -> list[str]:
   """Returns the entries of `names` that look most like `name`, best first."""
   names = list(dict.fromkeys(names))
   close = difflib.get_close_matches(name, names, n=count, cutoff=0.0)
@@ -103,7 +103,7 @@ def select(patterns: str | Iterable[str], paths: Iterable[str], setting: str) ->
     if not matching:
       raise ValueError(
         f"{setting} {pattern!r} matches none of the {len(paths)} leaves "
-        f"(patterns must match whole paths). Near names: {', '.join(near(pattern, paths))}"
+        f"(patterns must match whole paths). Near names: {', '.join(closest_names(pattern, paths))}"
       )
     selected.update(matching)
   return [path for path in paths if path in selected]

@@ -15,12 +15,12 @@ from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import read_finished, read_run
 from lora_jax.adapters.delta import adapter_extra
 from lora_jax.data.sets import glue, superglue
+from lora_jax.files import read_json
 from lora_jax.models.bert.folder import load_bert
 from lora_jax.models.bert.model import Bert
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.deberta.folder import load_deberta
 from lora_jax.models.deberta.model import Deberta
-from lora_jax.models.files import read_json
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import ENCODERS
 from lora_jax.training.checkpoint import restore_adapter

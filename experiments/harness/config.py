@@ -7,19 +7,20 @@ A ConfigDict ends where an experiment begins, at the top of its `run`:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lora_jax.fields import (
+  read_section,
+)
 from lora_jax.training.mesh import make_mesh
-from lora_jax.trees import near
 
 # The linear layers of the zoo's blocks, as PEFT's all-linear has them: not the heads, embeddings
 # and routers, nor the experts of a mixture, which are single three-dimensional weights.
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
 
-Section = TypeVar("Section")
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -113,7 +114,7 @@ def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> C
       f"this is a config of {values.get('experiment')!r}, and the experiment is {kind.NAME!r}. "
       f"Start it with python -m experiments.{values.get('experiment')}"
     )
-  return _section(kind, with_pattern(values), "")
+  return read_section(kind, with_pattern(values))
 
 
 def with_pattern(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,32 +144,3 @@ def flat(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, 
     nested = isinstance(value, Mapping | ConfigDict)
     fields |= flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
   return fields
-
-
-def _section(kind: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-  types = get_type_hints(kind)
-  fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-  for name in values:
-    if name not in fields:
-      likely = ", ".join(prefix + field for field in near(name, fields))
-      raise ValueError(f"the config has no field {prefix + name!r}; did you mean {likely}?")
-  for name, field in fields.items():
-    if name not in values and field.default is dataclasses.MISSING:
-      raise ValueError(f"the config lacks the field {prefix + name!r}")
-  return kind(**{name: _value(types[name], values[name], prefix + name) for name in values})
-
-
-def _value(kind: Any, value: Any, name: str) -> Any:
-  if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-    return _section(kind, value, f"{name}.")  # pyright: ignore[reportArgumentType]
-  if get_origin(kind) is Literal:
-    if value in get_args(kind):
-      return value
-    raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
-  if get_origin(kind) is tuple and isinstance(value, list | tuple):
-    return tuple(_value(get_args(kind)[0], item, name) for item in value)
-  if kind is float and type(value) is int:
-    return float(value)
-  if type(value) is kind:
-    return value
-  raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")

@@ -32,7 +32,7 @@ from experiments.harness.config import flat
 from experiments.harness.methods import check_used, default_learning_rate, find_method
 from experiments.harness.workdir import has_trained, read_result, stored_config
 from lora_jax.training.allocator import keep_freed_memory
-from lora_jax.trees import near
+from lora_jax.trees import closest_names
 
 RATE = "optimizer.learning_rate"
 Run = Callable[[Config], dict[str, Any]]
@@ -135,7 +135,7 @@ def _named_fields(arguments: Sequence[str]) -> set[str]:
 
 
 def _no_field(name: str, known: Iterable[str]) -> str:
-  return f"the config has no field {name!r}; did you mean {', '.join(near(name, known))}?"
+  return f"the config has no field {name!r}; did you mean {', '.join(closest_names(name, known))}?"
 
 
 def _show_warnings() -> None:

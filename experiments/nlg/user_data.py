@@ -22,7 +22,7 @@ from lora_jax.data.jsonl import (
   read_jsonl,
 )
 from lora_jax.data.text import Example
-from lora_jax.models.files import read_text
+from lora_jax.files import read_text
 from lora_jax.models.text.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
 from lora_jax.models.text.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
 from lora_jax.models.zoo import LanguageModel

@@ -41,7 +41,7 @@ from lora_jax.transform.factors import Factor, Term
 from lora_jax.transform.inference import infer_axes
 from lora_jax.transform.interpreter import Interpreter, OpaqueRule
 from lora_jax.transform.tracing import trace_call
-from lora_jax.trees import near, nest, replace_leaves
+from lora_jax.trees import closest_names, nest, replace_leaves
 
 
 class NotGiven(enum.Enum):
@@ -271,7 +271,7 @@ def _by_path(value: Any, defaults: Mapping[str, float], name: str) -> Mapping[st
     return dict.fromkeys(defaults, value)
   unknown = [path for path in value if path not in defaults]
   if unknown:
-    names = ", ".join(near(unknown[0], defaults))
+    names = ", ".join(closest_names(unknown[0], defaults))
     raise ValueError(f"{name} is given for {', '.join(unknown)}, not adapted. Near names: {names}")
   return {path: value.get(path, default) for path, default in defaults.items()}
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lora_jax.adapters.delta import Variant
 from lora_jax.adapters.initializers import BY_NAME, Initializer
 from lora_jax.axes import INNER, LoraAxes
-from lora_jax.trees import as_patterns, near
+from lora_jax.trees import as_patterns, closest_names
 
 Init = Literal["kaiming_uniform", "gaussian", "original_code"] | Initializer
 OnUnhandled = Literal["raise", "materialize"]
@@ -111,7 +111,7 @@ def _check(rank, alpha, init, dropout) -> None:
       f"alpha must be a finite number, got {alpha!r}. To trace it, give apply(scaling=...)"
     )
   if init is not None and not callable(init) and init not in BY_NAME:
-    known = ", ".join(near(str(init), BY_NAME))
+    known = ", ".join(closest_names(str(init), BY_NAME))
     raise ValueError(f"init must be one of {known}, or a function, got {init!r}")
   if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
     raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")

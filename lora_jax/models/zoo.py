@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
+from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
-from lora_jax.models.files import read_json
 from lora_jax.models.gpt2 import folder as gpt2_folder
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.llama import config_json as llama_json

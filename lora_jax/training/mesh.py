@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from lora_jax.trees import leaves_with_path, matches, near, select
+from lora_jax.trees import closest_names, leaves_with_path, matches, select
 
 Rules = Sequence[tuple[str, P]]
 
@@ -59,7 +59,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
   def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
     spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
     if spec is None:
-      patterns = ", ".join(near(path, [pattern for pattern, _ in rules]))
+      patterns = ", ".join(closest_names(path, [pattern for pattern, _ in rules]))
       raise ValueError(f"no sharding rule for {path}; near rules: {patterns}")
     full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
     for size, axis in zip(leaf.shape, full, strict=True):

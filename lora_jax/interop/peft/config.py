@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_jax.trees import near
+from lora_jax.trees import closest_names
 
 # Fields that say how an adapter was begun, trained or is run, and nothing about what it computes.
 OF_NO_MATTER = {
@@ -157,7 +157,7 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
     if entries[key] not in (None, False, [], {}):
       raise ValueError(
         f"{path}: the field {key}={entries[key]!r} is not known here; near: "
-        f"{', '.join(near(key, known))}"
+        f"{', '.join(closest_names(key, known))}"
       )
 
   def field(name: str, kind: Any, default: Any) -> Any:

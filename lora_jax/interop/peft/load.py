@@ -15,6 +15,7 @@ from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.delta import LoraWeight, Table
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.axes import LoraAxes
+from lora_jax.files import read_json
 from lora_jax.interop.peft.config import PeftConfig, parse
 from lora_jax.interop.peft.modules import (
   CONFIG,
@@ -31,7 +32,6 @@ from lora_jax.interop.peft.modules import (
 )
 from lora_jax.interop.peft.read import is_trained_whole, read_arrays, which_base
 from lora_jax.models.checkpoints.hub import StoredTensor
-from lora_jax.models.files import read_json
 from lora_jax.trees import leaves_with_path, nest
 from lora_jax.variants.dora import DORA, column_norm_squared
 from lora_jax.variants.lora import LORA

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from lora_jax.files import read_json
 from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.checkpoints.encoder_folder import (
   FLOATS,
@@ -20,7 +21,6 @@ from lora_jax.models.checkpoints.encoder_folder import (
   tensor_names,
 )
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
-from lora_jax.models.files import read_json
 from lora_jax.models.parts.causal_lm import shapes_of
 
 CLASSES = {"bert": "Bert", "roberta": "Roberta"}

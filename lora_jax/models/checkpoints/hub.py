@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from lora_jax.models.files import read_json
+from lora_jax.files import read_json
 from lora_jax.models.text.tokenizer import TOKENIZER_FILES, tokenizer_files
 
 logger = logging.getLogger(__name__)

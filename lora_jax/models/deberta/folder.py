@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from lora_jax.files import read_json
 from lora_jax.models.checkpoints.encoder_folder import (
   FLOATS,
   INTEGERS,
@@ -20,7 +21,6 @@ from lora_jax.models.checkpoints.encoder_folder import (
 )
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
-from lora_jax.models.files import read_json
 from lora_jax.models.parts.causal_lm import shapes_of
 
 PREFIX = "deberta."

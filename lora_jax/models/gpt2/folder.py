@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import (
   StoredTensor,
   check_tied,
@@ -17,7 +18,6 @@ from lora_jax.models.checkpoints.hub import (
   save_folder,
 )
 from lora_jax.models.checkpoints.stored import load_params, tensors_of
-from lora_jax.models.files import read_json
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.models.files import read_json
+from lora_jax.files import read_json
 from lora_jax.models.llama.model import LlamaConfig, MixtureConfig, RopeScaling
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model_type: architecture, what it implies

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.models.files import read_json_if_there, read_text
+from lora_jax.files import read_json_if_present, read_text
 from lora_jax.models.text.tokenizer import read_special_tokens
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     ValueError: if it is not text.
   """
   folder = Path(folder)
-  config = read_json_if_there(folder / "tokenizer_config.json")
+  config = read_json_if_present(folder / "tokenizer_config.json")
   file = folder / "chat_template.jinja"
   source = read_text(file) if file.is_file() else config.get("chat_template")
   if isinstance(source, list):  # of several for different uses

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.models.files import read_json_if_there, read_text
+from lora_jax.files import read_json_if_present, read_text
 from lora_jax.models.text.sentencepiece import build_sentencepiece, read_sentencepiece
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
   """Returns the special tokens with the options of their search in a text."""
   tokens: dict[str, dict[str, Any]] = {}
   for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-    values = read_json_if_there(path)
+    values = read_json_if_present(path)
     for use in (f"{use}_token" for use in SPECIAL_TOKENS):
       token = values.get(use)
       if token is not None:
@@ -117,7 +117,7 @@ def _build(folder: Path) -> "Tokenizer | None":
 
   if (folder / "tokenizer.json").is_file():
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
-  config = read_json_if_there(folder / "tokenizer_config.json")
+  config = read_json_if_present(folder / "tokenizer_config.json")
   if (folder / "tokenizer.model").is_file():
     tokenizer, special = _sentencepiece(folder / "tokenizer.model", config)
     special = _add_tokens(tokenizer, folder, config, special)
@@ -209,7 +209,7 @@ def _is_roberta(folder: Path, config: dict[str, Any]) -> bool:
   """Returns whether byte-level BPE has RoBERTa's tokens about a text rather than GPT-2's none."""
   if (name := config.get("tokenizer_class")) is not None:
     return name in ("RobertaTokenizer", "RobertaTokenizerFast")
-  return read_json_if_there(folder / "config.json").get("model_type") == "roberta"
+  return read_json_if_present(folder / "config.json").get("model_type") == "roberta"
 
 
 def _add_tokens(
@@ -226,7 +226,7 @@ def _add_tokens(
   special |= _special_tokens(folder)
   path = folder / "added_tokens.json"
   added: dict[int, dict[str, Any]] = {
-    i: {"content": token} for token, i in read_json_if_there(path).items()
+    i: {"content": token} for token, i in read_json_if_present(path).items()
   }
   path = folder / "tokenizer_config.json"
   for i, token in (config.get("added_tokens_decoder") or {}).items():
