@@ -58,7 +58,7 @@ def test_what_is_refused(changes, message):
 def test_sequences_hold_one_type():
   config = read_config(GlueConfig, KINDS[GlueConfig])
   assert replace_fields(config, {"data.row_lengths": [16, 32]}).data.row_lengths == (16, 32)
-  with pytest.raises(ValueError, match=r"data\.row_lengths must be an integer, got 'a'"):
+  with pytest.raises(ValueError, match=r"data\.row_lengths\[1\] must be an integer, got 'a'"):
     replace_fields(config, {"data.row_lengths": (16, "a")})
 
 
