@@ -1,10 +1,11 @@
-"""The layer kinds that LoRA is held to: one table, read by the tests and by the README.
+"""The layer kinds that LoRA is tested on: one table, read by the tests and by the docs.
 
-`python -m tests.layer_kinds` prints it as Markdown. Every kind is an unmodified model with its
-parameters and inputs. The sizes are chosen so that no activation has a weight's size.
+`python -m tests.layer_kinds` prints the lists of docs/layer_kinds.md. Every kind is an unmodified
+model with its parameters and inputs. The sizes are chosen so that no activation has a weight's
+size.
 """
 
-import textwrap
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ def weight(*shape: int, fan_in: int | None = None, seed: int = 1) -> jax.Array:
 
 @dataclass(frozen=True)
 class Case:
-  """A function with what to call it on, and what of it to adapt."""
+  """A function, its arguments, and the weights to adapt."""
 
   fn: Callable[..., Any]
   params: Any
@@ -463,7 +464,7 @@ def _():
   return plain(fn, weight(D_IN, D_OUT), normal(*X), *scales)
 
 
-@kind("plain", "reshaped within its sides")
+@kind("plain", "reshaped, inputs and outputs kept apart")
 def _():
   def fn(w, x):
     return x @ w.reshape(D_IN, 2, 17)[:, 0, :] + x @ w.reshape(2, 13, D_OUT)[:, :, 17:].reshape(
@@ -579,7 +580,7 @@ def _():
 
 @jax.custom_vjp
 def kernel_dot(x, w):
-  """A product that the interpreter cannot look into: its derivative is its own."""
+  """A matmul that the interpreter cannot look into, with its own derivative."""
   return x @ w
 
 
@@ -713,16 +714,30 @@ def _():
   return Case(fn, params, (normal(*X),))
 
 
-def markdown() -> str:
-  """Returns the list for the README: the kinds of every family."""
-  families: dict[str, list[str]] = {}
+TITLES = {
+  "plain": "Plain JAX functions",
+  "opaque": "Custom kernels, by a rule that you pass",
+  "mesh": "Sharded weights",
+}
+CODE = re.compile(r"\w+ @ [\w.]+|\w+\[\w+\]|\w+(?:[._]\w+)+")
+
+
+def lists() -> str:
+  """Returns the lists of docs/layer_kinds.md: the layers of every family, with their cases."""
+  families: dict[str, dict[str, list[str]]] = {}
   for kind in KINDS:
-    families.setdefault(kind.family, []).append(kind.name)
-  items = (f"- **{family}**: {'; '.join(names)}" for family, names in families.items())
-  return "\n".join(
-    textwrap.fill(item, 110, subsequent_indent="  ", break_on_hyphens=False) for item in items
-  )
+    layer, _, case = kind.name.partition(", ")
+    families.setdefault(kind.family, {}).setdefault(layer, []).append(case)
+  lines = []
+  for family, layers in families.items():
+    lines += [f"## {TITLES.get(family, family)} ({sum(map(len, layers.values()))})", ""]
+    for layer, cases in layers.items():
+      separator = ": " if len(cases) > 1 else ", " if cases[0] else ""
+      item = f"- {layer}{separator}{'; '.join(case or 'plain' for case in cases if separator)}"
+      lines.append(CODE.sub(r"`\g<0>`", item))
+    lines.append("")
+  return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":
-  print(markdown())
+  print(lists())
