@@ -10,7 +10,6 @@ Expect: a falling loss, some answers, and the lines of Python that load the adap
 
 import json
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments.harness.config import read_config, replace_fields
+from experiments.harness.config import check_attention, read_config, replace_fields
 from experiments.harness.fit import count, count_trained, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
@@ -43,7 +42,7 @@ from experiments.nlg.finetuned import (
   samples,
   weights_digests,
 )
-from experiments.nlg.user_data import Data, load_data
+from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.step import make_train_step, start
@@ -62,9 +61,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
 def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
   begin = time.perf_counter()
   mesh, method = config.mesh.make(), find_method(config.method)
-  model = load_causal_lm(config.model.folder, **loading_options(config, mesh))
+  options = loading_options(config, mesh)
+  text, data = load_checked_data(config, plan_causal_lm(config.model.folder, **options))
+  model = load_causal_lm(config.model.folder, **options)
   base_parameters = count(model.params)
-  text, data = load_data(config, model)
   loss = adapted_loss(config, model)
   trainable = initialize(config, loss, model.params, data.train[0])
   check_export(config, model, trainable)
@@ -114,15 +114,21 @@ def _checked(config: ConfigDict) -> FinetuneConfig:
     raise ValueError("no model is given: add --model=FOLDER, or a repository of the hub")
   if not settings.data.file:
     raise ValueError("no data is given: add --data=FILE.jsonl")
-  if not 0 < settings.data.valid_share < 1:
-    raise ValueError(f"data.valid_share must be between 0 and 1, got {settings.data.valid_share}")
-  try:
-    datetime.fromisoformat(settings.data.today)
-  except ValueError:
-    raise ValueError(
-      f"data.today must be a day as 2024-07-26, got {settings.data.today!r}"
-    ) from None
+  check_attention(settings.model.attention, settings.model.dtype)
   return settings
+
+
+def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]:
+  """Returns the tokenizer and the batches; errors come before any weights are loaded.
+
+  Args:
+    config: the run's config.
+    model: as `plan_causal_lm` returns it.
+  """
+  config.check_positions(model.num_positions, model.num_slots)
+  text, data = load_data(config, model)
+  config.check_batch(config.data.batch_size, data.train.row_lengths[-1])
+  return text, data
 
 
 def _check_data(config: FinetuneConfig) -> None:
@@ -143,7 +149,7 @@ def plan(config: ConfigDict) -> None:
   settings = _checked(config)
   mesh, method = settings.mesh.make(), find_method(settings.method)
   model = plan_causal_lm(settings.model.folder, **loading_options(settings, mesh))
-  _, data = load_data(settings, model)
+  _, data = load_checked_data(settings, model)
   loss = adapted_loss(settings, model)
   trainable = model.params
   if not method.owns_base:

@@ -158,7 +158,6 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
 
 def _check(config: GlueConfig) -> None:
   method = find_method(config.method, config.NAME)
-  metrics.main_metric(config.data.task)
   if not config.data.source:
     raise ValueError(
       "data.source must name the folder of the original files, which holds "

@@ -17,8 +17,10 @@ from statistics import median
 
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
+from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
+from lora_jax.fields import NonEmptyPath, read_value
 
 NAMES = {"matthews": "Matthews", "pearson": "Pearson", "accuracy": "accuracy"}
 Cells = dict[tuple[str, str], dict[str, list[Run]]]
@@ -31,6 +33,8 @@ def report(folders: Sequence[str | Path]) -> str:
     FileNotFoundError: if a folder is not the folder of a run.
     ValueError: if no run is finished, two are the same run, or one is of another experiment.
   """
+  for folder in folders:
+    read_value(NonEmptyPath, str(folder), "the folder of a run")
   runs, unfinished = read_runs(folders)
   for run in runs:
     if run.settings["experiment"] != "glue":
@@ -139,14 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("glue_report", __doc__)
   parser.add_argument("folders", nargs="+", help="of runs, as runs/glue/cola/*")
-  parser.add_argument("--out", help="a file to write besides")
+  parser.add_argument("--out", help="a file to write the report to as well")
   options = parser.parse_args(arguments)
   with explained():
+    out = None if options.out is None else read_output("--out", options.out)
     text = report(options.folders)
     print(text, end="")
-    if options.out:
-      Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-      Path(options.out).write_text(text, "utf-8")
+    if out is not None:
+      out.parent.mkdir(parents=True, exist_ok=True)
+      out.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

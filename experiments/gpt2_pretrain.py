@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
-from experiments.harness.config import flat, read_config
+from experiments.harness.config import check_attention, flat, read_config
 from experiments.harness.fit import fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import METHODS
@@ -52,11 +52,7 @@ ABOUT_BASE = ("train_tokens", "held_out_loss", "bits_per_byte", "commit")
 def run(config: ConfigDict) -> dict[str, Any]:
   """Pretrains one model; an interrupted run is resumed, and a finished one not repeated."""
   settings = read_config(PretrainConfig, config)
-  if settings.data.row_length > settings.model.num_positions:
-    raise ValueError(
-      f"data.row_length {settings.data.row_length} exceeds model.num_positions "
-      f"{settings.model.num_positions}"
-    )
+  check_attention(settings.model.attention, settings.model.dtype)
   if not settings.data.folder:
     raise ValueError("no text is given: add --config.data.folder=FOLDER, with *.txt or *.txt.xz")
   before = flat(get_config())
@@ -74,8 +70,7 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
   mesh, model, text = config.mesh.make(), pretrained_config(config), prepare(config)
   check_same(workdir / "text.json", text.folder.name, "text")
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}
-  tokens_per_step = math.prod(shape.values())
-  steps = max(1, config.data.num_train_tokens // tokens_per_step)
+  steps = config.num_train_steps
   train = corpus.Rows(text.train, END_OF_TEXT_ID, seed=config.seed, num_batches=steps, **shape)
   valid = corpus.Rows(text.held_out, END_OF_TEXT_ID, seed=None, **shape)
   num_valid = max(1, min(len(valid), config.data.num_valid_rows // config.data.batch_size))
@@ -110,7 +105,7 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
     "seed": config.seed,
     "parameters": trained.fields["trainable_parameters"],
     "num_train_steps": steps,
-    "train_tokens": steps * tokens_per_step,
+    "train_tokens": steps * math.prod(shape.values()),
     "epochs": steps / train.batches_per_epoch,
     **losses,
     "bits_per_byte": losses["held_out_loss"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
+from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
 from experiments.nlg.e2e import decoded_inputs
@@ -22,6 +23,7 @@ from experiments.nlg.figure import draw
 from experiments.nlg.groups import Group, by_budget, by_rank, by_rate, group_runs
 from experiments.nlg.report_csv import write_csv
 from experiments.nlg.scores import DIGITS, METRICS, number
+from lora_jax.fields import NonEmptyPath, read_value
 from lora_jax.metrics import Difference, differences, measure
 
 HEADS = {"valid_loss": "valid loss", **METRICS}
@@ -41,8 +43,14 @@ def report(
       the smallest validation loss among those of LoRA and its variants.
   Raises:
     FileNotFoundError: if a folder is not the folder of a run.
-    ValueError: if no run is finished, two are the same, or `against` is none of them.
+    ValueError: if no run is finished, two are the same, `against` is none of them, or the files
+      cannot be written.
   """
+  out = read_output("--out", out, ".md", ".csv", ".png")
+  for folder in folders:
+    read_value(NonEmptyPath, str(folder), "the folder of a run")
+  if against is not None:
+    read_value(NonEmptyPath, str(against), "--against")
   runs, unfinished = read_runs(folders)
   groups = group_runs(runs)
   rates, sweeps, budgets = by_rate(groups), by_rank(groups), by_budget(groups)
@@ -54,7 +62,6 @@ def report(
   parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
   parts += [_budgets(budgets) if budgets else "", _origin(runs)]
   text = "\n\n".join(part for part in parts if part) + "\n"
-  out = Path(out)
   out.parent.mkdir(parents=True, exist_ok=True)
   Path(f"{out}.md").write_text(text, "utf-8")
   write_csv(Path(f"{out}.csv"), groups)

@@ -14,9 +14,10 @@ A dataclass states the bounds in its annotations, and one function checks them a
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lora_jax.files import local_path
 from lora_jax.trees import as_patterns, closest_names
 
 Section = TypeVar("Section")
@@ -32,10 +33,10 @@ class Within:
 
   def __call__(self, name: str, value: float) -> None:
     """Raises ValueError if the value is not finite or outside the interval."""
-    low, high = self.interval[1:-1].split(",")
-    above = value > float(low) if self.interval[0] == "(" else value >= float(low)
-    below = value < float(high) if self.interval[-1] == ")" else value <= float(high)
-    if not (above and below and math.isfinite(value)):
+    low, high = map(float, self.interval[1:-1].split(","))
+    above = value > low if self.interval[0] == "(" else value >= low
+    below = value < high if self.interval[-1] == ")" else value <= high
+    if not (above and below and abs(value) != math.inf):  # nan is neither above nor below
       kind = "an integer" if isinstance(value, int) else "a finite number"
       raise ValueError(f"{name} must be {kind} in {self.interval}, got {_shown(value)}")
 
@@ -48,6 +49,31 @@ def pattern(name: str, value: str) -> None:
     raise ValueError(f"{name}: {error}") from error
 
 
+def local(name: str, value: str) -> None:
+  """Raises ValueError if the value cannot be the path of a local file or folder; "" is allowed."""
+  try:
+    local_path(value)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
+  if "\0" in value:
+    raise ValueError(f"{name} must be a path without NUL characters, got {_shown(value)}")
+  if value == "~" or value.startswith("~/"):
+    raise ValueError(
+      f"{name} must be a path in full, got {value!r}: the shell expands ~ only at the start of a "
+      f"word. Write $HOME{value[1:]}"
+    )
+  if any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in value.split("/")):
+    raise ValueError(
+      f"{name} must be a path whose parts have at most 255 bytes, got {_shown(value)}"
+    )
+
+
+def nonempty(name: str, value: str) -> None:
+  """Raises ValueError if the value is empty."""
+  if not value:
+    raise ValueError(f"{name} must not be empty, got ''")
+
+
 Finite = Annotated[float, Within("(-inf, inf)")]
 Positive = Annotated[float, Within("(0, inf)")]
 NonNegative = Annotated[float, Within("[0, inf)")]
@@ -55,6 +81,8 @@ Share = Annotated[float, Within("[0, 1)")]  # dropout rates, smoothing, decay ra
 Count = Annotated[int, Within("[1, inf)")]
 CountOrZero = Annotated[int, Within("[0, inf)")]
 Pattern = Annotated[str, pattern]
+LocalPath = Annotated[str, local]
+NonEmptyPath = Annotated[str, nonempty, local]
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
@@ -113,9 +141,8 @@ def read_value(kind: Any, value: Any, name: str) -> Any:
   if get_origin(kind) is Literal:
     if any(type(value) is type(choice) and value == choice for choice in get_args(kind)):
       return value
-    choices = ", ".join(map(str, get_args(kind)))
-    raise ValueError(f"{name} must be one of {choices}, got {_shown(value)}")
-  if get_origin(kind) is tuple and isinstance(value, list | tuple):
+    raise ValueError(f"{name} must be {_described(kind)}, got {_shown(value)}")
+  if _is_list(kind) and isinstance(value, Sequence) and not isinstance(value, str | bytes):
     item, *_ = get_args(kind)
     return tuple(read_value(item, each, f"{name}[{i}]") for i, each in enumerate(value))
   if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
@@ -136,14 +163,23 @@ def _read_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
       errors.append(error)
   # The bounds of the alternative that has the value's type say more than a list of types.
   for kind, error in zip(kinds, errors, strict=True):
-    if get_origin(kind) is Annotated and type(value) is get_args(kind)[0]:
+    is_bounded = get_origin(kind) is Annotated and type(value) is get_args(kind)[0]
+    if is_bounded or (_is_list(kind) and str(error).startswith(f"{name}[")):
       raise error
   raise ValueError(f"{name} must be {' or '.join(map(_described, kinds))}, got {_shown(value)}")
 
 
+def _is_list(kind: Any) -> bool:
+  return get_origin(kind) in (tuple, Sequence)
+
+
 def _is_instance(value: Any, kind: Any) -> bool:
-  if kind in (bool, int, float, str):
+  if kind is float:
+    return isinstance(value, float)  # NumPy's float64 is one
+  if kind in (bool, int, str):
     return type(value) is kind
+  if _is_list(kind):
+    return False
   if get_origin(kind) is Callable or kind is Callable:
     return callable(value)
   plain = get_origin(kind) or kind
@@ -165,9 +201,11 @@ def _described(kind: Any) -> str:
     return _described(base) + "".join(intervals)
   if kind is type(None):
     return "none"
+  if get_origin(kind) is Callable or kind is Callable:
+    return "a function"
   if get_origin(kind) is Literal:
-    return "one of " + ", ".join(map(str, get_args(kind)))
-  if get_origin(kind) is tuple:
+    return "one of " + ", ".join(str(choice) or "''" for choice in get_args(kind))
+  if _is_list(kind):
     return "a list"
   return names.get(kind) or f"of type {getattr(kind, '__name__', kind)}"
 

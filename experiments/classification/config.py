@@ -1,56 +1,86 @@
 """The config of `experiments.glue`; `configs/glue.py` comments each field."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from experiments.harness.config import AdaptationConfig, Fit, Lora, Optimizer
+from experiments.harness.config import (
+  AdaptationConfig,
+  Dtype,
+  Epochs,
+  Fit,
+  Length,
+  Lora,
+  Name,
+  Optimizer,
+  PartOfOne,
+  Records,
+  Remat,
+  Rows,
+  StepsOrZero,
+)
+from lora_jax.data.sets import glue, superglue
+from lora_jax.fields import LocalPath, Pattern, Share, Within, nonempty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderModel:
-  name: str
-  folder: str
-  dtype: str
-  param_dtype: str
+  name: Name
+  folder: LocalPath
+  dtype: Dtype
+  param_dtype: Dtype
   scan_layers: bool
-  remat: str
-  hidden_dropout: float
-  attention_dropout: float
-  head_dropout: float
-  head: str
+  remat: Remat
+  hidden_dropout: Share
+  attention_dropout: Share
+  head_dropout: Share
+  head: Annotated[Pattern, nonempty]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueLora(Lora):
-  start: str
+  start: LocalPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueData:
   suite: Literal["glue", "super_glue"]
   task: str
-  source: str
-  tfds_dir: str
+  source: LocalPath
+  tfds_dir: LocalPath
   skip_malformed: bool
   any_size: bool
   tuning: bool
-  tuning_share: float
-  num_train_records: int
-  batch_size: int
-  eval_batch_size: int
-  row_lengths: tuple[int, ...]
-  window: int
+  tuning_share: PartOfOne
+  num_train_records: Records
+  batch_size: Rows
+  eval_batch_size: Rows
+  row_lengths: tuple[Length, ...]
+  window: Rows
+
+  def __post_init__(self):
+    tasks = (glue if self.suite == "glue" else superglue).TASKS
+    if self.task not in tasks:
+      raise ValueError(
+        f"data.task must be one of {', '.join(tasks)} with data.suite={self.suite}, got "
+        f"{self.task!r}"
+      )
+    if not self.row_lengths or list(self.row_lengths) != sorted(set(self.row_lengths)):
+      raise ValueError(
+        f"data.row_lengths must be increasing numbers of tokens, such as (32, 64, 128), got "
+        f"{self.row_lengths}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueOptimizer(Optimizer):
-  tuned_in: str
-  warmup_ratio: float
+  tuned_in: LocalPath
+  warmup_ratio: Annotated[float, Within("[0, 1]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlueFit(Fit):
-  num_epochs: int
+  eval_every_steps: StepsOrZero  # 0 is every epoch
+  num_epochs: Epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +91,10 @@ class GlueConfig(AdaptationConfig):
   data: GlueData
   optimizer: GlueOptimizer
   fit: GlueFit
+
+  def __post_init__(self):
+    super().__post_init__()
+    self.check_batch(self.data.batch_size, self.data.row_lengths[-1])
 
   @property
   def head(self) -> str:

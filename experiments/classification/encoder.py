@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.classification.config import GlueConfig
-from experiments.harness.config import flat
+from experiments.harness.config import check_at_most, flat
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import read_finished, read_run
 from lora_jax.adapters.delta import adapter_extra
 from lora_jax.data.sets import glue, superglue
 from lora_jax.files import read_json
 from lora_jax.models.bert.folder import load_bert
+from lora_jax.models.bert.folder import read_config as read_bert_config
 from lora_jax.models.bert.model import Bert
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.deberta.folder import load_deberta
@@ -65,6 +66,9 @@ def load_base(config: GlueConfig, mesh: Mesh) -> Base:
   """Loads the model that is adapted, placed on the mesh, a new head, and its tokenizer.
 
   The head is drawn from the run's seed.
+
+  Raises:
+    ValueError: before any weights are read, if the model is no encoder, or the rows are too long.
   """
   folder = model_folder(config)
   model = config.model
@@ -86,6 +90,10 @@ def load_base(config: GlueConfig, mesh: Mesh) -> Base:
       f"{folder / 'config.json'}: expected model_type {', '.join(ENCODERS)}, got {model_type!r}. "
       "This experiment is for encoders; language models are fine-tuned by experiments.finetune"
     )
+  if model_type != "deberta-v2":  # whose positions are relative
+    bert = read_bert_config(folder)
+    positions = bert.num_positions - bert.first_position
+    check_at_most("data.row_lengths[-1]", config.data.row_lengths[-1], "its positions", positions)
   if model_type == "deberta-v2":
     shape, params = load_deberta(folder, **options)
     module = Deberta(shape)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from experiments.configs import Config, gpt2_e2e
 from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
+from experiments.harness.config import read_config
+from experiments.nlg.config import E2EConfig
 
 Changes = dict[str, object]
 
@@ -57,6 +59,7 @@ def get_config(sweep: str = "seeds") -> Config:
 
 def sweep(config: Config) -> Iterator[Changes]:
   """Yields what each run changes."""
+  read_config(E2EConfig, config)
   if not config.decoding.num_inputs:
     for arm, changes in ARMS.items():
       for base in BASES.values():

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
-from experiments.harness.config import ALL_LINEAR
+from experiments.harness.config import ALL_LINEAR, read_config
 from experiments.harness.methods import multiples
+from experiments.nlg.config import FinetuneConfig
 
 
 def get_config() -> Config:
@@ -90,5 +91,6 @@ def get_config() -> Config:
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields what each run of `--sweep` changes: learning rates half a decade apart."""
+  read_config(FinetuneConfig, config)
   for rate in multiples(config.optimizer.learning_rate, (0.3, 1.0, 3.0, 10.0)):
     yield {"optimizer.learning_rate": rate}

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from experiments.classification.config import GlueConfig
 from experiments.configs import Config
-from experiments.harness.config import with_pattern
+from experiments.harness.config import read_config, with_pattern
 from experiments.harness.methods import METHODS, multiples, names
 from experiments.harness.workdir import read_result, stored_config
 from lora_jax.data.sets import glue, superglue
@@ -262,6 +263,7 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
   Of the paper's models these are five, of the recipe's method and rate; with
   `optimizer.tuned_in`, and of `minilm`, of each method at its best rate.
   """
+  read_config(GlueConfig, config)
   if config.data.tuning:
     for method in names("glue"):
       for rate in tuned_rates(method):

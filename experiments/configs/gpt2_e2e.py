@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
+from experiments.harness.config import read_config
+from experiments.nlg.config import E2EConfig
 
 # GPT-2's part of harness.config.ALL_LINEAR. It stays, as stored configs hold its text, and a folder
 # belongs to one config.
@@ -127,6 +129,7 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
   The paper keeps alpha. `mini` keeps alpha / rank, which its learning rate was chosen with; the
   large ranks diverge at that rate, and have the best of 1e-3 and 3e-3 (docs/gpt2_e2e.md).
   """
+  read_config(E2EConfig, config)
   ranks = (1, 2, 4, 8, 64, FULL_RANK[config.variant])
   if config.variant != "mini":
     yield from ({"lora.rank": rank, "lora.alpha": config.lora.alpha} for rank in ranks)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
+from experiments.harness.config import read_config
+from experiments.nlg.config import PretrainConfig
 
 
 def get_config() -> Config:
@@ -67,6 +69,7 @@ def get_config() -> Config:
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields the budgets: 1 %, 10 % and all of the config's, each with a schedule of its own."""
+  read_config(PretrainConfig, config)
   for part in (100, 10, 1):
     yield {
       "data.num_train_tokens": config.data.num_train_tokens // part,

@@ -6,14 +6,27 @@ A ConfigDict ends where an experiment begins, at the top of its `run`:
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax.fields import (
+  LocalPath,
+  NonEmptyPath,
+  NonNegative,
+  Pattern,
+  Positive,
+  Share,
+  Within,
+  check_fields,
+  nonempty,
   read_section,
+  read_value,
 )
 from lora_jax.training.mesh import make_mesh
 
@@ -23,41 +36,78 @@ ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kern
 
 Config = TypeVar("Config", bound="RunConfig")
 
+MAX_BATCH_TOKENS = 2**24
+
+# Upper bounds are far above any use. They refuse a slip that would take all memory or never end.
+Seed = Annotated[int, Within("[0, 4_294_967_295]")]  # jax.random.key takes 32 bits and drops more
+Steps = Annotated[int, Within("[1, 1_000_000_000_000]")]
+StepsOrZero = Annotated[int, Within("[0, 1_000_000_000_000]")]
+Rows = Annotated[int, Within("[1, 1_048_576]")]
+Length = Annotated[int, Within("[1, 1_048_576]")]  # tokens
+LengthOrZero = Annotated[int, Within("[0, 1_048_576]")]
+Records = Annotated[int, Within("[0, 1_000_000_000]")]  # 0 is all, or none
+Epochs = Annotated[int, Within("[1, 10_000]")]
+PartOfOne = Annotated[float, Within("(0, 1)")]
+Devices = Annotated[int, Within("[1, 1_048_576]")]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["compact", "xla", "cudnn"]
+Remat = Literal[
+  "",
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+  "everything_saveable",
+]
+
+
+def plain_name(name: str, value: str) -> None:
+  """Raises ValueError if the value is not one that the name of a folder may contain."""
+  if not re.fullmatch(r"[\w,=+-][\w.,=+-]{0,99}|", value):
+    raise ValueError(
+      f"{name} must be at most 100 letters, digits and signs of _.,=+- and not start with a dot, "
+      f"since it names the run's folder; got {value[:200]!r}"
+    )
+
+
+Name = Annotated[str, plain_name]
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  rank: int
-  alpha: float
-  dropout: float
-  target: str  # a pattern of paths
-  init: str
+  rank: Annotated[int, Within("[1, 1_048_576]")]
+  alpha: Positive
+  dropout: Share
+  target: Annotated[Pattern, nonempty]
+  init: Literal["kaiming_uniform", "gaussian", "original_code"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  learning_rate: float
-  weight_decay: float
-  b1: float
-  b2: float
-  eps: float
+  learning_rate: Positive
+  weight_decay: NonNegative
+  b1: Share
+  b2: Share
+  eps: Positive
   schedule: Literal["linear", "cosine", "constant"]
-  warmup_steps: int
-  clip_norm: float
+  warmup_steps: StepsOrZero
+  clip_norm: NonNegative
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  eval_every_steps: int
-  checkpoint_every_steps: int
-  log_every_steps: int
-  accumulation_steps: int
+  eval_every_steps: Steps
+  checkpoint_every_steps: Steps
+  log_every_steps: Steps
+  accumulation_steps: Rows
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-  data: int
-  fsdp: int
-  tensor: int
+  data: Devices
+  fsdp: Devices
+  tensor: Devices
 
   def make(self) -> Mesh:
     return make_mesh(self.data, self.fsdp, self.tensor)
@@ -69,9 +119,12 @@ class RunConfig:
 
   NAME: ClassVar[str]
   experiment: str
-  variant: str
-  workdir: str
-  seed: int
+  variant: Name
+  workdir: LocalPath
+  seed: Seed
+
+  def __post_init__(self):
+    check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +135,29 @@ class TrainingConfig(RunConfig):
   optimizer: Optimizer
   fit: Fit
   mesh: MeshShape
+
+  def check_batch(self, batch_size: int, row_length: int) -> None:
+    """Raises ValueError if a batch is too large, or cannot be split over steps and devices."""
+    if batch_size * row_length > MAX_BATCH_TOKENS:
+      raise ValueError(
+        f"data.batch_size={batch_size} rows of {row_length} tokens are "
+        f"{batch_size * row_length:,} tokens, expected at most {MAX_BATCH_TOKENS:,} a step. "
+        "Choose fewer or shorter rows"
+      )
+    parts = self.fit.accumulation_steps * self.mesh.data * self.mesh.fsdp
+    if batch_size % parts:
+      raise ValueError(
+        f"data.batch_size={batch_size} must be a multiple of fit.accumulation_steps * mesh.data * "
+        f"mesh.fsdp = {parts}, over which its rows are split"
+      )
+
+  def check_warmup(self, num_train_steps: int) -> None:
+    """Raises ValueError if the warmup is longer than the training."""
+    if self.optimizer.warmup_steps > num_train_steps:
+      raise ValueError(
+        f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most the "
+        f"{num_train_steps} steps of the training. Lower it, or train for longer"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +171,42 @@ class AdaptationConfig(TrainingConfig):
   def head(self) -> str | tuple[str, ...]:
     """Patterns of the leaves that every method trains fully."""
     return ()
+
+
+def check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
+  """Raises ValueError if a field's value exceeds a limit."""
+  if value > limit:
+    raise ValueError(f"{name}={value} must be at most {limit_name} = {limit}")
+
+
+def read_output(flag: str, value: str | Path, *endings: str) -> Path:
+  """Returns the path that a flag names for files to write.
+
+  Args:
+    flag: its name, for messages.
+    value: its value.
+    endings: of the files' names, after that value; none means that it is the file itself.
+  Raises:
+    ValueError: if it cannot be written: it is empty, not local, a folder, or below a file.
+  """
+  path = Path(read_value(NonEmptyPath, str(value), flag))
+  for parent in path.parents:
+    if parent.exists() and not parent.is_dir():
+      raise ValueError(f"{flag}={value}: {parent} is a file, expected a folder")
+  for file in (Path(f"{path}{ending}") for ending in endings or ("",)):
+    if file.is_dir():
+      raise ValueError(f"{flag}={value}: {file} is a folder, expected a file to write")
+  return path
+
+
+def check_attention(attention: str, dtype: str) -> None:
+  """Raises ValueError if the attention cannot run on this machine, or in this dtype."""
+  backend = jax.default_backend()
+  if attention == "cudnn" and (backend != "gpu" or dtype == "float32"):
+    raise ValueError(
+      "model.attention=cudnn needs an NVIDIA GPU and model.dtype=bfloat16 or float16, got "
+      f"{'a ' + backend.upper()} and {dtype}. Choose compact or xla"
+    )
 
 
 def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> Config:

@@ -1,27 +1,66 @@
 """The configs of the experiments that generate text; the files in `configs/` comment each field."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from datetime import datetime
+from typing import Annotated, ClassVar, Literal
 
-from experiments.harness.config import AdaptationConfig, Fit, Optimizer, RunConfig, TrainingConfig
+from experiments.harness.config import (
+  AdaptationConfig,
+  Attention,
+  Dtype,
+  DtypeOrAuto,
+  Epochs,
+  Fit,
+  Length,
+  LengthOrZero,
+  Optimizer,
+  PartOfOne,
+  Records,
+  Remat,
+  Rows,
+  RunConfig,
+  Steps,
+  StepsOrZero,
+  TrainingConfig,
+  check_at_most,
+)
 from lora_jax.data.sets.e2e import Form, Split
+from lora_jax.fields import LocalPath, NonEmptyPath, Share, Within
 
 Checkpoint = Literal["best", "last"]
+NewTokens = Annotated[int, Within("[1, 65_536]")]
+Inputs = Annotated[int, Within("[0, 1_000_000]")]
+
+MAX_BEAM_TOKENS = 2**24
+
+
+def day(name: str, value: str) -> None:
+  """Raises ValueError if the value is not a date."""
+  try:
+    datetime.fromisoformat(value)
+  except ValueError:
+    raise ValueError(f"{name} must be a date such as 2024-07-26, got {value!r}") from None
+
+
+def check_chunk(chunk: int, name: str, length: int) -> None:
+  """Raises ValueError if `fit.loss_chunk` does not divide a row's target tokens; 0 is all."""
+  if chunk and (chunk > length or length % chunk):
+    raise ValueError(f"fit.loss_chunk={chunk} must divide {name}={length}, or be 0, which is all")
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-  folder: str
-  dtype: str
-  param_dtype: str
+  folder: LocalPath
+  dtype: DtypeOrAuto
+  param_dtype: DtypeOrAuto
   scan_layers: bool
-  remat: str
-  attention: str
+  remat: Remat
+  attention: Attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepingFit(Fit):
-  loss_chunk: int
+  loss_chunk: LengthOrZero
   keep: Checkpoint
 
 
@@ -30,50 +69,61 @@ class KeepingFit(Fit):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EModel(LanguageModel):
+  dtype: Dtype
+  param_dtype: Dtype
   start: Literal["pretrained", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
   form: Form
-  source: str
+  source: NonEmptyPath
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EData(Texts):
-  num_train_records: int
-  num_valid_records: int
-  num_epochs: int
+  num_train_records: Records
+  num_valid_records: Records
+  num_epochs: Epochs
   packing: bool
-  batch_size: int
-  row_length: int
-  loss_length: int
+  batch_size: Rows
+  row_length: Length
+  loss_length: Length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EOptimizer(Optimizer):
-  label_smoothing: float
+  label_smoothing: Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EFit(KeepingFit):
-  num_train_steps: int
+  num_train_steps: StepsOrZero
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class DecodedInputs:
   split: Split
-  num_inputs: int
+  num_inputs: Inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding(Inputs):
-  num_beams: int
-  length_penalty: float
-  no_repeat_ngram_size: int
-  max_new_tokens: int
+class Decoding(DecodedInputs):
+  num_beams: Annotated[int, Within("[1, 1_024]")]
+  length_penalty: Annotated[float, Within("[-100, 100]")]
+  no_repeat_ngram_size: Annotated[int, Within("[0, 65_536]")]
+  max_new_tokens: NewTokens
   scoring: Literal["transformers", "reference"]
-  batch_size: int
+  batch_size: Rows
+
+  def __post_init__(self):
+    size = self.batch_size * self.num_beams * self.max_new_tokens
+    if size > MAX_BEAM_TOKENS:
+      raise ValueError(
+        f"decoding.batch_size={self.batch_size} inputs with decoding.num_beams={self.num_beams} "
+        f"and decoding.max_new_tokens={self.max_new_tokens} are {size:,} tokens at once, expected "
+        f"at most {MAX_BEAM_TOKENS:,}. Lower one of them"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,16 +135,37 @@ class E2EConfig(AdaptationConfig):
   fit: E2EFit
   decoding: Decoding
 
+  def __post_init__(self):
+    super().__post_init__()
+    data = self.data
+    self.check_batch(data.batch_size, data.row_length)
+    if data.loss_length > data.row_length:
+      raise ValueError(
+        f"data.loss_length={data.loss_length} must be at most data.row_length={data.row_length}"
+      )
+    if self.fit.num_train_steps:
+      self.check_warmup(self.fit.num_train_steps)
+    check_chunk(self.fit.loss_chunk, "data.loss_length", data.loss_length)
+
+  def check_positions(self, num_positions: int) -> None:
+    """Raises ValueError if rows or decoded texts are longer than the model's positions."""
+    longest = "the model's positions"
+    check_at_most("data.row_length", self.data.row_length, longest, num_positions)
+    if self.decoding.num_inputs:
+      asked = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
+      check_at_most("1 + decoding.max_new_tokens", asked, longest, num_positions)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateConfig(RunConfig):
   NAME: ClassVar[str] = "e2e_template"
+  workdir: NonEmptyPath
   experiment: str = "e2e_template"
   variant: str = ""
   seed: int = 0
   method: str = "template"
   data: Texts = Texts("reference", "embedded")
-  decoding: Inputs = Inputs("test", 630)
+  decoding: DecodedInputs = DecodedInputs("test", 630)
 
 
 # ---- finetune ------------------------------------------------------------------------------
@@ -102,23 +173,23 @@ class TemplateConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserData:
-  file: str
-  valid_file: str
-  valid_share: float
-  chat_template: str
-  today: str
+  file: LocalPath
+  valid_file: LocalPath
+  valid_share: PartOfOne
+  chat_template: LocalPath
+  today: Annotated[str, day]
   ignored_fields: tuple[str, ...]
-  row_length: int
+  row_length: LengthOrZero
   truncate: bool
   packing: bool
-  batch_size: int
-  num_epochs: int
+  batch_size: Rows
+  num_epochs: Epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  count: int
-  max_new_tokens: int
+  count: Annotated[int, Within("[0, 10_000]")]
+  max_new_tokens: NewTokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,36 +201,62 @@ class FinetuneConfig(AdaptationConfig):
   fit: KeepingFit
   samples: Samples
 
+  def __post_init__(self):
+    super().__post_init__()
+    self.check_batch(self.data.batch_size, self.data.row_length or 1)
+    if self.data.row_length:
+      check_at_most("fit.loss_chunk", self.fit.loss_chunk, "data.row_length", self.data.row_length)
+
+  def check_positions(self, num_positions: int, num_slots: int) -> None:
+    """Raises ValueError if rows or answers are longer than the model reads.
+
+    Args:
+      num_positions: the model's longest sequence in training, tokens.
+      num_slots: its longest sequence in decoding, tokens.
+    """
+    longest = "the model's longest sequence"
+    check_at_most("data.row_length", self.data.row_length, longest, num_positions)
+    check_at_most("fit.loss_chunk", self.fit.loss_chunk, longest, num_positions)
+    if self.samples.count:
+      asked = self.samples.max_new_tokens + 1  # after a prompt of at least one token
+      check_at_most("1 + samples.max_new_tokens", asked, longest, num_slots)
+
 
 # ---- gpt2_pretrain -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainData:
-  folder: str
-  prepared: str
-  vocab_size: int
-  held_out_every: int
-  num_valid_rows: int
-  num_train_tokens: int
-  batch_size: int
-  row_length: int
+  folder: LocalPath
+  prepared: NonEmptyPath
+  vocab_size: Annotated[int, Within("[257, 65_536]")]  # bytes and the end of text; 16 bits
+  held_out_every: Annotated[int, Within("[2, 1_000_000_000]")]
+  num_valid_rows: Annotated[int, Within("[1, 1_000_000_000]")]
+  num_train_tokens: Steps
+  batch_size: Rows
+  row_length: Length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainModel:
-  embed_dim: int
-  num_layers: int
-  num_heads: int
-  num_positions: int
-  dtype: str
+  embed_dim: Annotated[int, Within("[1, 65_536]")]
+  num_layers: Annotated[int, Within("[1, 1_024]")]
+  num_heads: Annotated[int, Within("[1, 65_536]")]
+  num_positions: Length
+  dtype: DtypeOrAuto
   scan_layers: bool
-  attention: str
+  attention: Attention
+
+  def __post_init__(self):
+    if self.embed_dim % self.num_heads:
+      raise ValueError(
+        f"model.num_heads={self.num_heads} must divide model.embed_dim={self.embed_dim}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainFit(Fit):
-  loss_chunk: int
+  loss_chunk: LengthOrZero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,3 +265,17 @@ class PretrainConfig(TrainingConfig):
   data: PretrainData
   model: PretrainModel
   fit: PretrainFit
+
+  @property
+  def num_train_steps(self) -> int:
+    return max(1, self.data.num_train_tokens // (self.data.batch_size * self.data.row_length))
+
+  def __post_init__(self):
+    super().__post_init__()
+    data = self.data
+    self.check_batch(data.batch_size, data.row_length)
+    check_at_most(
+      "data.row_length", data.row_length, "model.num_positions", self.model.num_positions
+    )
+    self.check_warmup(self.num_train_steps)
+    check_chunk(self.fit.loss_chunk, "data.row_length", data.row_length)

@@ -31,7 +31,12 @@ class Data(NamedTuple):
 
 
 def load_data(config: E2EConfig, base: Base) -> Data:
-  """Returns the batches of training and validation."""
+  """Returns the batches of training and validation.
+
+  Raises:
+    ValueError: if there are fewer examples than the config says, or fewer inputs to decode.
+  """
+  inputs_of(config)  # so that an error comes before training
   data, limit = config.data, min(512, base.config.num_positions)
 
   def examples(split: e2e.Split, count: int) -> list[text.Example]:
@@ -61,14 +66,27 @@ def load_data(config: E2EConfig, base: Base) -> Data:
 def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.Record]:
   """Returns some records, the same ones whatever the run's seed; with a count of 0 all."""
   if count > len(records):
-    raise ValueError(f"the {split} split has {len(records)} records, expected {count} or more")
+    raise ValueError(
+      f"data.num_{split}_records={count} must be at most the {len(records)} records of the {split} "
+      "split, or 0, which is all"
+    )
   order = np.random.default_rng(0).permutation(len(records)) if count else range(len(records))
   return records.take(order[: count or None])
 
 
 def decoded_inputs(form: e2e.Form, source: str, split: e2e.Split, count: int) -> list[e2e.Group]:
-  """Returns the first distinct inputs of a split, with their references."""
-  return e2e.grouped(e2e_tfds.load(split, form, source))[:count]
+  """Returns the first distinct inputs of a split, with their references.
+
+  Raises:
+    ValueError: if there are fewer.
+  """
+  groups = e2e.grouped(e2e_tfds.load(split, form, source))
+  if count > len(groups):
+    raise ValueError(
+      f"decoding.num_inputs={count} must be at most the {len(groups)} distinct inputs of the "
+      f"{split} split"
+    )
+  return groups[:count]
 
 
 def inputs_of(config: E2EConfig) -> list[e2e.Group]:

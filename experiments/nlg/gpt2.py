@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from experiments.harness.config import check_attention
 from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, PretrainConfig
 from lora_jax.decoding import CachedModel, from_linen
@@ -38,7 +39,12 @@ class Base(NamedTuple):
 
 
 def load_base(config: E2EConfig, mesh: Mesh) -> Base:
-  """Loads the model that is adapted, placed on the mesh, and its tokenizer."""
+  """Loads the model that is adapted, placed on the mesh, and its tokenizer.
+
+  Raises:
+    ValueError: before any weights are read, if the config does not fit the model or the machine.
+  """
+  check_attention(config.model.attention, config.model.dtype)
   folder = model_folder(config)
   computation: dict[str, Any] = {
     "param_dtype": config.model.param_dtype,
@@ -47,8 +53,9 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
     "remat": config.model.remat or None,
     "attention": config.model.attention,
   }
+  model = read_gpt2_config(folder, **computation)
+  config.check_positions(model.num_positions)
   if config.model.start == "random":
-    model = read_gpt2_config(folder, **computation)
     params = random_params(model, mesh, jax.random.key(config.seed))
   else:
     model, params = load_gpt2(folder, shardings=sharding_of(mesh), **computation)

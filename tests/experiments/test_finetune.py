@@ -188,7 +188,7 @@ def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
   second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
   for data, valid in ((first, second), (second, first)):
     config = apply(config_of(chat_folder, data, tmp_path / "run"), {"data.valid_file": str(valid)})
-    with pytest.raises(ValueError, match=r"have lines of two formats"):
+    with pytest.raises(ValueError, match=r"have two formats"):
       finetune.run(config)
 
 
@@ -352,11 +352,11 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     ({"model.folder": ""}, "no model is given: add --model"),
     ({"data.file": ""}, "no data is given: add --data"),
     ({"fit.keep": "first"}, r"fit\.keep must be one of best, last"),
-    ({"data.valid_share": 1.0}, "valid_share must be between 0 and 1"),
-    ({"data.today": "26 Jul"}, "data.today must be a day as 2024-07-26"),
+    ({"data.valid_share": 1.0}, r"valid_share must be a finite number in \(0, 1\), got 1\.0"),
+    ({"data.today": "26 Jul"}, "data.today must be a date such as 2024-07-26"),
     ({"lora.target": r".*/attn/qurey/kernel"}, "h_0/attn/query/kernel"),
     ({"lora.rank": 33}, "rank 33"),
-    ({"data.row_length": 8}, "lines have more than 8 tokens, .*mine.jsonl:1"),
+    ({"data.row_length": 8}, "examples have more than 8 tokens, .*mine.jsonl:1"),
   ],
 )
 def test_what_is_refused(changes, message, chat_folder, tmp_path):

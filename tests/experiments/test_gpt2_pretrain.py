@@ -136,7 +136,7 @@ def test_text_must_be_given_and_be_enough(tmp_path):
   config = configs.get_config()
   with pytest.raises(ValueError, match=r"add --config\.data\.folder"):
     gpt2_pretrain.run(config)
-  with pytest.raises(ValueError, match=r"row_length 512 exceeds model\.num_positions 256"):
+  with pytest.raises(ValueError, match=r"row_length=512 must be at most model\.num_positions = 256"):
     gpt2_pretrain.run(apply(config, {"data.row_length": 512}))
   with pytest.raises(ValueError, match=r"config of 'glue'.* the experiment is 'gpt2_pretrain'"):
     gpt2_pretrain.run(apply(config, {"experiment": "glue"}))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from experiments.classification.config import GlueConfig
-from experiments.configs import finetune, glue, gpt2_e2e, gpt2_pretrain
+from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
 from experiments.harness.config import flat, read_config, replace_fields
 from experiments.harness.workdir import open_workdir, read_run
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig
@@ -53,6 +53,19 @@ def test_a_config_keeps_every_field_and_its_format_on_disk(kind, tmp_path):
 def test_what_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     replace_fields(read_config(E2EConfig, KINDS[E2EConfig]), changes)
+
+
+def test_every_variant_of_the_config_files_is_valid():
+  for variant in gpt2_e2e.FULL_RANK:
+    read_config(E2EConfig, gpt2_e2e.get_config(variant))
+  models = [("minilm", "")] + [
+    (model, f",{recipe}") for model in glue.PAPER for recipe in ("paper", "scripts")
+  ]
+  for task in (*glue.glue.TASKS, "boolq", "super_rte", "record"):
+    for model, recipe in [*models, ("roberta_large", ",dagger")]:
+      read_config(GlueConfig, glue.get_config(f"{model},{task}{recipe}"))
+  for variant in ("rates", "seeds"):
+    read_config(E2EConfig, e2e_budgets.get_config(variant))
 
 
 def test_sequences_hold_one_type():
