@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 _MAX_DIGITS = 400  # of an integer in JSON; more than any float has
+_MAX_LINE = 2**26  # bytes
 
 
 def local_path(path: str | Path) -> Path:
@@ -24,6 +25,23 @@ def local_path(path: str | Path) -> Path:
   return Path(path)
 
 
+def make_folder(path: str | Path) -> Path:
+  """Makes a local folder, its parents included, unless it exists; returns its path.
+
+  Raises:
+    ValueError: if the path, or one of its parents, exists and is not a folder; or as `local_path`.
+  """
+  path = local_path(path)
+  for part in (path, *path.parents):
+    if part.exists() or part.is_symlink():
+      if not part.is_dir():
+        kind = "a file" if part.is_file() else "a broken link, a fifo, a socket or a device"
+        raise ValueError(f"{path} cannot be a folder: {part} is {kind}. Choose another path")
+      break
+  path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
 def read_bytes(path: str | Path) -> bytes:
   """Returns the content of a regular file.
 
@@ -31,13 +49,18 @@ def read_bytes(path: str | Path) -> bytes:
     FileNotFoundError: if there is no such file.
     ValueError: if it is a folder, a fifo or a device.
   """
+  return regular_file(path).read_bytes()
+
+
+def regular_file(path: str | Path) -> Path:
+  """Returns the path of a regular file; errors as of `read_bytes`."""
   path = local_path(path)
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist")
   if not path.is_file():
     kind = "a folder" if path.is_dir() else "a fifo, a socket or a device"
     raise ValueError(f"{path} is {kind}, expected a file")
-  return path.read_bytes()
+  return path
 
 
 def read_text(path: str | Path) -> str:
@@ -48,6 +71,36 @@ def read_text(path: str | Path) -> str:
     raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+  """Yields the place, `FILE:NUMBER`, and the text of each line, without its line break.
+
+  A byte-order mark at the start is left out, and a carriage return at the end of a line.
+
+  Raises:
+    FileNotFoundError, ValueError: as of `read_bytes`, or if a line is not UTF-8, has a NUL byte
+      or more than 64 MiB.
+  """
+  path = regular_file(path)
+  with path.open("rb") as file:
+    for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), b""), 1):
+      where = f"{path}:{number}"
+      if len(line) > _MAX_LINE:
+        raise ValueError(f"{where}: the line has more than {_MAX_LINE >> 20} MiB")
+      yield where, decode_line(line, where, is_first=number == 1)
+
+
+def decode_line(line: bytes, where: str, is_first: bool) -> str:
+  """Returns the text of a line of a file; errors as of `read_lines`."""
+  if is_first:
+    line = line.removeprefix(b"\xef\xbb\xbf")
+  if b"\0" in line:
+    raise ValueError(f"{where}: expected text in UTF-8, got a NUL byte: it is binary, or UTF-16")
+  try:
+    return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{where}: expected text in UTF-8, got {error}") from error
+
+
 def parse_json(text: str | bytes, where: str | Path) -> Any:
   """Returns the value of a JSON text.
 
@@ -56,7 +109,8 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     where: the file, or the file and line, for messages.
   Raises:
     ValueError: if it is not UTF-8 or not JSON, an object has a key twice, an integer has more
-      than 400 digits, or the nesting is too deep for Python's parser.
+      than 400 digits, a string holds half of a surrogate pair, or the nesting is too deep for
+      Python's parser.
   """
   if isinstance(text, bytes):
     try:
@@ -78,9 +132,15 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     return int(digits)
 
   try:
-    return json.loads(text, object_pairs_hook=without_duplicates, parse_int=short_integer)
+    value = json.loads(text, object_pairs_hook=without_duplicates, parse_int=short_integer)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+      json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
   except json.JSONDecodeError as error:
     raise ValueError(f"{where} is not JSON: {error}") from error
+  except UnicodeEncodeError as error:
+    half = error.object[error.start]
+    raise ValueError(f"{where}: half of a surrogate pair, {half!a}, is not text") from None
   except RecursionError:
     raise ValueError(f"{where} is nested too deeply to be read as JSON") from None
 

@@ -1,6 +1,7 @@
-"""A user's lines as batches, for `experiments.finetune`."""
+"""A user's examples as batches, for `experiments.finetune`."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,29 +17,39 @@ from lora_jax.data.jsonl import (
   Completion,
   Conversation,
   Rendered,
+  encode_chat_prompts,
   encode_completions,
   encode_prompts,
   encode_rendered,
   read_jsonl,
 )
 from lora_jax.data.text import Example
-from lora_jax.files import read_text
-from lora_jax.models.text.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
+from lora_jax.files import read_json_if_present, read_text
+from lora_jax.models.text.chat import (
+  ChatTemplate,
+  Message,
+  chat_parts,
+  load_chat_template,
+  prompt_parts,
+  text_after_answers,
+)
 from lora_jax.models.text.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
 from lora_jax.models.zoo import LanguageModel
 
+logger = logging.getLogger(__name__)
+
 
 class Data(NamedTuple):
-  """The batches of a run, and held-out lines to be answered.
+  """The batches of a run, and held-out prompts with their answers.
 
   Attributes:
-    train: of all epochs.
-    valid: held out.
+    train: the batches of all epochs.
+    valid: the batches of the held-out examples.
     prompts: tokens of the first held-out prompts.
-    answers: what their lines say.
-    num_train: lines.
-    num_valid: likewise.
-    digest: of all examples.
+    answers: the answers to them in the data.
+    num_train: the number of training examples.
+    num_valid: the number of held-out examples.
+    digest: a digest of all examples.
   """
 
   train: data_batches.Batches
@@ -51,13 +62,13 @@ class Data(NamedTuple):
 
 
 class Text(NamedTuple):
-  """What a model's texts are made of.
+  """A model's tokenizer, chat template and end tokens.
 
   Attributes:
-    tokenizer: of its folder.
+    tokenizer: the tokenizer of its folder.
     end_id: the token that ends a text.
-    template: of chats; None if the lines are no chats.
-    end_ids: the tokens that end an answer; of chats also those that end a turn.
+    template: the chat template; None if the examples are not chats.
+    end_ids: the tokens that end an answer, ascending.
   """
 
   tokenizer: Any
@@ -74,15 +85,19 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
     held_out: Sequence[Any] = read_jsonl(options.valid_file, options.ignored_fields)
     if type(records[0]) is not type(held_out[0]):
       raise ValueError(
-        f"{options.file} and {options.valid_file} have lines of two formats: expected prompts and "
+        f"{options.file} and {options.valid_file} have two formats: expected prompts and "
         "completions in both, or messages in both"
       )
   else:
     records, held_out = _hold_out(config, records)
   text = load_text(config, model, isinstance(records[0], Conversation))
-  limit = min(options.row_length or model.num_positions, model.num_positions)
+  if options.row_length > model.num_positions:
+    raise ValueError(
+      f"data.row_length must be at most the model's {model.num_positions:,} positions, got "
+      f"{options.row_length:,}"
+    )
+  limit = options.row_length or model.num_positions
   train, valid = (encode(text, part, limit, options.truncate) for part in (records, held_out))
-  text = text._replace(end_ids=_end_ids(text, train[0]))
   longest = max(len(example.tokens) for example in (*train, *valid))
   row_length = options.row_length or min(-(-longest // 64) * 64, model.num_positions)
 
@@ -128,30 +143,50 @@ def end_token_id(folder: Path, tokenizer: Any) -> int:
 
 
 def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text:
-  """Returns the tokenizer of a model's folder, and of chats the template."""
+  """Returns the tokenizer of a model's folder, its end tokens, and of chats the template."""
   tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
   end_id, template = end_token_id(model.folder, tokenizer), None
   if chats and config.data.chat_template:
-    source = read_text(Path(config.data.chat_template))
+    source = read_text(config.data.chat_template)
     template = ChatTemplate(source, read_special_tokens(model.folder))
   elif chats:
     template = load_chat_template(model.folder)
   if template is not None:
     template = dataclasses.replace(template, today=datetime.fromisoformat(config.data.today))
-  return Text(tokenizer, end_id, template, (end_id,))
+  end_ids = {end_id, *_generation_end_ids(model.folder, model.module.config.vocab_size)}
+  if template is not None:
+    end_ids.update(_turn_end_ids(tokenizer, template))
+  return Text(tokenizer, end_id, template, tuple(sorted(end_ids)))
 
 
-def _end_ids(text: Text, example: Example) -> tuple[int, ...]:
-  """Returns the end tokens: of chats also the special ones that an answer is learned with."""
-  if text.template is None:
-    return text.end_ids
-  added = text.tokenizer.get_added_tokens_decoder()
-  special = {i for i in example.targets.tolist() if i in added and added[i].special}
-  return tuple(sorted({text.end_id, *special}))
+def _generation_end_ids(folder: Path, vocab_size: int) -> list[int]:
+  """Returns the end tokens in generation_config.json, which servers stop at."""
+  value = read_json_if_present(folder / "generation_config.json").get("eos_token_id")
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  for token_id in ids:
+    if type(token_id) is not int or not 0 <= token_id < vocab_size:
+      raise ValueError(
+        f"{folder}/generation_config.json: eos_token_id must be one or several integers in "
+        f"[0, {vocab_size}), got {value!r:.100}"
+      )
+  return ids
+
+
+def _turn_end_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
+  """Returns the token that ends the assistant's turn: the template's first special one after it."""
+  added = tokenizer.get_added_tokens_decoder()
+  after = tokenizer.encode(text_after_answers(template), add_special_tokens=False).ids
+  special = [i for i in after if i in added and added[i].content.strip()]
+  if not special:
+    logger.warning(
+      "the chat template writes no special token after an answer: a model that is trained with it "
+      "learns no end of its answers, and generates up to samples.max_new_tokens"
+    )
+  return special[:1]
 
 
 def _hold_out(config: FinetuneConfig, records: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-  """Splits lines, the same way whatever the seed; those of one prompt stay together."""
+  """Splits examples, the same way whatever the seed; those of one prompt stay together."""
   prompts: dict[str, list[Any]] = {}
   for record in records:
     prompts.setdefault(_prompt(record), []).append(record)
@@ -160,7 +195,7 @@ def _hold_out(config: FinetuneConfig, records: Sequence[Any]) -> tuple[list[Any]
   if count >= len(groups):
     raise ValueError(
       f"{config.data.file} has {len(groups)} different prompts, of which {count} are held out; "
-      "expected some to train on. Give more lines, or --config.data.valid_file"
+      "expected some to train on. Give more examples, or --config.data.valid_file"
     )
   held_out = set(np.random.default_rng(0).permutation(len(groups))[:count].tolist())
   train = [record for i, group in enumerate(groups) if i not in held_out for record in group]
@@ -174,33 +209,38 @@ def _prompt(record: Completion | Conversation) -> str:
 
 
 def encode(text: Text, records: Sequence[Any], limit: int, truncate: bool) -> list[Example]:
-  """Returns the tokens of lines of either form, `limit` of each at most."""
+  """Returns the tokens of examples of either format, `limit` of each at most."""
   if isinstance(records[0], Completion):
     return encode_completions(text.tokenizer, records, text.end_id, limit, truncate)
   assert text.template is not None, "chats have a template"
-  rendered = [Rendered(record.where, _segments(text.template, record)) for record in records]
+  rendered = [Rendered(record.where, _parts(text.template, record)) for record in records]
   return encode_rendered(text.tokenizer, rendered, limit, truncate)
 
 
-def _segments(template: ChatTemplate, record: Conversation) -> list[tuple[str, bool]]:
+def _parts(template: ChatTemplate, record: Conversation) -> list[list[tuple[str, bool]]]:
   try:
-    return chat_segments(template, record.messages)
+    return chat_parts(template, record.messages)
   except ValueError as error:
     raise ValueError(f"{record.where}: {error}") from error
 
 
 def prompts(text: Text, records: Sequence[Any]) -> list[list[int]]:
-  """Returns the tokens before each line's completion, or before the assistant's last turn."""
+  """Returns the tokens before each example's completion, or before the assistant's last turn.
+
+  They are a prefix of the tokens that `encode` returns for it.
+  """
   if not records:
     return []
   if isinstance(records[0], Completion):
     return encode_prompts(text.tokenizer, [record.prompt for record in records], text.end_id)
-  assert text.template is not None, "chats have a template"
-  texts = [
-    render_chat(text.template, record.messages[: _last_answer(record)], add_generation_prompt=True)
-    for record in records
-  ]
-  return [e.ids for e in text.tokenizer.encode_batch(texts, add_special_tokens=False)]
+  return chat_prompts(text, [record.messages[: _last_answer(record)] for record in records])
+
+
+def chat_prompts(text: Text, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
+  """Returns the tokens that the assistant's next answer to each chat is generated from."""
+  if text.template is None:
+    raise ValueError("expected a model with a chat template, to answer messages")
+  return encode_chat_prompts(text.tokenizer, [prompt_parts(text.template, chat) for chat in chats])
 
 
 def _last_answer(record: Conversation) -> int:

@@ -1,13 +1,15 @@
-"""Users' own data: files of JSON lines, one example a line, in either of two forms.
+"""Users' own data: files of JSON lines, one example a line, in either of two formats.
 
     {"prompt": "Translate: cat\\n", "completion": "chat"}
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
-Loss is taken on the completion and the end token after it; of a conversation, on what its
-segments say (`lora_jax.models.text.chat` renders them by the model's template).
+The supervised tokens are the completion's and the end token after it; in a conversation, those of
+its supervised segments (`lora_jax.models.text.chat` renders them by the model's template).
+
+The tokens of a prompt, encoded as it is asked, are a prefix of the tokens that are trained on:
+`encode_prompts` for completions, `encode_chat_prompts` for conversations.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +17,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.data.text import Example
+from lora_jax.data.text import Example, check_length
+from lora_jax.files import parse_json, read_lines
 
 if TYPE_CHECKING:
-  from tokenizers import Tokenizer
+  from tokenizers import Encoding, Tokenizer
 
 logger = logging.getLogger(__name__)
 ROLES = ("system", "user", "assistant")
 BOUNDARIES = ("\n", "\0")  # before a text; one of them is a token of its own there
 
+Span = tuple[int, int]  # of characters in a text
+
 
 class Completion(NamedTuple):
-  """A prompt and what is to follow; `where` is its file and line."""
+  """A prompt and its completion; `where` is the file and line."""
 
   where: str
   prompt: str
@@ -34,53 +39,53 @@ class Completion(NamedTuple):
 
 
 class Conversation(NamedTuple):
-  """Messages, each with `role` and `content`; `where` is its file and line."""
+  """Messages, each with `role` and `content`; `where` is the file and line."""
 
   where: str
   messages: list[dict[str, str]]
 
 
 class Rendered(NamedTuple):
-  """A conversation as text: segments one after another, and whether each has a loss."""
+  """A conversation as text, in parts of segments.
+
+  Attributes:
+    where: the file and line.
+    parts: the first ends where the prompt for the first answer ends, each other where the prompt
+      for the next one does. A segment is a text and whether it is supervised.
+  """
 
   where: str
-  segments: list[tuple[str, bool]]
+  parts: list[list[tuple[str, bool]]]
 
 
 def read_jsonl(
   path: str | Path, ignored: Sequence[str] = ()
 ) -> list[Completion] | list[Conversation]:
-  """Returns the examples of a file, all of one form.
+  """Returns the examples of a file, all of one format.
 
   Args:
-    path: of the file, UTF-8; empty lines are left out.
-    ignored: fields that a line may have besides those of its form.
+    path: a file in UTF-8; empty lines are left out.
+    ignored: fields that an example may have in addition to those of its format.
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if a line is malformed, naming it, or there is none.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} does not exist; expected a file of JSON lines")
-  records: list[Any] = []
-  for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+  examples: list[Any] = []
+  for where, line in read_lines(path):
     if line.strip():
-      records.append(_record(f"{path}:{number}", line, ignored))
-      if type(records[-1]) is not type(records[0]):
+      examples.append(_example(where, line, ignored))
+      if type(examples[-1]) is not type(examples[0]):
         raise ValueError(
-          f"{path}:{number} is a {type(records[-1]).__name__.lower()} and {records[0].where} a "
-          f"{type(records[0]).__name__.lower()}; expected one form in a file"
+          f"{where} is a {type(examples[-1]).__name__.lower()} and {examples[0].where} a "
+          f"{type(examples[0]).__name__.lower()}; expected one format in a file"
         )
-  if not records:
+  if not examples:
     raise ValueError(f"{path} has no lines; expected one example a line")
-  return records
+  return examples
 
 
-def _record(where: str, line: bytes, ignored: Sequence[str]) -> Completion | Conversation:
-  try:
-    value = json.loads(line.decode("utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{where}: no JSON in UTF-8: {error}") from error
+def _example(where: str, line: str, ignored: Sequence[str]) -> Completion | Conversation:
+  value = parse_json(line, where)
   if not isinstance(value, dict):
     raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
   fields = set(value) - set(ignored)
@@ -92,7 +97,7 @@ def _record(where: str, line: bytes, ignored: Sequence[str]) -> Completion | Con
     return Completion(where, value["prompt"], value["completion"])
   raise ValueError(
     f"{where}: expected the fields prompt and completion, or messages; got "
-    f"{', '.join(sorted(value)) or 'none'}. Further fields are named in data.ignored_fields"
+    f"{', '.join(sorted(value)) or 'none':.200}. Further fields are named in data.ignored_fields"
   )
 
 
@@ -107,7 +112,7 @@ def _messages(where: str, messages: Any) -> list[dict[str, str]]:
         f"{label}: expected an object with role and content, got {actual or 'neither'}"
       )
     if message["role"] not in ROLES:
-      raise ValueError(f"{label}: role must be {', '.join(ROLES)}; got {message['role']!r}")
+      raise ValueError(f"{label}: role must be {', '.join(ROLES)}; got {message['role']!r:.200}")
     _check_text(f"{label}: content", message["content"])
   if all(message["role"] != "assistant" for message in messages):
     raise ValueError(f"{where}: no message is the assistant's, so that there is nothing to learn")
@@ -116,26 +121,34 @@ def _messages(where: str, messages: Any) -> list[dict[str, str]]:
 
 def _check_text(label: str, value: Any) -> None:
   if not isinstance(value, str) or not value:
-    raise ValueError(f"{label}: expected a text that is not empty, got {value!r}")
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    half = value[error.start]
-    raise ValueError(f"{label}: half of a surrogate pair, {half!a}, is no text") from None
+    raise ValueError(f"{label}: expected a text that is not empty, got {value!r:.200}")
 
 
 def encode_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], end_id: int) -> list[list[int]]:
   """Returns the tokens that completions are generated from.
 
-  They begin as the model's texts do (many tokenizers put a start token there), and do not end.
+  They have the start token that many tokenizers put before a text, and no end token.
 
   Raises:
     ValueError: if the tokenizer cuts or pads.
   """
-  if tokenizer.padding is not None or tokenizer.truncation is not None:
-    raise ValueError("expected a tokenizer that neither pads nor truncates")
+  _check_tokenizer(tokenizer)
   encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
   return [ids[:-1] if ids[-1:] == [end_id] else ids for ids in encoded]
+
+
+def encode_chat_prompts(
+  tokenizer: "Tokenizer", prompts: Sequence[Sequence[str]]
+) -> list[list[int]]:
+  """Returns the tokens that answers are generated from.
+
+  Args:
+    prompts: as of `chat.prompt_parts`.
+  Raises:
+    ValueError: if the tokenizer cuts or pads, or has no tokens for a part within a text.
+  """
+  where = [f"prompt {i}" for i in range(len(prompts))]
+  return [tokens for tokens, _ in _encode_parts(tokenizer, where, prompts)]
 
 
 def encode_completions(
@@ -145,7 +158,7 @@ def encode_completions(
   max_length: int,
   truncate: bool = False,
 ) -> list[Example]:
-  """Returns prompt + completion + end token of each record.
+  """Returns prompt + completion + end token of each example.
 
   The prompt's tokens are those that it has alone, as where the model is used; the completion's
   are those that it has within a text.
@@ -154,48 +167,22 @@ def encode_completions(
     tokenizer: of the model.
     end_id: the token after the completion.
     max_length: of the whole, tokens.
-    truncate: cuts longer ones at their end and logs how many; otherwise it is an error.
+    truncate: whether longer ones are truncated at their end, and logged; otherwise it is an
+      error. They are cut at 128 characters for each of `max_length` before they are encoded.
   Raises:
-    ValueError: if a record is too long, or has no room left for its completion.
+    ValueError: if an example is too long, or has no room left for its completion.
   """
-  prompts = encode_prompts(tokenizer, [record.prompt for record in records], end_id)
+  where = [record.where for record in records]
+  texts = _limited([[r.prompt, r.completion] for r in records], where, max_length, truncate)
+  prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts], end_id)
+  completions = _within_texts(tokenizer, where, [completion for _, completion in texts])
   tokens, masks = [], []
-  completions = _within_texts(tokenizer, records)
-  for record, prompt, completion in zip(records, prompts, completions, strict=True):
+  for record, prompt, (completion, _) in zip(records, prompts, completions, strict=True):
     if not completion:
-      raise ValueError(f"{record.where}: the completion has no tokens: {record.completion!r}")
+      raise ValueError(f"{record.where}: the completion has no tokens: {record.completion!r:.200}")
     tokens.append([*prompt, *completion, end_id])
     masks.append([False] * len(prompt) + [True] * (len(completion) + 1))
-  return _examples([record.where for record in records], tokens, masks, max_length, truncate)
-
-
-def _within_texts(tokenizer: "Tokenizer", records: Sequence[Completion]) -> list[list[int]]:
-  """Returns the tokens of completions as they are within a text, not at the start of one.
-
-  A character goes before each that is a token of its own: tokenizers join line breaks with white
-  space, and NUL with punctuation.
-  """
-  tokens: dict[int, list[int]] = {}
-  for boundary in BOUNDARIES:
-    left = [
-      i
-      for i, record in enumerate(records)
-      if i not in tokens and not (boundary.isspace() and record.completion[0].isspace())
-    ]
-    before = tokenizer.encode(boundary, add_special_tokens=False).ids
-    texts = [boundary + records[i].completion for i in left]
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-    for i, encoding in zip(left, encodings, strict=True):
-      is_joined = any(start < 1 < end for start, end in encoding.offsets)
-      if before and encoding.ids[: len(before)] == before and not is_joined:
-        tokens[i] = encoding.ids[len(before) :]
-  for i, record in enumerate(records):
-    if i not in tokens:
-      raise ValueError(
-        f"{record.where}: the tokenizer has no token of a line break or NUL alone before "
-        f"{record.completion[:20]!r}"
-      )
-  return [tokens[i] for i in range(len(records))]
+  return _examples(where, tokens, masks, max_length, truncate)
 
 
 def encode_rendered(
@@ -203,23 +190,111 @@ def encode_rendered(
 ) -> list[Example]:
   """Returns the tokens of each rendered conversation; its text holds the special tokens.
 
-  A token has a loss if any of its text does. Arguments and errors as of `encode_completions`.
+  They are the tokens of the whole text, as `transformers` has them, where those begin with the
+  tokens of each prompt. Where a token would join the end of a prompt to the answer, as " Hello"
+  does after a prompt that ends with a space, the prompt and the rest are encoded separately.
+
+  A token is supervised if any of its text is. Arguments and errors as of `encode_completions`.
   """
-  texts = ["".join(text for text, _ in record.segments) for record in records]
-  encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-  masks = []
-  for record, encoding in zip(records, encodings, strict=True):
-    sizes, has_loss = zip(*((len(text), flag) for text, flag in record.segments), strict=True)
-    before = np.cumsum([0, *np.repeat(has_loss, sizes)])  # characters with a loss before each
-    ends = [0, *(end for _, end in encoding.offsets)]
-    masks.append(
-      [  # of white space some tokenizers say where it ends alone
-        bool(before[end] > before[start if start < end else last])
-        for last, (start, end) in zip(ends[:-1], encoding.offsets, strict=True)
-      ]
+  where = [record.where for record in records]
+  texts = [["".join(text for text, _ in part) for part in record.parts] for record in records]
+  texts = _limited(texts, where, max_length, truncate)
+  tokens, masks = [], []
+  for record, (ids, spans) in zip(records, _encode_parts(tokenizer, where, texts), strict=True):
+    segments = [segment for part in record.parts for segment in part]
+    sizes, flags = zip(*((len(text), flag) for text, flag in segments), strict=True)
+    before = np.cumsum([0, *np.repeat(flags, sizes)])  # supervised characters before each
+    tokens.append(ids)
+    masks.append([bool(before[end] > before[start]) for start, end in spans])
+  return _examples(where, tokens, masks, max_length, truncate)
+
+
+def _encode_parts(
+  tokenizer: "Tokenizer", where: Sequence[str], texts: Sequence[Sequence[str]]
+) -> list[tuple[list[int], list[Span]]]:
+  """Returns the tokens of texts in parts, and the characters of each token.
+
+  The tokens of the first parts are always a prefix of the tokens of more parts.
+  """
+  _check_tokenizer(tokenizer)
+  encoded: list[tuple[list[int], list[Span]]] = [([], []) for _ in texts]
+  for count in range(1, max(map(len, texts), default=0) + 1):
+    longer = [i for i, parts in enumerate(texts) if len(parts) >= count]
+    joined = ["".join(texts[i][:count]) for i in longer]
+    apart = []
+    encodings = tokenizer.encode_batch(joined, add_special_tokens=False)
+    for i, text, encoding in zip(longer, joined, encodings, strict=True):
+      ids, spans = encoded[i]
+      start = len(text) - len(texts[i][count - 1])
+      if encoding.ids[: len(ids)] == ids:
+        # White space at the prompt's end has no token as asked, but may have one in the whole.
+        rest = [(max(a, start), max(b, start + 1)) for a, b in _spans(encoding)[len(ids) :]]
+        encoded[i] = encoding.ids, [*spans, *rest]
+      else:
+        apart.append((i, start))
+    alone = _within_texts(
+      tokenizer, [where[i] for i, _ in apart], [texts[i][count - 1] for i, _ in apart]
     )
-  tokens = [encoding.ids for encoding in encodings]
-  return _examples([record.where for record in records], tokens, masks, max_length, truncate)
+    for (i, start), (ids, spans) in zip(apart, alone, strict=True):
+      shifted = [(start + a, start + b) for a, b in spans]
+      encoded[i] = [*encoded[i][0], *ids], [*encoded[i][1], *shifted]
+  return encoded
+
+
+def _spans(encoding: "Encoding") -> list[Span]:
+  """Returns the characters of each token; of white space, some tokenizers only say the end."""
+  ends = [0, *(end for _, end in encoding.offsets)]
+  return [
+    (start if start < end else min(last, end), end)
+    for last, (start, end) in zip(ends[:-1], encoding.offsets, strict=True)
+  ]
+
+
+def _within_texts(
+  tokenizer: "Tokenizer", where: Sequence[str], texts: Sequence[str]
+) -> list[tuple[list[int], list[Span]]]:
+  """Returns the tokens that texts have within a longer one, not at its start, and their spans.
+
+  A character goes before each that is a token of its own: tokenizers join line breaks with white
+  space, and NUL with punctuation.
+  """
+  encoded: dict[int, tuple[list[int], list[Span]]] = {}
+  for boundary in BOUNDARIES:
+    left = [
+      i
+      for i, text in enumerate(texts)
+      if i not in encoded and not (boundary.isspace() and text[0].isspace())
+    ]
+    before = tokenizer.encode(boundary, add_special_tokens=False).ids
+    encodings = tokenizer.encode_batch(
+      [boundary + texts[i] for i in left], add_special_tokens=False
+    )
+    for i, encoding in zip(left, encodings, strict=True):
+      is_joined = any(start < 1 < end for start, end in encoding.offsets)
+      if before and encoding.ids[: len(before)] == before and not is_joined:
+        spans = _spans(encoding)[len(before) :]
+        shifted = [(max(0, start - 1), end - 1) for start, end in spans]
+        encoded[i] = encoding.ids[len(before) :], shifted
+  for i, text in enumerate(texts):
+    if i not in encoded:
+      raise ValueError(
+        f"{where[i]}: the tokenizer has no token of a line break or NUL alone before {text[:20]!r}"
+      )
+  return [encoded[i] for i in range(len(texts))]
+
+
+def _check_tokenizer(tokenizer: "Tokenizer") -> None:
+  if tokenizer.padding is not None or tokenizer.truncation is not None:
+    raise ValueError("expected a tokenizer that neither pads nor truncates")
+
+
+def _limited(
+  texts: Sequence[Sequence[str]], where: Sequence[str], max_length: int, truncate: bool
+) -> list[list[str]]:
+  return [
+    check_length(parts, max_length, place, truncate)
+    for parts, place in zip(texts, where, strict=True)
+  ]
 
 
 def _examples(
@@ -229,23 +304,23 @@ def _examples(
   max_length: int,
   truncate: bool,
 ) -> list[Example]:
-  """Returns the examples up to the last token with a loss, which is no input."""
+  """Returns the examples up to the last supervised token, which is not an input."""
   long = [i for i, ids in enumerate(tokens) if len(ids) > max_length]
   if long and not truncate:
     raise ValueError(
-      f"{len(long)} of {len(tokens)} lines have more than {max_length} tokens, {where[long[0]]} "
-      f"({len(tokens[long[0]])}) the first. Raise data.row_length as far as the model's positions "
-      "and memory allow, or cut them with data.truncate"
+      f"{len(long)} of {len(tokens)} examples have more than {max_length} tokens, the first "
+      f"{where[long[0]]} ({len(tokens[long[0]])}). Raise data.row_length as far as the model's "
+      "positions and memory allow, or set data.truncate"
     )
   if long:
-    logger.warning("%d of %d lines cut to %d tokens", len(long), len(tokens), max_length)
+    logger.warning("%d of %d examples truncated to %d tokens", len(long), len(tokens), max_length)
   examples = []
   for place, ids, mask in zip(where, tokens, masks, strict=True):
     learned = np.flatnonzero(mask[:max_length])
     learned = learned[learned > 0]  # nothing comes before the first token that could predict it
     if not len(learned):
       raise ValueError(
-        f"{place}: none of the first {max_length} tokens has a loss; expected room for an answer"
+        f"{place}: none of the first {max_length} tokens is supervised; expected room for an answer"
       )
     whole = np.asarray(ids[: learned[-1] + 1], np.int32)
     examples.append(Example(whole[:-1], whole[learned], (learned - 1).astype(np.int32)))

@@ -1,12 +1,12 @@
-"""Token sequences for completion models, in the form of Hu et al.'s code.
+"""Token sequences for completion models, in the format of Hu et al.'s code.
 
     context   completion            tokens      c1 c2 EOS w1 w2
     "c1 c2"   "w1 w2"         ->    targets            w1 w2 EOS
                                     target_index       2  3  4
 
-The end token is also the separator after the context. Loss is taken on the completion and its
-end token alone: `targets[i]` is what the output at position `target_index[i]` has to predict.
-The last end token predicts nothing, so it is no input. `batches.py` puts examples into arrays.
+The end token is also the separator after the context. Only the completion and its end token are
+supervised: the output at position `target_index[i]` has to predict `targets[i]`. The last end
+token predicts nothing, so it is not an input. `batches.py` puts examples into arrays.
 """
 
 import logging
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHARACTERS_PER_TOKEN = 128  # far above any text's mean; a word of megabytes takes minutes to encode
+
 
 class Example(NamedTuple):
-  """An encoded record of N tokens, M of which carry loss."""
+  """An encoded example of N tokens, M of which are supervised."""
 
   tokens: Int32[np.ndarray, " N"]
   targets: Int32[np.ndarray, " M"]
@@ -33,7 +35,7 @@ class Example(NamedTuple):
 
 
 def encode_context(tokenizer: "Tokenizer", contexts: Sequence[str], eos_id: int) -> list[list[int]]:
-  """Returns each context's tokens with the separator: what a completion is generated from."""
+  """Returns each context's tokens with the separator: the prompt of a completion."""
   _check(tokenizer, eos_id)
   distinct = list(dict.fromkeys(contexts))  # E2E has nine texts for each context
   encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
@@ -54,15 +56,17 @@ def encode(
     tokenizer: without padding and truncation of its own.
     eos_id: the token that ends the context and the completion.
     max_length: tokens of the whole, both end tokens counted (512 in Hu et al.'s code).
-    truncate: cuts what is longer at its end, as that code does, and logs how many were cut;
+    truncate: whether longer ones are truncated at their end, as in that code, and logged;
       otherwise it is an error.
   Raises:
     ValueError: if a record is too long, or has no room left for its completion.
   """
-  contexts = encode_context(tokenizer, [record.context for record in records], eos_id)
-  completions = tokenizer.encode_batch(
-    [" " + record.completion for record in records], add_special_tokens=False
-  )
+  texts = [
+    check_length([record.context, " " + record.completion], max_length, f"record {i}", truncate)
+    for i, record in enumerate(records)
+  ]
+  contexts = encode_context(tokenizer, [context for context, _ in texts], eos_id)
+  completions = tokenizer.encode_batch([text for _, text in texts], add_special_tokens=False)
   examples, too_long = [], []
   for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
     whole = [*context, *completion.ids, eos_id]
@@ -79,11 +83,41 @@ def encode(
   if too_long and not truncate:
     raise ValueError(
       f"{len(too_long)} of {len(records)} records have more than max_length = {max_length} tokens, "
-      f"record {too_long[0]} the first. Raise max_length, or cut them with truncate=True"
+      f"the first is record {too_long[0]}. Raise max_length, or set truncate=True"
     )
   if too_long:
-    logger.warning("%d of %d records cut to %d tokens", len(too_long), len(records), max_length)
+    logger.warning(
+      "%d of %d records truncated to %d tokens", len(too_long), len(records), max_length
+    )
   return examples
+
+
+def check_length(
+  parts: Sequence[str], max_length: int, where: str, truncate: bool = False
+) -> list[str]:
+  """Returns an example's texts, at most 128 characters for each of `max_length` tokens.
+
+  Args:
+    parts: the texts in their order; of a truncated example, those without a character left go.
+    max_length: tokens of all parts.
+    where: the example, for messages.
+    truncate: whether longer ones are cut at their end.
+  Raises:
+    ValueError: if they are longer and not cut, or the first leaves no room for another.
+  """
+  limit, size = CHARACTERS_PER_TOKEN * max_length, sum(map(len, parts))
+  if size <= limit:
+    return list(parts)
+  if not truncate or len(parts[0]) >= limit:
+    raise ValueError(
+      f"{where}: {size:,} characters, more than {CHARACTERS_PER_TOKEN} for each of "
+      f"max_length = {max_length} tokens; expected a text that fits"
+    )
+  cut, room = [], limit
+  for part in parts:
+    cut.append(part[:room])
+    room -= len(cut[-1])
+  return [part for part in cut if part]
 
 
 def _check(tokenizer: "Tokenizer", eos_id: int) -> None:

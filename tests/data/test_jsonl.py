@@ -1,4 +1,4 @@
-"""Users' own lines: read strictly, and learned from where they say."""
+"""Users' own examples: read strictly, and supervised where they say."""
 
 import json
 
@@ -55,22 +55,22 @@ def test_both_forms(tmp_path):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{'prompt': 1}", "no JSON in UTF-8"),
-    ('{"prompt": "a", "compl', "no JSON in UTF-8"),
+    ("{'prompt': 1}", "is not JSON"),
+    ('{"prompt": "a", "compl', "is not JSON"),
     ([1], "expected an object, got list"),
     ({"prompt": "a"}, "expected the fields prompt and completion, or messages; got prompt"),
     ({**PROMPT, "id": 3}, "got completion, id, prompt. Further fields are named in"),
     ({**PROMPT, **CHAT}, "got completion, messages, prompt"),
     ({"prompt": "a", "completion": 3}, "completion: expected a text that is not empty, got 3"),
     ({"prompt": "", "completion": "b"}, "prompt: expected a text that is not empty, got ''"),
-    ('{"prompt": "a", "completion": "\\ud83d"}', "completion: half of a surrogate pair"),
+    ('{"prompt": "a", "completion": "\\ud83d"}', "half of a surrogate pair"),
     ({"messages": []}, "a list of one or more"),
     ({"messages": ["Hi"]}, "message 1: expected an object with role and content, got str"),
     ({"messages": [{"content": "Hi"}]}, "message 1: expected an object with .*, got content"),
     ({"messages": [{"role": "bot", "content": "Hi"}]}, "role must be system, user, .* 'bot'"),
     ({"messages": [{"role": "user", "content": None}]}, "content: expected a text"),
     ({"messages": CHAT["messages"][:1]}, "no message is the assistant's"),
-    (CHAT, "is a conversation and .*:1 a completion; expected one form"),
+    (CHAT, "is a conversation and .*:1 a completion; expected one format"),
   ],
 )
 def test_a_malformed_line_is_named(line, message, tmp_path):
@@ -80,12 +80,12 @@ def test_a_malformed_line_is_named(line, message, tmp_path):
 
 
 def test_files_without_lines(tmp_path):
-  with pytest.raises(FileNotFoundError, match="does not exist; expected a file of JSON lines"):
+  with pytest.raises(FileNotFoundError, match="none.jsonl does not exist"):
     read_jsonl(tmp_path / "none.jsonl")
   with pytest.raises(ValueError, match="has no lines"):
     read_jsonl(write(tmp_path / "empty.jsonl", "", " "))
   (tmp_path / "bytes.jsonl").write_bytes(b'{"prompt": "\xff", "completion": "a"}')
-  with pytest.raises(ValueError, match=r"bytes.jsonl:1: no JSON in UTF-8"):
+  with pytest.raises(ValueError, match=r"bytes.jsonl:1: expected text in UTF-8"):
     read_jsonl(tmp_path / "bytes.jsonl")
 
 
@@ -149,10 +149,10 @@ def test_completions_by_llama_3s_words_begin_as_within_a_text(completion, first)
 def test_white_space_has_a_loss_where_the_tokenizer_trims_offsets():
   tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
   segments = [("def f():", False), ("\n        return  1 \U0001f389", True)]
-  (expected,) = encode_rendered(tokenizer, [Rendered("", segments)], 64)
+  (expected,) = encode_rendered(tokenizer, [Rendered("", [segments])], 64)
   tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
   assert any(start == end for start, end in tokenizer.encode(segments[1][0]).offsets)
-  (example,) = encode_rendered(tokenizer, [Rendered("", segments)], 64)
+  (example,) = encode_rendered(tokenizer, [Rendered("", [segments])], 64)
   np.testing.assert_array_equal(example.targets, expected.targets)
   assert tokenizer.decode(example.targets.tolist()) == segments[1][0]
 
@@ -160,7 +160,7 @@ def test_white_space_has_a_loss_where_the_tokenizer_trims_offsets():
 def test_segments_of_a_conversation():
   segments = [("User: Hi\nBot:", False), (" Hello!\n", True), ("User: Bye\nBot:", False)]
   segments += [(" See you.", True), ("\n", False)]
-  (example,) = encode_rendered(TOKENIZER, [Rendered("", segments)], 64)
+  (example,) = encode_rendered(TOKENIZER, [Rendered("", [segments])], 64)
   whole = TOKENIZER.encode("".join(text for text, _ in segments), add_special_tokens=False).ids
   assert example.tokens.tolist() == whole[: len(example.tokens)]
   assert TOKENIZER.decode(example.targets.tolist()) == " Hello!\n See you."
@@ -170,19 +170,19 @@ def test_segments_of_a_conversation():
 
 def test_a_token_of_two_segments_has_a_loss():
   segments = [("a", False), (" tw", False), ("o", True)]
-  (example,) = encode_rendered(TOKENIZER, [Rendered("", segments)], 64)
+  (example,) = encode_rendered(TOKENIZER, [Rendered("", [segments])], 64)
   assert TOKENIZER.decode(example.targets.tolist()) == " two"
 
 
 def test_lines_that_are_too_long(caplog):
   records = [Completion("f:1", "a", "b"), Completion("f:2", "a", "word " * 40)]
-  with pytest.raises(ValueError, match=r"1 of 2 lines have more than 20 tokens, f:2 \(\d+\)"):
+  with pytest.raises(ValueError, match=r"1 of 2 examples have more than 20 tokens, the first f:2 \(\d+\)"):
     encode_completions(TOKENIZER, records, 0, 20)
   examples = encode_completions(TOKENIZER, records, 0, 20, truncate=True)
   assert len(examples[1].tokens) == 19
-  assert "1 of 2 lines cut to 20 tokens" in caplog.text
+  assert "1 of 2 examples truncated to 20 tokens" in caplog.text
   records = [Completion("f:1", "word " * 40, "b")]
-  with pytest.raises(ValueError, match="f:1: none of the first 20 tokens has a loss"):
+  with pytest.raises(ValueError, match="f:1: none of the first 20 tokens is supervised"):
     encode_completions(TOKENIZER, records, 0, 20, truncate=True)
 
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from lora_jax.data.jsonl import Rendered, encode_rendered
-from lora_jax.models.text.chat import ChatTemplate, chat_segments, load_chat_template, render_chat
+from lora_jax.models.text import rendering
+from lora_jax.models.text.chat import (
+  ChatTemplate,
+  chat_parts,
+  chat_segments,
+  load_chat_template,
+  prompt_parts,
+  render_chat,
+  text_after_answers,
+)
 from lora_jax.models.text.tokenizer import load_tokenizer
 
 from tests.models.text.test_tokenizer import EMBEDDED
@@ -148,8 +157,92 @@ def test_blocks_in_a_macro_are_found():
     "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}]{% endmacro %}"
     "{% for m in messages %}{{ turn(m) }}{% endfor %}"
   )
-  segments = chat_segments(ChatTemplate(source), TURNS[:2])
+  template = ChatTemplate(source + "{% if add_generation_prompt %}[{% endif %}")
+  segments = chat_segments(template, TURNS[:2])
   assert segments == [("[][", False), ("Jane Austen.\nFor us.", True), ("]", False)]
+  with pytest.raises(ValueError, match=r"begins only after '\[', which a model would not learn"):
+    chat_segments(ChatTemplate(source), TURNS[:2])
+
+
+@pytest.mark.parametrize("messages", CHATS, ids=["two", "one", "system"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_answer_begins_where_the_prompt_for_it_ends(name, messages):
+  parts = ["".join(text for text, _ in part) for part in chat_parts(template(name), messages)]
+  answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+  for count, i in enumerate(answers, 1):
+    prompt = render_chat(template(name), messages[:i], add_generation_prompt=True)
+    assert "".join(prompt_parts(template(name), messages[:i])) == prompt
+    assert prompt_parts(template(name), messages[:i]) == parts[:count]
+    assert chat_parts(template(name), messages)[count][0][1]
+
+
+def test_text_in_a_prompt_is_not_the_assistants():
+  """A block may surround the head of the answer, too."""
+  source = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}A: <think>"
+    "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: <think>{% endif %}"
+  )
+  messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+  assert chat_segments(ChatTemplate(source), messages) == [("Hi\nA: <think>", False), ("Yes", True)]
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [("chatml", "<|im_end|>\n"), ("llama2", " </s>"), ("llama3", "<|eot_id|>"), ("mistral", "</s>")],
+)
+def test_the_text_after_an_answer(name, expected):
+  assert text_after_answers(template(name)) == expected
+
+
+def test_the_text_after_an_answer_of_special_templates():
+  system = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+  turns = "{% for m in messages %}{{ m.content }}<e>{% endfor %}"
+  assert text_after_answers(ChatTemplate(system + turns)) == "<e>"
+  with pytest.raises(ValueError, match="does not write the answer 'lorem7ipsum' as it is"):
+    text_after_answers(ChatTemplate(turns.replace("m.content", "m.content | upper")))
+
+
+REPEAT = "{% set ns = namespace(x='ab', l=[]) %}{% for i in range(99) %}BODY{% endfor %}"
+ENDLESS = {
+  "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+  "power": "{{ 2 ** (10 ** 10) }}",
+  "replace": "{{ ('a' * 10**6).replace('a', 'b' * 10**6) | length }}",
+  "doubling": REPEAT.replace("BODY", "{% set ns.x = ns.x ~ ns.x %}") + "{{ ns.x }}",
+  "nested lists": REPEAT.replace("BODY", "{% set ns.l = [ns.l, ns.l] %}") + "{{ ns.l }}",
+  "macros": "{% macro a(n) %}{{ n and a(n - 1) ~ a(n - 1) }}{% endmacro %}{{ a(99) }}",
+  "filters": "{{ 'a' | center(10**9) }}",
+  "format": "{{ '{:1000000000d}'.format(1) }}",
+  "output": "{{ 'a' * 10**7 }}b",
+  "recursion": "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_stopped(name, monkeypatch):
+  monkeypatch.setattr(rendering, "SECONDS", 0.1)
+  with pytest.raises(
+    ValueError, match=r"did not end within|MemoryError|at most 10,000,000|Recursion|too large"
+  ):
+    render_chat(ChatTemplate(ENDLESS[name]), TURNS[:1])
+  monkeypatch.undo()
+  assert render_chat(template("chatml"), TURNS[:1]).startswith("<|im_start|>user")
+
+
+def test_an_interrupted_rendering_leaves_no_answer_behind(monkeypatch):
+  """The next request must not read the answer to the one before it."""
+
+  render_chat(template("chatml"), TURNS[:1])
+  assert rendering._child is not None
+  process = rendering._child[1]
+
+  def interrupted():
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(process.stdout, "readline", interrupted, raising=False)
+  with pytest.raises(KeyboardInterrupt):
+    render_chat(template("chatml"), TURNS[2:3])
+  assert render_chat(template("chatml"), TURNS[:1]).startswith("<|im_start|>user\nWho")
 
 
 @pytest.mark.parametrize("messages", CHATS, ids=["two", "one", "system"])
@@ -167,8 +260,8 @@ def test_parity_with_transformers(name, messages):
   assert render_chat(template(name), messages, tools=[{"name": "<é>"}]) == text
   if "generation" in TEMPLATES[name].replace("add_generation_prompt", ""):
     both = peer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    segments = chat_segments(template(name), messages)
-    (example,) = encode_rendered(tokenizer, [Rendered("", segments)], 999)
+    parts = chat_parts(template(name), messages)
+    (example,) = encode_rendered(tokenizer, [Rendered("", parts)], 999)
     learned = np.flatnonzero(both["assistant_masks"])
     assert example.tokens.tolist() == both["input_ids"][: learned[-1]]
     assert (example.target_index + 1).tolist() == learned.tolist()
@@ -191,7 +284,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     ([{"role": "user", "content": ["Hi"]}], r"message 0: expected a content of text, got \['Hi'\]"),
     (["Hi"], "message 0: expected role and content, got 'Hi'"),
     ([TURNS[0], TURNS[2]], "the roles user, user: .*roles must alternate user/assistant"),
-    ([TURNS[1]], "the roles assistant: .*roles must alternate"),
+    ([TURNS[1]], "expected a message before the assistant's first, which nothing prompts"),
+    ("Hi", "expected a list of messages, got str"),
+    (TURNS[0], "expected a list of messages, got dict"),
   ],
 )
 def test_bad_messages_are_refused_with_the_reason(messages, message):
@@ -242,7 +337,7 @@ def test_a_template_that_asks_for_reasoning_which_answers_lack_is_refused():
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: <think>{% endif %}"
   )
-  with pytest.raises(ValueError, match=r"message 1: .* ends with '.*assistant: <think>'\. The tem"):
+  with pytest.raises(ValueError, match=r"message 1: .* expected '.*nt: <think>', got '.*nt: Jane"):
     chat_segments(ChatTemplate(source), TURNS[:2])
 
 
