@@ -2,17 +2,19 @@
 
 One path language everywhere: the keys of a leaf joined by `/`, as in
 `h_0/attn/query/kernel`, matched as a whole by a regular expression
-(`re.fullmatch`). A pattern that matches nothing is an error.
+(as `re.fullmatch` does; see `patterns`). A pattern that matches nothing is an error.
 """
 
 import dataclasses
 import difflib
-import re
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
+
+from lora_jax.patterns import compiled, fullmatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,25 +66,31 @@ def closest_names(name: str, names: Iterable[str], count: int = 5) -> list[str]:
   return close or names[:count]
 
 
+@functools.lru_cache(maxsize=2**16)  # asked for each leaf at every trace
 def matches(pattern: str, path: str) -> bool:
   """Tells whether the regular expression `pattern` matches the whole of `path`."""
-  return re.fullmatch(pattern, path) is not None
+  return fullmatch(pattern, path)
 
 
-def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+def as_patterns(patterns: str | Iterable[str], setting: str = "pattern") -> tuple[str, ...]:
   """Returns one pattern or several as a tuple.
 
+  Args:
+    patterns: regular expressions for whole paths.
+    setting: the name of the setting that holds the patterns, for the message.
   Raises:
-    ValueError: if a pattern is not a valid regular expression.
+    ValueError: naming the setting, if a pattern is not a regular expression.
   """
+  if not isinstance(patterns, Iterable):
+    raise ValueError(f"{setting} must be a pattern or a list of patterns, got {patterns!r}")
   patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
   for pattern in patterns:
     if not isinstance(pattern, str):
-      raise ValueError(f"a path pattern must be a string, got {pattern!r}")
+      raise ValueError(f"{setting}: a pattern must be a string, got {pattern!r}")
     try:
-      re.compile(pattern)
-    except re.error as error:
-      raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+      compiled(pattern)
+    except ValueError as error:
+      raise ValueError(f"{setting}: {error}") from error
   return patterns
 
 
@@ -98,7 +106,7 @@ def select(patterns: str | Iterable[str], paths: Iterable[str], setting: str) ->
   """
   paths = list(paths)
   selected: set[str] = set()
-  for pattern in as_patterns(patterns):
+  for pattern in as_patterns(patterns, setting):
     matching = [path for path in paths if matches(pattern, path)]
     if not matching:
       raise ValueError(
@@ -176,7 +184,7 @@ def trainable_mask(tree: PyTree, extra: str | Iterable[str] = ()) -> PyTree:
     )
   flat, structure = jax.tree_util.tree_flatten_with_path(tree)
   paths = ["/".join(key_parts(keys)) for keys, _ in flat]
-  extra = as_patterns(extra)
+  extra = as_patterns(extra, "extra")
   selected = set(select(extra, paths, "extra")) if extra else set()
   frozen = [any(isinstance(key, FrozenKey) for key in keys) for keys, _ in flat]
   mask = [
