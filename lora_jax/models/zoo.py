@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, PyTree
 
-from lora_jax.files import read_json
+from lora_jax.models.checkpoints.config_fields import read_config_json
 from lora_jax.models.checkpoints.hub import StoredTensor, find_folder
+from lora_jax.models.checkpoints.recognize import describe_folder
+from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.gpt2 import folder as gpt2_folder
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.llama import config_json as llama_json
@@ -44,6 +46,9 @@ class LanguageModel(NamedTuple):
   num_positions: int
   save: Callable[..., None]
   stored_in_folder: Callable[[], list[StoredTensor]]
+
+  def __repr__(self) -> str:
+    return f"LanguageModel({self.model_type}, {outline(self.params)}, {self.folder})"
 
   @property
   def num_slots(self) -> int:
@@ -136,20 +141,22 @@ def plan_causal_lm(
 def _find(name: str | Path) -> tuple[Path, str, Family]:
   """Returns a model's folder, which may lack the weights, its type and family."""
   folder = find_folder(name, weights=False)
-  model_type = read_json(folder / "config.json").get("model_type")
-  if not isinstance(model_type, str) or model_type not in CAUSAL_LMS:
-    if model_type in ENCODERS:
-      raise ValueError(
-        f"{folder / 'config.json'}: {model_type} is an encoder, expected a language model, of type "
-        f"{', '.join(sorted(CAUSAL_LMS))}. Encoders are loaded by load_bert and load_deberta, and "
-        "fine-tuned by python -m experiments.glue"
-      )
+  path, fields = read_config_json(folder)
+  model_type = fields.get("model_type")
+  if isinstance(model_type, str) and model_type in CAUSAL_LMS:
+    return folder, model_type, CAUSAL_LMS[model_type]
+  names = ", ".join(sorted(CAUSAL_LMS))
+  if model_type in ENCODERS:
     raise ValueError(
-      f"{folder / 'config.json'}: the zoo has no language model of type {model_type!r}; it has "
-      f"{', '.join(sorted(CAUSAL_LMS))}. Any other model in JAX can be adapted as it is: "
-      "lora_jax.lora(fn, config), where fn(params, *args) is your own function"
+      f"{path}: {model_type} is an encoder, expected a language model, of type {names}. Encoders "
+      "are loaded by load_bert and load_deberta, and fine-tuned by python -m experiments.glue"
     )
-  return folder, model_type, CAUSAL_LMS[model_type]
+  kind = describe_folder(folder) if model_type is None else ""
+  raise ValueError(
+    f"{path}: the zoo has no language model of type {model_type!r}; it has {names}. "
+    f"{kind and f'Of the folder: {kind}. '}Any other model in JAX can be adapted as it is: "
+    "lora_jax.lora(fn, config), where fn(params, *args) is your own function"
+  )
 
 
 def _model(folder: Path, model_type: str, config: Any, params: PyTree) -> LanguageModel:

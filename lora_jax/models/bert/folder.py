@@ -8,12 +8,15 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from lora_jax.files import read_json
 from lora_jax.models.bert.model import Bert, BertConfig
+from lora_jax.models.checkpoints.config_fields import (
+  check_supported,
+  read_fields,
+  read_model_json,
+)
 from lora_jax.models.checkpoints.encoder_folder import (
-  FLOATS,
-  INTEGERS,
-  check_integers,
+  FIELDS,
+  check_depth,
   head_size,
   load_encoder,
   save_encoder,
@@ -32,6 +35,11 @@ DEFAULTS = {  # of `transformers`, where a config leaves them out
   "attention_probs_dropout_prob": 0.1,
 }
 PAD_ID = {"bert": 0, "roberta": 1}
+SUPPORTED = {
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "add_cross_attention": False,
+}
 OUTSIDE = {  # our modules: Hugging Face's
   "token_embedding": "embeddings.word_embeddings",
   "position_embedding": "embeddings.position_embeddings",
@@ -93,7 +101,7 @@ def load_bert(
   computation |= {"num_labels": num_labels, "new_head": key is not None}
   config = read_config(folder, param_dtype=param_dtype, **computation)
   prefix = f"{config.kind}."
-  names = {name.removeprefix(prefix) for name in tensor_names(folder)}
+  names = tensor_names(folder, prefix)
   new_parts = ["head"] if key is not None else []
   if key is not None and config.pooler and "pooler.dense.weight" not in names:
     new_parts.append("pooler")
@@ -105,7 +113,7 @@ def load_bert(
     return replaced or unused or bool(OTHER_HEADS.fullmatch(tensor))
 
   model, stored = Bert(config), stored_tensors(config)
-  return config, load_encoder(
+  return load_encoder(
     folder, model, stored, prefix, shardings, ignored, new_parts=new_parts, key=key
   )
 
@@ -140,38 +148,27 @@ def read_config(
     FileNotFoundError: if config.json or weights are missing.
     ValueError: if it is no such model, or one that is computed otherwise.
   """
-  path = Path(folder) / "config.json"
-  fields = read_json(path)
-  kind = fields.get("model_type")
-  if kind not in CLASSES:
-    raise ValueError(f"{path}: expected model_type {' or '.join(CLASSES)}, got {kind!r}")
-  fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
-  if fields.get("pad_token_id") is None:
-    fields["pad_token_id"] = PAD_ID[kind]
-  check_integers(path, fields, dict.fromkeys(INTEGERS.values(), 1) | {"pad_token_id": 0})
-  for key, expected in (
-    ("position_embedding_type", "absolute"),
-    ("is_decoder", False),
-    ("add_cross_attention", False),
-  ):
-    if fields.get(key, expected) != expected:
-      raise ValueError(f"{path}: {key}={fields[key]!r} is not supported; expected {expected!r}")
-  names = {name.removeprefix(f"{kind}.") for name in tensor_names(path.parent)}
-  num_labels = head_size(path, fields, names, num_labels, new_head)
-  has_pooler = "pooler.dense.weight" in names
-  head_dropout = fields.get("classifier_dropout")
-  read = {
-    **{name: fields[key] for name, key in (INTEGERS | FLOATS).items()},
-    "kind": kind,
-    "activation": fields["hidden_act"],
-    "pooler": has_pooler if num_labels is None else kind == "bert",
-    "num_labels": num_labels,
-    "head_dropout": fields["hidden_dropout_prob"] if head_dropout is None else head_dropout,
-  }
+  path, fields = read_model_json(folder, CLASSES)
+  kind = fields["model_type"]
+  defaults = DEFAULTS | {"pad_token_id": PAD_ID[kind]}
+  fields = defaults | {key: value for key, value in fields.items() if value is not None}
+  check_supported(path, fields, SUPPORTED)
+  names = tensor_names(path.parent, f"{kind}.")
   try:
-    return BertConfig(**read | computation)
+    num_labels = head_size(path, fields, names, num_labels, new_head)
+    has_pooler = "pooler.dense.weight" in names
+    read = {
+      **read_fields(BertConfig, fields, FIELDS),
+      "kind": kind,
+      "pooler": has_pooler if num_labels is None else kind == "bert",
+      "num_labels": num_labels,
+      "head_dropout": fields.get("classifier_dropout", fields["hidden_dropout_prob"]),
+    }
+    config = BertConfig(**read | computation)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  check_depth(path.parent, config, names)
+  return config
 
 
 def save_bert(

@@ -11,14 +11,15 @@ They differ in which positions there are, in the head's names and in where it ha
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lora_jax.models.gpt2.model import layer_norm
-from lora_jax.models.parts.causal_lm import check_choice, dense, make_dense, make_layers, take
+from lora_jax.fields import Share
+from lora_jax.models.gpt2.model import ACTIVATIONS, layer_norm
+from lora_jax.models.parts.causal_lm import dense, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
   Context,
   Encoder,
@@ -30,6 +31,16 @@ from lora_jax.models.parts.encoder import (
   head_layer,
   heads,
   positions_of,
+)
+from lora_jax.models.parts.fields import (
+  Epsilon,
+  FloatDtype,
+  NumLayers,
+  NumRows,
+  OneOf,
+  Remat,
+  RowIndex,
+  Width,
 )
 
 __all__ = ["Bert", "BertConfig"]
@@ -63,35 +74,39 @@ class BertConfig:
     remat: as of `GPT2Config`.
   """
 
-  kind: str = "bert"
-  vocab_size: int = 30522
-  num_positions: int = 512
-  num_token_types: int = 2
-  embed_dim: int = 768
-  num_layers: int = 12
-  num_heads: int = 12
-  mlp_dim: int = 3072
-  activation: str = "gelu"
-  layer_norm_epsilon: float = 1e-12
-  pad_id: int = 0
+  kind: Literal["bert", "roberta"] = "bert"
+  vocab_size: NumRows = 30522
+  num_positions: NumRows = 512
+  num_token_types: Width = 2
+  embed_dim: Width = 768
+  num_layers: NumLayers = 12
+  num_heads: Width = 12
+  mlp_dim: Width = 3072
+  activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu"
+  layer_norm_epsilon: Epsilon = 1e-12
+  pad_id: RowIndex = 0
   pooler: bool = True
-  num_labels: int | None = None
-  hidden_dropout: float = 0.1
-  attention_dropout: float = 0.1
-  head_dropout: float = 0.1
-  dtype: Any = "float32"
-  param_dtype: Any = "float32"
+  num_labels: Width | None = None
+  hidden_dropout: Share = 0.1
+  attention_dropout: Share = 0.1
+  head_dropout: Share = 0.1
+  dtype: FloatDtype = "float32"
+  param_dtype: FloatDtype = "float32"
   scan_layers: bool = False
-  remat: str | None = None
+  remat: Remat = None
 
   def __post_init__(self):
-    check_choice("kind", self.kind, ("bert", "roberta"))
+    check_encoder(self)
     if self.num_labels is not None and self.pooler != (self.kind == "bert"):
       raise ValueError(
         f"the head of a {self.kind} {'needs the' if self.kind == 'bert' else 'has no'} pooler; "
-        f"expected pooler={not self.pooler} beside num_labels={self.num_labels}"
+        f"expected pooler={not self.pooler} with num_labels={self.num_labels}"
       )
-    check_encoder(self)
+    if self.first_position >= self.num_positions:
+      raise ValueError(
+        f"a roberta's first position is pad_id + 1 = {self.first_position}, but num_positions is "
+        f"{self.num_positions}"
+      )
 
   @property
   def first_position(self) -> int:

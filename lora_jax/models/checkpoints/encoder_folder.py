@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from lora_jax.fields import read_value
 from lora_jax.models.checkpoints.hub import StoredTensor, make_leaf, open_tensors, save_folder
-from lora_jax.models.checkpoints.stored import load_params, tensors_of
+from lora_jax.models.checkpoints.recognize import check_layer_count
+from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.parts.encoder import Encoder
 
 TENSOR = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-INTEGERS = {  # fields of any encoder's config: Hugging Face's
+FIELDS = {  # of any encoder's config: Hugging Face's
   "vocab_size": "vocab_size",
   "num_positions": "max_position_embeddings",
   "num_token_types": "type_vocab_size",
@@ -25,8 +27,7 @@ INTEGERS = {  # fields of any encoder's config: Hugging Face's
   "num_heads": "num_attention_heads",
   "mlp_dim": "intermediate_size",
   "pad_id": "pad_token_id",
-}
-FLOATS = {  # likewise
+  "activation": "hidden_act",
   "layer_norm_epsilon": "layer_norm_eps",
   "hidden_dropout": "hidden_dropout_prob",
   "attention_dropout": "attention_probs_dropout_prob",
@@ -68,14 +69,6 @@ def stored_by_module(
   return stored
 
 
-def check_integers(path: Path, fields: Mapping[str, Any], least: Mapping[str, int]) -> None:
-  """Raises ValueError unless fields of config.json are integers of at least so much."""
-  for key, low in least.items():
-    value = fields.get(key)
-    if type(value) is not int or value < low:
-      raise ValueError(f"{path}: expected an integer of at least {low} for {key}, got {value!r}")
-
-
 def head_size(
   path: Path, fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
 ) -> int | None:
@@ -95,8 +88,9 @@ def head_size(
       raise ValueError("a key makes a new head; expected num_labels beside it")
     return num_labels
   size = None
-  kinds = fields.get("architectures") or ["ForSequenceClassification"]
-  is_classifier = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+  kinds = read_value(tuple[str, ...] | None, fields.get("architectures"), "architectures")
+  kinds = kinds or ["ForSequenceClassification"]
+  is_classifier = any(kind.endswith("ForSequenceClassification") for kind in kinds)
   if is_classifier and any(name.startswith("classifier.") for name in names):
     labels = fields.get("id2label")
     size = len(labels) if isinstance(labels, dict) else fields.get("num_labels", 2)
@@ -109,10 +103,16 @@ def head_size(
   return size
 
 
-def tensor_names(folder: Path) -> set[str]:
-  """Returns the names of a folder's tensors."""
+def tensor_names(folder: Path, prefix: str = "") -> set[str]:
+  """Returns the names of a folder's tensors, without a prefix that some may have."""
   with open_tensors(folder) as tensors:
-    return set(tensors)
+    return {name.removeprefix(prefix) for name in tensors}
+
+
+def check_depth(folder: Path, config: Any, names: Iterable[str]) -> None:
+  """Raises ValueError if a config's number of layers is not that of a folder's tensors."""
+  key = FIELDS["num_layers"]
+  check_layer_count(folder, names, "encoder.layer", key, config.num_layers)
 
 
 def load_encoder(
@@ -124,8 +124,8 @@ def load_encoder(
   ignored: Callable[[str], bool],
   new_parts: Sequence[str],
   key: jax.Array | None,
-) -> PyTree:
-  """Returns an encoder's params: those of its folder, and new parts.
+) -> Loaded:
+  """Returns an encoder's config and params: those of its folder, and new parts.
 
   Args:
     folder: with safetensors.
@@ -158,7 +158,7 @@ def load_encoder(
   for part in new_parts:
     leaves = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
     params[part] = jax.tree.map(_placed, leaves, places[part])
-  return {part: params[part] for part in shapes}
+  return Loaded(model.config, {part: params[part] for part in shapes})
 
 
 def save_encoder(
@@ -183,8 +183,7 @@ def save_encoder(
   written = {
     **fields,
     "architectures": [family + kind],
-    **{key: getattr(config, name) for name, key in (INTEGERS | FLOATS).items()},
-    "hidden_act": config.activation,
+    **{key: getattr(config, name) for name, key in FIELDS.items()},
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
   }
   if config.num_labels is not None:  # `transformers` has the size of a head from its labels

@@ -1,8 +1,8 @@
-"""Hugging Face folders: where they are, and their tensors, read strictly.
+"""Finds Hugging Face folders, and reads and writes their tensors strictly.
 
-Weights are read from safetensors alone, never from a pickle, and no folder can name a file
-outside itself. Files are mapped, and a part of a tensor is a view of that until it is copied to its
-device, so that no model is twice in memory, and a sharded one never whole.
+Weights are read only from safetensors, never from a pickle, and no folder can name a file outside
+itself. Files are mapped into memory, and a part of a tensor is a view of the file until it is
+copied to its device: no model is in memory twice, and a sharded one is never there as a whole.
 """
 
 import json
@@ -10,6 +10,7 @@ import logging
 import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from lora_jax.files import read_json
+from lora_jax.files import local_path, parse_json, read_json
+from lora_jax.models.checkpoints.recognize import (
+  Stored,
+  describe_file,
+  describe_folder,
+  describe_tensors,
+)
 from lora_jax.models.text.tokenizer import TOKENIZER_FILES, tokenizer_files
 
 logger = logging.getLogger(__name__)
@@ -97,12 +104,20 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
 
   Args:
     name: a folder or a repository.
-    weights: whether weights are wanted; of a repository the other files alone are had otherwise.
+    weights: whether to download a repository's weights with its other files.
   Raises:
-    FileNotFoundError: if there is neither, saying what to do.
+    FileNotFoundError: if there is neither, with the remedy.
+    ValueError: if `name` is empty, a file, or the address of a bucket or a server.
   """
-  if Path(name).is_dir():
-    return Path(name)
+  if not isinstance(name, str | Path) or not str(name).strip():
+    raise ValueError(f"a model must be a folder or a hub repository, got {name!r}")
+  if match := re.fullmatch(r"(?:hf://|https?://huggingface\.co/)([^/]+/[^/]+)/?", str(name)):
+    raise ValueError(f"{name} is an address; give the repository's name, {match[1]!r}")
+  path = local_path(name)
+  if path.is_dir():
+    return path
+  if path.exists():
+    raise ValueError(f"{path} is a file; expected its folder, with config.json and *.safetensors")
   repository = str(name)
   if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
     raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
@@ -110,15 +125,15 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     folder, files = _from_hub(repository, weights)
   except Exception as error:  # the hub's client raises errors of several libraries
     raise FileNotFoundError(
-      f"{repository!r} is neither a local folder nor could it be had from the hub "
+      f"{repository!r} is not a local folder and could not be downloaded from the hub "
       f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
-      "*.safetensors, or see to the network and HF_TOKEN"
+      "*.safetensors, or check the network and HF_TOKEN"
     ) from error
   if weights and not _has_weights(folder):
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     raise FileNotFoundError(
       f"{repository!r} on the hub has no model.safetensors{', but ' if pickles else ''}"
-      f"{', '.join(pickles[:3])}; pickles are not read. Where you trust it, load it once in "
+      f"{', '.join(pickles[:3])}; pickles are not read. If you trust it, load it once in "
       "transformers, save it by save_pretrained, and give that folder"
     )
   return folder
@@ -186,9 +201,14 @@ class Tensors:
     return array[index] if index else array
 
   def are_same(self, name: str, other: str) -> bool:
-    """Returns whether two tensors are the same in shape, dtype and bytes."""
-    alike = self.shape(name) == self.shape(other) and self.dtype(name) == self.dtype(other)
-    return alike and np.array_equal(self._bytes(name), self._bytes(other))
+    """Returns whether two tensors have the same shape and the same numbers, in any dtype."""
+    if self.shape(name) != self.shape(other):
+      return False
+    if self.dtype(name) == self.dtype(other):
+      return np.array_equal(self._bytes(name), self._bytes(other))
+    if not {self.dtype(name), self.dtype(other)} <= FLOATS.keys():
+      return False
+    return np.array_equal(self.read(name).astype("float64"), self.read(other).astype("float64"))
 
   def _bytes(self, name: str) -> np.ndarray:
     file = self._files[name]
@@ -207,27 +227,39 @@ class _File(NamedTuple):
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-  """Opens a safetensors file; raises ValueError if it is truncated or none."""
+  """Opens a safetensors file.
+
+  Raises:
+    ValueError: if it is truncated or not safetensors, or its header names a tensor twice.
+  """
   from safetensors import SafetensorError, safe_open
 
   try:
-    with safe_open(path, "numpy") as file:
+    with safe_open(path, "numpy") as file:  # checks the header against the file's length
+      _read_header(path)
       yield file
   except SafetensorError as error:
+    if kind := describe_file(path):
+      raise ValueError(f"{path} is not a safetensors file but {kind}") from error
     raise ValueError(
-      f"{path} is truncated or no safetensors file: {error}. Copy or download it again"
+      f"{path} is truncated or not a safetensors file: {error}. Copy or download it again"
     ) from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+  """Returns the header of a file that safetensors has checked, and where the tensors start."""
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+    header = parse_json(file.read(size), path)
+  header.pop("__metadata__", None)
+  return header, 8 + size
 
 
 def _map(path: Path) -> _File:
   """Maps a safetensors file, which must be whole."""
-  with open_safetensors(path):  # checks the header against the file's length
-    pass
-  data = np.asarray(np.memmap(path, np.uint8, "r"))
-  start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-  header = json.loads(data[8:start].tobytes())
-  header.pop("__metadata__", None)
-  return _File(path.name, data, header, start)
+  with open_safetensors(path):
+    header, start = _read_header(path)
+  return _File(path.name, np.asarray(np.memmap(path, np.uint8, "r")), header, start)
 
 
 @contextmanager
@@ -262,15 +294,23 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
   if single.is_file():
     return [single.name], None
   if not index.is_file():
-    unread = sorted(path.name for kind in ("*.bin", "*.pt") for path in folder.glob(kind))
-    hint = f"; {', '.join(unread)} may be pickles and are not read" if unread else ""
+    kinds = ("*.bin", "*.pt", "*.pth")
+    unread = sorted(path.name for kind in kinds for path in folder.glob(kind))
+    hint = describe_folder(folder) or (
+      f"{', '.join(unread[:5])} may be pickles and are not read. If you trust them, load the model "
+      "in transformers and save it by save_pretrained"
+      if unread
+      else ""
+    )
     raise FileNotFoundError(
-      f"{single} does not exist: the weights are missing{hint}. Expected model.safetensors, or "
-      f"several files with {INDEX}"
+      f"{single} does not exist: the weights are missing{'; ' if hint else ''}{hint}. Expected "
+      f"model.safetensors, or several files with {INDEX}"
     )
   weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(
-    isinstance(name, str) for name in weight_map.values()
+  if (
+    not isinstance(weight_map, dict)
+    or not weight_map
+    or not all(isinstance(name, str) for name in weight_map.values())
   ):
     raise ValueError(f"{index}: expected an object 'weight_map' of file names")
   names = sorted(set(weight_map.values()))
@@ -278,7 +318,9 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if Path(name).name != name or not name.endswith(".safetensors"):
       raise ValueError(f"{index}: {name!r} is not the name of a safetensors file of the folder")
     if not (folder / name).is_file():
-      raise FileNotFoundError(f"{folder / name} does not exist, but {INDEX} names it")
+      raise FileNotFoundError(
+        f"{folder / name} does not exist, but {INDEX} names it. Copy or download it again"
+      )
   return names, weight_map
 
 
@@ -298,33 +340,40 @@ def check_tensors(
   expected: Mapping[str, tuple[int, ...]],
   ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
-  """Raises ValueError naming each tensor that is missing, unexpected, mis-shaped or no float."""
-  shapes = {name: tensors.shape(name) for name in tensors if not ignored(name)}
-  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
-  faults += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
+  """Raises ValueError naming each tensor that is missing, unexpected, misshapen or not a float."""
+  stored = {
+    name: Stored(tensors.shape(name), tensors.dtype(name)) for name in tensors if not ignored(name)
+  }
+  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in stored]
   faults += [
-    f"{name} has shape {shapes[name]}, expected {shape}"
-    for name, shape in expected.items()
-    if name in shapes and shapes[name] != shape
+    f"unexpected {name} {tensor.shape}" for name, tensor in stored.items() if name not in expected
   ]
   faults += [
-    f"{name} is of {tensors.dtype(name)}, expected one of {', '.join(FLOATS)}"
+    f"{name} has shape {stored[name].shape}, expected {shape}"
+    for name, shape in expected.items()
+    if name in stored and stored[name].shape != shape
+  ]
+  faults += [
+    f"{name} is of {stored[name].dtype}, expected one of {', '.join(FLOATS)}"
     for name in expected
-    if name in shapes and tensors.dtype(name) not in FLOATS
+    if name in stored and stored[name].dtype not in FLOATS
   ]
   if faults:
+    cause = describe_tensors(stored, expected, FLOATS)
     more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
     raise ValueError(
-      f"{folder}: the tensors are not those of its config.json: {'; '.join(faults[:12])}{more}"
+      f"{folder}: {cause}{'. ' if cause else ''}The tensors are not those of its config.json: "
+      f"{'; '.join(faults[:12])}{more}"
     )
 
 
 def check_tied(folder: Path, tensors: Tensors, head: str, *embeddings: str) -> None:
-  """Raises ValueError if a head stands in a folder and is not its embedding, by any name of it."""
+  """Raises ValueError if a head is stored and differs from its embedding, by any of its names."""
   for embedding in embeddings:
     if {head, embedding} <= set(tensors) and not tensors.are_same(head, embedding):
+      shapes = f"{head} {tensors.shape(head)} differs from {embedding} {tensors.shape(embedding)}"
       raise ValueError(
-        f"{folder}: {head} differs from {embedding}, but config.json says that they are tied. Set "
+        f"{folder}: {shapes}, but config.json says that they are tied. Set "
         "tie_word_embeddings to false there"
       )
 
@@ -417,7 +466,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
   Raises:
     FileExistsError: if there is such a folder.
   """
-  folder = Path(folder)
+  folder = local_path(folder)
   if folder.exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   folder.parent.mkdir(parents=True, exist_ok=True)

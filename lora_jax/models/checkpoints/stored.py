@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,23 @@ from lora_jax.models.checkpoints.hub import (
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """Tensors that hold a leaf, by their index into it, and where it starts on their last axis."""
+
+
+class Loaded(NamedTuple):
+  """A model's config and params; it prints as one line."""
+
+  config: Any
+  params: PyTree
+
+  def __repr__(self) -> str:
+    return f"({type(self.config).__name__}, {outline(self.params)})"
+
+
+def outline(params: PyTree) -> str:
+  """Returns the number of parameters and their dtypes, `124,439,808 parameters, float32`."""
+  leaves = jax.tree.leaves(params)
+  dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+  return f"{sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
 
 
 def load_params(

@@ -1,18 +1,22 @@
 """DeBERTa-v2 and v3 from and to Hugging Face folders, with and without heads."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 from jaxtyping import PyTree
 
-from lora_jax.files import read_json
+from lora_jax.fields import Within, read_value
+from lora_jax.models.checkpoints.config_fields import (
+  check_supported,
+  read_fields,
+  read_model_json,
+)
 from lora_jax.models.checkpoints.encoder_folder import (
-  FLOATS,
-  INTEGERS,
-  check_integers,
+  FIELDS,
+  check_depth,
   head_size,
   load_encoder,
   save_encoder,
@@ -42,6 +46,15 @@ DEFAULTS = {  # of `transformers`, where a config leaves them out
   "conv_act": "tanh",
   "pad_token_id": 0,
 }
+KEYS = FIELDS | {
+  "input_positions": "position_biased_input",
+  "share_kernels": "share_att_key",
+  "conv_activation": "conv_act",
+  "head_activation": "pooler_hidden_act",
+  "pooler_dropout": "pooler_dropout",
+}
+_NONE_IF_0 = Annotated[int, Within("[0, 1000]")]
+_NONE_IF_MINUS_1 = Annotated[int, Within("[-1, 10000000]")]
 OUTSIDE = {  # our modules: Hugging Face's
   "token_embedding": "embeddings.word_embeddings",
   "position_embedding": "embeddings.position_embeddings",
@@ -111,7 +124,7 @@ def load_deberta(
 
   model, stored = Deberta(config), stored_tensors(config)
   new_parts = ["head"] if key is not None else []
-  return config, load_encoder(
+  return load_encoder(
     folder, model, stored, PREFIX, shardings, ignored, new_parts=new_parts, key=key
   )
 
@@ -139,49 +152,50 @@ def read_config(
 
   Arguments and errors as of `bert_folder.read_config`.
   """
-  path = Path(folder) / "config.json"
-  fields = read_json(path)
-  if fields.get("model_type") != "deberta-v2":
-    raise ValueError(f"{path}: expected model_type 'deberta-v2', got {fields.get('model_type')!r}")
+  path, fields = read_model_json(folder, ["deberta-v2"])
   fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
-  least = {"type_vocab_size": 0, "pad_token_id": 0, "conv_kernel_size": 0}
-  least |= {"max_relative_positions": -1, "position_buckets": -1}
-  check_integers(path, fields, dict.fromkeys(INTEGERS.values(), 1) | least)
-  width = fields["hidden_size"]
-  for key, expected in (
-    ("relative_attention", True),
-    ("embedding_size", width),
-    ("pooler_hidden_size", width),
-    ("attention_head_size", width // fields["num_attention_heads"]),
-    ("conv_groups", 1),
-  ):
-    if fields.get(key, None if key == "relative_attention" else expected) != expected:
-      raise ValueError(f"{path}: {key}={fields.get(key)!r} is not supported; expected {expected!r}")
-  names = {name.removeprefix(PREFIX) for name in tensor_names(path.parent)}
-  head_dropout, distance = fields.get("cls_dropout"), fields["max_relative_positions"]
-  terms = fields.get("pos_att_type") or []
-  terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
-  read = {
-    **{name: fields[key] for name, key in (INTEGERS | FLOATS).items()},
-    "activation": fields["hidden_act"],
-    "input_positions": bool(fields["position_biased_input"]),
-    "max_distance": fields["max_position_embeddings"] if distance < 1 else distance,
-    "num_buckets": fields["position_buckets"] if fields["position_buckets"] > 0 else None,
-    "content_to_position": "c2p" in terms,
-    "position_to_content": "p2c" in terms,
-    "share_kernels": bool(fields["share_att_key"]),
-    "norm_distances": "layer_norm" in fields["norm_rel_ebd"].lower(),
-    "conv_size": fields["conv_kernel_size"] or None,
-    "conv_activation": fields["conv_act"],
-    "num_labels": head_size(path, fields, names, num_labels, new_head),
-    "head_activation": fields["pooler_hidden_act"],
-    "pooler_dropout": fields["pooler_dropout"],
-    "head_dropout": fields["hidden_dropout_prob"] if head_dropout is None else head_dropout,
-  }
+  names = tensor_names(path.parent, PREFIX)
   try:
-    return DebertaConfig(**read | computation)
+    read = {
+      **read_fields(DebertaConfig, fields, KEYS),
+      **_distances(fields),
+      "conv_size": read_value(_NONE_IF_0, fields["conv_kernel_size"], "conv_kernel_size") or None,
+      "num_labels": head_size(path, fields, names, num_labels, new_head),
+      "head_dropout": fields.get("cls_dropout", fields["hidden_dropout_prob"]),
+    }
+    config = DebertaConfig(**read | computation)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+  width = config.embed_dim
+  supported = {
+    "relative_attention": True,
+    "embedding_size": width,
+    "pooler_hidden_size": width,
+    "attention_head_size": width // config.num_heads,
+    "conv_groups": 1,
+  }
+  check_supported(path, {"relative_attention": False} | fields, supported)
+  check_depth(path.parent, config, names)
+  return config
+
+
+def _distances(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns how distances enter the attention, as fields of `DebertaConfig`."""
+  limit, buckets = (
+    read_value(_NONE_IF_MINUS_1, fields[key], key)
+    for key in ("max_relative_positions", "position_buckets")
+  )
+  terms = fields.get("pos_att_type") or []
+  terms = [term.strip() for term in terms.lower().split("|")] if isinstance(terms, str) else terms
+  terms = read_value(tuple[Literal["c2p", "p2c"], ...], terms, "pos_att_type")
+  norm = read_value(str, fields["norm_rel_ebd"], "norm_rel_ebd")
+  return {
+    "max_distance": fields["max_position_embeddings"] if limit < 1 else limit,
+    "num_buckets": buckets if buckets > 0 else None,
+    "content_to_position": "c2p" in terms,
+    "position_to_content": "p2c" in terms,
+    "norm_distances": "layer_norm" in norm.lower(),
+  }
 
 
 def save_deberta(

@@ -14,7 +14,7 @@ The large v2 models add a convolution over the embeddings to the first layer's o
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lora_jax.fields import Share, Within
 from lora_jax.models.gpt2.model import ACTIVATIONS as MLP_ACTIVATIONS
 from lora_jax.models.gpt2.model import layer_norm
-from lora_jax.models.parts.causal_lm import check_choice, dense, make_dense, make_layers, take
+from lora_jax.models.parts.causal_lm import dense, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
   Context,
   Encoder,
@@ -36,10 +37,21 @@ from lora_jax.models.parts.encoder import (
   head_layer,
   positions_of,
 )
+from lora_jax.models.parts.fields import (
+  Epsilon,
+  FloatDtype,
+  NumLayers,
+  NumRows,
+  OneOf,
+  Remat,
+  RowIndex,
+  Width,
+)
 
 __all__ = ["Deberta", "DebertaConfig"]
 
 ACTIVATIONS = MLP_ACTIVATIONS | {"tanh": nn.tanh}
+ActivationName = Annotated[str, OneOf(tuple(ACTIVATIONS))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,40 +90,38 @@ class DebertaConfig:
     remat: as of `GPT2Config`.
   """
 
-  vocab_size: int = 128100
-  num_positions: int = 512
+  vocab_size: NumRows = 128100
+  num_positions: NumRows = 512
   input_positions: bool = False
-  num_token_types: int = 0
-  embed_dim: int = 768
-  num_layers: int = 12
-  num_heads: int = 12
-  mlp_dim: int = 3072
-  activation: str = "gelu"
-  layer_norm_epsilon: float = 1e-7
-  max_distance: int = 512
-  num_buckets: int | None = 256
+  num_token_types: RowIndex = 0
+  embed_dim: Width = 768
+  num_layers: NumLayers = 12
+  num_heads: Width = 12
+  mlp_dim: Width = 3072
+  activation: Annotated[str, OneOf(tuple(MLP_ACTIVATIONS))] = "gelu"
+  layer_norm_epsilon: Epsilon = 1e-7
+  max_distance: Width = 512
+  num_buckets: Width | None = 256
   content_to_position: bool = True
   position_to_content: bool = True
   share_kernels: bool = True
   norm_distances: bool = True
-  conv_size: int | None = None
-  conv_activation: str = "gelu"
-  pad_id: int = 0
-  num_labels: int | None = None
-  head_activation: str = "gelu"
-  hidden_dropout: float = 0.1
-  attention_dropout: float = 0.1
-  pooler_dropout: float = 0.0
-  head_dropout: float = 0.1
-  dtype: Any = "float32"
-  param_dtype: Any = "float32"
+  conv_size: Annotated[int, Within("[1, 1000]")] | None = None
+  conv_activation: ActivationName = "gelu"
+  pad_id: RowIndex = 0
+  num_labels: Width | None = None
+  head_activation: ActivationName = "gelu"
+  hidden_dropout: Share = 0.1
+  attention_dropout: Share = 0.1
+  pooler_dropout: Share = 0.0
+  head_dropout: Share = 0.1
+  dtype: FloatDtype = "float32"
+  param_dtype: FloatDtype = "float32"
   scan_layers: bool = False
-  remat: str | None = None
+  remat: Remat = None
 
   def __post_init__(self):
     check_encoder(self)
-    check_choice("conv_activation", self.conv_activation, tuple(ACTIVATIONS))
-    check_choice("head_activation", self.head_activation, tuple(ACTIVATIONS))
     if self.num_buckets is not None and not 4 <= self.num_buckets < 2 * self.max_distance - 1:
       raise ValueError(
         f"num_buckets must be at least 4 and below {2 * self.max_distance - 1}, so that some "

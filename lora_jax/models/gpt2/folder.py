@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax.files import read_json
+from lora_jax.models.checkpoints.config_fields import (
+  check_supported,
+  read_fields,
+  read_model_json,
+)
 from lora_jax.models.checkpoints.hub import (
   StoredTensor,
   check_tied,
@@ -17,7 +21,8 @@ from lora_jax.models.checkpoints.hub import (
   open_tensors,
   save_folder,
 )
-from lora_jax.models.checkpoints.stored import load_params, tensors_of
+from lora_jax.models.checkpoints.recognize import check_layer_count
+from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 
@@ -27,6 +32,21 @@ FIELDS = {  # ours: Hugging Face's
   "embed_dim": "n_embd",
   "num_layers": "n_layer",
   "num_heads": "n_head",
+  "mlp_dim": "n_inner",
+  "activation": "activation_function",
+  "layer_norm_epsilon": "layer_norm_epsilon",
+  "tie_head": "tie_word_embeddings",
+}
+DEFAULTS = {  # of `transformers`, where a config leaves them out
+  "n_inner": None,
+  "activation_function": "gelu_new",
+  "layer_norm_epsilon": 1e-5,
+  "tie_word_embeddings": True,
+}
+SUPPORTED = {
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+  "add_cross_attention": False,
 }
 PREFIX, HEAD = "transformer.", "lm_head.weight"
 LAYER = {  # the tensor: our leaves along its last axis
@@ -80,9 +100,10 @@ def load_gpt2(
   folder = find_folder(name)
   config = read_config(folder, param_dtype=param_dtype, **computation)
   with open_tensors(folder) as tensors:
+    check_layer_count(folder, tensors, "h", "n_layer", config.num_layers)
     if config.tie_head:
       check_tied(folder, tensors, HEAD, "transformer.wte.weight", "wte.weight")
-    is_old = not any(name.startswith(PREFIX) for name in tensors)
+    is_old = any(name.startswith(("wte.", "h.")) for name in tensors)
   stored = stored_tensors(config)
   if is_old:
     stored = [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
@@ -90,7 +111,8 @@ def load_gpt2(
   def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
     return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 
-  return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
+  params = load_params(folder, stored, params_shapes(config), shardings, ignored)
+  return Loaded(config, params)
 
 
 def params_shapes(config: GPT2Config) -> PyTree:
@@ -102,35 +124,12 @@ def read_config(folder: str | Path, **computation: Any) -> GPT2Config:
   """Returns the config of the GPT-2 in a local folder.
 
   Raises:
-    ValueError: if it is no GPT-2, or one that is computed otherwise.
+    ValueError: if it is not a GPT-2, or one that is computed otherwise.
   """
-  path = Path(folder) / "config.json"
-  fields = read_json(path)
-  if fields.get("model_type") != "gpt2":
-    raise ValueError(f"{path}: expected model_type 'gpt2', got {fields.get('model_type')!r}")
-  for key, expected in (
-    ("scale_attn_weights", True),
-    ("scale_attn_by_inverse_layer_idx", False),
-    ("add_cross_attention", False),
-  ):
-    if fields.get(key, expected) != expected:
-      raise ValueError(f"{path}: {key}={fields[key]} is not supported; expected {expected}")
-  missing = [key for key in FIELDS.values() if key not in fields]
-  if missing:
-    raise ValueError(f"{path}: missing {', '.join(missing)}")
-  inner = {} if fields.get("n_inner") is None else {"n_inner": fields["n_inner"]}
-  for key, value in ({key: fields[key] for key in FIELDS.values()} | inner).items():
-    if type(value) is not int or value < 1:
-      raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
+  path, fields = read_model_json(folder, ["gpt2"])
+  check_supported(path, fields, SUPPORTED)
   try:
-    return GPT2Config(
-      **{name: fields[key] for name, key in FIELDS.items()},
-      mlp_dim=fields.get("n_inner"),
-      activation=fields.get("activation_function", "gelu_new"),
-      layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5),
-      tie_head=fields.get("tie_word_embeddings", True),
-      **computation,
-    )
+    return GPT2Config(**read_fields(GPT2Config, DEFAULTS | fields, FIELDS), **computation)
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
@@ -161,10 +160,6 @@ def save_gpt2(
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],
     **{key: getattr(config, name) for name, key in FIELDS.items()},
-    "n_inner": config.mlp_dim,
-    "activation_function": config.activation,
-    "layer_norm_epsilon": config.layer_norm_epsilon,
-    "tie_word_embeddings": config.tie_head,
     "bos_token_id": end_of_text_id,
     "eos_token_id": end_of_text_id,
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),

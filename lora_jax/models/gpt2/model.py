@@ -11,23 +11,32 @@ model: the paper fine-tunes with LoRA's own alone.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lora_jax.fields import check_fields
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
   Context,
   attend,
-  check_choice,
-  check_computation,
   dense,
   head,
   init_cache,
   make_head,
   make_layers,
   take,
+)
+from lora_jax.models.parts.fields import (
+  AttentionName,
+  Epsilon,
+  FloatDtype,
+  NumLayers,
+  NumRows,
+  OneOf,
+  Remat,
+  Width,
 )
 
 __all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache", "layer_norm"]
@@ -65,28 +74,27 @@ class GPT2Config:
       `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only).
   """
 
-  vocab_size: int = 50257
-  num_positions: int = 1024
-  embed_dim: int = 768
-  num_layers: int = 12
-  num_heads: int = 12
-  mlp_dim: int | None = None
-  activation: str = "gelu_new"
-  layer_norm_epsilon: float = 1e-5
+  vocab_size: NumRows = 50257
+  num_positions: NumRows = 1024
+  embed_dim: Width = 768
+  num_layers: NumLayers = 12
+  num_heads: Width = 12
+  mlp_dim: Width | None = None
+  activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "gelu_new"
+  layer_norm_epsilon: Epsilon = 1e-5
   tie_head: bool = True
-  dtype: Any = "float32"
-  param_dtype: Any = "float32"
+  dtype: FloatDtype = "float32"
+  param_dtype: FloatDtype = "float32"
   scan_layers: bool = False
-  remat: str | None = None
-  attention: str = "compact"
+  remat: Remat = None
+  attention: AttentionName = "compact"
 
   def __post_init__(self):
+    check_fields(self)
     if self.embed_dim % self.num_heads:
       raise ValueError(
         f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}"
       )
-    check_choice("activation", self.activation, tuple(ACTIVATIONS))
-    check_computation(self)
 
   @property
   def num_kv_heads(self) -> int:

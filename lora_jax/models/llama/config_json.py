@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
-from lora_jax.files import read_json
+from lora_jax.fields import CountOrZero, Positive, read_value
+from lora_jax.models.checkpoints.config_fields import read_fields, read_model_json
 from lora_jax.models.llama.model import LlamaConfig, MixtureConfig, RopeScaling
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model_type: architecture, what it implies
@@ -25,14 +26,10 @@ FIELDS = {  # ours: Hugging Face's
   "num_heads": "num_attention_heads",
   "num_kv_heads": "num_key_value_heads",
   "mlp_dim": "intermediate_size",
+  "rms_norm_epsilon": "rms_norm_eps",
 }
-EXPERT_FIELDS = (
-  "num_experts",
-  "num_experts_per_tok",
-  "moe_intermediate_size",
-  "shared_expert_intermediate_size",
-)
 SLIDING, FULL = "sliding_attention", "full_attention"
+LayerType = Literal["sliding_attention", "full_attention"]
 TANH = "gelu_pytorch_tanh"
 DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config leaves them out
   "llama": {},
@@ -70,70 +67,76 @@ def read_config(folder: str | Path, **computation: Any) -> LlamaConfig:
   """Returns the config of the model in a local folder.
 
   Raises:
-    ValueError: if it is none of the family, or one that is computed otherwise.
+    ValueError: if it is not of the family, or one that is computed otherwise.
   """
-  path = Path(folder) / "config.json"
-  fields = read_json(path)
-  kind = fields.get("model_type")
-  if kind not in FAMILIES:
-    raise ValueError(f"{path}: expected model_type {', '.join(FAMILIES)}, got {kind!r}")
+  path, fields = read_model_json(folder, FAMILIES)
+  kind = fields["model_type"]
   fields = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **DEFAULTS[kind], **fields}
   if "num_local_experts" in fields and kind in ("mixtral", "qwen3_moe"):
     fields["num_experts"] = fields["num_local_experts"]
   if fields.get("num_key_value_heads") is None:
     fields["num_key_value_heads"] = fields.get("num_attention_heads")
-  missing = [key for key in FIELDS.values() if key not in fields]
-  if missing:
-    raise ValueError(f"{path}: missing {', '.join(missing)}")
-  for key in (*FIELDS.values(), "head_dim", *EXPERT_FIELDS):
-    value, needed = fields.get(key), key in FIELDS.values() or key in DEFAULTS[kind]
-    if (type(value) is not int or value < 1) and (needed or value is not None):
-      raise ValueError(f"{path}: expected a positive integer for {key}, got {value!r}")
-  if fields.get("use_bidirectional_attention"):
-    raise ValueError(f"{path}: use_bidirectional_attention is not supported")
-  bias = kind in ("llama", "qwen3", "qwen3_moe", "gemma") and bool(fields.get("attention_bias"))
-  biases = {"qkv_bias": bias, "out_bias": bias}
-  if kind == "qwen2_moe":
-    biases["qkv_bias"] = bool(fields["qkv_bias"])
-  biases["mlp_bias"] = kind == "llama" and bool(fields.get("mlp_bias"))
+  keys = dict(FIELDS)
+  if kind in ("qwen2_moe", "qwen3_moe"):
+    keys["mlp_dim"] = "moe_intermediate_size"
+  if fields.get("head_dim") is not None or "head_dim" in DEFAULTS[kind]:
+    keys["head_dim"] = "head_dim"
   try:
-    theta, scaling = _rotation(fields)
-    sizes = {name: fields[key] for name, key in FIELDS.items()}
-    if (mixture := _mixture(fields)) is not None and kind != "mixtral":
-      sizes["mlp_dim"] = fields["moe_intermediate_size"]
+    _check_unsupported(fields)
     return LlamaConfig(
-      **sizes,
-      **biases | FAMILIES[kind][1],
-      mixture=mixture,
-      head_dim=fields.get("head_dim"),
-      activation=_activation(fields),
-      rms_norm_epsilon=fields["rms_norm_eps"],
-      rope_theta=theta,
-      rope_scaling=scaling,
+      **read_fields(LlamaConfig, fields, keys),
+      **_biases(fields) | FAMILIES[kind][1],
+      **_rotation(fields),
       **_window(fields),
-      tie_head=bool(fields.get("tie_word_embeddings", False)),
+      mixture=_mixture(fields),
+      activation=_activation(fields),
+      tie_head=_flag(fields, "tie_word_embeddings"),
       **computation,
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
-def _mixture(fields: Mapping[str, Any]) -> MixtureConfig | None:
-  """Returns the experts of all layers. Raises ValueError if only some layers have any."""
-  kind = fields["model_type"]
-  if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
-    return None
-  if fields.get("decoder_sparse_step", 1) != 1 or fields.get("mlp_only_layers"):
+def _check_unsupported(fields: Mapping[str, Any]) -> None:
+  if _flag(fields, "use_bidirectional_attention"):
+    raise ValueError("use_bidirectional_attention is not supported")
+  if fields["model_type"] in ("qwen2_moe", "qwen3_moe") and (
+    fields.get("decoder_sparse_step", 1) != 1 or fields.get("mlp_only_layers")
+  ):
     raise ValueError(
       "layers with and without experts in one model are not supported: decoder_sparse_step is "
       f"{fields.get('decoder_sparse_step')!r}, expected 1, and mlp_only_layers "
       f"{fields.get('mlp_only_layers')!r}, expected none"
     )
+
+
+def _flag(fields: Mapping[str, Any], key: str) -> bool:
+  """Returns a field that is true or false; false if it is missing or null."""
+  return bool(read_value(bool | None, fields.get(key), key))
+
+
+def _biases(fields: Mapping[str, Any]) -> dict[str, bool]:
+  """Returns which biases there are, as fields of `LlamaConfig`."""
+  kind = fields["model_type"]
+  bias = kind in ("llama", "qwen3", "qwen3_moe", "gemma") and _flag(fields, "attention_bias")
+  return {
+    "qkv_bias": _flag(fields, "qkv_bias") if kind == "qwen2_moe" else bias,
+    "out_bias": bias,
+    "mlp_bias": kind == "llama" and _flag(fields, "mlp_bias"),
+  }
+
+
+def _mixture(fields: Mapping[str, Any]) -> MixtureConfig | None:
+  """Returns the experts of all layers; None if there are none."""
+  kind = fields["model_type"]
+  if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
+    return None
+  keys = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+  if kind == "qwen2_moe":
+    keys["shared_dim"] = "shared_expert_intermediate_size"
   return MixtureConfig(
-    fields["num_experts"],
-    fields["num_experts_per_tok"],
-    renormalize=kind == "mixtral" or bool(fields["norm_topk_prob"]),
-    shared_dim=fields["shared_expert_intermediate_size"] if kind == "qwen2_moe" else None,
+    **read_fields(MixtureConfig, fields, keys),
+    renormalize=kind == "mixtral" or _flag(fields, "norm_topk_prob"),
   )
 
 
@@ -146,48 +149,64 @@ def _activation(fields: Mapping[str, Any]) -> str:
 
 def _window(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the sliding window and the layers that have it, as fields of `LlamaConfig`."""
-  kind, window = fields["model_type"], fields.get("sliding_window")
-  if kind in ("mistral", "mixtral"):
-    return {"sliding_window": window}
-  if not kind.startswith("qwen") or not window or not fields.get("use_sliding_window"):
+  kind = fields["model_type"]
+  if kind in ("llama", "gemma"):
     return {}
-  if kind == "qwen3_moe":
+  if kind.startswith("qwen") and not _flag(fields, "use_sliding_window"):
+    return {}
+  hint = get_type_hints(LlamaConfig, include_extras=True)["sliding_window"]
+  window = read_value(hint, fields.get("sliding_window"), "sliding_window")
+  if window is None or kind in ("mistral", "mixtral", "qwen3_moe"):
     return {"sliding_window": window}
-  first, count = fields["max_window_layers"], fields["num_hidden_layers"]
-  slides = [i < first and i % 2 == 0 if kind == "qwen2_moe" else i >= first for i in range(count)]
+  count = fields["num_hidden_layers"]
   if (types := fields.get("layer_types")) is not None:
-    if len(types) != count or not set(types) <= {SLIDING, FULL}:
-      raise ValueError(f"expected layer_types to be {count} of {SLIDING}, {FULL}; got {types}")
+    types = read_value(tuple[LayerType, ...], types, "layer_types")
+    if len(types) != count:
+      raise ValueError(
+        f"layer_types must have num_hidden_layers = {count} items of {SLIDING} or {FULL}, got "
+        f"{len(types)}"
+      )
     slides = [layer_type == SLIDING for layer_type in types]
+  else:
+    first = read_value(CountOrZero, fields["max_window_layers"], "max_window_layers")
+    moe = kind == "qwen2_moe"
+    slides = [i < first and i % 2 == 0 if moe else i >= first for i in range(count)]
   layers = tuple(i for i in range(count) if slides[i])
   if not layers:
     return {}
   return {"sliding_window": window, "window_layers": None if all(slides) else layers}
 
 
-def _rotation(fields: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-  """Returns the base of the rotation and its scaling, by new and old names."""
+def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the base of the rotation and its scaling, as fields of `LlamaConfig`.
+
+  Files have them by new and old names.
+  """
   rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-
-  def number(name: str) -> float:
-    value = rope.get(name, fields.get(name, 10000.0) if name == "rope_theta" else None)
-    if not isinstance(value, int | float) or value <= 0:
-      raise ValueError(f"expected a positive number for the rotation's {name}, got {value!r}")
-    return value
-
-  theta = float(number("rope_theta"))
+  if not isinstance(rope, dict):
+    raise ValueError(f"rope_scaling and rope_parameters must be objects, got {rope!r}")
+  partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+  if partial not in (None, 1.0):
+    raise ValueError(f"partial_rotary_factor={partial!r} is not supported; expected 1.0")
+  base = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+  theta = read_value(Positive, base, "rope_theta")
   kind = rope.get("rope_type", rope.get("type", "default"))
-  if rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0)) != 1.0:
-    raise ValueError("a rotation of a part of each head is not supported")
-  if kind == "default":
-    return theta, None
-  if kind == "linear":
-    return theta, RopeScaling("linear", number("factor"))
+  keys = {"factor": "factor"}
   if kind == "llama3":
-    low, high = number("low_freq_factor"), number("high_freq_factor")
-    first = int(number("original_max_position_embeddings"))
-    return theta, RopeScaling("llama3", number("factor"), low, high, first)
-  raise ValueError(f"rope_type {kind!r} is not supported; expected default, linear or llama3")
+    keys |= {
+      "low_freq_factor": "low_freq_factor",
+      "high_freq_factor": "high_freq_factor",
+      "original_positions": "original_max_position_embeddings",
+    }
+  if kind == "default":
+    return {"rope_theta": theta}
+  if kind not in ("linear", "llama3"):
+    raise ValueError(f"rope_type {kind!r} is not supported; expected default, linear or llama3")
+  try:
+    scaling = RopeScaling(kind, **read_fields(RopeScaling, rope, keys))
+  except ValueError as error:
+    raise ValueError(f"the {kind} scaling of the rotation: {error}") from error
+  return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str, Any]:
@@ -203,7 +222,6 @@ def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str,
     **{key: getattr(config, name) for name, key in FIELDS.items()},
     "head_dim": config.head_size,
     "hidden_act": config.activation,
-    "rms_norm_eps": config.rms_norm_epsilon,
     "rope_theta": config.rope_theta,
     **_written_rotation(config),
     "attention_bias": config.qkv_bias and not kind.startswith("qwen2"),

@@ -17,8 +17,14 @@ from lora_jax.models.checkpoints.hub import (
   open_tensors,
   save_folder,
 )
-from lora_jax.models.checkpoints.stored import load_params, tensors_of
-from lora_jax.models.llama.config_json import family_of, read_config, written_config
+from lora_jax.models.checkpoints.recognize import check_layer_count
+from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
+from lora_jax.models.llama.config_json import (
+  FIELDS,
+  family_of,
+  read_config,
+  written_config,
+)
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
 
@@ -87,11 +93,13 @@ def load_llama(
   def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
     return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
 
-  if config.tie_head:
-    with open_tensors(folder) as tensors:
+  with open_tensors(folder) as tensors:
+    check_layer_count(folder, tensors, "layers", FIELDS["num_layers"], config.num_layers)
+    if config.tie_head:
       check_tied(folder, tensors, HEAD, EMBEDDING)
   stored = stored_in(folder, config)
-  return config, load_params(folder, stored, params_shapes(config), shardings, ignored)
+  params = load_params(folder, stored, params_shapes(config), shardings, ignored)
+  return Loaded(config, params)
 
 
 def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:

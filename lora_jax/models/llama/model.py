@@ -14,25 +14,35 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lora_jax.fields import Finite, Positive, check_fields
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
   Context,
   attend,
-  check_choice,
-  check_computation,
   dense,
   head,
   init_cache,
   make_head,
   make_layers,
   take,
+)
+from lora_jax.models.parts.fields import (
+  AttentionName,
+  Epsilon,
+  FloatDtype,
+  NumLayers,
+  NumRows,
+  OneOf,
+  Remat,
+  RowIndex,
+  Width,
 )
 from lora_jax.models.parts.mixture import ACTIVATIONS, MLP, Mixture, MixtureConfig, residual_std
 
@@ -52,14 +62,19 @@ class RopeScaling:
     original_positions: the first length, tokens.
   """
 
-  kind: str
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_positions: int = 8192
+  kind: Literal["linear", "llama3"]
+  factor: Positive
+  low_freq_factor: Positive = 1.0
+  high_freq_factor: Positive = 4.0
+  original_positions: NumRows = 8192
 
   def __post_init__(self):
-    check_choice("kind", self.kind, ("linear", "llama3"))
+    check_fields(self)
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise ValueError(
+        f"low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} and "
+        f"{self.high_freq_factor}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,35 +112,36 @@ class LlamaConfig:
     attention: as of `GPT2Config`.
   """
 
-  vocab_size: int = 32000
-  num_positions: int = 4096
-  embed_dim: int = 4096
-  num_layers: int = 32
-  num_heads: int = 32
-  num_kv_heads: int = 32
-  head_dim: int | None = None
-  mlp_dim: int = 11008
+  vocab_size: NumRows = 32000
+  num_positions: NumRows = 4096
+  embed_dim: Width = 4096
+  num_layers: NumLayers = 32
+  num_heads: Width = 32
+  num_kv_heads: Width = 32
+  head_dim: Width | None = None
+  mlp_dim: Width = 11008
   mixture: MixtureConfig | None = None
-  activation: str = "silu"
-  rms_norm_epsilon: float = 1e-5
-  rope_theta: float = 10000.0
+  activation: Annotated[str, OneOf(tuple(ACTIVATIONS))] = "silu"
+  rms_norm_epsilon: Epsilon = 1e-5
+  rope_theta: Positive = 10000.0
   rope_scaling: RopeScaling | None = None
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
-  sliding_window: int | None = None
-  window_layers: tuple[int, ...] | None = None
-  norm_offset: float = 0.0
+  sliding_window: NumRows | None = None
+  window_layers: tuple[RowIndex, ...] | None = None
+  norm_offset: Finite = 0.0
   scale_embedding: bool = False
   tie_head: bool = False
-  dtype: Any = "float32"
-  param_dtype: Any = "float32"
+  dtype: FloatDtype = "float32"
+  param_dtype: FloatDtype = "float32"
   scan_layers: bool = False
-  remat: str | None = None
-  attention: str = "compact"
+  remat: Remat = None
+  attention: AttentionName = "compact"
 
   def __post_init__(self):
+    check_fields(self)
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_kv_heads must divide num_heads, got {self.num_kv_heads} for {self.num_heads}"
@@ -144,8 +160,6 @@ class LlamaConfig:
         "scanned layers are all alike: layers with and without a sliding window need "
         "scan_layers=False"
       )
-    check_choice("activation", self.activation, tuple(ACTIVATIONS))
-    check_computation(self)
 
   @property
   def head_size(self) -> int:

@@ -18,14 +18,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
-REMAT_POLICIES = (
-  "nothing_saveable",
-  "dots_saveable",
-  "dots_with_no_batch_dims_saveable",
-  "everything_saveable",
-)
-ATTENTION = ("compact", "xla", "cudnn")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Layers(Protocol):
@@ -386,22 +378,3 @@ def causal_mask(
   return (
     causal if mask is None else causal & jnp.take_along_axis(mask, token_index[:, None, :, None], 2)
   )
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-  """Raises ValueError if a value is none of the choices."""
-  if value not in choices:
-    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
-
-
-def check_computation(config: Shape) -> None:
-  """Raises ValueError if a config's computation is none that there is."""
-  check_choice("attention", config.attention, ATTENTION)
-  check_layers(config)
-
-
-def check_layers(config: Layers) -> None:
-  """Raises ValueError if a config's layers are computed in no way that there is."""
-  check_choice("remat", config.remat, (None, *REMAT_POLICIES))
-  for name in ("dtype", "param_dtype"):
-    check_choice(name, jnp.dtype(getattr(config, name)).name, DTYPES)

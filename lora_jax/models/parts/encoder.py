@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from lora_jax.fields import check_fields
 from lora_jax.models.gpt2.model import ACTIVATIONS, layer_norm
-from lora_jax.models.parts.causal_lm import Layers, check_choice, check_layers, dense, take
+from lora_jax.models.parts.causal_lm import Layers, dense, take
 
 
 class EncoderShape(Layers, Protocol):
   """What the parts in this file read of a model's config."""
 
+  @property
+  def vocab_size(self) -> int: ...
+  @property
+  def pad_id(self) -> int: ...
   @property
   def embed_dim(self) -> int: ...
   @property
@@ -231,16 +236,11 @@ def head_layer(config: EncoderShape) -> nn.Dense:
 
 
 def check_encoder(config: EncoderShape) -> None:
-  """Raises ValueError if a config is of no encoder that there is."""
+  """Raises ValueError if a field of a config is out of bounds, or the heads do not divide it."""
+  check_fields(config)
   if config.embed_dim % config.num_heads:
     raise ValueError(
       f"num_heads must divide embed_dim, got {config.num_heads} heads for {config.embed_dim}"
     )
-  if config.num_labels is not None and config.num_labels < 1:
-    raise ValueError(f"num_labels must be at least 1, or None for no head; got {config.num_labels}")
-  for name in ("hidden_dropout", "attention_dropout", "head_dropout"):
-    rate = getattr(config, name)
-    if not 0 <= rate < 1:
-      raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
-  check_choice("activation", config.activation, tuple(ACTIVATIONS))
-  check_layers(config)
+  if config.pad_id >= config.vocab_size:
+    raise ValueError(f"pad_id must be below vocab_size = {config.vocab_size}, got {config.pad_id}")

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from lora_jax.fields import check_fields
 from lora_jax.models.parts.causal_lm import dense
+from lora_jax.models.parts.fields import NumExperts, Width
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 
@@ -34,12 +36,13 @@ class MixtureConfig:
       between 0 and 1 (Qwen 2); None is no such expert.
   """
 
-  num_experts: int
-  experts_per_token: int
+  num_experts: NumExperts
+  experts_per_token: NumExperts
   renormalize: bool = True
-  shared_dim: int | None = None
+  shared_dim: Width | None = None
 
   def __post_init__(self):
+    check_fields(self)
     if not 1 <= self.experts_per_token <= self.num_experts:
       raise ValueError(
         f"experts_per_token must be from 1 to num_experts = {self.num_experts}, got "
