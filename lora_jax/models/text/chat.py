@@ -267,7 +267,10 @@ def _marked_spans(marked: str, whole: str) -> list[tuple[int, int]]:
   for i, part in enumerate(parts):
     inside, *after = part.split(END)
     if len(after) != (i > 0):
-      raise ValueError("the chat template has a {% generation %} block within another")
+      raise ValueError(
+        "the chat template has a {% generation %} block within another, or a message holds one of "
+        "the characters U+FDD0 and U+FDD1, which are not text"
+      )
     if i > 0:
       spans.append((length, length + len(inside)))
     length += len(inside) + sum(map(len, after))

@@ -12,6 +12,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_jax.files import read_bytes
+
 if TYPE_CHECKING:
   from tokenizers import Tokenizer, normalizers
 
@@ -68,7 +70,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
   """
   parts: dict[int, list[Any]] = {1: [], 2: [], 3: []}
   try:
-    for number, value in _fields(path.read_bytes()):
+    for number, value in _fields(read_bytes(path)):
       parts.setdefault(number, []).append(value)
     pieces = tuple(_piece(message) for message in parts[1])
     trainer, normalizer = (dict(_fields(message)) for i in (2, 3) for message in parts[i])

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, as `tokenizers.Tokenizer`, from each form they come in.
+"""Tokenizers of Hugging Face folders, as `tokenizers.Tokenizer`, from each of their formats.
 
     tokenizer.json             any
     tokenizer.model            SentencePiece of Llama 2, Mistral and Gemma
@@ -6,15 +6,17 @@
     vocab.txt                  WordPiece of BERT
     vocab.json, merges.txt     byte-level BPE of GPT-2 and RoBERTa
 
-The first that is there counts. A tokenizer that is built here gives the ids of the reference:
+The first that is present is read. A tokenizer that is built here gives the ids of the reference:
 SentencePiece's own, `transformers`' for the others.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_jax.files import read_json_if_present, read_text
+from lora_jax.fields import CountOrZero, Within, read_section, read_value
+from lora_jax.files import local_path, parse_json, read_json, read_json_if_present, read_text
 from lora_jax.models.text.sentencepiece import build_sentencepiece, read_sentencepiece
 
 if TYPE_CHECKING:
@@ -34,9 +36,31 @@ ROBERTA_TOKENS = {
 }
 OPTIONS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
+TokenId = Annotated[int, Within("[0, 2147483647]")]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """The fields of tokenizer_config.json that count where there is no tokenizer.json.
+
+  None is the default of the class of tokenizers; transformers' documentation explains each.
+  """
+
+  tokenizer_class: str | None = None
+  added_tokens_decoder: dict[str, Any] | None = None
+  add_prefix_space: bool | None = None
+  add_bos_token: bool | None = None
+  add_eos_token: bool | None = None
+  legacy: bool | None = None
+  split_by_punct: bool | None = None
+  do_basic_tokenize: bool | None = None
+  do_lower_case: bool | None = None
+  strip_accents: bool | None = None
+  tokenize_chinese_chars: bool | None = None
+
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokenizer":
-  """Returns the tokenizer of a folder, from the first of the forms above that it holds.
+  """Returns the tokenizer of a folder, from the first of the formats above that it has.
 
   Args:
     folder: a local folder.
@@ -45,13 +69,14 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
     FileNotFoundError: if there is no tokenizer.
     ValueError: if its files are broken, or it does not fit the model.
   """
-  folder = Path(folder)
+  folder = local_path(folder)
   try:
     tokenizer = _build(folder)
   except (ValueError, FileNotFoundError):
     raise
   except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{folder}: the tokenizer's files are broken: {error}") from error
+    present = ", ".join(name for name in TOKENIZER_FILES[:6] if (folder / name).exists())
+    raise ValueError(f"{folder}: the tokenizer is broken, in {present}: {error}") from error
   if tokenizer is None:
     raise FileNotFoundError(
       f"{folder} holds no tokenizer: expected tokenizer.json, tokenizer.model, spm.model, "
@@ -59,12 +84,15 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
     )
   tokenizer.no_padding()  # which folders of fine-tuned models may have kept
   tokenizer.no_truncation()
-  size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+  ids = tokenizer.get_vocab(with_added_tokens=True).values()
+  if not ids:
+    raise ValueError(f"{folder}: the tokenizer has no tokens")
+  size = max(ids) + 1
   if vocab_size is not None and not 0 <= vocab_size - size < max(1024, vocab_size // 20):
     raise ValueError(
       f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
-      "belong together. Take both from the same model; tokens that were added to the tokenizer "
-      "alone, as <pad>, must be taken out of its files"
+      "belong together. Take both from the same model; remove tokens that were added only to the "
+      "tokenizer, such as <pad>, from its files"
     )
   return tokenizer
 
@@ -91,7 +119,7 @@ def read_special_tokens(folder: str | Path) -> dict[str, str]:
   Raises:
     ValueError: if one of them is not text.
   """
-  return {use: token["content"] for use, token in _special_tokens(Path(folder)).items()}
+  return {use: token["content"] for use, token in _special_tokens(local_path(folder)).items()}
 
 
 def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
@@ -107,36 +135,50 @@ def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _options(path: Path, name: str, token: Any) -> dict[str, Any]:
-  if not (isinstance(token, dict) and isinstance(token.get("content"), str)):
+  """Returns the content and the options of a token."""
+  content = token.get("content") if isinstance(token, dict) else None
+  if not isinstance(content, str) or not content:
     raise ValueError(f"{path}: expected {name} as text, got {token!r:.100}")
-  return {key: value for key, value in token.items() if key == "content" or key in OPTIONS}
+  options = {
+    key: read_value(bool, token[key], f"{path}: {key} of {name}") for key in OPTIONS if key in token
+  }
+  return {"content": content, **options}
+
+
+def _read_config(folder: Path) -> TokenizerConfig:
+  path = folder / "tokenizer_config.json"
+  known = {field.name for field in dataclasses.fields(TokenizerConfig)}
+  values = {name: value for name, value in read_json_if_present(path).items() if name in known}
+  return read_section(TokenizerConfig, values, f"{path}: ")
 
 
 def _build(folder: Path) -> "Tokenizer | None":
   from tokenizers import Tokenizer, processors
 
-  if (folder / "tokenizer.json").is_file():
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-  config = read_json_if_present(folder / "tokenizer_config.json")
-  if (folder / "tokenizer.model").is_file():
+  if (folder / "tokenizer.json").exists():
+    text = read_text(folder / "tokenizer.json")
+    parse_json(text, folder / "tokenizer.json")  # is stricter than the library
+    return Tokenizer.from_str(text)
+  config = _read_config(folder)
+  if (folder / "tokenizer.model").exists():
     tokenizer, special = _sentencepiece(folder / "tokenizer.model", config)
     special = _add_tokens(tokenizer, folder, config, special)
-    _mark_ends(tokenizer, config, special, True)
-  elif (folder / "spm.model").is_file():
+    _mark_ends(tokenizer, folder, config, special, True)
+  elif (folder / "spm.model").exists():
     tokenizer, _ = _sentencepiece(folder / "spm.model", config)
     tokenizer.add_special_tokens([BERT_TOKENS["mask_token"]])  # which the model does not hold
     special = _add_tokens(tokenizer, folder, config, BERT_TOKENS)
     _mark_sentences(tokenizer, special)
-  elif (folder / "vocab.txt").is_file():
+  elif (folder / "vocab.txt").exists():
     tokenizer = _word_piece(folder / "vocab.txt", config)
     special = _add_tokens(tokenizer, folder, config, BERT_TOKENS)
     _mark_sentences(tokenizer, special)
-  elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+  elif (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
     tokenizer = _byte_level_bpe(folder, config)
     if _is_roberta(folder, config):
       special = _add_tokens(tokenizer, folder, config, ROBERTA_TOKENS)
       ends = (_with_id(tokenizer, special[f"{use}_token"]) for use in ("sep", "cls"))
-      space = bool(config.get("add_prefix_space"))
+      space = bool(config.add_prefix_space)
       tokenizer.post_processor = processors.RobertaProcessing(  # pyright: ignore
         *ends, trim_offsets=True, add_prefix_space=space
       )
@@ -144,49 +186,52 @@ def _build(folder: Path) -> "Tokenizer | None":
       if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
       special = _add_tokens(tokenizer, folder, config, {})
-      _mark_ends(tokenizer, config, special, False)
+      _mark_ends(tokenizer, folder, config, special, False)
   else:
     return None
   return tokenizer
 
 
-def _sentencepiece(path: Path, config: dict[str, Any]) -> tuple["Tokenizer", dict[str, str]]:
+def _sentencepiece(path: Path, config: TokenizerConfig) -> tuple["Tokenizer", dict[str, str]]:
   """Returns the tokenizer of a SentencePiece model, and the special tokens that it names."""
-  if config.get("split_by_punct"):
-    raise ValueError(f"{path}: split_by_punct in tokenizer_config.json is not known here")
+  if config.split_by_punct:
+    raise ValueError(f"{path}: split_by_punct in tokenizer_config.json is not supported")
   model = read_sentencepiece(path)
-  prefix = config.get("add_prefix_space")
+  prefix = config.add_prefix_space
   tokenizer = build_sentencepiece(
     model,
     dummy_prefix=model.dummy_prefix if prefix is None else bool(prefix),
-    prefix_at_parts=path.name == "spm.model" or bool(config.get("legacy")),
-    lower_case=bool(config.get("do_lower_case")),
+    prefix_at_parts=path.name == "spm.model" or bool(config.legacy),
+    lower_case=bool(config.do_lower_case),
   )
   return tokenizer, dict(model.special_tokens)
 
 
-def _word_piece(path: Path, config: dict[str, Any]) -> "Tokenizer":
+def _word_piece(path: Path, config: TokenizerConfig) -> "Tokenizer":
   from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
   tokens = read_text(path).removesuffix("\n").split("\n")
   vocab = {token: i for i, token in enumerate(tokens)}
+  if tokens == [""]:
+    raise ValueError(f"{path} is empty, expected one token a line")
   if len(vocab) < len(tokens):
-    raise ValueError(f"{path}: {len(tokens) - len(vocab)} tokens stand there twice")
-  if config.get("do_basic_tokenize") is False:
-    raise ValueError(f"{path}: do_basic_tokenize=false in tokenizer_config.json is not known here")
-  lower_case = config.get("do_lower_case")
+    first = next(token for i, token in enumerate(tokens) if vocab[token] != i)
+    raise ValueError(f"{path}: {len(tokens) - len(vocab)} tokens occur twice, as {first!r:.100}")
+  if config.do_basic_tokenize is False:
+    raise ValueError(f"{path}: do_basic_tokenize=false in tokenizer_config.json is not supported")
+  lower_case = config.do_lower_case
   if lower_case is None:
     if any(token != token.lower() for token in tokens if not token.startswith("[")):
       raise ValueError(
-        f"{path} has upper-case letters, but no tokenizer_config.json beside it says whether text "
-        'is lower-cased. Write one with {"do_lower_case": false}, or true'
+        f"{path} has upper-case letters, but no tokenizer_config.json says whether text is "
+        'lower-cased. Write one with {"do_lower_case": false}, or true'
       )
     lower_case = True
   tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
   tokenizer.normalizer = normalizers.BertNormalizer(  # pyright: ignore
     clean_text=True,
-    handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
-    strip_accents=config.get("strip_accents"),  # None: if text is lower-cased
+    handle_chinese_chars=config.tokenize_chinese_chars is not False,
+    strip_accents=config.strip_accents,  # None: if text is lower-cased
     lowercase=lower_case,
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore
@@ -194,26 +239,38 @@ def _word_piece(path: Path, config: dict[str, Any]) -> "Tokenizer":
   return tokenizer
 
 
-def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> "Tokenizer":
+def _byte_level_bpe(folder: Path, config: TokenizerConfig) -> "Tokenizer":
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+  read_text(folder / "merges.txt")
+  tokens: dict[int, str] = {}
+  for token, value in read_json(folder / "vocab.json").items():
+    token_id = read_value(TokenId, value, f"{folder}/vocab.json: the id of {token!r:.100}")
+    if token_id in tokens:
+      raise ValueError(
+        f"{folder}/vocab.json: {tokens[token_id]!r:.100} and {token!r:.100} have the same id, "
+        f"{token_id}"
+      )
+    tokens[token_id] = token
+  if not tokens:
+    raise ValueError(f"{folder}/vocab.json has no tokens")
   files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
   tokenizer = Tokenizer(models.BPE.from_file(*files))
-  space = bool(config.get("add_prefix_space"))
+  space = bool(config.add_prefix_space)
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)  # pyright: ignore
   tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
   return tokenizer
 
 
-def _is_roberta(folder: Path, config: dict[str, Any]) -> bool:
-  """Returns whether byte-level BPE has RoBERTa's tokens about a text rather than GPT-2's none."""
-  if (name := config.get("tokenizer_class")) is not None:
+def _is_roberta(folder: Path, config: TokenizerConfig) -> bool:
+  """Returns whether byte-level BPE puts RoBERTa's tokens around a text; GPT-2's puts none."""
+  if (name := config.tokenizer_class) is not None:
     return name in ("RobertaTokenizer", "RobertaTokenizerFast")
   return read_json_if_present(folder / "config.json").get("model_type") == "roberta"
 
 
 def _add_tokens(
-  tokenizer: "Tokenizer", folder: Path, config: dict[str, Any], defaults: Mapping[str, str]
+  tokenizer: "Tokenizer", folder: Path, config: TokenizerConfig, defaults: Mapping[str, str]
 ) -> dict[str, str]:
   """Adds a folder's added and special tokens, each with its id; returns the special ones.
 
@@ -226,10 +283,13 @@ def _add_tokens(
   special |= _special_tokens(folder)
   path = folder / "added_tokens.json"
   added: dict[int, dict[str, Any]] = {
-    i: {"content": token} for token, i in read_json_if_present(path).items()
+    read_value(CountOrZero, i, f"{path}: the id of {token!r:.100}"): {"content": token}
+    for token, i in read_json_if_present(path).items()
   }
   path = folder / "tokenizer_config.json"
-  for i, token in (config.get("added_tokens_decoder") or {}).items():
+  for i, token in (config.added_tokens_decoder or {}).items():
+    if not (i.isascii() and i.isdigit()):
+      raise ValueError(f"{path}: expected ids as keys of added_tokens_decoder, got {i!r:.100}")
     added[int(i)] = _options(path, f"added token {i}", token)
   added_contents = {token["content"] for token in added.values()}
   names = {token["content"] for token in special.values()}
@@ -259,16 +319,25 @@ def _with_id(tokenizer: "Tokenizer", token: str) -> tuple[str, int]:
 
 
 def _mark_ends(
-  tokenizer: "Tokenizer", config: dict[str, Any], special: Mapping[str, str], add_bos: bool
+  tokenizer: "Tokenizer",
+  folder: Path,
+  config: TokenizerConfig,
+  special: Mapping[str, str],
+  add_bos: bool,
 ) -> None:
-  """Puts the beginning's and the end's token about texts, as far as tokenizer_config.json wants."""
+  """Puts the start and end tokens around texts that tokenizer_config.json asks for."""
   from tokenizers import processors
 
-  flags = {"bos_token": config.get("add_bos_token"), "eos_token": config.get("add_eos_token")}
+  flags = {"bos_token": config.add_bos_token, "eos_token": config.add_eos_token}
   flags["bos_token"] = add_bos if flags["bos_token"] is None else flags["bos_token"]
   ends = [use for use, is_wanted in flags.items() if is_wanted]
   if not ends:
     return
+  for use in ends:
+    if use not in special:
+      raise ValueError(
+        f"{folder}: expected a {use} in tokenizer_config.json, since add_{use} is true; got none"
+      )
   start = [special[use] for use in ends if use == "bos_token"]
   end = [special[use] for use in ends if use == "eos_token"]
   single = [*start, "$A", *end]
@@ -280,7 +349,7 @@ def _mark_ends(
 
 
 def _mark_sentences(tokenizer: "Tokenizer", special: Mapping[str, str]) -> None:
-  """Puts BERT's tokens about one text or two, and tells the two apart by their type."""
+  """Puts BERT's tokens around one text or two, which have different token types."""
   from tokenizers import processors
 
   start, end = special["cls_token"], special["sep_token"]
