@@ -1,25 +1,26 @@
-"""Compares beam search with the `generate` of `transformers`, same weights, same prompts.
+"""Compares beam search with the `generate` of `transformers`: same weights, same prompts.
 
-    PYTHONPATH=. python -m benchmarks.decode --model FOLDER             # a merged, adapted model
-    PYTHONPATH=. python -m benchmarks.decode --model FOLDER --inputs 64 --repeats 1
+    python -m benchmarks.decode --model FOLDER             # a merged, adapted model
+    python -m benchmarks.decode --model FOLDER --inputs 64 --repeats 1
 
-The prompts are the distinct inputs of E2E's test set, 630, or some of them drawn at random.
-Both sides search with W beams, the same penalties and limits, in float32, and get the prompts
-sorted by length. `transformers` pads each batch in front to its longest prompt. The best size of
-a batch is found for each side by itself on `--tuning` of the prompts; then the sides take
-turns, so that other work on the machine falls on both, and the ratio is the median over the
-turns' own ratios.
+The prompts are the 630 distinct inputs of E2E's test set, or a random sample of them. Both
+implementations use the same beams, penalties and limits, in float32, and get the prompts sorted by
+length. `transformers` pads each batch in front to its longest prompt. Each implementation first
+chooses its fastest batch size on `--tuning` of the prompts. Then they take turns, so that other
+work on the machine slows both; the ratio is the median of the turns' ratios.
 
-The embedded base has not seen E2E: its outputs seldom end. Give the folder of an adapted one.
+The embedded base model has not seen E2E, and its outputs seldom end: pass an adapted model's folder
+for a realistic comparison.
 
-    way         batch  compile_s  seconds  x     steps  tokens
-    steps       reads of the model, added over the batches
-    tokens      in the best outputs, their end tokens included
+    batch       prompts in a batch
+    compile_s   seconds of the first pass over the prompts, less those of a later one
+    seconds     to decode all prompts, median, without compilation
+    x           ratio to `transformers`
+    steps       forward passes, summed over the batches
+    tokens      in the best outputs, end tokens included
 
-Compiling is the first batch of each shape, less its time once compiled, and not in `seconds`;
-`compile_s` for `transformers` is what its first batch takes longer. Last come the number of
-equal outputs and the largest difference of scores. Outputs may differ where scores tie within
-rounding.
+The last lines have the number of equal outputs and the largest difference of scores. Outputs may
+differ where scores tie within rounding.
 """
 
 import argparse
@@ -50,34 +51,40 @@ Prompts = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """What a side found: the best output of each prompt with its end token, scores, and steps."""
+class Decoded:
+  """The outputs of one implementation.
+
+  Attributes:
+    outputs: the best token ids of each prompt, end token included.
+    scores: of these outputs.
+    steps: forward passes, summed over the batches.
+  """
 
   outputs: list[list[int]]
   scores: np.ndarray
   steps: int
 
 
-Search = Callable[[Prompts, int], Found]
+Search = Callable[[Prompts, int], Decoded]
 
 
-def our_search(folder: Path, config: BeamConfig) -> Search:
-  """Returns this project's search, of prompts in batches of a size."""
+def lora_jax_search(folder: Path, config: BeamConfig) -> Search:
+  """Returns `search(prompts, batch_size)` by lora_jax."""
   shape, params = load_gpt2(folder)
   model = from_linen(GPT2(shape), functools.partial(init_cache, shape), shape.num_positions)
 
-  def search(prompts: Prompts, batch_size: int) -> Found:
-    found = beam_search(model, params, prompts, config, batch_size=batch_size)
-    rows = zip(found.tokens[:, 0], found.lengths[:, 0], strict=True)
+  def search(prompts: Prompts, batch_size: int) -> Decoded:
+    beams = beam_search(model, params, prompts, config, batch_size=batch_size)
+    rows = zip(beams.tokens[:, 0], beams.lengths[:, 0], strict=True)
     order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    steps = int(found.steps[order[::batch_size]].sum())
-    return Found([row[:length].tolist() for row, length in rows], found.scores[:, 0], steps)
+    steps = int(beams.steps[order[::batch_size]].sum())
+    return Decoded([row[:length].tolist() for row, length in rows], beams.scores[:, 0], steps)
 
   return search
 
 
 def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Search:
-  """Returns the peer's search, of prompts in batches of a size."""
+  """Returns `search(prompts, batch_size)` by transformers."""
   import torch  # pyright: ignore[reportMissingImports]
   from transformers import GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
 
@@ -96,7 +103,7 @@ def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Searc
   steps = [0]
   model.register_forward_hook(lambda *_: steps.__setitem__(0, steps[0] + 1))
 
-  def search(prompts: Prompts, batch_size: int) -> Found:
+  def search(prompts: Prompts, batch_size: int) -> Decoded:
     steps[0] = 0
     outputs: list[list[int]] = [[] for _ in prompts]
     scores = np.zeros(len(prompts))
@@ -121,21 +128,21 @@ def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Searc
         )
       scores[rows] = out.sequences_scores.cpu().numpy()
       for i, row in zip(rows, out.sequences[:, width:].tolist(), strict=True):
-        ends = [place for place, token in enumerate(row) if token in config.eos_ids]
+        ends = [index for index, token in enumerate(row) if token in config.eos_ids]
         outputs[i] = row[: ends[0] + 1] if ends else row
-    return Found(outputs, scores, steps[0])
+    return Decoded(outputs, scores, steps[0])
 
   return search
 
 
-def seconds_of(search: Search, prompts: Prompts, batch_size: int) -> tuple[float, Found]:
+def seconds_of(search: Search, prompts: Prompts, batch_size: int) -> tuple[float, Decoded]:
   start = time.perf_counter()
-  found = search(prompts, batch_size)
-  return time.perf_counter() - start, found
+  decoded = search(prompts, batch_size)
+  return time.perf_counter() - start, decoded
 
 
 def best_batch_size(search: Search, prompts: Prompts, sizes: Sequence[int]) -> int:
-  """Returns the size that takes the least time on some prompts, compilation left out."""
+  """Returns the batch size that is fastest on these prompts, without compilation."""
   if len(sizes) == 1:
     return sizes[0]
   times = {}
@@ -147,7 +154,7 @@ def best_batch_size(search: Search, prompts: Prompts, sizes: Sequence[int]) -> i
 
 
 def measure(options: argparse.Namespace, searches: dict[str, Search], prompts: Prompts) -> dict:
-  """Returns by side: batch size, seconds of compiling, seconds of each turn, and what it found."""
+  """Returns by implementation: batch size, seconds of the first pass and of each turn, result."""
   results: dict[str, dict[str, Any]] = {}
   tuning = random.Random(1).sample(list(prompts), min(options.tuning, len(prompts)))
   for name, search in searches.items():
@@ -157,9 +164,9 @@ def measure(options: argparse.Namespace, searches: dict[str, Search], prompts: P
     results[name] = {"batch": size, "first": first, "seconds": []}
   for turn in range(options.repeats):
     for name in list(searches)[:: 1 if turn % 2 == 0 else -1]:
-      seconds, found = seconds_of(searches[name], prompts, results[name]["batch"])
+      seconds, decoded = seconds_of(searches[name], prompts, results[name]["batch"])
       results[name]["seconds"].append(seconds)
-      results[name]["found"] = found
+      results[name]["result"] = decoded
   return results
 
 
@@ -169,28 +176,28 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
   )
   peer = results.get("transformers", results["lora_jax"])["seconds"]
   for name, result in results.items():
-    seconds, found = statistics.median(result["seconds"]), result["found"]
+    seconds, decoded = statistics.median(result["seconds"]), result["result"]
     ratio = statistics.median(a / b for a, b in zip(result["seconds"], peer, strict=True))
     print(
       f"{name:13}{result['batch']:6}{max(0.0, result['first'] - seconds):11.1f}{seconds:10.2f}"
-      f"{ratio:7.2f}{found.steps:8}{sum(map(len, found.outputs)):8}"
+      f"{ratio:7.2f}{decoded.steps:8}{sum(map(len, decoded.outputs)):8}"
     )
   if "transformers" not in results:
     return
-  ours, theirs = results["lora_jax"]["found"], results["transformers"]["found"]
-  equal = sum(a == b for a, b in zip(ours.outputs, theirs.outputs, strict=True))
-  difference = np.abs(ours.scores - theirs.scores).max()
+  decoded, expected = results["lora_jax"]["result"], results["transformers"]["result"]
+  equal = sum(a == b for a, b in zip(decoded.outputs, expected.outputs, strict=True))
+  difference = np.abs(decoded.scores - expected.scores).max()
   ratio = statistics.median(
     a / b for a, b in zip(results["lora_jax"]["seconds"], peer, strict=True)
   )
   print(
-    f"\nequal outputs: {equal} of {len(ours.outputs)}; scores differ by at most {difference:.1e}"
+    f"\nequal outputs: {equal} of {len(decoded.outputs)}; scores differ by at most {difference:.1e}"
   )
   print(f"goal: at most {GOAL} of its time: {ratio:.2f}, {'met' if ratio <= GOAL else 'MISSED'}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description="lora_jax's beam search against transformers'.")
+  parser = argparse.ArgumentParser(description="Beam search: lora_jax against transformers.")
   parser.add_argument("--model", type=Path, default=BASE, help="a GPT-2 folder")
   parser.add_argument("--inputs", type=int, default=630)
   parser.add_argument("--beams", type=int, default=10)
@@ -198,11 +205,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--ngram", type=int, default=4, help="no repeated n-grams of this size")
   parser.add_argument("--max_new_tokens", type=int, default=64)
   parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64], help="to choose from")
-  parser.add_argument("--tuning", type=int, default=64, help="prompts to choose by")
+  parser.add_argument("--tuning", type=int, default=64, help="prompts to choose the batch size on")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--threads", type=int, default=2, help="of torch; JAX takes all cores")
-  parser.add_argument("--precision", default="highest", help="of JAX's float32 products, on GPUs")
-  parser.add_argument("--alone", action="store_true", help="this project's side only")
+  parser.add_argument("--threads", type=int, default=2, help="of torch; JAX uses all cores")
+  parser.add_argument("--precision", default="highest", help="of JAX's float32 matmuls on GPUs")
+  parser.add_argument("--alone", action="store_true", help="lora_jax only")
   return parser.parse_args(arguments)
 
 
@@ -223,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
-  searches = {"lora_jax": our_search(options.model, config)}
+  searches = {"lora_jax": lora_jax_search(options.model, config)}
   if not options.alone:
     searches["transformers"] = transformers_search(options.model, config, options.threads)
   print_table(measure(options, searches, prompts))

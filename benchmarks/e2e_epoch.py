@@ -1,44 +1,43 @@
-"""Times one epoch over the same E2E lines: lora_jax against PEFT with PyTorch.
+"""Times one epoch over the same E2E examples: lora_jax against PEFT with PyTorch.
 
-    python -m benchmarks.e2e_epoch                          # the embedded model, 4.3 M parameters
+    python -m benchmarks.e2e_epoch                          # the embedded base model
     python -m benchmarks.e2e_epoch --model small --lines 320 --steps 1 --repeats 5
     python -m benchmarks.e2e_epoch --model small --lines 0 --rows 32 --dtype bfloat16    # a GPU
 
-Four ways to train the same weights by the same method, LoRA of all linear layers with AdamW, with
-the same number of lines a step on average:
+Four ways to train the same weights with LoRA of all linear layers and AdamW, with the same average
+number of examples in a step:
 
-    lora_jax packed   several lines a row, and logits only where there is a loss
-    lora_jax padded   one line a row, all rows of 512 tokens (or the model's positions, if fewer),
-                      as Hu et al.'s code; logits as above
-    PEFT dynamic      one line a row, each batch padded to its longest
+    lora_jax packed   several examples a row; logits only for supervised tokens
+    lora_jax padded   one example a row, all rows padded to 512 tokens (or the model's positions, if
+                      fewer), as in the code of Hu et al.; logits as above
+    PEFT dynamic      one example a row, each batch padded to its longest
     PEFT packed       the rows of `lora_jax packed`, with a block-diagonal causal mask
 
-PEFT's model computes its own loss, from all logits. It gets the very same tokens and targets.
-PEFT adapts GPT-2's fused query, key and value as one matrix; they are three in lora_jax, whose
-adapter has therefore more parameters. `small` is GPT-2 small's shape with random weights; its
-lines are encoded by the embedded model's tokenizer too.
+PEFT's model computes its own loss, from all logits, on exactly the same tokens and targets. PEFT
+adapts GPT-2's fused query, key and value as one matrix; lora_jax has three, so its adapter has more
+parameters. `small` is GPT-2 small's shape with random weights, with the embedded model's tokenizer.
 
-The first step of each way is made on the same lines, and their losses must agree: it is the same
-work. Then the ways take turns, some steps each on the next batches of its epoch, making batches
-included. An epoch's time is the median of a turn's time per step times the steps of an epoch; no
-whole epoch is run. `x` is the median over the turns of the ratio of `lora_jax packed` to a way,
-so that other work on the machine falls on both alike. `lora_jax padded`, far slower, takes
-part in every fifth turn. Columns:
+All ways take their first step on the same examples, and their losses must agree: it is the same
+work. Then the ways take turns: each runs a few steps on the next batches of its epoch, batching
+included. An epoch's time is the median time of a step times the steps of an epoch; no whole epoch
+is run. `x` is the median over the turns of the ratio of `lora_jax packed` to a way, so that other
+work on the machine slows both. `lora_jax padded` is far slower and takes part in every fifth turn.
 
     adapter_k   thousands of trained parameters
-    compile_s   seconds of the first step, above that of a later one
-    steps       of an epoch
-    step_ms     of one step
-    epoch_s     of an epoch, without compilation
-    cpu_s       the CPU time of an epoch, all threads; on a GPU, of the host
-    tokens/s    the lines' own tokens, without padding
+    compile_s   seconds of the first step beyond those of a later one
+    steps       in an epoch
+    step_ms     milliseconds of a step
+    epoch_s     seconds of an epoch, without compilation
+    cpu_s       CPU seconds of an epoch, all threads; on a GPU, of the host
+    tokens/s    tokens of the examples, without padding
+    x           time of `lora_jax packed` over that of the row; x of cpu_s is the same for CPU time
 
-For the embedded model glibc keeps freed memory, as in `experiments.gpt2_e2e`, for PyTorch as well
+With the embedded model, glibc keeps freed memory, as in `experiments.gpt2_e2e`, for PyTorch too
 (`lora_jax.training.allocator`).
 
-Where torch, transformers or peft is missing, it says so and times lora_jax alone. Torch's threads
-wait for one another: where other work shares the cores, its times with several threads say
-little. There, `taskset -c 0 python -m benchmarks.e2e_epoch` gives one core to both sides.
+If torch, transformers or peft is missing, only lora_jax is timed. Torch's threads wait for each
+other, so its times with several threads mean little while other work shares the cores. In that
+case, give both one core: `taskset -c 0 python -m benchmarks.e2e_epoch`.
 """
 
 import argparse
@@ -76,7 +75,7 @@ TARGET = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 PEFT_TARGET = ["c_attn", "c_proj", "c_fc"]  # c_proj is the name in attention and in the MLP
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-6, 0.01
 PEERS = ("torch", "transformers", "peft")
-GOALS = {  # of the time of lora_jax packed, on CPUs
+GOALS = {  # time of lora_jax packed over that of PEFT, on CPUs
   "embedded": {"PEFT dynamic": 0.35, "PEFT packed": 0.9},
   "small": {"PEFT dynamic": 0.65, "PEFT packed": 0.9},
 }
@@ -84,7 +83,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 1e-2}
 
 
 class Base(NamedTuple):
-  """The model that all ways adapt."""
+  """The base model that all ways adapt."""
 
   config: GPT2Config
   params: PyTree
@@ -94,8 +93,8 @@ class Trainer(NamedTuple):
   """One way to train.
 
   Attributes:
-    step: makes one train step and returns its loss, nats per token; may return before it is done.
-    wait: returns when all steps are done.
+    step: takes a batch, returns the loss in nats per token; may return before the step is done.
+    wait: waits until all steps are done.
     num_trainable: parameters of the adapter.
   """
 
@@ -105,7 +104,7 @@ class Trainer(NamedTuple):
 
 
 class Turn(NamedTuple):
-  """Seconds per step of one turn, by the clock and of the CPU."""
+  """Seconds per step of one turn: wall-clock and CPU time."""
 
   wall: float
   cpu: float
@@ -113,7 +112,7 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass
 class Way:
-  """One way with its batches and what was measured of it."""
+  """One way with its batches and its measurements."""
 
   trainer: Trainer
   data: batches.Batches
@@ -124,7 +123,7 @@ class Way:
   turns: dict[int, Turn] = dataclasses.field(default_factory=dict)
 
   def epoch(self, column: str) -> float:
-    """Returns the seconds of an epoch, of the clock or the CPU."""
+    """Returns the seconds of an epoch; `column` is "wall" or "cpu"."""
     step = statistics.median(getattr(turn, column) for turn in self.turns.values())
     return len(self.data) * step
 
@@ -151,7 +150,7 @@ def embedded_folder() -> Path:
 
 
 def make_jax(base: Base, example: batches.Batch) -> Trainer:
-  """Returns the train step that the experiments have."""
+  """Returns a trainer with the train step of the experiments."""
   config = lj.LoraConfig(rank=RANK, alpha=ALPHA, target=TARGET)
   loss = lj.lora(language_model_loss(GPT2(base.config)), config)
   mesh, key = make_mesh(), jax.random.key(0)
@@ -176,7 +175,7 @@ def make_jax(base: Base, example: batches.Batch) -> Trainer:
 
 
 def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
-  """Returns PEFT's LoRA of the model in a Hugging Face folder, as its users train it."""
+  """Returns a trainer with PEFT's LoRA of the model in a Hugging Face folder."""
   import peft  # pyright: ignore[reportMissingImports]
   import torch  # pyright: ignore[reportMissingImports]
   import transformers  # pyright: ignore[reportMissingImports]
@@ -196,17 +195,17 @@ def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
   model = peft.get_peft_model(model, config).to(device).train()
   for module in model.modules():
     if isinstance(module, torch.nn.Dropout):
-      module.p = 0.0  # GPT-2's own; there is none in lora_jax
+      module.p = 0.0  # GPT-2 has dropout; the lora_jax loss here has none
   trained = [weight for weight in model.parameters() if weight.requires_grad]
   optimizer = torch.optim.AdamW(trained, LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
   mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
   def step(batch: batches.Batch) -> Any:
-    given = peft_inputs(batch, packed)
-    given = {name: torch.from_numpy(array).to(device) for name, array in given.items()}
+    arrays = peft_inputs(batch, packed)
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     optimizer.zero_grad()
     with mixed:
-      loss = model(**given).loss
+      loss = model(**inputs).loss
     loss.backward()
     optimizer.step()
     return loss.detach()
@@ -216,24 +215,24 @@ def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
 
 
 def peft_inputs(batch: batches.Batch, packed: bool) -> dict[str, np.ndarray]:
-  """Returns a batch as `GPT2LMHeadModel` takes it: label -100 where there is no loss."""
+  """Returns a batch as arguments of `GPT2LMHeadModel`; unsupervised tokens have label -100."""
   tokens = batch["tokens"].astype(np.int64)
   labels = np.full(tokens.shape, -100)
-  row, place = np.nonzero(batch["target_weights"])
-  labels[row, batch["target_index"][row, place]] = batch["targets"][row, place]
-  given = {"input_ids": tokens, "labels": labels, "shift_labels": labels}
+  row, index = np.nonzero(batch["target_weights"])
+  labels[row, batch["target_index"][row, index]] = batch["targets"][row, index]
+  inputs = {"input_ids": tokens, "labels": labels, "shift_labels": labels}
   segment_ids = batch["segment_ids"]
   if not packed:
-    return {**given, "attention_mask": (segment_ids > 0).astype(np.int64)}
+    return {**inputs, "attention_mask": (segment_ids > 0).astype(np.int64)}
   mask = np.tril(segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-  return {**given, "attention_mask": mask, "position_ids": batch["positions"].astype(np.int64)}
+  return {**inputs, "attention_mask": mask, "position_ids": batch["positions"].astype(np.int64)}
 
 
 def missing_peers() -> list[str]:
   return [name for name in PEERS if importlib.util.find_spec(name) is None]
 
 
-# ---- the same lines for all ------------------------------------------------------------
+# ---- the same examples for all ---------------------------------------------------------
 
 
 def load_examples(options: argparse.Namespace, base: Base) -> list[text.Example]:
@@ -249,7 +248,7 @@ def load_examples(options: argparse.Namespace, base: Base) -> list[text.Example]
 def make_data(
   options: argparse.Namespace, examples: Sequence[text.Example], num_positions: int
 ) -> dict[str, Callable[[Sequence[text.Example]], batches.Batches]]:
-  """Returns, for each form of rows, a function from examples to their batches."""
+  """Returns, for each kind of batching, a function from examples to their batches."""
   packed_length = options.row_length
   packed_targets = batches.suggest_loss_length(examples, packed_length)
   num_rows = len(batches.pack(examples, packed_length, packed_targets))
@@ -283,26 +282,28 @@ def make_data(
 
 
 def make_ways(options: argparse.Namespace, base: Base, folder: Path) -> dict[str, Way]:
-  """Returns all ways for which the packages are there."""
+  """Returns all ways whose packages are installed."""
   examples = load_examples(options, base)
   data = make_data(options, examples, base.config.num_positions)
 
-  def way(trainer: Trainer, form: str, every: int = 1) -> Way:
-    return Way(trainer, data[form](examples), data[form](examples[: options.rows])[0], every)
+  def way(trainer: Trainer, batching: str, every: int = 1) -> Way:
+    make = data[batching]
+    return Way(trainer, make(examples), make(examples[: options.rows])[0], every)
 
   ways = {}
-  for form, every in (("packed", 1), ("padded", 5)):
-    example = data[form](examples[:1])[0]
-    ways[f"lora_jax {form}"] = way(make_jax(base, example), form, every)
+  for batching, every in (("packed", 1), ("padded", 5)):
+    example = data[batching](examples[:1])[0]
+    ways[f"lora_jax {batching}"] = way(make_jax(base, example), batching, every)
   if not missing_peers():
     save_gpt2(folder, base.config, base.params, end_of_text_id=0)
-    for form in ("dynamic", "packed"):
-      ways[f"PEFT {form}"] = way(make_peft(folder, options.dtype, form == "packed"), form)
+    for batching in ("dynamic", "packed"):
+      trainer = make_peft(folder, options.dtype, batching == "packed")
+      ways[f"PEFT {batching}"] = way(trainer, batching)
   print(
-    f"{len(examples):,} lines of {num_tokens(examples) / len(examples):.1f} tokens, "
-    f"{np.mean([len(example.targets) for example in examples]):.1f} with a loss; a step has "
+    f"{len(examples):,} examples of {num_tokens(examples) / len(examples):.1f} tokens, "
+    f"{np.mean([len(example.targets) for example in examples]):.1f} supervised; a step has "
     f"{options.rows} packed rows of {options.row_length} tokens, or "
-    f"{ways['lora_jax padded'].data.batch_size} lines",
+    f"{ways['lora_jax padded'].data.batch_size} examples",
     flush=True,
   )
   return ways
@@ -316,26 +317,26 @@ def num_tokens(examples: Sequence[text.Example]) -> int:
 
 
 def first_steps(ways: Mapping[str, Way], dtype: str) -> None:
-  """Compiles, and checks that all ways have the same loss on the same lines.
+  """Compiles, and checks that all ways have the same loss on the same examples.
 
   Raises:
     ValueError: if a loss differs.
   """
   for name, way in ways.items():
-    begun = time.perf_counter()
+    step_start = time.perf_counter()
     way.first_loss = float(way.trainer.step(way.first))
     way.trainer.wait()
-    way.first_seconds = time.perf_counter() - begun
+    way.first_seconds = time.perf_counter() - step_start
     print(f"{name:16} first step {way.first_seconds:6.1f} s, loss {way.first_loss:.6f}", flush=True)
   losses = [way.first_loss for way in ways.values()]
   spread = (max(losses) - min(losses)) / min(losses)
-  print(f"the first losses, of the same lines, agree to {spread:.1e}", flush=True)
+  print(f"the first losses, on the same examples, agree to {spread:.1e}", flush=True)
   if not spread <= AGREEMENT[dtype]:
-    raise ValueError(f"the ways' losses on the same lines differ by {spread:.1e}, relative")
+    raise ValueError(f"the ways' losses on the same examples differ by {spread:.1e}, relative")
 
 
 def take_turns(options: argparse.Namespace, ways: Mapping[str, Way]) -> None:
-  """Times the ways in turns; the order is turned round each time."""
+  """Times the ways in turns, in alternating order."""
   for number in range(options.repeats):
     names = [name for name, way in ways.items() if number % way.every == 0]
     for name in names[:: -1 if number % 2 else 1]:
@@ -352,13 +353,13 @@ def timed_turn(way: Way, first: int, steps: int) -> Turn:
   return Turn((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
 
 
-def ratios(ours: Way, way: Way, column: str) -> list[float]:
-  """Returns the quartiles over the turns of the ratio of two ways' epochs."""
+def ratios(reference: Way, way: Way, column: str) -> list[float]:
+  """Returns the quartiles over the turns of the ratio of the reference's epoch to a way's."""
   per_step = [
-    getattr(ours.turns[number], column) / getattr(turn, column)
+    getattr(reference.turns[number], column) / getattr(turn, column)
     for number, turn in way.turns.items()
   ]
-  scale = len(ours.data) / len(way.data)
+  scale = len(reference.data) / len(way.data)
   quartiles = statistics.quantiles(per_step, n=4, method="inclusive") if len(per_step) > 1 else None
   return [scale * ratio for ratio in quartiles or per_step * 3]
 
@@ -367,24 +368,24 @@ def ratios(ours: Way, way: Way, column: str) -> list[float]:
 
 
 def print_table(options: argparse.Namespace, ways: Mapping[str, Way]) -> None:
-  ours = ways["lora_jax packed"]
-  tokens = num_tokens_of(ours.data)
+  packed = ways["lora_jax packed"]
+  tokens = num_tokens_of(packed.data)
   heads = "adapter_k compile_s   steps   step_ms   epoch_s     cpu_s  tokens/s"
   print(f"\n{'':16} {heads}     x (quartiles)    x of cpu_s")
   for name, way in ways.items():
     epoch, step = way.epoch("wall"), way.epoch("wall") / len(way.data)
-    low, middle, high = ratios(ours, way, "wall")
+    low, middle, high = ratios(packed, way, "wall")
     print(
       f"{name:16} {way.trainer.num_trainable / 1e3:9.1f} {max(way.first_seconds - step, 0):9.1f}"
       f" {len(way.data):7d} {1e3 * step:9.1f} {epoch:9.1f} {way.epoch('cpu'):9.1f}"
       f" {tokens / epoch:9.0f} {middle:5.2f} ({low:.2f}-{high:.2f})"
-      f" {ratios(ours, way, 'cpu')[1]:8.2f}"
+      f" {ratios(packed, way, 'cpu')[1]:8.2f}"
     )
   if jax.default_backend() != "cpu" or missing_peers():
     return
   print("\ngoals on CPUs, lora_jax packed to:")
   for name, goal in GOALS[options.model].items():
-    got = ratios(ours, ways[name], "wall")[1]
+    got = ratios(packed, ways[name], "wall")[1]
     print(f"{name:16}{got:6.2f} (at most {goal})  {'met' if got <= goal else 'MISSED'}")
 
 
@@ -396,10 +397,10 @@ def num_tokens_of(data: batches.Batches) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description="An epoch of E2E: lora_jax against PEFT.")
   parser.add_argument("--model", choices=("embedded", "small"), default="embedded")
-  parser.add_argument("--lines", type=int, default=4000, help="of the training set; 0 is all")
-  parser.add_argument("--rows", type=int, default=5, help="packed rows of a step")
-  parser.add_argument("--row_length", type=int, default=256, help="tokens of a packed row")
-  parser.add_argument("--steps", type=int, default=5, help="of a turn")
+  parser.add_argument("--lines", type=int, default=4000, help="training examples; 0 is all")
+  parser.add_argument("--rows", type=int, default=5, help="packed rows in a step")
+  parser.add_argument("--row_length", type=int, default=256, help="tokens in a packed row")
+  parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
   parser.add_argument("--repeats", type=int, default=20, help="turns")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   return parser.parse_args(arguments)

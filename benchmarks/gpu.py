@@ -1,29 +1,28 @@
-"""LoRA training on one GPU: step time, tokens/s, memory, and the share of the matmul rate.
+"""LoRA training on one GPU: step time, tokens/s, memory, and share of the matmul throughput.
 
     python -m benchmarks.gpu --out FOLDER
     python -m benchmarks.gpu --out FOLDER --only matmul "gpt2 medium"  # prefixes of the names
     JAX_PLATFORMS=cpu python -m benchmarks.gpu --out FOLDER --tiny     # toy sizes, no GPU
 
-Weights and tokens are random. Each section runs in a process of its own, so that the peak memory is
-its own, and FOLDER/figures.json is written after each; a later run adds its sections to the file.
-Attention is cuDNN's; where cuDNN fails, XLA's is measured, and the row says so.
+Weights and tokens are random. Each section runs in a separate process, so that peak memory is
+measured per section. FOLDER/figures.json is written after each one; a later run adds its sections
+to the file. Attention is cuDNN's; if cuDNN fails, XLA's is measured and the row says so.
 
     matmul       bfloat16, (8192, 8192) @ (8192, 8192)
     llama8b      Llama 3 8B, bfloat16, rows of 4096 tokens; rank 16 on all linear layers; AdamW.
-                 LoRA, where the name does not say DoRA
+                 LoRA, unless the name says DoRA
     gpt2 medium  float32 weights, bfloat16 computation, 16 rows of 512 tokens; rank 4 on query and
-                 value; AdamW. PEFT, by torch.compile: rank 8 on the fused query, key, value layer
+                 value; AdamW. PEFT with torch.compile: rank 8 on the fused query, key, value layer
 
-    step_s    seconds, the median step
-    tokens/s  of that step
-    peak_gb   the allocator's peak, weights included
-    tflop/s   forward and backward of the matmuls that the gradient needs, without recomputation:
-              4 per frozen weight and token, 6 per adapter weight and token, 3 times the forward of
-              causal attention. Elementwise operations are not counted
-              DoRA's norms are not either, so that its tflop/s are LoRA's over the longer step
-    share     of the tflop/s of `matmul`
+    step_s    seconds of a step, median
+    tokens/s  tokens of a step over step_s
+    peak_gb   peak memory of the allocator, weights included
+    tflop/s   matmul operations that the gradient needs, without recomputation: 4 per frozen weight
+              and token, 6 per adapter weight and token, 3 times the forward of causal attention.
+              Elementwise operations and DoRA's norms are not counted
+    share     tflop/s over that of `matmul`
 
-Where both are there, a last line has DoRA's step and peak over those of LoRA.
+If LoRA and DoRA were both measured, the last line has the ratios of DoRA to LoRA.
 """
 
 import argparse
@@ -78,7 +77,7 @@ TINY_GPT2 = {"vocab_size": 512, "embed_dim": 64, "num_layers": 2, "num_heads": 4
 
 
 def measure_matmul(tiny: bool) -> Figures:
-  """Returns the rate of a chain of square bfloat16 matmuls on random data."""
+  """Returns the figures of a chain of square bfloat16 matmuls on random data."""
   size, count = (256, 2) if tiny else (8192, 20)
   a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
 
@@ -98,7 +97,7 @@ def measure_matmul(tiny: bool) -> Figures:
 def measure_llama(
   tiny: bool, attention: str, rows: int, remat: str, adapt: Method = lj.lora
 ) -> Figures:
-  """Returns the figures of a step of Llama 3 8B, by LoRA or another method."""
+  """Returns the figures of a training step of Llama 3 8B by LoRA or another method."""
   shape: dict[str, Any] = TINY_LLAMA if tiny else LLAMA_8B
   length, rank, chunk = (64, 4, 32) if tiny else (4096, 16, 1024)
   config = LlamaConfig(
@@ -117,7 +116,7 @@ def measure_llama(
 
 
 def measure_gpt2(tiny: bool, attention: str) -> Figures:
-  """Returns the figures of a LoRA step of GPT-2 medium; all logits are in memory at once."""
+  """Returns the figures of a LoRA step of GPT-2 medium, with all logits in memory at once."""
   shape: dict[str, Any] = TINY_GPT2 if tiny else GPT2_MEDIUM
   rows, length = (2, 64) if tiny else (16, 512)
   config = GPT2Config(**shape, dtype="bfloat16", param_dtype="float32", attention=attention)
@@ -139,12 +138,12 @@ def measure_lora(
 
   Args:
     model: a language model.
-    batch: of tokens, as `make_batch` returns it.
-    rank: of the adapter; alpha is twice that.
-    target: the weights to adapt.
-    chunk: target tokens of a row whose logits are in memory at once; None is all.
-    repeats: how many steps are timed.
-    adapt: LoRA, or a variant of it.
+    batch: a batch of tokens from `make_batch`.
+    rank: rank of the adapter; alpha is twice the rank.
+    target: pattern of the weights to adapt.
+    chunk: number of a row's targets for which logits are in memory at once; None is all.
+    repeats: number of timed steps.
+    adapt: LoRA or a variant of it.
   """
   params, inputs = random_params(model), jax.device_put(dict(batch))
   loss = language_model_loss(model, 0.0, chunk)
@@ -152,23 +151,24 @@ def measure_lora(
   optimizer = optax.adamw(1e-4)
   trainable = jax.jit(adapted.init)(jax.random.key(1), params, inputs)
   mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
-  adapter, held = lj.partition(trainable, mask)  # held: what a variant does not train
+  adapter, constants = lj.partition(trainable, mask)  # constants: untrained arrays of a variant
 
-  def update(params: PyTree, held: PyTree, inputs: PyTree, state: PyTree) -> PyTree:
+  def update(params: PyTree, constants: PyTree, inputs: PyTree, state: PyTree) -> PyTree:
     adapter, moments, _ = state
 
     def loss_of(adapter: PyTree) -> jax.Array:
-      return mean(adapted.apply(params, lj.combine(adapter, held), inputs))
+      return mean(adapted.apply(params, lj.combine(adapter, constants), inputs))
 
     loss, grads = jax.value_and_grad(loss_of)(adapter)
     updates, moments = optimizer.update(grads, moments, adapter)
     return optax.apply_updates(adapter, updates), moments, loss
 
   state = (adapter, optimizer.init(adapter), jnp.zeros(()))
-  begin = time.perf_counter()
-  compiled = jax.jit(update, donate_argnums=3).lower(params, held, inputs, state).compile()
-  compile_s = time.perf_counter() - begin
-  seconds = time_steps(lambda state: compiled(params, held, inputs, state), state, repeats)
+  compile_start = time.perf_counter()
+  lowered = jax.jit(update, donate_argnums=3).lower(params, constants, inputs, state)
+  compiled = lowered.compile()
+  compile_s = time.perf_counter() - compile_start
+  seconds = time_steps(lambda state: compiled(params, constants, inputs, state), state, repeats)
   stats = jax.local_devices()[0].memory_stats() or {}
   rows, length = batch["tokens"].shape
   config, adapter_size = model.config, int(optax.tree.size(adapter))
@@ -189,7 +189,7 @@ def measure_lora(
 
 
 def measure_peft(tiny: bool) -> Figures:
-  """Returns the figures of a LoRA step of GPT-2 medium by PEFT, compiled and eager."""
+  """Returns the figures of PEFT's LoRA step of GPT-2 medium, compiled and eager."""
   import peft  # pyright: ignore[reportMissingImports]
   import torch  # pyright: ignore[reportMissingImports]
   import transformers  # pyright: ignore[reportMissingImports]
@@ -222,15 +222,15 @@ def measure_peft(tiny: bool) -> Figures:
   def time_torch(module: Any, count: int) -> list[float]:
     seconds = []
     for _ in range(count):
-      begin = time.perf_counter()
+      step_start = time.perf_counter()
       with torch.autocast(device, torch.bfloat16):
         loss = module(input_ids=tokens, labels=tokens).loss
       loss.backward()
       optimizer.step()
       optimizer.zero_grad()
       wait()
-      seconds.append(time.perf_counter() - begin)
-    return seconds[5:]  # the others warm up, or compile
+      seconds.append(time.perf_counter() - step_start)
+    return seconds[5:]  # the first five warm up or compile
 
   eager = statistics.median(time_torch(model, 8 if tiny else 15))
   on_gpu = device == "cuda"
@@ -254,13 +254,13 @@ def measure_peft(tiny: bool) -> Figures:
 
 
 def random_params(model: Llama | GPT2) -> PyTree:
-  """Returns random weights on the device, in the config's dtype, with little other memory."""
+  """Returns random weights on the device in the config's dtype, using little extra memory."""
   plain = model.clone(config=dataclasses.replace(model.config, attention="compact"))
   tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
   shapes = jax.eval_shape(plain.init, jax.random.key(0), tokens)["params"]
 
   def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if len(shape) == 3:  # stacked layers, one after the other
+    if len(shape) == 3:  # stacked layers, one at a time
       keys = jax.random.split(key, shape[0])
       return jax.lax.map(lambda layer_key: draw(layer_key, shape[1:], dtype), keys)
     return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
@@ -278,7 +278,7 @@ def random_params(model: Llama | GPT2) -> PyTree:
 
 
 def make_batch(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarray]:
-  """Returns full rows of random tokens, all of them supervised."""
+  """Returns full rows of random tokens, all supervised."""
   tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32)
   index = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
   return {
@@ -295,16 +295,16 @@ def time_steps(step: Callable[[Any], Any], state: Any, repeats: int) -> list[flo
   """Returns the seconds of each `state = step(state)`, after two warm-up steps."""
   seconds = []
   for _ in range(repeats + 2):
-    begin = time.perf_counter()
+    step_start = time.perf_counter()
     state = jax.block_until_ready(step(state))
-    seconds.append(time.perf_counter() - begin)
+    seconds.append(time.perf_counter() - step_start)
   return seconds[2:]
 
 
 def step_figures(
   seconds: Sequence[float], rows: int, length: int, flops_per_token: float
 ) -> Figures:
-  """Returns the figures that follow from the seconds of the steps."""
+  """Returns step time, tokens/s and operations per second."""
   median = statistics.median(seconds)
   return {
     "rows": rows,
@@ -324,13 +324,13 @@ def training_flops(
   """Returns the operations per token of a LoRA step, without recomputation.
 
   Args:
-    matmul_weights: frozen weights in matmuls; an embedding counts only as a head.
-    adapter_weights: of A and B.
-    num_layers: of attention.
-    embed_dim: the width of all heads together.
-    length: of a row, tokens; on average a token attends to half of them.
+    matmul_weights: number of frozen weights in matmuls; an embedding counts only as a head.
+    adapter_weights: number of weights in A and B.
+    num_layers: number of attention layers.
+    embed_dim: width of all heads together.
+    length: tokens in a row; on average a token attends to half of them.
   """
-  attention = 2 * num_layers * embed_dim * length  # forward: query key^T, and weights value
+  attention = 2 * num_layers * embed_dim * length  # forward: query @ key.T, weights @ value
   return 4.0 * matmul_weights + 6.0 * adapter_weights + 3.0 * attention
 
 
@@ -348,7 +348,7 @@ def count_adapter_matrices(adapter: PyTree) -> int:
 
 
 def planned_bytes(compiled: Any) -> int:
-  """Returns the memory that XLA plans for a compiled step, arguments included; 0 if unknown."""
+  """Returns the bytes that XLA plans for a compiled step, arguments included; 0 if unknown."""
   plan = compiled.memory_analysis()
   if plan is None:
     return 0
@@ -376,11 +376,11 @@ SECTIONS: dict[str, Callable[[bool, str], Figures]] = {
   ),
 }
 WITHOUT_CHOICE = ("matmul", "gpt2 medium, PEFT")
-"""Sections that do not choose their attention."""
+"""Sections without a choice of attention."""
 
 
 def measure_apart(name: str, tiny: bool, attention: str, limit: float) -> Figures:
-  """Returns the figures of a section, measured in a process of its own, or its error."""
+  """Returns the figures of a section, measured in a separate process, or its error."""
   command = [sys.executable, "-m", "benchmarks.gpu", "--run", name, "--attention", attention]
   command += ["--tiny"] if tiny else []
   try:
@@ -393,7 +393,7 @@ def measure_apart(name: str, tiny: bool, attention: str, limit: float) -> Figure
 
 
 def measure_section(name: str, tiny: bool, limit: float) -> Figures:
-  """Returns the figures of a section, by XLA's attention where cuDNN's fails."""
+  """Returns the figures of a section, with XLA's attention if cuDNN's fails."""
   if tiny or name in WITHOUT_CHOICE:
     return measure_apart(name, tiny, "xla", limit)
   figures = measure_apart(name, tiny, "cudnn", limit)
@@ -403,8 +403,8 @@ def measure_section(name: str, tiny: bool, limit: float) -> Figures:
 
 
 def print_table(figures: Mapping[str, Figures]) -> None:
-  """Prints a row for each section, and DoRA's figures over LoRA's."""
-  rate = figures.get("matmul", {}).get("tflops")
+  """Prints a row for each section, and the ratios of DoRA to LoRA."""
+  matmul_tflops = figures.get("matmul", {}).get("tflops")
   print(
     f"{'section':38}{'attention':>10}{'step_s':>9}{'tokens/s':>10}{'peak_gb':>9}{'tflop/s':>9}"
     f"{'share':>7}"
@@ -413,7 +413,7 @@ def print_table(figures: Mapping[str, Figures]) -> None:
     if "error" in values:
       print(f"{name:38} failed: {values['error'].strip().splitlines()[-1][:60]}")
       continue
-    share = f"{values['tflops'] / rate:.2f}" if rate else ""
+    share = f"{values['tflops'] / matmul_tflops:.2f}" if matmul_tflops else ""
     tokens = f"{values['tokens_per_s']:.0f}" if "tokens_per_s" in values else ""
     memory = f"{values['peak_gb']:.1f}" if "peak_gb" in values else ""
     print(
@@ -428,10 +428,10 @@ def print_table(figures: Mapping[str, Figures]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
   parser = argparse.ArgumentParser(description="LoRA training on one GPU.")
-  parser.add_argument("--out", type=Path, help="the folder of figures.json")
+  parser.add_argument("--out", type=Path, help="folder for figures.json")
   parser.add_argument("--tiny", action="store_true", help="toy sizes, for a CPU")
   parser.add_argument("--only", nargs="*", default=[""], help="prefixes of the sections' names")
-  parser.add_argument("--limit", type=float, default=600.0, help="seconds for a section")
+  parser.add_argument("--limit", type=float, default=600.0, help="time limit of a section, seconds")
   parser.add_argument("--run", choices=SECTIONS, help=argparse.SUPPRESS)
   parser.add_argument("--attention", default="xla", help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)

@@ -1,26 +1,27 @@
 """Loads a sharded safetensors folder: memory and time against `from_pretrained` of `transformers`.
 
-    PYTHONPATH=. python -m benchmarks.load
-    PYTHONPATH=. python -m benchmarks.load --megabytes 100 --repeats 1 --alone
+    python -m benchmarks.load
+    python -m benchmarks.load --megabytes 100 --repeats 1 --alone
 
-The folder is a Llama with random weights, made in a temporary place. Every measurement is a process
-of its own, which first imports all that it needs and loads a tiny model once, so that what is
-counted is the large one. Both sides load into the dtype that the folder has. The sides take turns,
-so that other work on the machine falls on both, and the ratio is the median over the turns' own.
+The folder is a Llama with random weights in a temporary folder. Every measurement is a separate
+process, which first imports everything and loads a tiny model once, so that only loading the large
+model is measured. All load into the dtype of the folder. The implementations take turns, so that
+other work on the machine slows all of them; the ratio is the median of the turns' ratios.
 
 On CPUs `transformers` copies nothing: its weights are pages of the mapped files, read when they are
-first used, for as long as the files stay as they are. JAX's are its own, most of them transposed,
-so that each is copied once. Two rows tell these apart:
+first used, and valid while the files stay unchanged. JAX owns its arrays, most of them transposed,
+so that each weight is copied once. Two rows show the difference:
 
-    transformers         as `from_pretrained` returns it, one element of each page read
-    transformers, own    the same, each weight then copied to memory of its own: the like work
+    transformers         as `from_pretrained` returns it, with one element of each page read
+    transformers, own    the same, then each weight copied to its own memory: comparable work
 
-    way         dtype  MB  growth_MB  /size  seconds  x
-    x           its time over that of `transformers, own`
-    growth_MB   of anonymous memory over the state before, at its peak; the median of the turns
+    growth_MB   peak growth of anonymous memory during loading, median of the turns
+    /size       growth_MB over the size of the weights
+    seconds     to load, median
+    x           ratio of times to `transformers, own`
 
-Anonymous memory is what the process holds beyond the pages of the mapped files, which the system
-may drop at any time. Files are in the system's cache throughout: they have just been written.
+Anonymous memory excludes the pages of mapped files, which the system may drop at any time. The
+files have just been written, so that they are in the system's page cache throughout.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from benchmarks.memory import finish, measure, wait_for_start
 from lora_jax.models.llama.folder import load_llama, params_shapes, save_llama
 from lora_jax.models.llama.model import LlamaConfig
 
-GROWTH, TIME = 1.2, 1.0  # the goals: of the size, of the peer's time
+GROWTH, TIME = 1.2, 1.0  # goals: of the size, of the time of transformers
 PAGE = 4096  # bytes
 
 
@@ -56,12 +57,12 @@ def random_llama(
   """Writes a Llama with random weights; returns its size in bytes.
 
   Args:
-    folder: to make.
-    megabytes: about, of its weights.
-    shards: its files, at least.
-    dtype: of the weights.
-    width: of the model, a multiple of 64.
-    vocab_size: of the model.
+    folder: the folder to create.
+    megabytes: approximate size of the weights.
+    shards: minimum number of files.
+    dtype: dtype of the weights.
+    width: embedding width, a multiple of 64.
+    vocab_size: vocabulary size.
   """
   config = LlamaConfig(
     vocab_size=vocab_size,
@@ -77,19 +78,20 @@ def random_llama(
     shapes = params_shapes(dataclasses.replace(config, num_layers=num_layers))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
-  num_layers = max(1, round((1e6 * megabytes - size(0)) / (size(1) - size(0))))
+  layer = size(2) - size(1)
+  num_layers = max(1, 1 + round((1e6 * megabytes - size(1)) / layer))
   config = dataclasses.replace(config, num_layers=num_layers)
   draw = np.random.default_rng(0)
 
-  def new(leaf: Any) -> np.ndarray:
+  def random_weight(leaf: Any) -> np.ndarray:
     return (0.02 * draw.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 
-  params = jax.tree.map(new, params_shapes(config))
+  params = jax.tree.map(random_weight, params_shapes(config))
   save_llama(folder, config, params, max_shard_bytes=size(num_layers) // shards)
   return size(num_layers)
 
 
-def load_ours(folder: Path, dtype: str) -> Any:
+def load_lora_jax(folder: Path, dtype: str) -> Any:
   _, params = load_llama(folder, param_dtype=dtype)
   return jax.block_until_ready(params)
 
@@ -104,7 +106,7 @@ def load_transformers(folder: Path, dtype: str) -> Any:
   return model
 
 
-def load_transformers_own(folder: Path, dtype: str) -> Any:
+def load_transformers_copied(folder: Path, dtype: str) -> Any:
   model = load_transformers(folder, dtype)
   for parameter in model.parameters():
     parameter.data = parameter.data.clone()
@@ -112,14 +114,14 @@ def load_transformers_own(folder: Path, dtype: str) -> Any:
 
 
 WAYS = {
-  "lora_jax": load_ours,
+  "lora_jax": load_lora_jax,
   "transformers": load_transformers,
-  "transformers, own": load_transformers_own,
+  "transformers, own": load_transformers_copied,
 }
 
 
 def run(way: str, folder: Path, warm_up: Path, dtype: str) -> None:
-  """Loads once, in a process of its own."""
+  """Loads once; runs in a separate process."""
   WAYS[way](warm_up, dtype)
   start = wait_for_start()
   loaded = WAYS[way](folder, dtype)
@@ -128,7 +130,7 @@ def run(way: str, folder: Path, warm_up: Path, dtype: str) -> None:
 
 
 def compare(options: argparse.Namespace, ways: Sequence[str], dtype: str) -> dict[str, Any]:
-  """Returns the size of a folder and, by way, the growth and seconds of each turn."""
+  """Returns the folder's size and, by implementation, the growth and seconds of each turn."""
   results: dict[str, Any] = {way: {"growth": [], "seconds": []} for way in ways}
   with tempfile.TemporaryDirectory(dir=options.directory) as name:
     folder, warm_up = Path(name) / "model", Path(name) / "warm_up"
@@ -146,17 +148,17 @@ def compare(options: argparse.Namespace, ways: Sequence[str], dtype: str) -> dic
 def print_table(results: dict[str, dict[str, Any]]) -> None:
   print(f"{'way':19}{'dtype':10}{'MB':>6}{'growth_MB':>11}{'/size':>7}{'seconds':>9}{'x':>7}")
   for dtype, result in results.items():
-    ours, own = (result["ways"].get(way) for way in ("lora_jax", "transformers, own"))
+    lora_jax, copied = (result["ways"].get(way) for way in ("lora_jax", "transformers, own"))
     for way, measured in result["ways"].items():
       growth, seconds = (statistics.median(measured[key]) for key in ("growth", "seconds"))
       print(
         f"{way:19}{dtype:10}{result['size'] / 1e6:6.0f}{growth / 1e6:11.0f}"
-        f"{growth / result['size']:7.2f}{seconds:9.2f}{_ratio(measured, own or ours):7.2f}"
+        f"{growth / result['size']:7.2f}{seconds:9.2f}{_ratio(measured, copied or lora_jax):7.2f}"
       )
-    growth = statistics.median(ours["growth"]) / result["size"]
+    growth = statistics.median(lora_jax["growth"]) / result["size"]
     print(f"goal: memory grows by at most {GROWTH} of the size: {_met(growth, GROWTH)}")
     for way, peer in list(result["ways"].items())[1:]:
-      print(f"goal: at most {TIME} of the time of {way}: {_met(_ratio(ours, peer), TIME)}")
+      print(f"goal: at most {TIME} of the time of {way}: {_met(_ratio(lora_jax, peer), TIME)}")
 
 
 def _ratio(measured: dict[str, Any], peer: dict[str, Any]) -> float:
@@ -169,14 +171,16 @@ def _met(value: float, goal: float) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description="Loading a folder, against transformers.")
+  parser = argparse.ArgumentParser(
+    description="Loading a model folder: lora_jax against transformers."
+  )
   parser.add_argument("--megabytes", type=float, default=500, help="of the folder's weights")
-  parser.add_argument("--shards", type=int, default=5, help="files of the folder, about")
+  parser.add_argument("--shards", type=int, default=5, help="files in the folder, approximate")
   parser.add_argument("--width", type=int, default=1024, help="of the model")
   parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--directory", type=Path, help="where the folder is made")
-  parser.add_argument("--alone", action="store_true", help="this project's side only")
+  parser.add_argument("--directory", type=Path, help="where to create the temporary folder")
+  parser.add_argument("--alone", action="store_true", help="lora_jax only")
   parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
   return parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""Anonymous memory of another process: what it holds beyond the pages of files it has mapped.
+"""Measures the anonymous memory of another process: without the pages of its mapped files.
 
-A model's files, mapped to be read, are in the resident set too, but the system can drop them at any
-time. Linux counts anonymous pages as `RssAnon`, now and not at the peak, so that it is read
-again and again, from here: a thread of the measured process would wait for its interpreter.
+A model's mapped files are in the resident set too, but the system can drop them at any time. Linux
+reports current anonymous memory as `RssAnon`, without a peak, so it is polled. This is done
+from the parent process: a thread of the measured process would wait for its interpreter lock.
 """
 
 import json
@@ -19,11 +19,11 @@ READY, EVERY = "ready", 0.002  # seconds
 
 
 class Measured(NamedTuple):
-  """What a process did between `wait_for_start` and its end.
+  """Measurements of a process between `wait_for_start` and its end.
 
   Attributes:
-    growth: the largest anonymous memory, less that at the start, bytes.
-    result: what `finish` was given.
+    growth: peak anonymous memory, less that at the start, bytes.
+    result: the argument of `finish`.
   """
 
   growth: int
@@ -34,7 +34,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
   """Runs a command that calls `wait_for_start` and then `finish`.
 
   Raises:
-    RuntimeError: if it fails.
+    RuntimeError: if the command fails.
   """
   pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
   env = {**os.environ, **(environment or {})}
@@ -44,20 +44,20 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     line = "-"
     while line and line.strip() != READY:
       line = process.stdout.readline()
-    before = most = anonymous(process.pid) if line else 0
+    before = peak = anonymous(process.pid) if line else 0
     if line:
       process.stdin.write("\n")
       process.stdin.flush()
     while line and not select.select([process.stdout], [], [], EVERY)[0]:
-      most = max(most, anonymous(process.pid))
+      peak = max(peak, anonymous(process.pid))
     last = process.stdout.read().strip()
   if process.returncode or not last:
     raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
-  return Measured(most - before, json.loads(last))
+  return Measured(peak - before, json.loads(last))
 
 
 def anonymous(pid: int) -> int:
-  """Returns the anonymous memory of a process, bytes; 0 if it has ended."""
+  """Returns the anonymous memory of a process in bytes; 0 if it has ended."""
   for line in Path(f"/proc/{pid}/status").read_text().splitlines():
     if line.startswith("RssAnon:"):
       return int(line.split()[1]) * 1024
@@ -65,12 +65,12 @@ def anonymous(pid: int) -> int:
 
 
 def wait_for_start() -> float:
-  """In the measured process: tells that all is loaded; returns the time at the start."""
+  """In the measured process: waits for the measurement to start; returns the time."""
   print(READY, flush=True)
   sys.stdin.readline()
   return time.perf_counter()
 
 
 def finish(result: Any) -> None:
-  """In the measured process: ends the measurement."""
+  """In the measured process: ends the measurement and sends its result."""
   print(json.dumps(result), flush=True)

@@ -1,22 +1,22 @@
-"""The step of pretraining: tokens/s, its share of the machine's matrix rate, and memory.
+"""A pretraining step: tokens/s, share of the machine's matmul throughput, and memory.
 
     python -m benchmarks.pretrain
     python -m benchmarks.pretrain --rows 4 --steps 1 --repeats 1   # quick
 
-The model, batch and optimizer of `experiments.gpt2_pretrain`, on random tokens. The ways leave out
-one at a time of what makes it fast on CPUs, and take turns, each turn a process of its own:
+The model, batch and optimizer are those of `experiments.gpt2_pretrain`, on random tokens. Each way
+turns off one CPU optimization; the ways take turns, each turn in a separate process:
 
-    as configured        all of it
-    memory given back    glibc returns what a step frees to the system (training/allocator.py)
-    batch in one piece   no accumulation: larger temporaries, touched anew
-    attention by XLA     `jax.nn.dot_product_attention` in place of the compact one
-    all three            none of them
+    as configured        all optimizations
+    memory given back    glibc returns freed memory to the system (training/allocator.py)
+    batch in one piece   no gradient accumulation, so larger temporaries
+    attention by XLA     `jax.nn.dot_product_attention` instead of the compact attention
+    all three            no optimization
 
-    tokens/s   of the median turn
-    x          tokens/s by those of `as configured` in the same turn, the median
-    gflop/s    that these are: three times the products of a forward pass
-    share      of the rate of a product of two 2048 x 2048 matrices, taken in the same process
-    growth_mb  of memory during the steps, over what the weights and the optimizer hold
+    tokens/s   median of the turns
+    x          ratio of tokens/s to `as configured`, median of the turns' ratios
+    gflop/s    matmul operations of these tokens: three times those of the forward pass
+    share      of the throughput of a 2048 x 2048 matmul, measured in the same process
+    growth_mb  growth of memory during the steps, beyond weights and optimizer state
 """
 
 import argparse
@@ -59,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def run(way: str, rows: int, steps: int) -> None:
-  """Times some steps, in a process of its own."""
+  """Times some steps; runs in a separate process."""
   config = read_config(PretrainConfig, apply(get_config(), {**WAYS[way], "data.batch_size": rows}))
   if config.keep_freed_memory:
     keep_freed_memory()
@@ -79,17 +79,17 @@ def run(way: str, rows: int, steps: int) -> None:
   wait_for_start()
   seconds = []
   for _ in range(steps + 1):
-    begun = time.perf_counter()
+    step_start = time.perf_counter()
     state, metrics = step(state, frozen, placed)
     jax.block_until_ready(metrics)
-    seconds.append(time.perf_counter() - begun)
+    seconds.append(time.perf_counter() - step_start)
   tokens = rows * config.data.row_length / statistics.median(seconds[1:])
   gflops = tokens * flops_per_token(model, config.data.row_length) / 1e9
   finish({"tokens": tokens, "gflops": gflops, "matmul": matmul})
 
 
 def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-  """Returns what each turn of each way has measured."""
+  """Returns the measurements of each turn, by way."""
   turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
   for turn in range(options.repeats):
     for way in list(WAYS)[:: 1 if turn % 2 == 0 else -1]:
@@ -102,20 +102,22 @@ def compare(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 def print_table(turns: dict[str, list[dict[str, float]]]) -> None:
   print(f"{'way':20}{'tokens/s':>9}{'x':>6}{'gflop/s':>9}{'share':>7}{'growth_mb':>11}")
-  for way, of_way in turns.items():
-    pairs = zip(of_way, turns["as configured"], strict=True)
-    ratio = statistics.median(own["tokens"] / usual["tokens"] for own, usual in pairs)
-    share = statistics.median(turn["gflops"] / turn["matmul"] for turn in of_way)
+  for way, measured in turns.items():
+    pairs = zip(measured, turns["as configured"], strict=True)
+    ratio = statistics.median(turn["tokens"] / reference["tokens"] for turn, reference in pairs)
+    share = statistics.median(turn["gflops"] / turn["matmul"] for turn in measured)
     tokens, gflops, growth = (
-      statistics.median(turn[name] for turn in of_way) for name in ("tokens", "gflops", "growth")
+      statistics.median(turn[name] for turn in measured) for name in ("tokens", "gflops", "growth")
     )
     print(f"{way:20}{tokens:9.0f}{ratio:6.2f}{gflops:9.0f}{share:7.2f}{growth:11.0f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]:
-  parser = argparse.ArgumentParser(description="The step of pretraining, and what makes it fast.")
-  parser.add_argument("--rows", type=int, default=32, help="of a batch, a multiple of 4")
-  parser.add_argument("--steps", type=int, default=8, help="of a turn")
+  parser = argparse.ArgumentParser(
+    description="A pretraining step, with and without its optimizations."
+  )
+  parser.add_argument("--rows", type=int, default=32, help="rows in a batch, a multiple of 4")
+  parser.add_argument("--steps", type=int, default=8, help="steps in a turn")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--run", choices=WAYS, help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)

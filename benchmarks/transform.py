@@ -1,46 +1,45 @@
 """Compares `lora_jax.lora` with LoRA written into the model by hand.
 
-    PYTHONPATH=. python -m benchmarks.transform
-    PYTHONPATH=. python -m benchmarks.transform --target query,value     # the paper's
-    PYTHONPATH=. python -m benchmarks.transform --batch 8 --length 1024 --dtype bfloat16  # a GPU
-    PYTHONPATH=. python -m benchmarks.transform --against /tmp/before  # another commit's LoRA
+    python -m benchmarks.transform
+    python -m benchmarks.transform --target query,value     # the paper's
+    python -m benchmarks.transform --batch 8 --length 1024 --dtype bfloat16  # a GPU
+    python -m benchmarks.transform --against /tmp/before  # another commit's LoRA
 
 The model has GPT-2's shape (learned positions, LayerNorm before each part, a tied head), once
-with a Python loop over its layers ("unrolled") and once with `jax.lax.scan` over stacked ones.
-The whole train step is measured, loss, gradients and AdamW, in four ways:
+with a Python loop over its layers ("unrolled") and once with `jax.lax.scan` over stacked layers.
+The whole train step (loss, gradients, AdamW) is measured in four ways:
 
     hand      x W + scaling * (x A) B, written into the model
     lora_jax  `lora_jax.lora` of the plain model
     merged    the plain model on `merge(params, trainable)`, merged in every step
     full      full fine-tuning
 
-It prints one table, each column with its ratio to the hand-written way ("x"):
+It prints one table; each column is followed by its ratio to `hand` ("x"):
 
-    trace_s    seconds to trace the step to a jaxpr, all of JAX's caches empty
-    retrace_s  the same for a new copy of the step, JAX's own functions being cached
+    trace_s    seconds to trace the step to a jaxpr, with empty JAX caches
+    retrace_s  the same for a fresh copy of the step, with JAX's own functions cached
     lower_s    seconds from the jaxpr to XLA's input
-    gflop      in the matrix products of the compiled step, loops counted through
-    temp_mb    what the compiled step allocates besides its arguments and results
-    step_ms    of one step
+    gflop      operations in the matmuls of the compiled step, each iteration of a loop counted
+    temp_mb    memory that the compiled step allocates besides its arguments and results
+    step_ms    milliseconds of one step
 
-Then the operations counted in three ways, for comparison, and which of the goals are met.
+Then it prints the operations counted in three ways, and which goals are met.
 
-The ways take turns, and a ratio of times is the median over the turns' own ratios, so that
-other work on the machine falls on all alike; the quartiles are those of the steps' ratios.
-`merged` and `full`, whose ratios are far from 1, take part in every fifth turn of the steps.
-Tracing is one thread's work, given in that thread's CPU seconds, without garbage collection.
-Before any step is timed, the losses and gradients of `hand` and `lora_jax` are compared, as the
-compiled steps return them.
+The ways take turns, and a ratio of times is the median of the turns' ratios, so that other work on
+the machine slows all of them; the quartiles are of the ratios of step times. `merged` and `full`,
+whose ratios are far from 1, take part in every fifth turn of the steps. Tracing runs in one thread
+and is measured in CPU seconds of that thread, without garbage collection. Before any step is timed,
+the losses and gradients of the compiled steps of `hand` and `lora_jax` are compared.
 
-`--against CHECKOUT` compares this checkout's `lora_jax.lora` with that of another checkout, such
-as `git worktree add /tmp/before COMMIT` makes. Each runs this file in its own process, which
-imports `lora_jax` from its checkout; the two take turns (other, this, other, this, ...), so that
-other work on the machine falls on both. The models are "mlp" (the unrolled one without
-attention), "unrolled", and "remat" (the scanned one, each layer recomputed in the backward pass).
-The table has this checkout's columns, each with its ratio to the other checkout's ("x"). That of
-step_ms is the median over the turns' own ratios, with their quartiles; that of trace_s is a ratio
-of medians. The losses of all timed steps are compared too. A change that is to cost nothing has
-these goals, which nothing asserts:
+`--against CHECKOUT` compares this checkout's `lora_jax.lora` with that of another checkout, for
+example one made by `git worktree add /tmp/before COMMIT`. Each runs this file in a separate process
+that imports `lora_jax` from its checkout; they take turns (other, this, other, this, ...), so that
+other work on the machine slows both. The models are "mlp" (unrolled, without attention),
+"unrolled", and "remat" (scanned, each layer recomputed in the backward pass). The table has this
+checkout's columns, each with its ratio to the other checkout ("x"). For step_ms it is the median of
+the turns' ratios, with their quartiles; for trace_s it is the ratio of medians. The losses of all
+timed steps are compared too. A change that should cost nothing has these goals, which are not
+asserted:
 
     gflop      x is 1.00
     temp_mb    x is within 2 % of 1
@@ -92,11 +91,11 @@ COLUMNS = {"trace_s": 3, "retrace_s": 3, "lower_s": 3, "gflop": 3, "temp_mb": 1,
 GOALS = {"trace_s": 2.5, "retrace_s": 2.5, "gflop": 1.01, "temp_mb": 1.05, "step_ms": 1.05}
 
 
-# ---- the model, with LoRA by hand where adapters are given ------------------------------
+# ---- the model, with optional hand-written LoRA ----------------------------------------
 
 
 def linear(layer: PyTree, x: jax.Array, adapter: PyTree, scaling: float) -> jax.Array:
-  """Returns `x W + b`, and with an adapter the low-rank part of the paper's sec. 4.1."""
+  """Returns `x W + b`, plus the low-rank term of the paper's sec. 4.1 with an adapter."""
   out = x @ layer["kernel"]
   if adapter:
     a, b = (adapter["kernel"][name].astype(x.dtype) for name in ("lora_a", "lora_b"))
@@ -143,7 +142,7 @@ def gpt(
   remat: bool = False,
 ) -> jax.Array:
   """Returns the logits; the layers are either `h_0`, `h_1`, ... or stacked under `h`."""
-  given = adapters or {}
+  adapters = adapters or {}
   x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][: ids.shape[1]]
 
   def body(x, layer_and_adapter):
@@ -151,9 +150,9 @@ def gpt(
 
   if "h" in params:
     scanned = jax.checkpoint(body) if remat else body
-    x, _ = jax.lax.scan(scanned, x, (params["h"], given.get("h", {})))
+    x, _ = jax.lax.scan(scanned, x, (params["h"], adapters.get("h", {})))
   for i in range(sum(name.startswith("h_") for name in params)):
-    x, _ = body(x, (params[f"h_{i}"], given.get(f"h_{i}", {})))
+    x, _ = body(x, (params[f"h_{i}"], adapters.get(f"h_{i}", {})))
   return layer_norm(params["ln_f"], x) @ params["wte"]["embedding"].T
 
 
@@ -170,7 +169,7 @@ def init_layer(key: jax.Array, width: int, dtype: Any) -> PyTree:
 
 
 def init_params(options: argparse.Namespace, form: str) -> PyTree:
-  """Returns the model's parameters in one of the forms, the same numbers in all."""
+  """Returns the model's parameters in one of the forms, with equal values in all."""
   width, dtype = options.width, jnp.dtype(options.dtype)
 
   def init(key):
@@ -204,14 +203,14 @@ def _norm(width: int, dtype: Any) -> PyTree:
 
 
 def adapt(options: argparse.Namespace, model: Callable[..., jax.Array]) -> lora_jax.Adaptation:
-  """Returns LoRA of a fresh copy of the plain model, of which nothing has been traced."""
+  """Returns LoRA of a fresh copy of the plain model, not yet traced."""
   paths = "|".join(LAYERS[name] for name in options.target)
   config = lora_jax.LoraConfig(rank=options.rank, alpha=ALPHA, target=rf".*/({paths})/kernel")
   return lora_jax.lora(lambda params, ids: model(params, ids), config)
 
 
 def make_apply(way: str, options: argparse.Namespace, form: str) -> Callable[..., jax.Array]:
-  """Returns `apply(trainable, params, ids)` for one way, likewise fresh."""
+  """Returns a fresh `apply(trainable, params, ids)` for one way."""
   scaling = ALPHA / options.rank
   model = functools.partial(gpt, remat=form == "remat")
   adapted = adapt(options, model)
@@ -241,7 +240,7 @@ def make_step(way: str, options: argparse.Namespace, form: str) -> Any:
 
 
 def make_trainable(way: str, options: argparse.Namespace, params: PyTree) -> PyTree:
-  """Returns a trainable tree of its own arrays; B is drawn too, so that A has gradients."""
+  """Returns a trainable tree with new arrays; B is random too, so that A has gradients."""
   if way == "full":
     return jax.tree.map(jnp.copy, params)
   ids = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
@@ -254,7 +253,7 @@ def make_trainable(way: str, options: argparse.Namespace, params: PyTree) -> PyT
 
 
 def by_hand(trainable: PyTree) -> PyTree:
-  """Returns the trainable tree with plain dicts for its nodes."""
+  """Returns the trainable tree with plain dicts as its nodes."""
   return jax.tree.map(
     lambda weight: {"lora_a": weight.lora_a, "lora_b": weight.lora_b},
     trainable,
@@ -262,11 +261,11 @@ def by_hand(trainable: PyTree) -> PyTree:
   )
 
 
-# ---- operations, counted with loops ----------------------------------------------------
+# ---- counting operations ---------------------------------------------------------------
 
 
 def jaxpr_flops(jaxpr: Any) -> float:
-  """Returns the operations in the matrix products of a jaxpr; a scan's body counts each time."""
+  """Returns the operations in the matmuls of a jaxpr; a scan's body counts for each step."""
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   total = 0.0
   for equation in jaxpr.eqns:
@@ -284,55 +283,55 @@ def jaxpr_flops(jaxpr: Any) -> float:
 NAME = r"%?([\w.$-]+)"
 COMPUTATION = re.compile(rf"^(ENTRY )?{NAME} \(.*\{{$")
 INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = \(?\w+\[([\d,]*)\]")
-PRODUCT = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$-]+)")
+MATMUL = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$-]+)")
 CONTRACTED = re.compile(r"lhs_contracting_dim\w*\"?[=:][{\[]([\d,\"]*)[}\]]")
 CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={NAME}|branch_computations=\{{([^}}]*)\}}")
 TRIPS = re.compile(r"known_trip_count\":\{\"n\":\"(\d+)\"")
 
 
 def compiled_flops(text: str) -> float:
-  """Returns the operations in the matrix products of an optimized module, given as text.
+  """Returns the operations in the matmuls of an optimized HLO module's text.
 
-  XLA's own `cost_analysis` takes a loop's body once, however often it runs, so that the scanned
-  form would seem almost free. The optimized module is what runs: dead and merged products are
-  gone from it, and each of its loops carries `known_trip_count`, by which the products in its
-  body are multiplied here. Matrix products are `dot`, also inside fusions, and on GPUs calls
-  of a library, which name their contracted dimensions too.
+  XLA's own `cost_analysis` counts a loop's body once, however often it runs, so that the scanned
+  form would seem almost free. The optimized module is the program that runs: dead and merged
+  matmuls are gone, and each loop has a `known_trip_count`, by which the matmuls in its body are
+  multiplied here. A matmul is a `dot`, also inside a fusion, or on GPUs a library call, which names
+  its contracted dimensions too.
   """
-  own: dict[str, float] = {}
+  direct: dict[str, float] = {}
   calls: dict[str, list[tuple[str, float]]] = {}
   entry, name = "", ""
   shapes: dict[str, list[int]] = {}
   for line in text.splitlines():
     if header := COMPUTATION.match(line):
       name, shapes = header[2], {}
-      own[name], calls[name] = 0.0, []
+      direct[name], calls[name] = 0.0, []
       entry = name if header[1] else entry
     if instruction := INSTRUCTION.match(line):
       shapes[instruction[1]] = _numbers(instruction[2])
-      own[name] += _product_flops(line, shapes, shapes[instruction[1]])
+      direct[name] += _matmul_flops(line, shapes, shapes[instruction[1]])
     calls.setdefault(name, []).extend(_called(line))
 
   def total(name: str) -> float:
     inner = [(total(inner), times) for inner, times in calls[name]]
-    return own[name] + sum(flops * times for flops, times in inner if flops)
+    return direct[name] + sum(flops * times for flops, times in inner if flops)
 
   flops = total(entry)
   if math.isnan(flops):
-    raise ValueError("a loop with matrix products has no known trip count")
+    raise ValueError("a loop with matmuls has no known trip count")
   return flops
 
 
-def _product_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int]) -> float:
-  product, contracted = PRODUCT.search(line), CONTRACTED.search(line)
-  if not product or not contracted:
+def _matmul_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int]) -> float:
+  matmul, contracted = MATMUL.search(line), CONTRACTED.search(line)
+  if not matmul or not contracted:
     return 0.0
-  operand = shapes[product[1]]
+  operand = shapes[matmul[1]]
   return 2.0 * math.prod(shape) * math.prod(operand[d] for d in _numbers(contracted[1]))
 
 
 def _called(line: str) -> list[tuple[str, float]]:
-  """Returns the computations that an instruction calls, and how often, NaN if unknown."""
+  """Returns the computations that an instruction calls and how often (NaN if unknown)."""
   trips = TRIPS.search(line)
   times = float(trips[1]) if trips else math.nan if " while(" in line else 1.0
   names = []
@@ -350,14 +349,14 @@ def _numbers(text: str) -> list[int]:
 
 @dataclasses.dataclass
 class Measured:
-  """One way in one form.
+  """The measurements of one way in one form of the model.
 
   Attributes:
-    compiled: the step.
-    counts: the table's columns that are no times.
-    jaxpr_gflop: in the matrix products of the jaxpr.
-    xla_gflop: by XLA's analysis: elementwise operations too, but a loop's body once.
-    turns: the table's other columns, each with a number for every turn it took part in.
+    compiled: the compiled step.
+    counts: the table's columns that are not times.
+    jaxpr_gflop: operations in the matmuls of the jaxpr.
+    xla_gflop: XLA's count: with elementwise operations, but a loop's body only once.
+    turns: the table's other columns: the value for each turn that it took part in.
   """
 
   compiled: Any
@@ -372,10 +371,10 @@ class Measured:
     return statistics.median(self.turns[column].values())
 
   def ratios(self, hand: "Measured", column: str) -> list[float]:
-    """Returns the quartiles of the ratio to another way, turn by turn."""
+    """Returns the quartiles over the turns of the ratio to `hand`."""
     if column in self.counts:
       return [self.counts[column] / hand.counts[column]] * 3
-    ratios = [ours / hand.turns[column][turn] for turn, ours in self.turns[column].items()]
+    ratios = [value / hand.turns[column][turn] for turn, value in self.turns[column].items()]
     return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
@@ -403,7 +402,7 @@ def compile_ways(
   options: argparse.Namespace, form: str, shapes: Mapping[str, Any]
 ) -> dict[str, Measured]:
   """Traces each way several times, in turns, and compiles it once."""
-  timed_traces("hand", options, form, shapes["hand"])  # what JAX imports at first use
+  timed_traces("hand", options, form, shapes["hand"])  # warm-up: JAX imports modules lazily
   turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
   last, measured = {}, {}
   for _ in range(options.traces):
@@ -424,7 +423,7 @@ def compile_ways(
 
 
 def compiled_counts(compiled: Any) -> dict[str, float]:
-  """Returns the table's columns that are read off a compiled step."""
+  """Returns the table's columns that describe a compiled step."""
   gflop = compiled_flops(compiled.as_text()) / 1e9
   return {"gflop": gflop, "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6}
 
@@ -432,7 +431,7 @@ def compiled_counts(compiled: Any) -> dict[str, float]:
 def first_steps(
   options: argparse.Namespace, measured: Mapping[str, Measured], args: Sequence[Any]
 ) -> dict[str, Any]:
-  """Runs each compiled step once, and checks `lora_jax` against `hand` by what it returns.
+  """Runs each compiled step once and checks the results of `lora_jax` against `hand`.
 
   Returns:
     Each way's trainable tree and optimizer state.
@@ -464,7 +463,7 @@ def loss_tolerance(options: argparse.Namespace) -> float:
 def _difference(expected: Any, got: Any) -> float:
   largest = abs(expected).max()
   if not largest > 0:
-    raise ValueError("a loss or gradient is zero or no number, so that the check says nothing")
+    raise ValueError("a loss or gradient is zero or NaN, so that the check says nothing")
   return float(abs(expected - got).max() / largest)
 
 
@@ -474,7 +473,7 @@ def time_steps(
   states: dict[str, Any],
   args: Sequence[Any],
 ) -> None:
-  """Times the steps in turns, in an order drawn for each turn, so that none always follows one."""
+  """Times the steps in turns, in a random order, so that no way always follows the same one."""
   for turn in range(options.repeats):
     ways = WAYS if turn % 5 == 0 else ("hand", "lora_jax")
     for way in random.Random(turn).sample(ways, len(ways)):
@@ -493,7 +492,7 @@ def timed_step(compiled: Any, trainable: PyTree, state: PyTree, args: Sequence[A
 
 
 def init_arguments(options: argparse.Namespace, form: str) -> tuple[PyTree, jax.Array, jax.Array]:
-  """Returns the step's arguments that no step changes: parameters, token ids and labels."""
+  """Returns the step's constant arguments: parameters, token ids and labels."""
   sizes = (2, options.batch, options.length)
   ids, labels = jax.random.randint(_key(3), sizes, 0, options.vocabulary)
   return init_params(options, form), ids, labels
@@ -507,7 +506,7 @@ def step_shapes(way: str, options: argparse.Namespace, args: Sequence[Any]) -> S
 
 
 def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
-  """Returns the four ways' measurements for one form of the model."""
+  """Returns the measurements of the four ways for one form of the model."""
   print(f"{form}: tracing and compiling", flush=True)
   args = init_arguments(options, form)
   shapes = {way: step_shapes(way, options, args) for way in WAYS}
@@ -521,9 +520,9 @@ def measure(options: argparse.Namespace, form: str) -> dict[str, Measured]:
 
 
 def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-  """Yields a worker's answers in `compare`'s order, each computed when it is asked for.
+  """Yields a worker's answers in the order of `compare`, each computed on request.
 
-  It runs on other commits' checkouts too: of their `lora_jax` it takes the public API only.
+  It also runs with the `lora_jax` of other commits, so it uses only the public API.
   """
   jax.config.update("jax_default_matmul_precision", options.precision)
   device = jax.devices()[0]
@@ -531,7 +530,7 @@ def measurements(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for form in options.forms:
     args = init_arguments(options, form)
     shapes = step_shapes("lora_jax", options, args)
-    timed_traces("lora_jax", options, form, shapes)  # what JAX imports at first use
+    timed_traces("lora_jax", options, form, shapes)  # warm-up: JAX imports modules lazily
     yield {}
     lowered: Any = None
     for _ in range(options.traces):
@@ -568,7 +567,7 @@ def start_worker(checkout: Path, options: argparse.Namespace) -> subprocess.Pope
 
 
 def ask(worker: subprocess.Popen[str], word: str) -> dict[str, Any]:
-  """Returns a worker's next answer; `word` is for whoever reads the pipe."""
+  """Returns a worker's next answer; `word` names the request in errors."""
   assert worker.stdin
   assert worker.stdout
   with contextlib.suppress(BrokenPipeError):
@@ -581,33 +580,33 @@ def ask(worker: subprocess.Popen[str], word: str) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Pair:
-  """One form's answers in two checkouts, each a list of turns [other checkout, this one]."""
+  """The answers for one form; each turn is [other checkout, this checkout]."""
 
   traces: list[list[dict[str, float]]]
   compiled: list[list[dict[str, float]]]
   steps: list[list[dict[str, float]]]
 
   def column(self, name: str) -> tuple[float, float]:
-    """Returns this checkout's median, and its ratio to the other's median."""
+    """Returns this checkout's median and its ratio to the other checkout's median."""
     turns = [t for t in (*self.traces, *self.compiled, *self.steps) if name in t[0]]
     before, after = (statistics.median(turn[side][name] for turn in turns) for side in (0, 1))
     return after, after / before if before else math.nan
 
   def step_quartiles(self) -> list[float]:
-    """Returns the quartiles of the steps' ratios, turn by turn."""
+    """Returns the quartiles over the turns of the ratio of step times."""
     ratios = [after["step_ms"] / before["step_ms"] for before, after in self.steps]
     return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
   def loss_difference(self) -> float:
-    """Returns the largest relative difference of the losses of a turn."""
+    """Returns the largest relative difference of the losses in a turn."""
     return max(abs(after["loss"] / before["loss"] - 1) for before, after in self.steps)
 
 
 def compare(options: argparse.Namespace) -> dict[str, Pair]:
-  """Returns each form's measurements of the other checkout and this one, taken in turns.
+  """Returns the measurements of both checkouts for each form, taken in turns.
 
   Raises:
-    RuntimeError: if a worker fails or has imported another package than its checkout's.
+    RuntimeError: if a worker fails or did not import its checkout's package.
     ValueError: if the checkouts' losses differ.
   """
   checkouts = (options.against.resolve(), HERE)
@@ -634,7 +633,7 @@ def compare(options: argparse.Namespace) -> dict[str, Pair]:
 
 
 def commit(checkout: Path) -> str:
-  """Returns a checkout's commit, with "-dirty" where files differ from it."""
+  """Returns a checkout's commit, with "-dirty" if files differ from it."""
   command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
   done = subprocess.run(command, capture_output=True, text=True, check=False)
   return done.stdout.strip() or "an unknown commit"
@@ -656,7 +655,7 @@ def print_table(results: Mapping[str, Mapping[str, Measured]]) -> None:
 
 
 def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
-  """Prints the counts of operations side by side, and the goals."""
+  """Prints the three counts of operations, and the goals."""
   print("\nGFLOP, counted in the compiled step, in its jaxpr, and by XLA's cost analysis (which")
   print("adds elementwise operations and takes a loop's body once: comparable where unrolled)")
   for form, measured in results.items():
@@ -668,13 +667,13 @@ def print_checks(results: Mapping[str, Mapping[str, Measured]]) -> None:
   print("\ngoals, lora_jax to hand:")
   for form, measured in results.items():
     for column, goal in GOALS.items():
-      got = measured["lora_jax"].ratios(measured["hand"], column)[1]
-      met = "met" if got <= goal else "MISSED"
-      print(f"{form:9} {column:9}{got:8.3f} (at most {goal})  {met}")
+      ratio = measured["lora_jax"].ratios(measured["hand"], column)[1]
+      met = "met" if ratio <= goal else "MISSED"
+      print(f"{form:9} {column:9}{ratio:8.3f} (at most {goal})  {met}")
 
 
 def print_comparison(pairs: Mapping[str, Pair]) -> None:
-  """Prints this checkout's figures with their ratios to the other's."""
+  """Prints this checkout's figures with their ratios to the other checkout's."""
   columns = ("gflop", "temp_mb", "step_ms", "trace_s")
   heads = [f"{name:>10}      x" for name in columns]
   heads[2] += "  (quartiles)  "
@@ -703,19 +702,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--target", default=",".join(LAYERS), help="adapted layers")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--forms", help="unrolled,scanned; --against: mlp,unrolled,remat")
-  parser.add_argument("--precision", default="highest", help="of float32 products, on GPUs")
-  parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="of another commit")
+  parser.add_argument("--precision", default="highest", help="of float32 matmuls on GPUs")
+  parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="checkout of another commit")
   parser.add_argument("--worker", help=argparse.SUPPRESS)
   options = parser.parse_args(arguments)
   options.repeats = options.repeats or (24 if options.against else 30)
   options.forms = options.forms or ("mlp,unrolled,remat" if options.against else "unrolled,scanned")
   options.target, options.forms = options.target.split(","), options.forms.split(",")
-  for name, given, known in (
+  for flag, values, known in (
     ("--target", options.target, LAYERS),
     ("--forms", options.forms, FORMS),
   ):
-    if not set(given) <= set(known):
-      parser.error(f"{name} must be among {','.join(known)}, got {','.join(given)}")
+    if not set(values) <= set(known):
+      parser.error(f"{flag} must be among {','.join(known)}, got {','.join(values)}")
   if options.width % HEAD_WIDTH:
     parser.error(f"--width must be a multiple of {HEAD_WIDTH}, got {options.width}")
   if options.against and not (options.against / "lora_jax" / "__init__.py").is_file():

@@ -1,8 +1,10 @@
-"""The decoding benchmark runs, on our side alone: the peer is not installed for the tests."""
+"""The decoding benchmark runs, without transformers, which the tests do not install."""
 
 import jax
 
 from benchmarks import decode
+
+from tests.tiny_e2e import tiny_folder
 
 
 def test_the_benchmark_prints_its_table(capsys):
@@ -10,7 +12,7 @@ def test_the_benchmark_prints_its_table(capsys):
   few = ["--inputs", "3", "--beams", "2", "--max_new_tokens", "4", "--batches", "2"]
   try:
     with jax.numpy_rank_promotion("allow"):
-      decode.main([*few, "--repeats", "1", "--alone"])
+      decode.main(["--model", str(tiny_folder()), *few, "--repeats", "1", "--alone"])
   finally:
     jax.config.update("jax_default_matmul_precision", before)
   row = next(

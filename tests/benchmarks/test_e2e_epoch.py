@@ -1,4 +1,4 @@
-"""The benchmark of an epoch: our side runs, and PEFT gets the very same work."""
+"""The benchmark of an epoch: lora_jax is timed, and PEFT gets exactly the same work."""
 
 import importlib.util
 import warnings
@@ -8,12 +8,29 @@ import pytest
 
 from benchmarks import e2e_epoch
 from lora_jax.data import batches, text
+from lora_jax.models.gpt2.folder import load_gpt2
+
+from tests.tiny_e2e import tiny_folder
 
 SMALL = ["--lines", "12", "--rows", "2", "--row_length", "192", "--steps", "1", "--repeats", "1"]
 
 
-def test_our_side_runs_where_the_peers_are_missing(monkeypatch, capsys):
+def tiny_base(options):
+  return e2e_epoch.Base(*load_gpt2(tiny_folder()))
+
+
+@pytest.mark.parametrize(
+  ("load_base", "num_layers", "embed_dim"),
+  [
+    pytest.param(tiny_base, 2, 32, id="tiny"),
+    pytest.param(e2e_epoch.load_base, 6, 256, id="embedded", marks=pytest.mark.long),
+  ],
+)
+def test_lora_jax_is_timed_where_the_peers_are_missing(
+  load_base, num_layers, embed_dim, monkeypatch, capsys
+):
   monkeypatch.setattr(e2e_epoch, "PEERS", ("no_such_package",))
+  monkeypatch.setattr(e2e_epoch, "load_base", load_base)
   ways = e2e_epoch.main(SMALL)
   printed = capsys.readouterr().out
   assert "PEFT is left out; missing: no_such_package" in printed
@@ -22,9 +39,10 @@ def test_our_side_runs_where_the_peers_are_missing(monkeypatch, capsys):
   assert list(ways) == ["lora_jax packed", "lora_jax padded"]
   packed, padded = ways.values()
   assert packed.first_loss == pytest.approx(padded.first_loss, rel=1e-5)
-  assert packed.trainer.num_trainable == 6 * 16 * (4 * 512 + 2 * 1280)  # layers, rank, in + out
+  inputs_and_outputs = (4 * 2 + 2 * 5) * embed_dim  # four square kernels, two of the MLP
+  assert packed.trainer.num_trainable == num_layers * 16 * inputs_and_outputs
   tokens = [e2e_epoch.num_tokens_of(way.data) for way in ways.values()]
-  assert tokens[0] == tokens[1] > 12 * 40  # the same lines, without padding
+  assert tokens[0] == tokens[1] > 12 * 40  # the same examples, without padding
 
 
 def test_losses_that_differ_stop_the_benchmark():
@@ -32,7 +50,7 @@ def test_losses_that_differ_stop_the_benchmark():
     return e2e_epoch.Way(e2e_epoch.Trainer(lambda batch: loss, lambda: None, 1), [], {})  # pyright: ignore
 
   e2e_epoch.first_steps({"one": way(5.0), "two": way(5.0002)}, "float32")
-  with pytest.raises(ValueError, match=r"losses on the same lines differ by 2\.0e-03"):
+  with pytest.raises(ValueError, match=r"losses on the same examples differ by 2\.0e-03"):
     e2e_epoch.first_steps({"one": way(5.0), "two": way(5.01)}, "float32")
 
 
@@ -43,11 +61,11 @@ def test_peft_gets_our_tokens_targets_and_segments():
     text.Example(np.asarray([4, 5, 6], np.int32), np.asarray([6, 9], np.int32), index),
   ]
   batch = batches.fill([examples], 1, 7, 4)
-  given = e2e_epoch.peft_inputs(batch, packed=True)
-  assert given["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 0]]
-  assert given["shift_labels"].tolist() == [[-100, 3, 9, -100, 6, 9, -100]]
-  assert given["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0]]
-  mask = given["attention_mask"]
+  inputs = e2e_epoch.peft_inputs(batch, packed=True)
+  assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 0]]
+  assert inputs["shift_labels"].tolist() == [[-100, 3, 9, -100, 6, 9, -100]]
+  assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0]]
+  mask = inputs["attention_mask"]
   assert mask.shape == (1, 1, 7, 7)
   assert [np.flatnonzero(row).tolist() for row in mask[0, 0]] == [
     *([0], [0, 1], [0, 1, 2]),

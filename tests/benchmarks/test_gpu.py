@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu
@@ -30,30 +32,34 @@ def test_the_benchmark_measures_prints_and_keeps_earlier_figures(capsys, monkeyp
   assert lora["tokens_per_s"] == pytest.approx(64 / step)
 
 
+def params_shapes(model):
+  tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+  return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
 def test_operations_are_those_of_the_shapes():
   config = gpu.LlamaConfig(**gpu.TINY_LLAMA)
-  params = gpu.random_params(gpu.Llama(config))
+  params = params_shapes(gpu.Llama(config))
   attention, mlp = 64 * (64 + 32 + 32 + 64), 3 * 64 * 128
   assert gpu.count_matmul_weights(config, params) == 2 * (attention + mlp) + 64 * 512
   tied = gpu.GPT2Config(**gpu.TINY_GPT2, num_positions=16)
-  params = gpu.random_params(gpu.GPT2(tied))
+  params = params_shapes(gpu.GPT2(tied))
   assert gpu.count_matmul_weights(tied, params) == 2 * 12 * 64**2 + 64 * 512
   assert gpu.training_flops(100, 10, num_layers=2, embed_dim=8, length=4) == 400 + 60 + 384
 
 
 def test_dora_trains_all_but_its_constant_and_its_operations_are_those_of_a_and_b():
-  model = gpu.Llama(gpu.LlamaConfig(**gpu.TINY_LLAMA, num_positions=16, scan_layers=True))
-  batch = gpu.make_batch(512, 1, 16)
-  lora, dora = (
-    gpu.measure_lora(model, batch, 4, gpu.QUERY_VALUE, None, 1, adapt)
-    for adapt in (gpu.lj.lora, gpu.lj.dora)
-  )
+  config = gpu.LlamaConfig(**gpu.TINY_LLAMA, num_positions=16, scan_layers=True)
+  model, batch = gpu.Llama(config), gpu.make_batch(512, 1, 16)
+  dora = gpu.measure_lora(model, batch, 4, gpu.QUERY_VALUE, None, 1, gpu.lj.dora)
+  matrices = 2 * 4 * ((64 + 64) + (64 + 32))  # layers, rank, in + out of query and of value
   magnitudes = 2 * (64 + 32)  # of two layers' query and value; norm_squared is not among them
-  assert dora["adapter_parameters"] == lora["adapter_parameters"] + magnitudes
-  assert dora["flops_per_token"] == lora["flops_per_token"]
+  assert dora["adapter_parameters"] == matrices + magnitudes
+  weights = gpu.count_matmul_weights(config, params_shapes(model))
+  assert dora["flops_per_token"] == gpu.training_flops(weights, matrices, 2, 64, 16)
 
 
-def test_lora_and_dora_are_set_side_by_side(capsys):
+def test_a_line_compares_dora_with_lora(capsys):
   figures = {"attention": "cudnn", "tflops": 1.0, "tokens_per_s": 1.0}
   lora, dora = {"step_s": 0.4, "peak_gb": 20.0}, {"step_s": 0.5, "peak_gb": 21.0}
   gpu.print_table({LLAMA: figures | lora, gpu.DORA: figures | dora})
@@ -62,7 +68,7 @@ def test_lora_and_dora_are_set_side_by_side(capsys):
   assert "DoRA / LoRA" not in capsys.readouterr().out
 
 
-def test_cudnn_that_fails_is_reported_beside_the_figures_by_xla(monkeypatch):
+def test_a_failure_of_cudnn_is_reported_with_the_figures_of_xla(monkeypatch):
   def without_cudnn(name, tiny, attention, limit):
     return {"error": "no cuDNN"} if attention == "cudnn" else {"attention": attention}
 
@@ -76,7 +82,7 @@ def test_a_failed_section_has_a_row(capsys):
   assert "failed: RuntimeError: out of memory" in capsys.readouterr().out
 
 
-def test_a_section_runs_in_a_process_of_its_own():
+def test_a_section_runs_in_a_separate_process():
   figures = gpu.measure_apart("matmul", tiny=True, attention="xla", limit=300.0)
   assert figures["device"] == "cpu"
   assert figures["tflops"] > 0

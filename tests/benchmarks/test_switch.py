@@ -1,4 +1,4 @@
-"""The benchmark of switching runs, on our side alone, and stops where the ways disagree."""
+"""The benchmark of switching runs, without PEFT, and stops where the ways disagree."""
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ def test_the_benchmark_prints_its_table(capsys):
     "lora_jax": 3,
     "lora_jax merged": 3,
   }
-  ours = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("lora_jax "))
-  assert ours.split()[-2:] == ["1.00", "1"]
+  row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("lora_jax "))
+  assert row.split()[-2:] == ["1.00", "1"]
 
 
 def test_ways_that_disagree_stop_the_benchmark():

@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it counts holds: FLOPs within 1 % of hand-written LoRA."""
+"""The benchmark runs, and counts FLOPs within 1 % of hand-written LoRA."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The pages about other people's models: their code runs as it stands, and LoRA is LoRA there."""
+"""The pages about models of other packages: their code runs, and adapts them by LoRA."""
 
 import re
 
@@ -10,17 +10,18 @@ import pytest
 import lora_jax as lj
 from lora_jax.trees import leaves_with_path
 
-from tests.test_readme import ROOT, code_blocks
+from tests.docs.pages import code_blocks
+from tests.paths import ROOT
 
 PAGES = ["equimo", "tunix", pytest.param("keras", marks=pytest.mark.long)]
 
 
-def is_near(one, other):
-  scale = jnp.abs(other).max()
-  return jnp.abs(one - other).max() < 1e-4 * scale
+def is_near(value, expected):
+  scale = jnp.abs(expected).max()
+  return jnp.abs(value - expected).max() < 1e-4 * scale
 
 
-@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.filterwarnings("ignore")  # from other packages
 @pytest.mark.parametrize("package", PAGES)
 def test_a_page_about_models(package, capsys):
   pytest.importorskip(package, reason=f"docs/models_{package}.md is about {package}")
@@ -30,7 +31,7 @@ def test_a_page_about_models(package, capsys):
   names = {}
   with jax.numpy_rank_promotion("allow"):
     exec(code, names)
-    hold_to_lora(names)
+    check_lora(names)
   shown = re.search(r"```text\n(.*?)```", text, flags=re.DOTALL)
   printed = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert shown is not None
@@ -38,7 +39,7 @@ def test_a_page_about_models(package, capsys):
     assert line.split() in printed, line
 
 
-def hold_to_lora(names):
+def check_lora(names):
   fn, params, inputs, adapted = (names[name] for name in ("fn", "params", "inputs", "adapted"))
   base, apply = jax.jit(fn), jax.jit(adapted.apply)
   before = adapted.init(jax.random.key(2), params, inputs)
