@@ -43,10 +43,7 @@ class Within:
 
 def pattern(name: str, value: str) -> None:
   """Raises ValueError if the value is not a regular expression for paths."""
-  try:
-    as_patterns(value)
-  except ValueError as error:
-    raise ValueError(f"{name}: {error}") from error
+  as_patterns(value, name)
 
 
 def local(name: str, value: str) -> None:
@@ -163,8 +160,11 @@ def _read_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
       errors.append(error)
   # The bounds of the alternative that has the value's type say more than a list of types.
   for kind, error in zip(kinds, errors, strict=True):
-    is_bounded = get_origin(kind) is Annotated and type(value) is get_args(kind)[0]
-    if is_bounded or (_is_list(kind) and str(error).startswith(f"{name}[")):
+    if (
+      (get_origin(kind) is Annotated and type(value) is get_args(kind)[0])
+      or (_is_list(kind) and str(error).startswith(f"{name}["))
+      or (dataclasses.is_dataclass(kind) and isinstance(value, Mapping))
+    ):
       raise error
   raise ValueError(f"{name} must be {' or '.join(map(_described, kinds))}, got {_shown(value)}")
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PyTree
 
 from lora_jax.placement import place
-from lora_jax.trees import key_parts
+from lora_jax.trees import key_parts, leaves_with_path
 
 
 def freeze(
@@ -37,11 +38,16 @@ def freeze(
       gradients, optimizer state and updates are constrained to (`lora_jax.shardings`); None
       leaves them to the compiler.
   """
+  if not isinstance(optimizer, optax.GradientTransformation):
+    raise ValueError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r:.100}")
   inner = optax.with_extra_args_support(optimizer)
   keep = jax.tree.leaves(mask)
   structure = jax.tree.structure(mask)
+  for path, leaf in leaves_with_path(mask):
+    if not isinstance(leaf, bool | np.bool_):
+      raise ValueError(f"mask must be a tree of bools, got {leaf!r:.100} at {path!r}")
   if not any(keep):
-    raise ValueError("the mask has no True leaf, so that nothing would be trained")
+    raise ValueError("mask has no True leaf, so that nothing would be trained")
 
   def trainable_part(tree: PyTree) -> PyTree:
     """Puts None in the frozen places, which may be None already."""

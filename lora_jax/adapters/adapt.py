@@ -20,27 +20,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.checks import check_adapter, check_site
+from lora_jax.adapters.checks import check_adapter, check_number, check_site
 from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.copies import (
+  in_dtypes_of,
+  is_float,
+  merged_leaves,
+  trained_copy,
+  wide_dtype,
+)
 from lora_jax.adapters.delta import (
   LoraWeight,
   Site,
   Variant,
   adapter_extra,
   adapter_weights,
-  copied,
 )
 from lora_jax.adapters.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
 from lora_jax.adapters.layers import spread_layers, spread_term, sum_with_weight
 from lora_jax.adapters.shardings import array_sharding
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
+from lora_jax.fields import Finite, Share
 from lora_jax.placement import leaf_sharding, place
 from lora_jax.transform.factored import Factored, Source
 from lora_jax.transform.factors import Factor, Term
 from lora_jax.transform.inference import infer_axes
 from lora_jax.transform.interpreter import Interpreter, OpaqueRule
-from lora_jax.transform.tracing import trace_call
+from lora_jax.transform.tracing import is_array, trace_call
 from lora_jax.trees import closest_names, nest, replace_leaves
 
 
@@ -93,9 +100,11 @@ def adapt(
 
   def init(key: PRNGKeyArray, params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
     targets, extra = find(params)
-    call = trace_call(fn, params, args, kwargs)
+    copies = {path: trained_copy(f"extra {path}", leaf) for path, (_, leaf) in extra.items()}
+    call = trace_call(fn, replace_leaves(params, in_dtypes_of(extra, copies)), args, kwargs)
     sources = {path: _source(target) for path, target in targets.items()}
-    inferred = infer_axes(call, sources, Interpreter(opaque))
+    given = {path: target.axes for path, target in targets.items() if target.axes is not None}
+    inferred = infer_axes(call, sources, given, Interpreter(opaque))
     unused = [path for path, target in targets.items() if not (path in inferred or target.axes)]
     if unused:
       raise ValueError(
@@ -108,11 +117,11 @@ def adapt(
       axes = target.axes or axes
       assert axes is not None, "an unused weight has axes of its own"
       items.append((target.keys, _start(_fold_path(key, path), target, axes, is_lookup)))
-    items += [(keys, copied(f"extra {path}", leaf)) for path, (keys, leaf) in extra.items()]
+    items += [(keys, copies[path]) for path, (keys, _) in extra.items()]
     trainable = nest(items)
 
     def first_step(leaves: list[Any]) -> list[Any]:
-      values = _factored(targets, trainable, call.position, leaves, None, None, None)
+      values = _factored(targets, trainable, call.position, leaves, key, None, None)
       return Interpreter(opaque).evaluate(call.jaxpr, values)
 
     jax.eval_shape(first_step, call.leaves)  # what only real factors show is raised here
@@ -130,7 +139,8 @@ def adapt(
     targets, extra = find(params)
     check_adapter(trainable, targets, extra)
     key = _dropout_key(lora_key, targets, dropout_rate)
-    call = trace_call(fn, replace_leaves(params, adapter_extra(trainable)), args, kwargs)
+    trained = in_dtypes_of(extra, adapter_extra(trainable))
+    call = trace_call(fn, replace_leaves(params, trained), args, kwargs)
     values = _factored(targets, trainable, call.position, call.leaves, key, scaling, dropout_rate)
     outputs = Interpreter(opaque).evaluate(call.jaxpr, values)
     return jax.tree.unflatten(call.out_tree, outputs)
@@ -138,12 +148,14 @@ def adapt(
   def merge(params: PyTree, trainable: PyTree, *, scaling: Any = None) -> PyTree:
     targets, extra = find(params)
     check_adapter(trainable, targets, extra)
-    scalings = _by_path(scaling, {p: t.scaling for p, t in targets.items()}, "scaling")
+    scalings = _scalings(scaling, targets)
     merged = {
-      path: merge_weight(targets[path].leaf, weight, _variant(targets[path]), scalings[path])
+      path: merge_weight(
+        jnp.asarray(targets[path].leaf), weight, _variant(targets[path]), scalings[path]
+      )
       for path, weight in adapter_weights(trainable).items()
     }
-    return replace_leaves(params, merged | adapter_extra(trainable))
+    return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable)))
 
   return Adaptation(init, apply, merge)
 
@@ -152,7 +164,7 @@ def merge_weight(
   w: Float[Array, "*shape"], weight: LoraWeight, variant: Variant, scaling: Any
 ) -> Float[Array, "*shape"]:
   """Returns the weight that a variant makes, computed in float32 and returned in W's dtype."""
-  wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+  wide = w.astype(wide_dtype(w.dtype))
   adapted = adapted_weight(wide, weight, variant, Source(["merge"]), scaling)
   return adapted.materialize().astype(w.dtype)
 
@@ -203,14 +215,20 @@ def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -
   if is_lookup and initialize in (kaiming_uniform, gaussian):
     initialize = embedding
   site = Site(target.path, target.leaf, axes, target.rank, target.stacked_layers, initialize)
-  arrays = dict(variant.start(key, site))
-  if set(arrays) != set(variant.arrays):
+  arrays = variant.start(key, site)
+  if not isinstance(arrays, Mapping) or set(arrays) != set(variant.arrays):
+    got = ", ".join(sorted(arrays)) if isinstance(arrays, Mapping) else repr(arrays)
     raise ValueError(
-      f"{target.path}: start of {variant.table} gave the arrays {', '.join(sorted(arrays))}"
+      f"{target.path}: start of {variant.table} gave {got:.100}, expected its arrays"
     )
+  arrays = dict(arrays)
   sharding, seen = leaf_sharding(target.leaf), {id(target.leaf)}
   for spec in variant.table:
     array, shape = arrays[spec.name], site.array_shape(spec.words, **variant.sizes(site))
+    if not is_array(array) or not is_float(array.dtype):
+      raise ValueError(
+        f"{target.path}: init gave {spec.name} {array!r:.100}, expected a floating-point array"
+      )
     if array.shape != shape:
       raise ValueError(f"{target.path}: init gave {spec.name} {array.shape}, expected {shape}")
     if id(array) in seen:
@@ -231,8 +249,7 @@ def _factored(
   dropout_rate: Any,
 ) -> list[Any]:
   """Returns the leaves of a call with the adapted weights among them factored."""
-  scalings = _by_path(scaling, {p: t.scaling for p, t in targets.items()}, "scaling")
-  rates = _by_path(dropout_rate, {p: t.dropout for p, t in targets.items()}, "dropout_rate")
+  scalings, rates = _scalings(scaling, targets), _dropout_rates(dropout_rate, targets)
   values = list(leaves)
   for path, weight in adapter_weights(trainable).items():
     target, base = targets[path], jnp.asarray(values[position[path]])
@@ -263,16 +280,30 @@ def _source(target: Target) -> Source:
   return Source([target.path], target.on_unhandled == "materialize")
 
 
-def _by_path(value: Any, defaults: Mapping[str, float], name: str) -> Mapping[str, Any]:
+def _scalings(scaling: Any, targets: Mapping[str, Target]) -> Mapping[str, Any]:
+  defaults = {path: target.scaling for path, target in targets.items()}
+  return _by_path(scaling, defaults, "scaling", Finite)
+
+
+def _dropout_rates(rate: Any, targets: Mapping[str, Target]) -> Mapping[str, Any]:
+  defaults = {path: target.dropout for path, target in targets.items()}
+  return _by_path(rate, defaults, "dropout_rate", Share)
+
+
+def _by_path(value: Any, defaults: Mapping[str, float], name: str, kind: Any) -> Mapping[str, Any]:
   """Returns `value` for each path: None is the default, a mapping may name some of the paths."""
   if value is None:
     return defaults
+  for path, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+    check_number(f"{name}[{path!r}]" if path else name, number, kind)
   if not isinstance(value, Mapping):
     return dict.fromkeys(defaults, value)
   unknown = [path for path in value if path not in defaults]
   if unknown:
     names = ", ".join(closest_names(unknown[0], defaults))
-    raise ValueError(f"{name} is given for {', '.join(unknown)}, not adapted. Near names: {names}")
+    raise ValueError(
+      f"{name} names {', '.join(unknown)}, which is not adapted. Did you mean {names}?"
+    )
   return {path: value.get(path, default) for path, default in defaults.items()}
 
 
@@ -280,7 +311,7 @@ def _dropout_key(
   lora_key: PRNGKeyArray | NotGiven | None, targets: Mapping[str, Target], dropout_rate: Any
 ) -> PRNGKeyArray | None:
   """Returns the key, None to evaluate. Raises ValueError if there is dropout and no answer."""
-  rates = _by_path(dropout_rate, {p: t.dropout for p, t in targets.items()}, "dropout_rate")
+  rates = _dropout_rates(dropout_rate, targets)
   drops = not all(_is_zero(rate) for rate in rates.values())
   if not drops:
     return None

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
+from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import (
   LORA_TABLE,
   LoraWeight,
@@ -16,6 +19,7 @@ from lora_jax.adapters.delta import (
 from lora_jax.adapters.layers import stored_shape
 from lora_jax.adapters.targets import Target
 from lora_jax.axes import INNER, LoraAxes
+from lora_jax.fields import read_value
 
 
 def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
@@ -64,6 +68,20 @@ def check_plain(path: str, weight: LoraWeight, operation: str) -> None:
     )
 
 
+def check_number(name: str, value: Any, kind: Any) -> None:
+  """Raises ValueError unless a value is one number within the bounds of an annotation.
+
+  Of a traced value only the shape is checked.
+  """
+  if isinstance(value, jax.Array | np.ndarray | np.generic):
+    if value.shape:
+      raise ValueError(f"{name} must be one number, got an array of shape {value.shape}")
+    if isinstance(value, jax.core.Tracer):
+      return
+    value = value.item()
+  read_value(kind, value, name)
+
+
 def check_adapter(
   trainable: PyTree, targets: Mapping[str, Target], extra: Mapping[str, Any]
 ) -> None:
@@ -74,20 +92,22 @@ def check_adapter(
     targets: the adapted weights, by path.
     extra: path to `(keys, leaf)` of the fully trained leaves.
   Raises:
-    ValueError: listing every missing, unexpected and mis-shaped leaf.
+    ValueError: listing every missing, unexpected and mis-shaped leaf, and every other dtype.
   """
-  weights, whole = adapter_weights(trainable), adapter_extra(trainable)
+  weights, leaves = adapter_weights(trainable), adapter_extra(trainable)
   problems = [f"missing: {path}" for path in targets if path not in weights]
-  problems += [f"missing: {path}" for path in extra if path not in whole]
+  problems += [f"missing: {path}" for path in extra if path not in leaves]
   problems += [f"unexpected: {path}" for path in weights if path not in targets]
-  problems += [f"unexpected: {path}" for path in whole if path not in extra]
+  problems += [f"unexpected: {path}" for path in leaves if path not in extra]
   for path, weight in weights.items():
     if path in targets:
       problems += _misshaped(path, weight, targets[path])
-  for path, leaf in whole.items():
+  for path, leaf in leaves.items():
     if path in extra and jnp.shape(leaf) != jnp.shape(extra[path][1]):
       expected = jnp.shape(extra[path][1])
       problems.append(f"mis-shaped: {path} is {jnp.shape(leaf)}, expected {expected}")
+    if path in extra:
+      problems += _mistyped(path, leaf, wide_dtype(extra[path][1].dtype))
   if problems:
     raise ValueError(
       "the trainable tree is not for these params and this config:\n  " + "\n  ".join(problems)
@@ -102,14 +122,28 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
       f"other variant: {path} is {weight.table}, the config's is {expected}. Give the config the "
       "adapter's variant, LoraConfig(variant=...)"
     ]
-  axes = weight.axes
+  axes, float32 = weight.axes, jnp.dtype("float32")
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
     return [f"mis-shaped: {path} has {axes}, but the weight has shape {shape}"]
   return [
     f"mis-shaped: {path}/{name} is {got}, expected {wanted}"
     for name, got, wanted in _shapes(weight, stored_shape(shape, axes, weight.layers))
     if got != wanted
+  ] + [
+    problem
+    for name, array in weight.arrays.items()
+    for problem in _mistyped(f"{path}/{name}", array, float32)
   ]
+
+
+def _mistyped(path: str, array: Any, expected: Any) -> list[str]:
+  """Returns what is wrong with the dtype of a trained array: narrower floats are converted."""
+  dtype, kind = jnp.result_type(array), jnp.floating
+  if jnp.issubdtype(expected, jnp.complexfloating):
+    kind = jnp.complexfloating
+  if jnp.issubdtype(dtype, kind):
+    return []
+  return [f"other dtype: {path} is {dtype}, expected {expected}"]
 
 
 def _shapes(

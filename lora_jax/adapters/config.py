@@ -1,16 +1,25 @@
 """What to adapt: the configuration, and the leaves of a parameter tree that it means."""
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
+
+import jax
 
 from lora_jax.adapters.delta import Variant
-from lora_jax.adapters.initializers import BY_NAME, Initializer
+from lora_jax.adapters.initializers import Initializer
 from lora_jax.axes import INNER, LoraAxes
-from lora_jax.trees import as_patterns, closest_names
+from lora_jax.fields import (
+  Count,
+  CountOrZero,
+  Pattern,
+  Positive,
+  Share,
+  check_fields,
+  read_value,
+)
 
 Init = Literal["kaiming_uniform", "gaussian", "original_code"] | Initializer
 OnUnhandled = Literal["raise", "materialize"]
@@ -18,7 +27,7 @@ OnUnhandled = Literal["raise", "materialize"]
 
 @dataclasses.dataclass(frozen=True)
 class LoraRule:
-  """What is different for the targeted weights that `pattern` matches; None changes nothing.
+  """Settings of the targeted weights that `pattern` matches; None keeps the config's.
 
   Attributes:
     pattern: a regular expression for the whole path. The first rule that matches counts.
@@ -28,28 +37,28 @@ class LoraRule:
     dropout: of these weights' inputs.
     axes: instead of the inferred ones.
     stacked_layers: as in `LoraConfig`.
-    on_unhandled: "materialize" forms W + scaling * AB where an operation has no rule, and
+    on_unhandled: "materialize" computes W + scaling * AB where an operation has no rule, and
       warns once; "raise" raises.
     variant: of LoRA, for these weights.
   """
 
-  pattern: str
-  rank: int | None = None
-  alpha: float | None = None
+  pattern: Pattern
+  rank: Count | None = None
+  alpha: Positive | None = None
   init: Init | None = None
-  dropout: float | None = None
+  dropout: Share | None = None
   axes: LoraAxes | None = None
-  stacked_layers: Sequence[int] | None = None
+  stacked_layers: Sequence[CountOrZero] | None = None
   on_unhandled: OnUnhandled = "raise"
   variant: Variant | None = None
 
   def __post_init__(self):
-    as_patterns(self.pattern)
+    _check_traced(self.alpha)
+    check_fields(self)
+    for name, dims in (self.axes._asdict() if self.axes is not None else {}).items():
+      read_value(Sequence[CountOrZero], dims, f"axes.{name}")
     _check_variant(self.variant)
-    _check(self.rank, self.alpha, self.init, self.dropout)
     _check_layers("stacked_layers", self.stacked_layers)
-    if self.on_unhandled not in ("raise", "materialize"):
-      raise ValueError(f"on_unhandled must be 'raise' or 'materialize', got {self.on_unhandled!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +66,16 @@ class LoraConfig:
   """LoRA of the weights whose path `target` matches (Hu et al. 2021, sec. 4).
 
   Attributes:
-    rank: of A and B; at most the smaller side of every weight.
-    alpha: the branch is scaled by alpha / rank (sec. 4.1).
+    rank: of A and B; at most the smaller dimension of every weight.
+    alpha: the branch is scaled by alpha / rank (sec. 4.1). Positive: a negative alpha trains the
+      same adapters as a positive one, with another sign of B, and 0 trains nothing.
     target: regular expressions for whole paths, `.*/attn/(query|value)/kernel`.
     dropout: the rate at which elements of the branch's input are dropped in training.
     init: `kaiming_uniform`, `gaussian`, `original_code` (`adapters.initializers`), or a
       function `(key, a_shape, b_shape, fan_in) -> (lora_a, lora_b)`.
-    rules: what differs for some of the weights.
-    extra: leaves that are trained whole besides: a head, biases, LayerNorm.
+    rules: settings of some of the weights.
+    extra: leaves that are fully trained: a head, biases, LayerNorm. Each has a float32 copy, 4
+      bytes a parameter; the function gets it in the base model's dtype.
     layers: adapts these layers only, by the first integer in a path (`h_11/...`,
       `layers/11/...`).
     stacked_layers: of weights that are stacked (by `scan`), adapts these layers only, by the
@@ -73,79 +84,91 @@ class LoraConfig:
       plain LoRA for `lora_jax.lora`.
 
   Raises:
-    ValueError: naming what was expected and what came.
+    ValueError: naming the field, its value and what is allowed.
   """
 
-  rank: int
-  alpha: float
-  target: str | Sequence[str]
-  dropout: float = 0.0
+  rank: Count
+  alpha: Positive
+  target: Pattern | Sequence[Pattern]
+  dropout: Share = 0.0
   init: Init = "kaiming_uniform"
   rules: Sequence[LoraRule] = ()
-  extra: str | Sequence[str] = ()
-  layers: Sequence[int] | None = None
-  stacked_layers: Sequence[int] | None = None
+  extra: Pattern | Sequence[Pattern] = ()
+  layers: Sequence[CountOrZero] | None = None
+  stacked_layers: Sequence[CountOrZero] | None = None
   variant: Variant | None = None
 
   def __post_init__(self):
+    _check_traced(self.alpha)
+    check_fields(self)
     _check_variant(self.variant)
-    for name in ("rank", "alpha", "dropout", "init"):
-      if getattr(self, name) is None:
-        raise ValueError(f"{name} must be given, got None")
-    _check(self.rank, self.alpha, self.init, self.dropout)
     _check_layers("layers", self.layers)
     _check_layers("stacked_layers", self.stacked_layers)
-    if not as_patterns(self.target):
-      raise ValueError("target must name a pattern, got none")
-    as_patterns(self.extra)
-    for rule in self.rules:
+    if not self.target:
+      raise ValueError(f"target must name a pattern, got {self.target!r}")
+    for i, rule in enumerate(self.rules):
       if not isinstance(rule, LoraRule):
-        raise ValueError(f"rules must be LoraRules, got {rule!r}")
+        raise ValueError(f"rules[{i}] must be a LoraRule, got {rule!r}")
+    patterns = [rule.pattern for rule in self.rules]
+    for i, pattern in enumerate(patterns):
+      if pattern in patterns[:i]:
+        first = patterns.index(pattern)
+        raise ValueError(
+          f"rules[{i}] has the pattern of rules[{first}], {pattern!r}, and would never apply: the "
+          "first rule that matches counts. Join the two"
+        )
 
 
-def _check(rank, alpha, init, dropout) -> None:
-  if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-    raise ValueError(f"rank must be a positive integer, got {rank!r}")
-  if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
-    raise ValueError(
-      f"alpha must be a finite number, got {alpha!r}. To trace it, give apply(scaling=...)"
-    )
-  if init is not None and not callable(init) and init not in BY_NAME:
-    known = ", ".join(closest_names(str(init), BY_NAME))
-    raise ValueError(f"init must be one of {known}, or a function, got {init!r}")
-  if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
-    raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
+def check_config(config: object) -> None:
+  """Raises ValueError unless it is a `LoraConfig`."""
+  if not isinstance(config, LoraConfig):
+    raise ValueError(f"expected a lora_jax.LoraConfig, got {config!r:.100}")
 
 
-def _check_variant(variant: Any) -> None:
-  if variant is not None and not isinstance(variant, Variant):
-    raise ValueError(f"variant must be a lora_jax.Variant, as lora_jax.DORA, got {variant!r}")
+def _check_traced(alpha: object) -> None:
+  if isinstance(alpha, jax.Array):
+    raise ValueError(f"alpha must be a number, got {alpha!r}. To trace it, give apply(scaling=...)")
+
+
+def _check_variant(variant: Variant | None) -> None:
   if variant is None:
     return
+  where = f"variant {variant.name!r}"
+  read_value(str, variant.name, "variant.name")
+  read_value(Mapping, variant.arrays, f"{where}: arrays")
+  for name, words in variant.arrays.items():
+    read_value(str, name, f"{where}: the name of an array")
+    read_value(str, words, f"{where}: arrays[{name!r}]")
+    if not name.isidentifier() or name in ("axes", "sum_with_weight"):
+      raise ValueError(
+        f"{where}: {name!r} cannot name an array; expected an identifier other than axes and "
+        "sum_with_weight"
+      )
   words = {word for axes in variant.arrays.values() for word in axes.split()}
   if unknown := words - {"batch", "in", "out", *INNER}:
     raise ValueError(
-      f"variant {variant.name}: unknown axes {', '.join(sorted(unknown))}; expected batch, in, "
-      f"out, {', '.join(INNER)}"
+      f"{where}: unknown axes {', '.join(sorted(unknown))}; expected batch, in, out, "
+      f"{', '.join(INNER)}"
     )
   if isinstance(variant.frozen, str) or not set(variant.frozen) <= set(variant.arrays):
     raise ValueError(
-      f"variant {variant.name}: frozen={variant.frozen!r} must be a collection of names of its "
-      f"arrays, {', '.join(variant.arrays)}"
+      f"{where}: frozen={variant.frozen!r} must be a collection of names of its arrays, "
+      f"{', '.join(variant.arrays)}"
     )
+  if set(variant.frozen) == set(variant.arrays):
+    raise ValueError(f"{where} has no array that is trained; expected one that is not in `frozen`")
+  for name in ("start", "weight", "sizes"):
+    if not callable(getattr(variant, name)):
+      raise ValueError(f"{where}: {name} must be a function, got {getattr(variant, name)!r}")
 
 
 def _check_layers(name: str, layers: Sequence[int] | None) -> None:
-  if layers is not None and not (len(layers) and all(map(_is_index, layers))):
-    raise ValueError(f"{name} must be a sequence of layer numbers from 0, got {layers!r}")
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+  if layers is None:
+    return
+  if not layers:
+    raise ValueError(f"{name} must name a layer, got {layers!r}; None adapts all layers")
+  if repeated := [layer for layer, count in Counter(layers).items() if count > 1]:
+    raise ValueError(f"{name}={list(layers)} names layer {repeated[0]} twice; expected each once")
 
 
 def exact_config(rules: Mapping[str, LoraRule], extra: Iterable[str]) -> LoraConfig:
@@ -153,7 +176,7 @@ def exact_config(rules: Mapping[str, LoraRule], extra: Iterable[str]) -> LoraCon
 
   Args:
     rules: by path, a rule whose pattern is that path, escaped, and that gives rank and alpha.
-    extra: paths of leaves that are trained whole.
+    extra: paths of leaves that are fully trained.
   """
   (rank, alpha), _ = Counter((rule.rank, rule.alpha) for rule in rules.values()).most_common(1)[0]
   assert rank is not None, "a rule for a path gives the rank"

@@ -247,10 +247,3 @@ def adapter_extra(trainable: PyTree) -> dict[str, Any]:
   """Returns the fully trained leaves of a trainable tree, by path."""
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   return {path: node for path, node in nodes if not is_lora_weight(node)}
-
-
-def copied(name: str, leaf: Any) -> jax.Array:
-  """Returns a copy of a fully trained leaf, which has to be an array."""
-  if isinstance(leaf, jax.ShapeDtypeStruct):
-    raise ValueError(f"{name} is copied by init and needs a real array, got {leaf}")
-  return jnp.copy(leaf)

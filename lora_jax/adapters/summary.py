@@ -1,4 +1,4 @@
-"""What an adapter consists of, and what merging it costs in accuracy."""
+"""The table of an adapter's parameters, and the error of merging it."""
 
 import math
 from typing import Any
@@ -9,16 +9,18 @@ from jaxtyping import PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.copies import is_float, wide_dtype
 from lora_jax.adapters.delta import adapter_extra, adapter_weights
 from lora_jax.adapters.targets import find_leaves
+from lora_jax.transform.tracing import is_array
 from lora_jax.trees import leaves_with_path
 
 
 def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None) -> str:
-  """Returns a table of what is trained: path, shapes, rank, scaling, count and share.
+  """Returns a table of the trained parameters: path, shapes, rank, scaling, count and share.
 
-  Leaves trained whole stand below the adapted weights and are counted apart, as the paper
-  counts heads apart. The share is of the parameters of the base.
+  Fully trained leaves follow the adapted weights and are counted separately, as the paper counts
+  heads. Shares are of the base model's parameters.
 
   >>> import jax, jax.numpy as jnp, lora_jax
   >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((64, 32))}
@@ -31,16 +33,16 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   base                                                     2,048
 
   Args:
-    params: the base's parameters, or `ShapeDtypeStruct`s.
+    params: the base model's parameters, or `ShapeDtypeStruct`s.
     trainable: as `init` returns it.
     config: for the column of scalings, which are not in the tree; None writes alpha/rank.
   Raises:
-    ValueError: if `trainable` has a weight that `params` has not.
+    ValueError: if `trainable` has a weight that `params` lacks.
   """
   base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
   targets, _ = find_leaves(config, params) if config is not None else ({}, {})
-  weights, whole = adapter_weights(trainable), adapter_extra(trainable)
+  weights, fully_trained = adapter_weights(trainable), adapter_extra(trainable)
   specs = [spec for weight in weights.values() for spec in weight.table if not spec.frozen]
   names = list(dict.fromkeys(spec.name for spec in specs)) or ["lora_a", "lora_b"]
   blank = ("",) * (len(names) + 2)
@@ -61,24 +63,24 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
     rows.append((path, _shape(base[path]), *shapes, *numbers))
   if adapted:
     rows.append(("adapter", *blank, "", f"{adapted:,}", _share(adapted, total)))
-  for path, leaf in whole.items():
+  for path, leaf in fully_trained.items():
     rows.append((path, _shape(leaf), *blank, f"{_size(leaf):,}", _share(_size(leaf), total)))
-  if whole:
-    count = sum(map(_size, whole.values()))
-    rows.append(("trained whole", *blank, "", f"{count:,}", _share(count, total)))
+  if fully_trained:
+    count = sum(map(_size, fully_trained.values()))
+    rows.append(("fully trained", *blank, "", f"{count:,}", _share(count, total)))
   rows.append(("base", *blank, "", f"{total:,}", ""))
   return _aligned(rows, len(names) + 2)
 
 
 def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> dict[str, jax.Array]:
-  """Returns what rounding to the base's dtype cost each merged weight.
+  """Returns the relative error of each merged weight from rounding to the base model's dtype.
 
-  The error is max|merged - exact| / max|exact| over a weight, where `exact` is merged in
-  float32; zero for a float32 base. Dimensionless.
+  The error is max|merged - exact| / max|exact| over a weight, where `exact` is merged in float32:
+  0 for a float32 base model, NaN or infinity if the dtype cannot hold a merged value.
 
   Args:
     adaptation: as `lora` returns it, or another that can be merged.
-    params: the base's parameters.
+    params: the base model's parameters.
     trainable: as `init` returns it, trained.
   """
   merged = dict(leaves_with_path(adaptation.merge(params, trainable)))
@@ -87,14 +89,15 @@ def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> di
   errors = {}
   for path in adapter_weights(trainable):
     difference = jnp.max(jnp.abs(merged[path].astype(exact[path].dtype) - exact[path]))
-    errors[path] = difference / jnp.max(jnp.abs(exact[path]))
+    size = jnp.max(jnp.abs(exact[path]))
+    errors[path] = jnp.where(difference == 0, 0.0, difference / size)
   return errors
 
 
 def _widened(leaf: Any) -> Any:
-  if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-  return leaf
+  return (
+    jnp.asarray(leaf, wide_dtype(leaf.dtype)) if is_array(leaf) and is_float(leaf.dtype) else leaf
+  )
 
 
 def _size(leaf: Any) -> int:

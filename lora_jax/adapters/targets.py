@@ -2,17 +2,27 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax.adapters.config import Init, LoraConfig, LoraRule, OnUnhandled
+from lora_jax.adapters.config import (
+  Init,
+  LoraConfig,
+  LoraRule,
+  OnUnhandled,
+  check_config,
+)
+from lora_jax.adapters.copies import is_float
 from lora_jax.adapters.delta import Variant
 from lora_jax.axes import LoraAxes
 from lora_jax.transform.tracing import is_array
-from lora_jax.trees import as_patterns, key_parts, matches, select
+from lora_jax.trees import as_patterns, key_parts, leaves_with_path, matches, select
+
+NO_RULE = LoraRule(".*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +54,14 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
   """Returns the weights that `config` adapts, by path, in the order of `params`, and the extras.
 
   Returns:
-    `{path: Target}`, and `{path: (keys, leaf)}` of the leaves that are trained whole.
+    `{path: Target}`, and `{path: (keys, leaf)}` of the leaves that are fully trained.
   Raises:
     ValueError: if a pattern of `target`, `extra` or a rule matches nothing, or what it matches
       cannot be adapted.
   """
+  check_config(config)
   leaves = array_leaves(params)
-  chosen = select(config.target, leaves, "target")
+  chosen = select_arrays(config.target, params, leaves, "target")
   for rule in config.rules:
     select(rule.pattern, chosen, "the rule")
   targets = {}
@@ -59,9 +70,9 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
     target = _target(config, path, keys, leaf)
     if target is not None:
       targets[path] = target
-  if not targets:
-    raise ValueError(f"layers={list(config.layers or ())} leaves none of the targeted weights")
-  extra = select(config.extra, leaves, "extra") if as_patterns(config.extra) else []
+  _check_numbers(config, chosen)
+  patterns = as_patterns(config.extra, "extra")
+  extra = select_arrays(patterns, params, leaves, "extra") if patterns else []
   both = [path for path in extra if path in targets]
   if both:
     raise ValueError(f"both target and extra match {', '.join(both)}; expected one of them")
@@ -88,13 +99,61 @@ def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
   return leaves
 
 
-def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> Target | None:
-  rule = next((r for r in config.rules if matches(r.pattern, path)), LoraRule(".*"))
-  if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+def select_arrays(
+  patterns: str | Iterable[str], params: PyTree, arrays: Iterable[str], setting: str
+) -> list[str]:
+  """Returns the paths of the arrays that the patterns match; each must match one.
+
+  Args:
+    patterns: regular expressions for whole paths.
+    params: the tree.
+    arrays: the paths of its arrays.
+    setting: the name of the setting that holds the patterns, for the message.
+  Raises:
+    ValueError: if a pattern matches nothing, or constants of the function only.
+  """
+  arrays = list(arrays)
+  for pattern in as_patterns(patterns, setting):
+    if any(matches(pattern, path) for path in arrays):
+      continue
+    for path, leaf in leaves_with_path(params):
+      if matches(pattern, path):
+        raise ValueError(
+          f"{setting} {pattern!r} matches {path}, which is {leaf!r:.100}, a constant of the "
+          f"function and not an array. Make it an array, jnp.asarray({leaf!r:.20}), to train it"
+        )
+  return select(patterns, arrays, setting)
+
+
+def _check_numbers(config: LoraConfig, paths: Iterable[str]) -> None:
+  """Raises ValueError if `layers` has a number that no targeted weight has."""
+  numbers = sorted({layer_number(path) for path in paths} - {None})  # pyright: ignore
+  if missing := sorted(set(config.layers or ()) - set(numbers)):
     raise ValueError(
-      f"{path} cannot be adapted by LoRA: expected a floating-point array of at least two axes, "
-      f"got {leaf.dtype.name} of shape {leaf.shape}. Train it whole with `extra`, "
-      "or narrow `target`"
+      f"layers={list(config.layers or ())}: no targeted weight is in layer "
+      f"{', '.join(map(str, missing))}; they are in {_ranges(numbers)}. Correct `layers`"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+  """Returns sorted numbers as ranges.
+
+  >>> _ranges([0, 1, 2, 5])
+  '0 to 2, 5'
+  """
+  starts = [n for n in numbers if n - 1 not in numbers]
+  ends = [n for n in numbers if n + 1 not in numbers]
+  pairs = zip(starts, ends, strict=True)
+  return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in pairs)
+
+
+def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> Target | None:
+  rule = next((r for r in config.rules if matches(r.pattern, path)), NO_RULE)
+  if leaf.ndim < 2 or not _is_signed_float(leaf.dtype):
+    remedy = "Fully train it with `extra`, or narrow" if is_float(leaf.dtype) else "Narrow"
+    raise ValueError(
+      f"{path} cannot be adapted by LoRA: expected an array of at least two axes, of real floating-"
+      f"point numbers with a sign, got {leaf.dtype.name} of shape {leaf.shape}. {remedy} `target`"
     )
   number = layer_number(path)
   if config.layers is not None:
@@ -116,12 +175,16 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
     alpha=config.alpha if rule.alpha is None else rule.alpha,
     init=config.init if rule.init is None else rule.init,
     dropout=config.dropout if rule.dropout is None else rule.dropout,
-    axes=rule.axes,
+    axes=None if rule.axes is None else LoraAxes(*map(tuple, rule.axes)),
     by_number=config.layers is not None,
     stacked_layers=None if stacked is None else tuple(stacked),
     on_unhandled=rule.on_unhandled,
     variant=config.variant if rule.variant is None else rule.variant,
   )
+
+
+def _is_signed_float(dtype: Any) -> bool:
+  return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).min < 0  # not float8_e8m0fnu
 
 
 def layer_number(path: str) -> int | None:

@@ -1,31 +1,39 @@
-"""Adapters of one base, added, cut to a rank, and brought to one shape.
+"""Sums of adapters of one base model, and adapters padded to one shape.
 
 An adapter is a pair `(config, trainable)`. Its weights' deltas are `scaling * A B`, so that
 
     sum of w_i * scaling_i * A_i B_i  =  [A_1 A_2 ...] [w_1 scaling_1 B_1; w_2 scaling_2 B_2; ...]
 
-with As side by side and Bs one below another: exact, of rank r_1 + r_2 + ..., and of scaling 1.
-Adding As to As and Bs to Bs would be another thing: (A_1 + A_2)(B_1 + B_2) has A_1 B_2 in it.
+with the As concatenated along the last axis and the Bs along the first: exact, with rank
+r_1 + r_2 + ... and scaling 1. (A_1 + A_2)(B_1 + B_2) would not be their sum: it contains A_1 B_2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from lora_jax.adapters.checks import check_number
 from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import LoraWeight
-from lora_jax.arithmetic.opened import Adapter, by_path, close_adapter, open_adapter
+from lora_jax.arithmetic.opened import (
+  Adapter,
+  by_path,
+  check_adapters,
+  close_adapter,
+  open_adapter,
+)
+from lora_jax.fields import Finite
 from lora_jax.trees import leaves_with_path
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: PyTree) -> Adapter:
-  """Returns the adapter whose deltas are the weighted sums of others' deltas; exact.
+  """Returns the weighted sum of adapters' deltas as one adapter; exact.
 
-  The ranks add up; `truncate_rank` brings them down again. A leaf that is trained whole goes
-  over as it is.
+  The ranks add up; `truncate_rank` reduces them. A fully trained leaf is copied unchanged.
 
   >>> import jax, jax.numpy as jnp, lora_jax
   >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((8, 6))}
@@ -37,17 +45,20 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: 
 
   Args:
     adapters: `(config, trainable)` of each; ranks, alphas and targets may differ.
-    weights: one for each; any numbers.
-    params: of the base, or their shapes.
+    weights: one for each; any finite numbers.
+    params: of the base model, or their shapes.
 
   Returns:
-    The config that `lora_jax.lora` applies the sum by, and its trainable tree.
+    The sum's config, for `lora_jax.lora`, and its trainable tree.
   Raises:
     ValueError: if an adapter is not for these params, a weight is factored along other axes in
-      two of them, or two have trained one leaf whole, to different values.
+      two of them, or two have fully trained one leaf to different values.
   """
-  if len(adapters) != len(weights):
-    raise ValueError(f"expected one weight for each adapter, got {len(weights)}, {len(adapters)}")
+  check_adapters(adapters)
+  if isinstance(weights, str | Mapping) or len(weights) != len(adapters):
+    raise ValueError(f"expected one weight for each of {len(adapters)} adapters, got {weights!r}")
+  for i, weight in enumerate(weights):
+    check_number(f"weights[{i}]", weight, Finite)
   opened = [
     open_adapter(*adapter, params, factor)
     for adapter, factor in zip(adapters, weights, strict=True)
@@ -58,20 +69,21 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], params: 
     a = jnp.concatenate([part.lora_a for part in parts], axis=-1)
     b = jnp.concatenate([part.lora_b for part in parts], axis=len(parts[0].axes.batch))
     leaves[path] = parts[0].replace(lora_a=a, lora_b=b)
-  for path, leaf in ((path, leaf) for adapter in opened for path, leaf in adapter.whole.items()):
+  for path, leaf in ((path, leaf) for adapter in opened for path, leaf in adapter.extra.items()):
     if not jnp.array_equal(leaves.setdefault(path, leaf), leaf):
       raise ValueError(
-        f"{path} is trained whole in several of the adapters, to different values, of which there "
-        "is no sum. Leave it out of all but one"
+        f"{path} is fully trained in several of the adapters, to different values, which have no "
+        "sum. Leave it out of all but one"
       )
   return close_adapter(opened, leaves)
 
 
 def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list[PyTree]]:
-  """Brings adapters to one config and one shape, so that one compiled function serves them all.
+  """Pads adapters to one config and one shape, so that one compiled function serves them all.
 
-  Exact: smaller ranks, and weights and layers that an adapter leaves alone, are filled up with
-  zeros; the scaling goes into B; and a leaf that only others have trained whole is the base's own.
+  Exact: smaller ranks, and the weights and layers that an adapter does not adapt, are padded with
+  zeros; B is multiplied by the scaling; and an adapter that has not trained a leaf which others
+  have fully trained gets the base model's.
 
       config, (first, second) = lora_jax.align([(config_1, one), (config_2, other)], params)
       apply = jax.jit(lora_jax.lora(fn, config).apply)
@@ -79,14 +91,15 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
 
   Args:
     adapters: `(config, trainable)` of each.
-    params: of the base; their shapes do if no leaves are trained whole, or the same in all.
+    params: of the base model; shapes suffice if every fully trained leaf is in all adapters.
 
   Returns:
-    The config of all, and the trainable trees in the order of `adapters`.
+    The common config, and the trainable trees in the order of `adapters`.
   Raises:
     ValueError: if an adapter is not for these params, or a weight is factored along other axes
       in two of them.
   """
+  check_adapters(adapters)
   opened = [open_adapter(*adapter, params) for adapter in adapters]
   base_leaves = dict(leaves_with_path(params))
   leaves: list[dict[str, Any]] = [{} for _ in opened]
@@ -95,17 +108,20 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
     zeros = jax.tree.map(jnp.zeros_like, next(iter(parts_by_number.values())))
     for i, tree in enumerate(leaves):
       tree[path] = _padded(parts_by_number.get(i) or zeros, rank)
-  for path in dict.fromkeys(path for adapter in opened for path in adapter.whole):
+  for path in dict.fromkeys(path for adapter in opened for path in adapter.extra):
+    leaf = base_leaves[path]
     for adapter, tree in zip(opened, leaves, strict=True):
-      tree[path] = adapter.whole.get(path, base_leaves[path])
-      if isinstance(tree[path], jax.ShapeDtypeStruct):
-        raise ValueError(f"{path} is trained whole in some of the adapters; give the base's params")
+      if path not in adapter.extra and isinstance(leaf, jax.ShapeDtypeStruct):
+        raise ValueError(
+          f"{path} is fully trained in some of the adapters; give the base model's params"
+        )
+      tree[path] = jnp.asarray(adapter.extra.get(path, leaf), wide_dtype(leaf.dtype))
   closed = [close_adapter(opened, tree) for tree in leaves]
   return closed[0][0], [trainable for _, trainable in closed]
 
 
 def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
-  """Returns the same delta, with zeros up to a rank."""
+  """Returns the same delta, padded with zeros to a rank."""
   added, rank_axis = rank - weight.rank, len(weight.axes.batch)
   widths = [(0, 0)] * (weight.lora_b.ndim - 1)
   a = jnp.pad(weight.lora_a, [(0, 0)] * (weight.lora_a.ndim - 1) + [(0, added)])

@@ -1,7 +1,7 @@
 """The plain LoRA nearest to an adapter of any variant, by singular value decompositions."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, PyTree
 from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
+from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.adapters.targets import Target, find_leaves
-from lora_jax.arithmetic.truncation import balanced_factors, check_rank
+from lora_jax.arithmetic.truncation import balanced_factors
+from lora_jax.fields import Count, Within, read_value
 from lora_jax.trees import nest
 from lora_jax.variants.lora import LORA
 
@@ -29,31 +31,30 @@ def convert(
 ) -> tuple[LoraConfig, PyTree, dict[str, Float[Array, ""]]]:
   """Returns the nearest adapter of plain LoRA, of scaling 1.
 
-  The merged weight less the base's is decomposed, one weight after another, each layer of a stack
-  and each expert on its own. What LoRA can be summed with, truncated, served and exported for
-  follows from that. A variant that multiplies the weight (DoRA) has a difference of full rank, so
-  that the error says how much of it is lost.
+  It can be summed, truncated, served and exported as any LoRA. The difference between the merged
+  weight and the base model's is decomposed, separately for each weight, layer of a stack and
+  expert. A variant that multiplies the weight (DoRA) has a difference of full rank; the error tells
+  how much of it is lost.
 
   Args:
     config: of the adapter, with its variant.
     trainable: its tree.
-    params: of the base, real arrays.
+    params: of the base model, real arrays.
     rank: of the result, at most; or
-    energy: the least share of the squared singular values that is kept, in (0, 1]. Each weight
-      gets the smallest rank that keeps it; layers of one stack get the largest of theirs.
+    energy: the minimum share of the squared singular values to keep, in (0, 1]. Each weight gets
+      the smallest rank that keeps it, all layers of a stack the largest of their ranks.
 
   Returns:
     The config, the trainable tree, and by path the relative error of the difference in the
     Frobenius norm, over all layers of a stack.
   Raises:
-    ValueError: if the adapter is not for these params, or not one of `rank` and `energy` is given.
+    ValueError: if the adapter is not for these params, or `rank` and `energy` are both set or
+      both None.
   """
   if (rank is None) == (energy is None):
     raise ValueError(f"expected rank or energy, one of them; got rank={rank}, energy={energy}")
-  if rank is not None:
-    check_rank(rank)
-  if energy is not None and not 0 < energy <= 1:
-    raise ValueError(f"energy must be in (0, 1], got {energy!r}")
+  read_value(Count | None, rank, "rank")
+  read_value(Annotated[float, Within("(0, 1]")] | None, energy, "energy")
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
   rules: dict[str, LoraRule] = {}
@@ -78,11 +79,11 @@ def convert(
 def _converted(
   target: Target, weight: LoraWeight, rank: int | None, energy: float | None
 ) -> tuple[LoraWeight, Float[Array, ""]]:
-  """Returns the factors nearest to a weight's difference, and their relative error."""
+  """Returns the factors nearest to a weight's change by its adapter, and their relative error."""
   if isinstance(target.leaf, jax.ShapeDtypeStruct):
-    raise ValueError(f"{target.path}: convert needs the base's real params, and got their shapes")
+    raise ValueError(f"{target.path}: convert needs the base model's params, and got their shapes")
   axes = weight.axes
-  wide = jnp.asarray(target.leaf, jnp.promote_types(target.leaf.dtype, jnp.float32))
+  wide = jnp.asarray(target.leaf, wide_dtype(target.leaf.dtype))
   merged = merge_weight(wide, weight, target.variant or LORA, target.scaling)
   delta = adapted_layers(merged - wide, axes, weight.layers)
   order = (*axes.batch, *axes.inputs, *axes.outputs)

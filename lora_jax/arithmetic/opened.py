@@ -1,4 +1,4 @@
-"""An adapter taken apart: its factors by path, the scaling multiplied into B, and put together."""
+"""Adapters by path, for arithmetic: B multiplied by the scaling; and adapters made from such."""
 
 import re
 from collections.abc import Sequence
@@ -17,17 +17,40 @@ Adapter = tuple[LoraConfig, PyTree]
 
 
 class Opened(NamedTuple):
-  """An adapter by path, its scaling multiplied into B."""
+  """An adapter by path, with B multiplied by the scaling.
+
+  Attributes:
+    weights: the adapted weights.
+    extra: the fully trained leaves.
+    targets: the config's settings of the adapted weights.
+    keys: of every leaf in nested dicts.
+  """
 
   weights: dict[str, LoraWeight]
-  whole: dict[str, Any]
+  extra: dict[str, Any]
   targets: dict[str, Target]
   keys: dict[str, tuple[str, ...]]
+
+
+def check_adapters(adapters: Sequence[Adapter]) -> None:
+  """Raises ValueError unless there is an adapter, and all are pairs `(config, trainable)`."""
+  if not isinstance(adapters, list | tuple) or not adapters:
+    raise ValueError(
+      f"expected a list of adapters, (config, trainable) each, got {adapters!r:.100}"
+    )
+  for i, pair in enumerate(adapters):
+    if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], LoraConfig)):
+      raise ValueError(f"adapters[{i}] must be a pair (LoraConfig, trainable), got {pair!r:.100}")
 
 
 def open_adapter(
   config: LoraConfig, trainable: PyTree, params: PyTree, factor: float = 1.0
 ) -> Opened:
+  """Returns an adapter by path, its deltas multiplied by `factor`.
+
+  Raises:
+    ValueError: if it is not for these params, or a weight is not adapted by plain LoRA.
+  """
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
   weights = {}
@@ -41,21 +64,19 @@ def open_adapter(
 
 
 def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
-  """Returns by path the factors of each adapter that has any, by its number.
+  """Returns by path the factors of each adapter that adapts the weight, by the adapter's index.
 
-  Where adapters have different layers of a stack, all get all of them.
+  Where adapters adapt different layers of a stack, each gets factors of all layers.
 
   Raises:
-    ValueError: if there are no adapters, two factor a weight along other axes, or one trains
-      whole what another has factors of.
+    ValueError: if two adapters factor a weight along other axes, or one fully trains a weight that
+      another factors.
   """
-  if not opened:
-    raise ValueError("expected adapters, got none")
   factored = {path for adapter in opened for path in adapter.weights}
-  if conflicting := sorted(factored & {path for adapter in opened for path in adapter.whole}):
+  if conflicting := sorted(factored & {path for adapter in opened for path in adapter.extra}):
     raise ValueError(
-      f"{', '.join(conflicting)} is adapted by factors in one adapter and trained whole in "
-      "another, of which there is no common form. Merge one of them first"
+      f"{', '.join(conflicting)} is adapted by factors in one adapter and fully trained in "
+      "another, which have no common format. Merge one of them first"
     )
   parts_by_path: dict[str, dict[int, LoraWeight]] = {}
   for i, adapter in enumerate(opened):
@@ -75,7 +96,7 @@ def by_path(opened: Sequence[Opened]) -> dict[str, dict[int, LoraWeight]]:
 
 
 def _on_all_layers(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
-  """Returns the factors of all layers of a stack of this shape, zeros where it is not adapted."""
+  """Returns factors of all layers of a stack of this shape, zeros in layers without an adapter."""
   if weight.layers is None:
     return weight
   count, layers = shape[weight.axes.batch[0]], jnp.asarray(weight.layers)
@@ -87,11 +108,11 @@ def _on_all_layers(weight: LoraWeight, shape: Sequence[int]) -> LoraWeight:
 
 
 def close_adapter(opened: Sequence[Opened], leaves: dict[str, Any]) -> Adapter:
-  """Returns the adapter with new leaves at some of the paths, of scaling 1."""
-  rules, whole = {}, []
+  """Returns the adapter with these leaves, by path, and scaling 1."""
+  rules, extra = {}, []
   for path, leaf in leaves.items():
     if not isinstance(leaf, LoraWeight):
-      whole.append(path)
+      extra.append(path)
       continue
     behaviours = {
       adapter.targets[path].on_unhandled for adapter in opened if path in adapter.targets
@@ -104,4 +125,4 @@ def close_adapter(opened: Sequence[Opened], leaves: dict[str, Any]) -> Adapter:
       on_unhandled="materialize" if "materialize" in behaviours else "raise",
     )
   keys = {path: parts for adapter in opened for path, parts in adapter.keys.items()}
-  return exact_config(rules, whole), nest((keys[path], leaf) for path, leaf in leaves.items())
+  return exact_config(rules, extra), nest((keys[path], leaf) for path, leaf in leaves.items())

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight
 from lora_jax.arithmetic.opened import close_adapter, open_adapter
+from lora_jax.fields import Count, read_value
 
 
 def truncate_rank(
@@ -15,28 +16,28 @@ def truncate_rank(
   """Returns the nearest adapter of a smaller rank, by truncated singular value decompositions.
 
   With A = Q_a R_a and B^T = Q_b R_b, the singular values of A B are those of R_a R_b^T, a matrix
-  of rank x rank: no array of a weight's size is formed. Layers of a stack and experts are cut
-  one by one. A weight whose rank is not above `rank` keeps its delta.
+  of rank x rank: nothing of a weight's size is materialized. Each layer of a stack and each expert
+  is truncated separately. A weight of this rank or a smaller one keeps its delta.
 
   Args:
     config: of the adapter.
     trainable: its tree.
-    params: of the base, or their shapes.
+    params: of the base model, or their shapes.
     rank: of the result, at most.
 
   Returns:
     The config, the trainable tree, and by path the relative error of the delta in the
     Frobenius norm, |new - old| / |old|, over all layers of a stack.
   Raises:
-    ValueError: if the adapter is not for these params, or the rank is no positive integer.
+    ValueError: if the adapter is not for these params, or the rank is not a positive integer.
   """
-  check_rank(rank)
+  read_value(Count, rank, "rank")
   opened = open_adapter(config, trainable, params)
   with jax.default_matmul_precision("float32"):
-    cut = {path: _truncated(weight, rank) for path, weight in opened.weights.items()}
-  weights = {path: weight for path, (weight, _) in cut.items()}
-  errors = {path: error for path, (_, error) in cut.items()}
-  return *close_adapter([opened], weights | opened.whole), errors
+    truncated = {path: _truncated(weight, rank) for path, weight in opened.weights.items()}
+  weights = {path: weight for path, (weight, _) in truncated.items()}
+  errors = {path: error for path, (_, error) in truncated.items()}
+  return *close_adapter([opened], weights | opened.extra), errors
 
 
 def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, ""]]:
@@ -61,18 +62,12 @@ def balanced_factors(
   v: Float[Array, "*batch n k"],
   rank: int,
 ) -> tuple[Float[Array, "*batch m rank"], Float[Array, "*batch rank k"], Float[Array, ""]]:
-  """Returns the first `rank` terms of a decomposition as two factors, and what the others were.
+  """Returns the first `rank` terms of a decomposition as two factors, and the relative error.
 
-  Each factor gets the roots of the singular values; the error is relative, in the Frobenius norm.
+  Both factors are scaled by the roots of the singular values. The error is in the Frobenius norm.
   """
   half = jnp.sqrt(values[..., :rank])
   a, b = u[..., :rank] * half[..., None, :], half[..., None] * v[..., :rank, :]
   lost, total = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
   error = jnp.where(total > 0, lost / jnp.maximum(total, jnp.finfo(total.dtype).tiny), 0.0)
   return a, b, error
-
-
-def check_rank(rank: int) -> None:
-  """Raises ValueError unless the rank of a result is a positive integer."""
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(f"rank must be a positive integer, got {rank!r}")

@@ -1,21 +1,22 @@
-"""Partial fine-tuning: some leaves are trainable, whole; the others are frozen."""
+"""Partial fine-tuning: some leaves are fully trained; the others are frozen."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.checks import check_adapter
-from lora_jax.adapters.delta import adapter_extra, copied
-from lora_jax.adapters.targets import array_leaves
-from lora_jax.trees import nest, replace_leaves, select
+from lora_jax.adapters.copies import in_dtypes_of, merged_leaves, trained_copy
+from lora_jax.adapters.delta import adapter_extra
+from lora_jax.adapters.targets import array_leaves, select_arrays
+from lora_jax.trees import as_patterns, nest, replace_leaves
 
 
 def partial_finetuning(fn: Callable[..., Any], train: str | Iterable[str]) -> Adaptation:
   """Returns fine-tuning of some leaves of `fn(params, *args, **kwargs)` as an `Adaptation`.
 
-  The trainable tree mirrors `params` where a leaf is trained, and holds copies. It is what
-  `LoraConfig.extra` trains beside the factors: with the same patterns, what is left of LoRA
-  without the factors, as a classification head alone.
+  The trainable tree mirrors `params` where a leaf is trained, and holds copies, float32 or wider;
+  `fn` gets them in the base model's dtypes. `LoraConfig.extra` trains leaves in the same way, in
+  addition to the factors; a classification head alone is partial fine-tuning.
 
   Args:
     fn: any JAX function of a parameter tree and further arguments.
@@ -29,21 +30,29 @@ def partial_finetuning(fn: Callable[..., Any], train: str | Iterable[str]) -> Ad
   {'head': (3, 2)}
   """
 
+  patterns = as_patterns(train, "train")
+  if not patterns:
+    raise ValueError(f"train must name a pattern, got {train!r}")
+
   def chosen(params):
     leaves = array_leaves(params)
-    return {path: leaves[path] for path in select(train, leaves, "train")}
+    return {path: leaves[path] for path in select_arrays(patterns, params, leaves, "train")}
 
   def init(key, params, *args, **kwargs):
     del key, args, kwargs
     leaves = chosen(params).items()
-    return nest((keys, copied(path, leaf)) for path, (keys, leaf) in leaves)
+    return nest((keys, trained_copy(path, leaf)) for path, (keys, leaf) in leaves)
 
   def merge(params, trainable):
-    check_adapter(trainable, {}, chosen(params))
-    return replace_leaves(params, adapter_extra(trainable))
+    leaves = chosen(params)
+    check_adapter(trainable, {}, leaves)
+    return replace_leaves(params, merged_leaves(leaves, adapter_extra(trainable)))
 
   def apply(params, trainable, *args, lora_key=None, scaling=None, dropout_rate=None, **kwargs):
     del lora_key, scaling, dropout_rate
-    return fn(merge(params, trainable), *args, **kwargs)
+    leaves = chosen(params)
+    check_adapter(trainable, {}, leaves)
+    trained = in_dtypes_of(leaves, adapter_extra(trainable))
+    return fn(replace_leaves(params, trained), *args, **kwargs)
 
   return Adaptation(init, apply, merge)

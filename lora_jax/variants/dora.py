@@ -24,7 +24,7 @@ from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.config import LoraConfig, check_config
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import RANK, RANK2, LoraAxes
 from lora_jax.transform.factored import Factored
@@ -97,6 +97,7 @@ def dora(
   >>> bool((adapted.apply(params, trainable, jnp.ones((3, 8))) == 8.0).all())
   True
   """
+  check_config(config)
   if config.variant not in (None, DORA):
     raise ValueError(
       f"dora got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"

@@ -17,8 +17,10 @@ from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.checks import check_number
+from lora_jax.adapters.config import LoraConfig, check_config
 from lora_jax.adapters.delta import Site, Variant
+from lora_jax.fields import NonNegative, Positive
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.trees import FrozenKey, key_parts
@@ -34,8 +36,10 @@ def weight(w: Factored, p: Any, scaling: Any) -> Factored:
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
   """Returns A and B as the config's `init` draws them."""
   a_shape, b_shape = (site.array_shape(words) for words in ARRAYS.values())
-  lora_a, lora_b = site.initialize(key, a_shape, b_shape, site.num_inputs)
-  return {"lora_a": lora_a, "lora_b": lora_b}
+  pair = site.initialize(key, a_shape, b_shape, site.num_inputs)
+  if not isinstance(pair, tuple | list) or len(pair) != 2:
+    raise ValueError(f"{site.path}: init must return (lora_a, lora_b), got {pair!r:.100}")
+  return dict(zip(ARRAYS, pair, strict=True))
 
 
 LORA = Variant("LoRA", ARRAYS, start, weight)
@@ -61,6 +65,7 @@ def lora(
     >>> bool((out == fn(params, jnp.ones((3, 8)))).all())
     True
   """
+  check_config(config)
   return adapt(fn, config, LORA, opaque)
 
 
@@ -70,6 +75,8 @@ def rank_stabilized(config: LoraConfig) -> LoraConfig:
   >>> rank_stabilized(LoraConfig(rank=16, alpha=8.0, target="kernel")).alpha  # 32 / 16 = 8 / 4
   32.0
   """
+
+  check_config(config)
 
   def stabilize(alpha: float, rank: int) -> float:
     return alpha * math.sqrt(rank)
@@ -93,9 +100,19 @@ def lora_plus(
 
   Args:
     make_optimizer: from a learning rate, or a schedule of it, to an optimizer.
-    learning_rate: of A and of all else, or a schedule.
-    ratio: the paper's lambda; its authors take 16 (sec. 5).
+    learning_rate: of A and of all else, 0 or more, or a schedule.
+    ratio: the paper's lambda, positive; its authors take 16 (sec. 5).
+  Raises:
+    ValueError: naming the argument, its value and what is allowed.
   """
+  check_number("ratio", ratio, Positive)
+  if not callable(learning_rate):
+    check_number("learning_rate", learning_rate, NonNegative)
+  if not callable(make_optimizer):
+    raise ValueError(
+      "make_optimizer must be a function from a learning rate to an optimizer, as optax.adamw, got "
+      f"{make_optimizer!r:.100}"
+    )
 
   def faster(step: Any) -> Any:
     return ratio * (learning_rate(step) if callable(learning_rate) else learning_rate)

@@ -35,36 +35,9 @@ SQUARE = {"kernel": jnp.ones((8, 6))}
 # ---- the configuration -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"rank": 0}, "rank must be a positive integer, got 0"),
-    ({"rank": -1}, "rank must be a positive integer, got -1"),
-    ({"rank": 2.0}, r"rank must be a positive integer, got 2\.0"),
-    ({"rank": True}, "rank must be a positive integer, got True"),
-    ({"rank": None}, "rank must be given, got None"),
-    ({"alpha": "16"}, "alpha must be a finite number, got '16'"),
-    ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
-    ({"alpha": jnp.float32(1)}, r"alpha must be a finite number.*apply\(scaling="),
-    ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1\.0"),
-    ({"init": "kaiming"}, "init must be one of kaiming_uniform.*got 'kaiming'"),
-    ({"target": "("}, r"'\(' is not a regular expression"),
-    ({"target": ()}, "target must name a pattern"),
-    ({"stacked_layers": ()}, "stacked_layers must be a sequence"),
-    ({"layers": (-1,)}, "layers must be a sequence of layer numbers"),
-    ({"rules": ({"rank": 2},)}, "rules must be LoraRules"),
-  ],
-)
-def test_bad_settings(options, message):
-  with pytest.raises(ValueError, match=message):
-    lj.LoraConfig(**({"rank": 2, "alpha": 4.0, "target": ".*"} | options))
-
-
 def test_an_unknown_field_is_refused():
   with pytest.raises(TypeError, match="aplha"):
     lj.LoraConfig(rank=2, aplha=4.0, target=".*")
-  with pytest.raises(ValueError, match="on_unhandled must be 'raise' or 'materialize'"):
-    lj.LoraRule(".*", on_unhandled="ignore")
 
 
 # ---- the weights -----------------------------------------------------------------------
@@ -86,7 +59,7 @@ def test_a_rule_or_an_extra_that_matches_nothing(setting):
     init(square, SQUARE, X, **{setting: value})
 
 
-def test_a_leaf_both_adapted_and_trained_whole():
+def test_a_leaf_both_adapted_and_fully_trained():
   with pytest.raises(ValueError, match="both target and extra match kernel"):
     init(square, SQUARE, X, extra="kernel")
 
@@ -137,7 +110,9 @@ def stacked(params, x):
 def test_layers_that_are_not_there():
   with pytest.raises(ValueError, match=r"layers=\[0\] needs a layer's number in the path"):
     init(square, SQUARE, X, layers=[0])
-  with pytest.raises(ValueError, match=r"layers=\[7\] leaves none of the targeted weights"):
+  with pytest.raises(
+    ValueError, match=r"layers=\[7\]: no targeted weight is in layer 7; they are in 0 to 2"
+  ):
     init(unrolled, make_params(), tokens(), target="h_.*kernel", layers=[7])
   with pytest.raises(ValueError, match=r"stacked_layers=\[0\] needs a stacked axis"):
     init(square, SQUARE, X, stacked_layers=[0])
@@ -283,23 +258,12 @@ def test_materialize_is_the_way_out_and_says_so_once():
   params = {"w": jnp.linspace(-1, 1, 64).reshape(8, 8)}
   rules = (lj.LoraRule("w", on_unhandled="materialize"),)
   lora = lj.lora(fn, lj.LoraConfig(rank=2, alpha=4.0, target="w", rules=rules))
-  with pytest.warns(UserWarning, match=r"w: W \+ scaling \* AB is formed for 'abs'") as caught:
+  with pytest.warns(UserWarning, match=r"w: W \+ scaling \* AB is materialized for 'abs'") as caught:
     trainable = lora.init(KEY, params, X)
   assert len(caught) == 1
   trainable = jax.tree.map(lambda a: a + 0.1, trainable)
   got = lora.apply(params, trainable, X)
   np.testing.assert_allclose(got, fn(lora.merge(params, trainable), X), rtol=1e-5)
-
-
-def test_materialize_has_no_input_to_drop_from():
-  rules = (lj.LoraRule("w", on_unhandled="materialize", axes=LoraAxes((), (0,), (1,))),)
-  config = lj.LoraConfig(rank=2, alpha=4.0, target="w", rules=rules, dropout=0.5)
-  lora = lj.lora(lambda p, x: x @ jnp.abs(p["w"]), config)
-  params = {"w": jnp.ones((8, 8))}
-  with pytest.warns(UserWarning, match="is formed for 'abs'"):
-    trainable = lora.init(KEY, params, X)
-  with pytest.raises(ValueError, match=r"Set dropout=0\.0 for it in a LoraRule"):
-    lora.apply(params, trainable, X, lora_key=KEY)
 
 
 def test_two_opaque_functions_of_one_name():

@@ -114,7 +114,7 @@ def test_summary():
   )
   counts = {line.split("  ")[0]: line.split() for line in lines}
   assert counts["adapter"][1] == f"{6 * 192:,}"
-  assert counts["trained whole"][2] == str(3 * 96)
+  assert counts["fully trained"][2] == str(3 * 96)
   assert counts["base"][1] == f"{total:,}"
   without = lj.summary(params, trainable).splitlines()
   assert "alpha/4" in without[1]

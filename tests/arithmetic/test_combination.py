@@ -148,16 +148,16 @@ def test_aligned_adapters_keep_their_deltas(name):
     assert relative_difference(delta(fn, zeros, config, trainable), expected) < 1e-6
 
 
-def test_a_weight_that_another_adapter_trains_whole():
+def test_a_weight_that_another_adapter_fully_trains():
   fn, params, x = lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(8)}, jnp.ones((1, 8))
   factors = lj.LoraConfig(2, 4.0, "kernel")
   one = lj.lora(fn, factors).init(jax.random.key(0), params, x)
   both = {"kernel": jnp.eye(8), "other": jnp.eye(8)}
-  whole = lj.LoraConfig(2, 4.0, "other", extra="kernel")
-  two = lj.lora(lambda p, x: x @ p["kernel"] @ p["other"], whole)
-  adapters = [(factors, one), (whole, two.init(jax.random.key(1), both, x))]
+  extra = lj.LoraConfig(2, 4.0, "other", extra="kernel")
+  two = lj.lora(lambda p, x: x @ p["kernel"] @ p["other"], extra)
+  adapters = [(factors, one), (extra, two.init(jax.random.key(1), both, x))]
   for join in (lambda: lj.align(adapters, both), lambda: lj.weighted_sum(adapters, [1, 1], both)):
-    with pytest.raises(ValueError, match="kernel is adapted by factors in one adapter and trained"):
+    with pytest.raises(ValueError, match="kernel is adapted by factors in one adapter and fully"):
       join()
 
 
@@ -187,7 +187,7 @@ def test_tasks_are_switched_without_compiling_or_copying():
   assert relative_difference(outputs[0], outputs[1]) > 1e-2
 
 
-def test_leaves_trained_whole():
+def test_fully_trained_leaves():
   fn, params, _, _, _ = case("unrolled")
   settings = {"target": QV, "extra": "h_0/mlp/up/bias"}
   one, other = (adapter(fn, params, seed, **settings) for seed in (0, 1))
@@ -198,29 +198,20 @@ def test_leaves_trained_whole():
     bias = trainable["h_0"]["mlp"]["up"]["bias"]
     np.testing.assert_array_equal(bias, one[1]["h_0"]["mlp"]["up"]["bias"])
     lj.lora(fn, config).merge(params, trainable)
-  with pytest.raises(ValueError, match=rf"{path} is trained whole in several .* no sum"):
+  with pytest.raises(ValueError, match=rf"{path} is fully trained in several .* no sum"):
     lj.weighted_sum([one, other], [0.5, 0.5], params)
   _, trees = lj.align([one, plain, other], params)
   biases = [tree["h_0"]["mlp"]["up"]["bias"] for tree in trees]
   assert biases[1] is params["h_0"]["mlp"]["up"]["bias"]
   assert not np.array_equal(biases[0], biases[2])
   shapes = jax.eval_shape(lambda: params)
-  with pytest.raises(ValueError, match=rf"{path} is trained whole in some .* base's params"):
+  with pytest.raises(ValueError, match=rf"{path} is fully trained in some .* base model's params"):
     lj.align([one, plain], shapes)
   lj.align([one, other], shapes)
 
 
-def test_what_cannot_be_added_is_refused():
+def test_adapters_that_cannot_be_added_are_refused():
   _, params, _, adapters, _ = case("unrolled")
-  with pytest.raises(ValueError, match="one weight for each adapter, got 1, 2"):
-    lj.weighted_sum(adapters, [1.0], params)
-  with pytest.raises(ValueError, match="expected adapters, got none"):
-    lj.weighted_sum([], [], params)
-  with pytest.raises(ValueError, match="expected adapters, got none"):
-    lj.align([], params)
-  for rank in (0, 2.0, True):
-    with pytest.raises(ValueError, match="rank must be a positive integer"):
-      lj.truncate_rank(*adapters[0], params, rank)
   swapped = jax.tree.map(
     lambda w: lj.LoraWeight(w.lora_a, w.lora_b, lj.LoraAxes((), (1,), (0,))),
     adapters[0][1],
@@ -233,7 +224,7 @@ def test_what_cannot_be_added_is_refused():
     lj.align([adapters[0], (adapters[0][0], other[1])], params)
 
 
-def test_on_unhandled_goes_over():
+def test_on_unhandled_is_kept():
   fn, params, _, _, _ = case("unrolled")
   rule = lj.LoraRule("h_0/.*", on_unhandled="materialize")
   one, plain = adapter(fn, params, 0, target=QV, rules=[rule]), adapter(fn, params, 1, target=QV)

@@ -198,7 +198,7 @@ def test_a_variant_that_makes_no_sense_is_refused(changes, message):
 
 def test_a_start_that_lacks_an_array_is_refused():
   *_, lora, params, x = adapted(variant(start=lambda key, site: {"lora_a": jnp.ones((6, 2))}))
-  with pytest.raises(ValueError, match=r"w: start of thrice LoRA .* gave the arrays lora_a$"):
+  with pytest.raises(ValueError, match=r"w: start of thrice LoRA .* gave lora_a, expected its arrays$"):
     lora.init(jax.random.key(0), params, x)
 
 
