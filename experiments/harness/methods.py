@@ -55,8 +55,10 @@ class Method:
     return self.trains and not self.owns_base
 
   def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:
-    """Returns the base's params after training, for `apply`: they may be what was trained."""
-    return trained if self.owns_base else params
+    """Returns the base model's params after training, which may be the trained ones, for `apply`."""
+    if not self.owns_base:
+      return params
+    return lj.full_finetuning(lambda params: None).merge(params, trained)  # in params' dtypes
 
   def uses(self, field: str) -> bool:
     """Tells whether runs depend on a field of the config, or on a section, by dotted name."""

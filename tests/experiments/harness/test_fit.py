@@ -1,6 +1,7 @@
 """The training that experiments share: what it saves, keeps and reports for each method."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -72,9 +73,13 @@ def test_what_is_kept_is_restored(tmp_path, method, keep, capsys):
 
 
 def test_a_base_that_was_trained_is_what_remains():
-  base, trained = {"w": 1}, {"w": 2}
+  base, trained = {"w": jnp.ones(2, "bfloat16")}, {"w": jnp.full(2, 1.001)}
   assert METHODS["lora"].remaining_base(base, trained) is base
-  assert METHODS["full_finetuning"].remaining_base(base, trained) is trained
+  remaining = METHODS["full_finetuning"].remaining_base(base, trained)
+  np.testing.assert_array_equal(remaining["w"], trained["w"].astype("bfloat16"))
+  base = {"w": jnp.ones(2)}
+  base["w"].delete()  # as training donates it
+  assert METHODS["full_finetuning"].remaining_base(base, trained)["w"] is trained["w"]
 
 
 def test_steps_and_the_learning_rate_follow_the_config(tmp_path):
