@@ -55,7 +55,7 @@ class Method:
     return self.trains and not self.owns_base
 
   def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:
-    """Returns the base model's params after training, which may be the trained ones, for `apply`."""
+    """Returns the base model's params after training; the trained ones if it owns them."""
     if not self.owns_base:
       return params
     return lj.full_finetuning(lambda params: None).merge(params, trained)  # in params' dtypes
