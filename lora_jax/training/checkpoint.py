@@ -3,14 +3,16 @@
 Versions of checkpoints:
 
     1    has no field `version`
-    2    the same, with the field
+    2    the same, with the field; later with `step`, which tells a renamed folder
 """
 
+import contextlib
 import glob
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from lora_jax.adapters.storage import pack, packed_shapes, unpack
+from lora_jax.files import local_path, make_folder
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.trees import leaves_with_path
 
@@ -35,19 +38,30 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
   """Writes a trainable tree to a new folder: plain arrays, and their axes as JSON.
 
   Raises:
-    ValueError: if the folder exists: nothing is overwritten.
+    ValueError: if the folder exists: nothing is overwritten. Or if it is not a local path.
+    OSError: if it cannot be written, as on a full disk. Nothing is left of it.
   """
   arrays, axes = pack(trainable)
-  folder = Path(folder).absolute()
+  folder = local_path(folder).absolute()
+  if folder.exists():
+    raise ValueError(f"{folder} already exists, and nothing is overwritten. Choose another folder")
+  make_folder(folder.parent)
   if jax.process_index() == 0:
     _remove_leftovers(folder.parent, glob.escape(folder.name))
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    checkpointer.save(
-      folder,
-      args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), axes=ocp.args.JsonSave({"axes": axes})
-      ),
-    )
+  args = ocp.args.Composite(
+    arrays=ocp.args.StandardSave(arrays), axes=ocp.args.JsonSave({"axes": axes})
+  )
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder, args=args)
+  except Exception as error:  # storage libraries raise errors of many kinds
+    if jax.process_index() == 0:
+      _remove_leftovers(folder.parent, glob.escape(folder.name))
+    raise OSError(
+      f"the adapter could not be written to {folder} ({type(error).__name__}: "
+      f"{_first_line(error)}). Nothing is left of it. If the disk is full, make room; then save "
+      "it again"
+    ) from error
 
 
 def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
@@ -58,24 +72,60 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
     like: arrays or `ShapeDtypeStruct`s; if they have shardings, the result has the same.
   Raises:
     FileNotFoundError: if there is no adapter.
-    ValueError: if the stored tree differs; every missing, unexpected or mis-shaped leaf and
-      every difference in axes is listed.
+    ValueError: if the stored tree differs; every missing, unexpected or mis-shaped leaf, every
+      difference in axes and every other dtype is listed.
   """
-  folder = Path(folder).absolute()
+  folder = local_path(folder).absolute()
   if not (folder / "axes").is_dir():
     raise FileNotFoundError(f"{folder} holds no adapter: expected one written by save_adapter")
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    stored = checkpointer.restore(folder, args=ocp.args.Composite(axes=ocp.args.JsonRestore()))
-    axes = stored["axes"]["axes"]
+    args = ocp.args.Composite(axes=ocp.args.JsonRestore())
+    with _readable(folder):
+      axes = str(checkpointer.restore(folder, args=args)["axes"]["axes"])
     expected, _ = pack(like)
     abstract = {path: _abstract(leaf) for path, leaf in expected.items()}
     stored_shapes = packed_shapes(axes).items()
-    shapes = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in stored_shapes}
+    shapes = {
+      name: jax.ShapeDtypeStruct(shape, abstract[name].dtype if name in abstract else "float32")
+      for name, shape in stored_shapes
+    }
     unpack(shapes, axes, like)  # refuses before an array is read
-    restored = checkpointer.restore(
-      folder, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+    with _readable(folder):
+      metadata = ocp.StandardCheckpointHandler().metadata(folder / "arrays").tree
+      dtypes = {path: metadata[path].dtype for path in abstract}
+    _check_dtypes(folder, dtypes, abstract)
+    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+    with _readable(folder):
+      arrays = checkpointer.restore(folder, args=args)["arrays"]
+  return unpack(arrays, axes, like)
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+  """Turns the errors of many kinds that storage libraries raise into one."""
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(
+      f"the adapter in {folder} cannot be read ({type(error).__name__}: {_first_line(error)}): it "
+      "is damaged, or not one of save_adapter's. Restore the folder"
+    ) from error
+
+
+def _check_dtypes(
+  folder: Path, dtypes: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+  """Raises ValueError if an adapter's arrays have other dtypes; Orbax would convert them."""
+  problems = [
+    f"{path} is {dtypes[path]}, expected {leaf.dtype}"
+    for path, leaf in expected.items()
+    if dtypes[path] != leaf.dtype
+  ]
+  if problems:
+    raise ValueError(
+      f"{folder} has other dtypes: {'; '.join(problems[:5])}. Restore it with a `like` of the "
+      "stored dtypes, then convert the result with jax.tree.map"
     )
-  return unpack(restored["arrays"], axes, like)
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
@@ -108,8 +158,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: str | Path):
-    self.folder = Path(folder).absolute()
-    self.folder.mkdir(parents=True, exist_ok=True)
+    self.folder = make_folder(folder).absolute()
     self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     if jax.process_index() == 0:
       _remove_leftovers(self.folder, "*")
@@ -145,6 +194,7 @@ class Checkpoints:
     arrays = _arrays(state)
     about = {
       "version": VERSION,
+      "step": step,
       "base": base,
       "state": fingerprint(arrays),
       "shapes": _shapes(arrays),
@@ -231,7 +281,10 @@ class Checkpoints:
       faults = (
         f"{n}: {stored.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in names
       )
-      raise ValueError(f"{label} has another state: {'; '.join(list(faults)[:5])}")
+      raise ValueError(
+        f"{label} has another state: {'; '.join(list(faults)[:5])}. Resume with the method, the "
+        "optimizer and the version of lora_jax that wrote it, or give another workdir"
+      )
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     try:
@@ -276,6 +329,11 @@ class Checkpoints:
       ) from error
     if _digest(about) != digest:
       raise DamagedCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged")
+    if about.get("step", step) != step:
+      raise DamagedCheckpoint(
+        f"the checkpoint of step {step} in {self.folder} is that of step {about['step']}: its "
+        "folder was renamed or copied"
+      )
     version = about.get("version", 1)
     if version > VERSION:
       raise ValueError(

@@ -1,7 +1,7 @@
 """The arrays that an adapter holds and does not train, on disk: written once, read on resuming.
 
-`init` has computed them from the base (DoRA's |W|^2) or drawn them. Another machine may round
-otherwise, so a resumed run reads them and never computes them anew. Checkpoints leave them out.
+`init` computed them from the base params (DoRA's |W|^2) or drew them. Another machine may round
+differently, so a resumed run reads them and never computes them again. Checkpoints leave them out.
 """
 
 import shutil
@@ -19,12 +19,14 @@ FOLDER = "adapter_frozen"
 
 
 def write_held(workdir: str | Path, adapter: PyTree) -> None:
-  """Writes the held arrays of an adapter in place of any that are there.
+  """Writes the held arrays of an adapter, replacing those of an earlier run.
 
   Args:
-    workdir: of the run.
+    workdir: the run's folder.
     adapter: the frozen part of a trainable tree, None where an array is trained. Nothing is
       written if it has no array.
+  Raises:
+    OSError: if they cannot be written, as on a full disk.
   """
   arrays = dict(leaves_with_path(adapter))
   if not arrays:
@@ -33,24 +35,30 @@ def write_held(workdir: str | Path, adapter: PyTree) -> None:
   if jax.process_index() == 0:
     shutil.rmtree(folder, ignore_errors=True)
   multihost_utils.sync_global_devices("write held arrays")
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-    checkpointer.save(
-      folder,
-      args=ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays),
-        about=ocp.args.JsonSave({"fingerprint": fingerprint(arrays)}),
-      ),
-    )
+  args = ocp.args.Composite(
+    arrays=ocp.args.StandardSave(arrays),
+    about=ocp.args.JsonSave({"fingerprint": fingerprint(arrays)}),
+  )
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      checkpointer.save(folder, args=args)
+  except Exception as error:  # storage libraries raise errors of many kinds
+    first_line = str(error).partition("\n")[0][:200]
+    raise OSError(
+      f"the arrays that the adapter holds could not be written to {folder} "
+      f"({type(error).__name__}: {first_line}). Nothing was trained yet. If the disk is full, make "
+      "room; then start again"
+    ) from error
 
 
 def read_held(workdir: str | Path, adapter: PyTree) -> PyTree:
   """Returns the held arrays that a run has written, placed as those of `adapter` are.
 
   Args:
-    workdir: of the run.
-    adapter: the frozen part of a trainable tree, as `init` made it anew.
+    workdir: the run's folder.
+    adapter: the frozen part of a trainable tree, as `init` returns it.
   Raises:
-    FileNotFoundError: if they are not there.
+    FileNotFoundError: if they do not exist.
     ValueError: if they belong to another adapter, or are damaged.
   """
   expected = dict(leaves_with_path(adapter))
@@ -60,7 +68,7 @@ def read_held(workdir: str | Path, adapter: PyTree) -> PyTree:
   if not folder.is_dir():
     raise FileNotFoundError(
       f"{folder} does not exist: the run's checkpoints need the arrays that its adapter holds. "
-      "Restore it, or start anew with another workdir"
+      "Restore it, or start again with another workdir"
     )
   abstract = {
     path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -74,8 +82,8 @@ def read_held(workdir: str | Path, adapter: PyTree) -> PyTree:
   except Exception as error:  # storage libraries raise errors of many kinds
     raise ValueError(
       f"{folder} cannot be read, or belongs to another adapter ({type(error).__name__}). Restore "
-      "it, or start anew with another workdir"
+      "it, or start again with another workdir"
     ) from error
   if fingerprint(arrays) != digest:
-    raise ValueError(f"{folder} is damaged. Restore it, or start anew with another workdir")
+    raise ValueError(f"{folder} is damaged. Restore it, or start again with another workdir")
   return jax.tree.unflatten(jax.tree.structure(adapter), [arrays[path] for path in expected])

@@ -1,9 +1,6 @@
 """The training loop. It knows neither LoRA nor any model, only an `Adaptation` of a loss."""
 
-import contextlib
 import dataclasses
-import datetime
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,21 +9,23 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.extras import require
+from lora_jax.fields import Count, NonNegative, check_fields
+from lora_jax.files import make_folder
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.finite import Diagnosis, all_finite, check_initial
 from lora_jax.training.held import read_held, write_held
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.metrics_log import MetricsLog
+from lora_jax.training.progress import Window, progress_bar
 from lora_jax.training.step import (
   EvalStep,
-  StepMetrics,
   TrainState,
-  all_finite,
   make_eval_step,
   make_train_step,
   start,
@@ -48,7 +47,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-  """The length of a run, and how often it evaluates, saves and logs, in steps.
+  """The length of a run, and how often it evaluates, saves and logs.
 
   Attributes:
     num_train_steps: number of updates.
@@ -57,19 +56,19 @@ class FitConfig:
     checkpoint_every_steps: steps between further checkpoints.
     log_every_steps: steps between lines of `metrics.jsonl`.
     accumulation_steps: number of micro-batches that each batch is split into.
+    checkpoint_every_seconds: the longest time without a checkpoint, checked at each line of
+      `metrics.jsonl`; 0 saves by steps only.
   """
 
-  num_train_steps: int
-  eval_every_steps: int
-  checkpoint_every_steps: int
-  log_every_steps: int = 10
-  accumulation_steps: int = 1
+  num_train_steps: Count
+  eval_every_steps: Count
+  checkpoint_every_steps: Count
+  log_every_steps: Count = 10
+  accumulation_steps: Count = 1
+  checkpoint_every_seconds: NonNegative = 300.0
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{field.name} must be a positive number of steps, got {value!r}")
+    check_fields(self)
 
 
 class Evaluation(NamedTuple):
@@ -153,11 +152,11 @@ def fit(
   Raises:
     FloatingPointError: if a loss, gradient or weight is not finite, saying what to do.
     ValueError: if the batches end early or the checkpoints belong to another run.
-    OSError: if a checkpoint cannot be written.
+    OSError: if a checkpoint or the log cannot be written, as on a full disk.
   """
   if (evaluate is None) == (eval_loss is None) or (eval_loss is None) != (eval_batches is None):
     raise ValueError("expected eval_loss and eval_batches, or evaluate; one of the two ways")
-  workdir = Path(workdir)
+  workdir = make_folder(workdir)
   base = fingerprint(params)
   state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
   del trainable
@@ -171,9 +170,15 @@ def fit(
     if first:
       frozen = {**frozen, "adapter": read_held(workdir, frozen["adapter"])}
     else:
+      check_initial(state.part["adapter"])
       write_held(workdir, frozen["adapter"])
-    with MetricsLog(workdir, first) as log, _bar(config, first, progress) as bar:
-      window = _Window(config, log, bar, progress, schedule, checkpoints)
+    saved = time.monotonic()
+    with (
+      MetricsLog(workdir, first) as log,
+      progress_bar(config.num_train_steps, first, progress) as bar,
+    ):
+      diagnosis = Diagnosis(checkpoints, frozen["base"])
+      window = Window(config.num_train_steps, log, bar, progress, schedule, diagnosis)
       for step in range(first + 1, config.num_train_steps + 1):
         batch = _next(batches, step, config)
         count = int(np.count_nonzero(batch["segment_ids"]))
@@ -184,18 +189,22 @@ def fit(
         is_last = step == config.num_train_steps
         evaluates = step % config.eval_every_steps == 0 or is_last
         saves = evaluates or step % config.checkpoint_every_steps == 0
-        if saves or step % config.log_every_steps == 0:
+        logs = step % config.log_every_steps == 0
+        if saves or logs:
           window.flush()
+        # At lines of the log only, so that the log does not depend on the clock.
+        saves = saves or (logs and _is_due(saved, config))
         if not saves:
           continue
         finite = bool(all_finite(state.part))
-        _check_finite(0.0 if finite else np.nan, "weights", step, checkpoints)
+        diagnosis.check(0.0 if finite else np.nan, "weights", step)
         last_loss = None
         if evaluates:
           last_loss, values = evaluate(frozen["base"], trainable_tree(state, frozen))
-          _check_finite(last_loss, "validation loss", step, checkpoints)
+          diagnosis.check(last_loss, "validation loss", step)
           log.write(step, {f"valid/{name}": value for name, value in values.items()})
         checkpoints.save(step, state, batches.get_state(), base, last_loss)
+        saved = time.monotonic()
         window.restart()
     best = checkpoints.restore_best(state, base)
   assert last_loss is not None, "the last step is always evaluated"
@@ -210,6 +219,15 @@ def fit(
     tokens=tokens,
     base=base,
   )
+
+
+def _is_due(saved: float, config: FitConfig) -> bool:
+  """Tells whether it is time for a checkpoint, by the clock of process 0."""
+  limit = config.checkpoint_every_seconds
+  due = 0 < limit <= time.monotonic() - saved
+  if limit and jax.process_count() > 1:
+    due = bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
+  return due
 
 
 def _by_loss(
@@ -256,113 +274,18 @@ def evaluate_loss(
   return total / weight
 
 
-class _Window:
-  """The steps since the last line of the log, whose metrics are still on the device."""
-
-  def __init__(
-    self,
-    config: FitConfig,
-    log: MetricsLog,
-    bar: "_Bar",
-    progress: bool,
-    schedule: Callable[[int], Any] | None,
-    checkpoints: Checkpoints,
-  ):
-    self._config, self._log, self._bar, self._schedule = config, log, bar, schedule
-    self._prints_lines = progress and isinstance(bar, _NoBar)
-    self._checkpoints = checkpoints
-    self._steps: list[tuple[int, StepMetrics]] = []
-    self._tokens = 0
-    self.restart()
-
-  def restart(self) -> None:
-    """Starts the clock again, after what is not training."""
-    self._since = time.perf_counter()
-
-  def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
-    self._steps.append((step, metrics))
-    self._tokens += tokens
-    self._bar.update()
-
-  def flush(self) -> None:
-    """Fetches, checks and writes the window's metrics."""
-    if not self._steps:
-      return
-    steps = [(step, jax.device_get(metrics)) for step, metrics in self._steps]
-    for step, metrics in steps:
-      _check_finite(float(metrics.loss), "loss", step, self._checkpoints)
-      _check_finite(float(metrics.grad_norm), "gradient's norm", step, self._checkpoints)
-    seconds = time.perf_counter() - self._since
-    weight = sum(float(metrics.weight) for _, metrics in steps)
-    loss = sum(float(m.loss) * float(m.weight) for _, m in steps) / max(weight, 1)
-    step, last = steps[-1]
-    line = {
-      "train/loss": loss,
-      "train/grad_norm": float(last.grad_norm),
-      "train/tokens_per_second": self._tokens / seconds,
-    }
-    if self._schedule is not None:
-      line["train/learning_rate"] = float(self._schedule(step - 1))
-    self._log.write(step, line)
-    self._show(step, f"loss {loss:.3f}, {self._tokens / seconds:,.0f} tokens/s", seconds)
-    self._steps, self._tokens = [], 0
-    self.restart()
-
-  def _show(self, step: int, text: str, seconds: float) -> None:
-    self._bar.set_postfix_str(text)
-    if self._prints_lines:
-      total = self._config.num_train_steps
-      left = round(seconds / len(self._steps) * (total - step))
-      left = datetime.timedelta(seconds=left)
-      print(f"step {step:,} of {total:,}: {text}, {left} left", file=sys.stderr, flush=True)
-
-
-class _Bar(Protocol):
-  """The part of tqdm that is used."""
-
-  def update(self) -> Any: ...
-
-  def set_postfix_str(self, s: str) -> Any: ...
-
-
-class _NoBar:
-  """Shows nothing, and needs no tqdm."""
-
-  def update(self) -> None:
-    pass
-
-  def set_postfix_str(self, s: str) -> None:
-    pass
-
-
-def _bar(config: FitConfig, first: int, progress: bool) -> contextlib.AbstractContextManager[_Bar]:
-  """Returns the progress line; none where stderr is not a terminal: it would fill a log file."""
-  if not (progress and sys.stderr.isatty()):
-    return contextlib.nullcontext(_NoBar())
-  require("tqdm")
-  from tqdm import tqdm
-
-  return tqdm(
-    total=config.num_train_steps, initial=first, unit="step", mininterval=1.0, dynamic_ncols=True
-  )
-
-
 def _next(batches: Iterator[Batch] | Batches, step: int, config: FitConfig) -> Batch:
   try:
-    return next(batches)  # pyright: ignore[reportArgumentType]
+    batch: Any = next(batches)  # pyright: ignore[reportArgumentType]
   except StopIteration:
     raise ValueError(
       f"the training batches ended before step {step} of {config.num_train_steps}. Lower "
       "num_train_steps, or give more epochs"
     ) from None
-
-
-def _check_finite(value: float, quantity: str, step: int, checkpoints: Checkpoints) -> None:
-  if np.isfinite(value):
-    return
-  steps = checkpoints.steps()
-  note = f"the checkpoint of step {steps[-1]} is untouched" if steps else "nothing was saved yet"
-  raise FloatingPointError(
-    f"the {quantity} of step {step}: {value}; training has stopped and {note}. Try a lower "
-    "learning rate, a longer warmup or clipping of the gradient's norm; with float16, bfloat16"
-  )
+  if not isinstance(batch, Mapping) or "segment_ids" not in batch:
+    names = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    raise ValueError(
+      f"a training batch must be a dict of arrays with segment_ids, from which tokens are counted "
+      f"(0 is padding), got {names}"
+    )
+  return batch

@@ -1,7 +1,7 @@
-"""One mesh with the axes `data`, `fsdp` and `tensor`, and what lies where on it.
+"""One mesh with the axes `data`, `fsdp` and `tensor`, and the shardings on it.
 
-Batches are split over `data` and `fsdp`, the base's parameters by rules over `fsdp` and
-`tensor`; adapters, gradients and optimizer state follow from the base's (`lora_jax.shardings`).
+Batches are split over `data` and `fsdp`, the base params by rules over `fsdp` and `tensor`;
+adapters, gradients and optimizer state inherit the base params' shardings (`lora_jax.shardings`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from lora_jax.fields import Count, read_value
 from lora_jax.trees import closest_names, leaves_with_path, matches, select
 
 Rules = Sequence[tuple[str, P]]
@@ -26,16 +27,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     fsdp: parts of the parameters; these devices share the batch as well.
     tensor: parts of each layer's computation.
   Raises:
-    ValueError: if there are too few devices.
+    ValueError: if a size is not a positive integer, there are too few devices, or several processes
+      have devices that the mesh would not use.
   """
+  for name, size in {"data": data, "fsdp": fsdp, "tensor": tensor}.items():
+    read_value(Count, size, f"mesh.{name}")
   count, devices = data * fsdp * tensor, jax.devices()
-  if min(data, fsdp, tensor) < 1:
-    raise ValueError(f"mesh axes must be at least 1, got data={data} fsdp={fsdp} tensor={tensor}")
-  if count > len(devices) or (len(devices) % count and jax.process_count() > 1):
+  if count > len(devices):
     raise ValueError(
       f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there "
       f"are {len(devices)}. (On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={count} "
       "emulates them)"
+    )
+  if len(devices) % count and jax.process_count() > 1:
+    raise ValueError(
+      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} has {count} devices, which do not "
+      f"divide the {len(devices)} of {jax.process_count()} processes. Choose a divisor"
     )
   grid = np.asarray(devices[:count]).reshape(data, fsdp, tensor)
   return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -48,7 +55,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
 
   Args:
     mesh: as `make_mesh` returns it.
-    shapes: of the parameters, arrays or `ShapeDtypeStruct`s.
+    shapes: the parameters, arrays or `ShapeDtypeStruct`s.
     rules: `(pattern, PartitionSpec)`, in order of precedence.
   Raises:
     ValueError: if a pattern matches nothing, a leaf has no rule, or an axis cannot be split.
@@ -60,7 +67,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
     spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
     if spec is None:
       patterns = ", ".join(closest_names(path, [pattern for pattern, _ in rules]))
-      raise ValueError(f"no sharding rule for {path}; near rules: {patterns}")
+      raise ValueError(f"no sharding rule for {path}; did you mean {patterns}?")
     full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
     for size, axis in zip(leaf.shape, full, strict=True):
       names = (axis,) if isinstance(axis, str) else axis or ()
@@ -87,7 +94,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
 
   def split(array: np.ndarray) -> jax.Array:
     rows = len(array) * jax.process_count()
-    if rows % (parts * accumulation_steps):
+    if not rows or rows % (parts * accumulation_steps):
       raise ValueError(
         f"a batch of {rows} rows cannot be split over {accumulation_steps} accumulation steps "
         f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of "

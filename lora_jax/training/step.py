@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.shardings import shardings
@@ -94,19 +95,19 @@ def start(
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def placed(leaf: Any) -> Any:
-    if isinstance(leaf.sharding, NamedSharding):
+    if isinstance(getattr(leaf, "sharding", None), NamedSharding):
       return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return leaf.update(sharding=replicated)
-    return jax.device_put(leaf, replicated)
+    return jax.device_put(leaf, replicated)  # also a NumPy array, or a number
 
   if trainable is params:
-    trainable = params = jax.tree.map(placed, params)
+    trainable = params = _without_aliases(jax.tree.map(placed, params))
     base = jax.tree.map(lambda _: None, params)
   else:
     _check_disjoint(params, trainable)
     base = params = jax.tree.map(placed, params)
-    trainable = jax.tree.map(placed, trainable)
+    trainable = _without_aliases(jax.tree.map(placed, trainable))
   tree = {"base": base, "adapter": trainable}
   mask = trainable_mask(tree)
   specs = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
@@ -117,7 +118,8 @@ def start(
       init, optax.with_extra_args_support(optimizer).update
     )
   optimizer = freeze(optimizer, mask, specs)
-  state = TrainState(jnp.zeros((), jnp.int32), part, optimizer.init(part), jnp.copy(key))
+  opt_state = _copied(optimizer.init(part))
+  state = TrainState(jnp.zeros((), jnp.int32), part, opt_state, jnp.copy(key))
   return jax.tree.map(placed, state), frozen, optimizer
 
 
@@ -130,13 +132,62 @@ def trainable_tree(state: TrainState, frozen: PyTree) -> PyTree:
 
 
 def _check_disjoint(params: PyTree, trainable: PyTree) -> None:
-  base = {id(leaf) for leaf in jax.tree.leaves(params)}
-  shared = [path for path, leaf in leaves_with_path(trainable) if id(leaf) in base]
+  base = {buffer for leaf in jax.tree.leaves(params) for buffer in _buffers(leaf)}
+  shared = [path for path, leaf in leaves_with_path(trainable) if base & _buffers(leaf)]
   if shared:
     raise ValueError(
       f"the trainable tree shares arrays with params: {', '.join(shared[:5])}. A step donates the "
       "trainable tree, so give it copies; for full fine-tuning pass params itself as trainable"
     )
+
+
+def _without_aliases(tree: PyTree) -> PyTree:
+  """Returns a tree with a copy of each leaf that shares memory with an earlier one (tied weights).
+
+  A step donates every leaf, and memory can be donated only once.
+  """
+  seen: set[Any] = set()
+
+  def alone(leaf: Any) -> Any:
+    buffers = _buffers(leaf)
+    if buffers & seen or getattr(leaf, "weak_type", False):
+      return _copy(leaf)
+    seen.update(buffers)
+    return leaf
+
+  return jax.tree.map(alone, tree)
+
+
+def _copied(opt_state: PyTree) -> PyTree:
+  """Returns a copy of an optimizer's initial state, made leaf by leaf to save memory.
+
+  A step donates the state, and a leaf of it may be an array of the trainable tree (Prodigy, DoG)
+  or of the optimizer.
+  """
+  leaves, structure = jax.tree.flatten(opt_state)
+  del opt_state
+  for i, leaf in enumerate(leaves):
+    leaves[i] = _copy(leaf)
+  return jax.tree.unflatten(structure, leaves)
+
+
+def _copy(leaf: Any) -> Any:
+  """Returns a copy without a weak type: one from a checkpoint has none, and must compute alike."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf
+  dtype = jnp.result_type(leaf)
+  is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  return jnp.copy(leaf) if is_key else jnp.array(leaf, dtype)
+
+
+def _buffers(leaf: Any) -> set[Any]:
+  """Returns what identifies a leaf's memory: its addresses, by device."""
+  if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.size(leaf):
+    return set()
+  if not isinstance(leaf, jax.Array):
+    return {id(leaf)} if isinstance(leaf, np.ndarray) else set()
+  shards = (shard.data for shard in leaf.addressable_shards)
+  return {(next(iter(x.devices())), x.unsafe_buffer_pointer()) for x in shards}
 
 
 def make_train_step(
@@ -202,9 +253,3 @@ def make_eval_step(loss: Adaptation) -> EvalStep:
     return loss.apply(params, trainable, batch, lora_key=None)
 
   return jax.jit(step)
-
-
-@jax.jit
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-  """Returns whether no element of a tree of floats is infinite or NaN."""
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

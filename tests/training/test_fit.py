@@ -236,9 +236,7 @@ def test_without_a_bar_there_is_no_need_of_tqdm(progress, tmp_path, monkeypatch,
 
 
 def test_steps_are_positive():
-  with pytest.raises(
-    ValueError, match="eval_every_steps must be a positive number of steps, got 0"
-  ):
+  with pytest.raises(ValueError, match=r"eval_every_steps must be an integer in \[1, inf\), got 0"):
     FitConfig(10, 0, 1)
 
 
@@ -250,7 +248,7 @@ def test_the_log_drops_what_is_done_again(tmp_path):
     log.write(4, {"loss": 7})
   assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
   (tmp_path / "bad").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-  with pytest.raises(ValueError, match="bad:2: expected a JSON object, got 'rubbish'"):
+  with pytest.raises(ValueError, match="bad:2: expected a JSON object with a step, got 'rubb"):
     read_metrics(tmp_path / "bad")
 
 

@@ -110,10 +110,18 @@ def test_a_fingerprint_depends_on_every_bit_and_place():
   assert len({fingerprint(jax.tree.map(jax.numpy.asarray, tree)) for tree in trees}) == len(trees)
 
 
+def test_a_fingerprint_takes_every_leaf_that_jax_computes_with():
+  for dtype in ("int2", "int4", "float4_e2m1fn", "float8_e4m3fn", "bool", "complex64", "float64"):
+    first, second = (np.asarray(row).astype(dtype) for row in ([0, 1, 1, 0], [0, 1, 0, 1]))
+    assert fingerprint({"a": first}) == fingerprint({"a": jax.numpy.asarray(first)})
+    assert fingerprint({"a": first}) != fingerprint({"a": second})
+  assert len({fingerprint({"a": x}) for x in (1, 2, 1.0, True, 1j, np.float32(2))}) == 6
+
+
 def test_what_cannot_be_split_is_refused():
   with pytest.raises(ValueError, match=r"data=4 x fsdp=4 x tensor=1 needs 16 devices; there are 8"):
     make_mesh(4, 4)
-  with pytest.raises(ValueError, match=r"at least 1, got data=1 fsdp=0"):
+  with pytest.raises(ValueError, match=r"mesh.fsdp must be an integer in \[1, inf\), got 0"):
     make_mesh(fsdp=0)
   mesh = make_mesh(4, 2)
   with pytest.raises(ValueError, match=r"a batch of 12 rows cannot be split over 1 accum.* 8 dev"):
@@ -125,5 +133,5 @@ def test_what_cannot_be_split_is_refused():
   assert params_shardings(mesh, shapes, rules)["wide"]["kernel"].spec == P(None, "fsdp", None)
   with pytest.raises(ValueError, match=r"wide/kernel \(3, 6, 4\): an axis of 6 .* over 4 devices"):
     params_shardings(make_mesh(fsdp=4), shapes, rules)
-  with pytest.raises(ValueError, match="no sharding rule for wide/kernel; near rules: wide/bias"):
+  with pytest.raises(ValueError, match="no sharding rule for wide/kernel; did you mean wide/bias"):
     params_shardings(mesh, shapes | {"wide/bias": shapes["wide"]["kernel"]}, [("wide/bias", P())])

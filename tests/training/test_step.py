@@ -1,5 +1,7 @@
 """The train step: what it updates, what it leaves alone, what it compiles."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.finite import all_finite
 from lora_jax.training.loss import LossSum
 from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.step import (
-  all_finite,
   make_eval_step,
   make_train_step,
   start,
@@ -133,10 +135,135 @@ def test_full_finetuning_passes_nothing_twice():
   assert changed == {"up": True, "bias": True, "down": True}
 
 
+def by_hand(adaptation, optimizer, steps):
+  """Returns the trainable tree after some steps of optax, with nothing donated."""
+  params, batch = (jax.tree.map(jnp.array, tree) for tree in (PARAMS, BATCH))
+  trainable = adaptation.init(jax.random.key(1), params, batch)
+  opt_state = optimizer.init(trainable)
+
+  def mean_loss(trainable):
+    loss = adaptation.apply(params, trainable, batch, lora_key=None)
+    return loss.total / (loss.weight + 1e-4)
+
+  @jax.jit
+  def step(trainable, opt_state):
+    updates, opt_state = optimizer.update(jax.grad(mean_loss)(trainable), opt_state, trainable)
+    return optax.apply_updates(trainable, updates), opt_state
+
+  for _ in range(steps):
+    trainable, opt_state = step(trainable, opt_state)
+  return trainable
+
+
+class Holds(NamedTuple):
+  """The state of an optimizer that keeps an array twice, a number, and one of its own arrays."""
+
+  initial: Any
+  again: Any
+  number: Any
+  own: Any
+
+
+OWN = jnp.ones(3)
+
+
+def holding():
+  """Returns SGD whose state has every alias that a step's donation could meet."""
+
+  def init(params):
+    return Holds(params, params, 0.5, {"array": OWN, "key": KEY})
+
+  def update(updates, state, params=None):
+    return jax.tree.map(lambda g: -state.number * g, updates), state
+
+  return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS = {
+  "prodigy": lambda: optax.contrib.prodigy(1.0),
+  "dog": lambda: optax.contrib.dog(1.0),
+  "dowg": lambda: optax.contrib.dowg(1.0),
+  "cocob": optax.contrib.cocob,
+  "schedule-free": lambda: optax.contrib.schedule_free_adamw(1e-2),
+  "holding": holding,
+}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in ("prodigy", "holding") else pytest.param(name, marks=pytest.mark.long)
+    for name in OPTIMIZERS
+  ],
+)
+def test_an_optimizer_may_keep_arrays_that_are_not_its_own(name):
+  """Such as a copy of the initial weights, which is the trainable tree's own array."""
+  adaptation = lora()
+  step, state, frozen, batch = begin(adaptation, OPTIMIZERS[name]())
+  weak = [x.weak_type for x in jax.tree.leaves(state) if hasattr(x, "weak_type")]
+  for _ in range(3):
+    state, _ = step(state, frozen, batch)
+  expected = by_hand(adaptation, OPTIMIZERS[name](), 3)
+  assert relative_difference(trainable_tree(state, frozen), expected) < 1e-5
+  assert not any(weak)
+  assert not OWN.is_deleted()
+  assert not KEY.is_deleted()
+
+
+def test_tied_weights_are_trained_as_leaves_of_their_own():
+  weight = jnp.eye(4)
+  params = {"in": weight, "out": jax.device_put(weight, jax.devices()[0])}
+  params["body"] = jnp.arange(16.0).reshape(4, 4) / 16
+
+  def fn(params, batch, *, key=None):
+    x = batch["x"] @ params["in"] @ params["body"] @ params["out"].T
+    return LossSum(jnp.sum((x - 1) ** 2), jnp.full((), x.size, jnp.float32))
+
+  full = lj.full_finetuning(fn)
+  state, frozen, optimizer = start(params, params, optax.sgd(0.1), KEY, make_mesh())
+  step = make_train_step(full, optimizer, state)
+  batch = place_batch(make_mesh(), {"x": np.eye(4, dtype="float32")})
+  for _ in range(2):
+    state, metrics = step(state, frozen, batch)
+  assert np.isfinite(metrics.loss)
+  tree = trainable_tree(state, frozen)
+  assert np.abs(tree["in"] - tree["out"]).max() > 0
+
+
+def test_frozen_leaves_may_be_whatever_jax_computes_with():
+  """Python's numbers keep their weak types, so that the function computes in bfloat16."""
+  dtypes = []
+
+  def fn(params, batch, *, key=None):
+    weak = batch["x"] @ params["w"].astype(jnp.bfloat16) * params["int"] * params["float"]
+    dtypes.append(weak.dtype)
+    outputs = weak.astype(jnp.float32) * params["bool"] * params["wide"]
+    for name in ("int4", "complex", "numpy"):
+      outputs = outputs * jnp.real(params[name]).astype(jnp.float32)[None]
+    return LossSum(jnp.sum(outputs**2), jnp.sum(jnp.abs(batch["x"][:, 0]) ** 0).astype(jnp.float32))
+
+  params = {"w": np.eye(6, 4, dtype="float32"), "unused": np.zeros(2, bool)}
+  params |= {"int": 2, "float": 2.0, "bool": True, "wide": np.float64(2), "empty": np.zeros((0, 2))}
+  params |= {"numpy": np.full(4, 2), "int4": np.full(4, 2, "int4"), "complex": np.full(4, 2 + 1j)}
+  adaptation = lj.lora(fn, lj.LoraConfig(2, 4.0, "w"))
+  batch = {"x": jnp.asarray(BATCH["x"], jnp.bfloat16)}
+  state, frozen, optimizer = start(
+    params, adaptation.init(KEY, params, batch), optax.sgd(0.1), KEY, make_mesh()
+  )
+  step = make_train_step(adaptation, optimizer, state)
+  _, metrics = step(state, frozen, place_batch(make_mesh(), batch))
+  expected = fn(params, batch)
+  np.testing.assert_allclose(metrics.loss, expected.total / expected.weight, rtol=1e-4)
+  assert set(dtypes) == {jnp.dtype("bfloat16")}
+
+
 def test_a_trainable_tree_that_shares_arrays_with_the_base_is_refused():
   params = jax.tree.map(jnp.array, PARAMS)
   with pytest.raises(ValueError, match=r"shares arrays with params: bias, up. .* copies; for full"):
     start(params, {"up": params["up"], "bias": params["bias"]}, optax.sgd(0.1), KEY, make_mesh())
+  moved = jax.device_put(params["up"], jax.devices()[0])  # another object, of the same memory
+  with pytest.raises(ValueError, match="shares arrays with params: up"):
+    start(params, {"up": moved}, optax.sgd(0.1), KEY, make_mesh())
 
 
 def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
