@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import transform
@@ -18,7 +19,7 @@ SMALL = [
   [
     pytest.param("unrolled", transform.WAYS, marks=pytest.mark.long),
     pytest.param("scanned", transform.WAYS, marks=pytest.mark.long),
-    ("scanned", ("hand", "lora_jax", "merged")),
+    ("mlp", ("hand", "lora_jax", "merged")),
   ],
 )
 def test_the_benchmark_prints_its_table_and_counts_equal_flops(form, ways, capsys, monkeypatch):
@@ -33,6 +34,16 @@ def test_the_benchmark_prints_its_table_and_counts_equal_flops(form, ways, capsy
   gflop = {way: measured.counts["gflop"] for way, measured in results[form].items()}
   assert gflop["lora_jax"] == pytest.approx(gflop["hand"], rel=0.01)
   assert gflop["merged"] > 1.1 * gflop["hand"]  # the count can tell
+
+
+def test_every_iteration_of_a_loop_is_counted():
+  def fn(x, stack):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+  x, stack = jnp.ones((8, 16)), jnp.ones((3, 16, 16))
+  flops = 3 * 2 * 8 * 16 * 16
+  assert transform.compiled_flops(jax.jit(fn).lower(x, stack).compile().as_text()) == flops
+  assert transform.jaxpr_flops(jax.make_jaxpr(fn)(x, stack)) == flops
 
 
 @pytest.mark.parametrize(
