@@ -186,9 +186,10 @@ def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
 def emit_shard_map(interpreter: Any, equation: Any, values: Values) -> Any:
   params = equation.params
   if any(map(_has_key, values)):
+    sources = " and ".join(str(value.source) for value in values if _has_key(value))
     raise ValueError(
-      "LoRA dropout inside shard_map would drop the same elements on every shard; "
-      "set dropout=0.0 in a LoraRule for the weights used there"
+      f"{sources}: LoRA dropout inside shard_map would drop the same elements on every shard. "
+      "Give LoraRule(pattern, dropout=0.0) for it"
     )
 
   def function(*args):

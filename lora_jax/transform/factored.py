@@ -262,11 +262,23 @@ class Factored:
     return x if x.dtype.itemsize >= max(self.dtype.itemsize, 2) else x.astype(dtype)
 
   def materialize(self) -> jax.Array:
-    """Returns the weight as one array. Only for merging, lookups and `on_unhandled`."""
-    out = self.base
+    """Returns the weight as one array, computed in float32 or wider and rounded once.
+
+    Only for merging, lookups and `on_unhandled`.
+    """
+    out = self.base.astype(_wide(self.dtype))
     for term in () if self.probing else self.terms:
-      out = out + aligned(term.product(self.shape, self.dtype), self.base)
-    return out if self.gain is None else _multiplied(out, tuple(range(self.ndim)), self.gain)
+      out = out + aligned(term.product(self.shape, out.dtype), out)
+    if self.gain is not None:
+      out = _multiplied(out, tuple(range(self.ndim)), self.gain)
+    return out.astype(self.dtype)
+
+  def materialize_by_permission(self) -> jax.Array:
+    """Returns the same, for a use that `on_unhandled` allows; records it while probing."""
+    for term in self.terms:
+      if term.probe is not None:
+        term.probe.record_materialized([factor.dims for factor in term.factors])
+    return self.materialize()
 
   def look_up(self) -> jax.Array:
     """Returns the looked-up rows with their low-rank part: an embedding's output.
@@ -296,8 +308,12 @@ def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
   scale = gain.along(tuple(label for label in labels if label in gain.labels))
   axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
   scale = resharded(lax.broadcast_in_dim(scale, array.shape, axes), array)
-  wide = array.dtype if array.dtype.itemsize > 2 else jnp.float32
+  wide = _wide(array.dtype)
   return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
+
+
+def _wide(dtype: Any) -> Any:
+  return dtype if dtype.itemsize > 2 else jnp.float32
 
 
 def _dot_term(

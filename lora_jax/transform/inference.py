@@ -20,7 +20,10 @@ from lora_jax.transform.tracing import TracedCall
 
 
 def infer_axes(
-  call: TracedCall, sources: Mapping[str, Source], interpreter: Interpreter
+  call: TracedCall,
+  sources: Mapping[str, Source],
+  given: Mapping[str, LoraAxes],
+  interpreter: Interpreter,
 ) -> dict[str, tuple[LoraAxes, bool]]:
   """Returns each weight's axes, and whether its first use is an embedding's lookup.
 
@@ -29,12 +32,14 @@ def infer_axes(
   Args:
     call: of the function.
     sources: the weights, by path.
+    given: the axes that the user gave, by path; the others are inferred.
     interpreter: of this call.
   Raises:
-    ValueError: if two uses of one weight split its axes into different sides.
+    ValueError: if two uses of one weight split its axes differently, or a weight of more than
+      two axes is materialized and nothing else tells its inputs from its outputs.
     UnsupportedOperation: if a weight meets an operation that has no rule.
   """
-  probes = {path: Probe(path) for path in sources}
+  probes = {path: Probe(path, given.get(path)) for path in sources}
 
   def run(leaves):
     values = list(leaves)
@@ -44,7 +49,7 @@ def infer_axes(
     interpreter.evaluate(call.jaxpr, values)
 
   jax.eval_shape(run, call.leaves)
-  return {path: _agreed(probe) for path, probe in probes.items() if probe.uses}
+  return {path: _axes(probe) for path, probe in probes.items() if probe.uses or probe.materialized}
 
 
 def _probing(leaf: jax.Array, source: Source, probe: Probe) -> Factored:
@@ -54,17 +59,34 @@ def _probing(leaf: jax.Array, source: Source, probe: Probe) -> Factored:
   return Factored(leaf, source, (Term(factors, probe=probe),))
 
 
-def _agreed(probe: Probe) -> tuple[LoraAxes, bool]:
-  """Returns the axes by the first use; the later ones may swap the sides, no more."""
+def _axes(probe: Probe) -> tuple[LoraAxes, bool]:
+  """Returns the given axes, else those of the uses, else those of a materialized matrix."""
+  lookup = bool(probe.uses) and probe.uses[0].lookup
+  if probe.axes is not None:
+    return probe.axes, lookup
+  if probe.uses:
+    return _agreed(probe), lookup
+  for use in probe.materialized:
+    if len(use.contracted) == len(use.free) == 1:
+      return LoraAxes(use.batch, use.contracted, use.free), False
+  raise ValueError(
+    f"{probe.path} is only used where it is materialized, which does not tell its input axes "
+    "from its output axes. Give LoraRule(pattern, on_unhandled='materialize', "
+    "axes=LoraAxes(batch, inputs, outputs))"
+  )
+
+
+def _agreed(probe: Probe) -> LoraAxes:
+  """Returns the axes by the first use; the later ones may swap inputs and outputs, no more."""
   first = probe.uses[0]
   for use in probe.uses[1:]:
     if _split(use) != _split(first):
       raise ValueError(
         f"conflicting uses of {probe.path}: first {_describe(first)}, later {_describe(use)}. "
-        "One pair A, B cannot serve both; leave it out of `target`, or give "
-        "LoraRule(pattern, axes=LoraAxes(batch, inputs, outputs)) and a use that fits it"
+        "Leave it out of `target`, or choose the axes of A and B with "
+        "LoraRule(pattern, axes=LoraAxes(batch, inputs, outputs))"
       )
-  return LoraAxes(first.batch, first.contracted, first.free), first.lookup
+  return LoraAxes(first.batch, first.contracted, first.free)
 
 
 def _split(use: Use) -> tuple[frozenset[tuple[int, ...]], tuple[int, ...]]:

@@ -58,9 +58,12 @@ class Interpreter:
       try:
         outputs.append(as_array(out, "returned by the function"))
       except Unsupported as error:
+        if out.source.materialize:
+          outputs.append(self._materialize(out, "return"))
+          continue
         raise UnsupportedOperation(
-          f"cannot adapt {out.source}: {error}. Use it otherwise in the "
-          "adapted function, or leave it out of `target`"
+          f"cannot adapt {out.source}: {error}. Leave it out of `target`, or give "
+          "LoraRule(pattern, on_unhandled='materialize') for it"
         ) from error
     return outputs
 
@@ -111,7 +114,7 @@ class Interpreter:
     except Unsupported as error:
       try:
         return self._without_rule(equation, values, str(error))
-      except Unsupported as other:  # a row that cannot be formed either
+      except Unsupported as other:  # a row that cannot be looked up either
         raise self._refusal(equation, values, str(other)) from other
 
   def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
@@ -137,7 +140,7 @@ class Interpreter:
     return self.opaque[name]
 
   def _without_rule(self, equation: Any, values: Values, reason: str) -> Values:
-    """Forms activations, and weights where the user allows it; raises for any other."""
+    """Materializes activations, and weights where the user allows it; raises for any other."""
     name = equation.primitive.name
     values = list(values)
     for i, value in enumerate(values):
@@ -169,17 +172,17 @@ class Interpreter:
   def _materialize(self, value: Factored, name: str) -> jax.Array:
     if any(term.key is not None for term in value.terms):
       raise ValueError(
-        f"{value.source}: LoRA dropout acts on the input of a layer, and "
-        f"{name!r} has none. Set dropout=0.0 for it in a LoraRule"
+        f"{value.source}: LoRA dropout acts on the input of a layer, and {name!r}, for which it "
+        "is materialized, has none. Give LoraRule(pattern, dropout=0.0) for it"
       )
     paths = str(value.source)
     if value.probing and paths not in self._warned:
       self._warned.add(paths)
       warnings.warn(
-        f"{paths}: W + scaling * AB is formed for {name!r} (on_unhandled='materialize')",
+        f"{paths}: W + scaling * AB is materialized for {name!r} (on_unhandled='materialize')",
         stacklevel=2,
       )
-    return value.materialize()
+    return value.materialize_by_permission()
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
@@ -200,7 +203,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _settled(out: Any) -> Any:
-  """Returns what a rule made as the next equations see it: rows are an array."""
-  if isinstance(out, Factored) and out.is_rows:
+  """Returns the output of a rule as the next equations see it: rows are an array.
+
+  Rows of float8 wait for the cast that follows, since A B would be lost in their rounding.
+  """
+  if isinstance(out, Factored) and out.is_rows and out.dtype.itemsize > 1:
     return out.look_up()
   return with_origin(out, None)

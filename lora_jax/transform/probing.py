@@ -8,6 +8,7 @@ factors tell what became of each axis.
 import dataclasses
 from collections.abc import Sequence
 
+from lora_jax.axes import LoraAxes
 from lora_jax.transform.errors import Unsupported
 
 
@@ -23,10 +24,19 @@ class Use:
 
 @dataclasses.dataclass(eq=False)
 class Probe:
-  """Collects what the uses of one weight do with its axes."""
+  """Collects what the uses of one weight do with its axes.
+
+  Attributes:
+    path: of the weight.
+    axes: those that the user gave; its uses need not agree on any then.
+    uses: in the order of the function's operations.
+    materialized: the uses where W + scaling * AB was formed, which any axes fit.
+  """
 
   path: str
+  axes: LoraAxes | None = None
   uses: list[Use] = dataclasses.field(default_factory=list)
+  materialized: list[Use] = dataclasses.field(default_factory=list)
 
   def record(
     self, dims: Sequence[Sequence[int]], contracted: set[int], batch: set[int], lookup: bool
@@ -39,7 +49,7 @@ class Probe:
       batch: the view's dimensions that are shared with the input and kept.
       lookup: whether it is an embedding's lookup.
     Raises:
-      Unsupported: if an original axis has two roles, or one side has none.
+      Unsupported: if an original axis has two roles, or there is no input or no output axis.
     """
     roles: dict[str, list[int]] = {"contracted": [], "batch": [], "free": []}
     for axis, present in enumerate(map(set, dims)):
@@ -49,11 +59,18 @@ class Probe:
         roles["batch"].append(axis)
       elif present <= contracted:
         roles["contracted"].append(axis)
-      elif present & (contracted | batch):
+      elif present & (contracted | batch) and self.axes is None:
         raise Unsupported(f"axis {axis} is only partly contracted")
       else:
         roles["free"].append(axis)
-    if not roles["contracted"] or not roles["free"]:
-      side = "left as an output" if roles["contracted"] else "contracted with an input"
-      raise Unsupported(f"no axis is {side}, so that there are no two sides to factor")
+    if self.axes is None and not (roles["contracted"] and roles["free"]):
+      missing = "left as an output" if roles["contracted"] else "contracted with an input"
+      raise Unsupported(f"none of its axes is {missing}, so that A and B cannot be told apart")
     self.uses.append(Use(*(tuple(axes) for axes in roles.values()), lookup=lookup))
+
+  def record_materialized(self, dims: Sequence[Sequence[int]]) -> None:
+    """Records that a view was materialized; of its axes in order, the last is the output."""
+    batch = tuple(axis for axis, present in enumerate(dims) if not present)
+    rest = [axis for axis, present in enumerate(dims) if present]
+    rest.sort(key=lambda axis: min(dims[axis]))
+    self.materialized.append(Use(tuple(rest[:-1]), batch, tuple(rest[-1:])))

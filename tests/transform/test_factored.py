@@ -106,7 +106,7 @@ def test_a_weight_without_terms_has_a_path():
     Source([])
 
 
-@pytest.mark.filterwarnings("ignore:.*is formed for 'abs':UserWarning")
+@pytest.mark.filterwarnings("ignore:.*is materialized for 'abs':UserWarning")
 def test_a_permission_to_materialize_is_for_one_weight():
   """Also where both go through one compiled inner function."""
 

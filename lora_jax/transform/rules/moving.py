@@ -21,7 +21,7 @@ def transpose(call, w, *, permutation, **_):
 
 
 def broadcast_in_dim(call, w, *dynamic_shape, shape, broadcast_dimensions, **_):
-  pairs = zip(w.shape, broadcast_dimensions, strict=True)
+  pairs = zip(w.shape, map(int, broadcast_dimensions), strict=True)  # vmap gives NumPy's
   where = {d: (moved,) if size == shape[moved] else () for d, (size, moved) in enumerate(pairs)}
   return w.move(call(w.base, *dynamic_shape), where)
 
