@@ -1,4 +1,4 @@
-"""An optimizer that has state for the trainable leaves only."""
+"""An optimizer with state for the trainable leaves only."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def freeze(
 ) -> optax.GradientTransformationExtraArgs:
   """Restricts `optimizer` to the leaves where `mask` is True.
 
-  - Its state has leaves for these only.
+  - Its state has only these leaves.
   - Gradients of frozen leaves may be None, as `jax.grad` over the trainable part of
     `partition` gives them; any others are ignored. (`optax.masked` passes them through: a raw
     gradient would become the update of a frozen weight.)
@@ -37,6 +37,8 @@ def freeze(
     shardings: a tree like the whole or the trainable one, of the `NamedSharding`s that
       gradients, optimizer state and updates are constrained to (`lora_jax.shardings`); None
       leaves them to the compiler.
+  Raises:
+    ValueError: if `optimizer` is not one of optax, or `mask` is not a tree of bools with a True.
   """
   if not isinstance(optimizer, optax.GradientTransformation):
     raise ValueError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r:.100}")
@@ -50,7 +52,7 @@ def freeze(
     raise ValueError("mask has no True leaf, so that nothing would be trained")
 
   def trainable_part(tree: PyTree) -> PyTree:
-    """Puts None in the frozen places, which may be None already."""
+    """Replaces frozen leaves, which may be None already, by None."""
     return jax.tree.unflatten(
       structure,
       [

@@ -1,6 +1,6 @@
-"""Variants that try what the engine lets an equation say; each needs something that LoRA does not.
+"""Variants whose equations use more of the engine than LoRA's.
 
-They are the shape of VeRA, LoHa, LoRA-XS and (IA)^3, without their papers' ways to start.
+They resemble VeRA, LoHa, LoRA-XS and (IA)^3, without the papers' initial values.
 """
 
 import jax
@@ -19,7 +19,7 @@ def draw(key, site, arrays, **sizes):
   }
 
 
-# Frozen factors, scaled along their axes by what is trained.
+# Frozen factors, scaled along their axes by trained vectors.
 SCALED = {"a": "batch in rank", "b": "batch rank out", "d": "batch rank", "e": "batch out"}
 
 
@@ -77,7 +77,7 @@ CORE_VARIANT = lj.Variant(
 )
 
 
-# A gain and no term, on the outputs or on the inputs.
+# Only a gain, on the outputs or on the inputs.
 def gain(words):
   return lj.Variant(
     f"gain over {words}",

@@ -1,1 +1,1 @@
-"""What is trained, whatever the variant: targets, nodes, checks, storage, shardings."""
+"""The trained parameters of every variant: targets, nodes, checks, storage, shardings."""

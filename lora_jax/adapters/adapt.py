@@ -1,11 +1,11 @@
 """The transform: `init`, `apply` and `merge` of any variant, made from an unmodified function.
 
-    params                                  trainable (of LoRA, rank 4)
+    params                                  trainable (LoRA, rank 4)
     h_0/attn/query/kernel  (64, 64)   ->    h_0/attn/query/kernel/lora_a  (64, 4)
                                             h_0/attn/query/kernel/lora_b  (4, 64)
     h_0/attn/query/bias    (64,)      ->    (nothing: frozen)
 
-A variant sees one weight and its arrays. Paths, layer subsets, dropout and its keys stay here.
+A variant sees one weight and its arrays; paths, layer subsets and dropout are handled here.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ from lora_jax.trees import closest_names, nest, replace_leaves
 
 
 class NotGiven(enum.Enum):
-  """Tells an argument that was left out from one that is None."""
+  """Distinguishes an argument that was left out from None."""
 
   NOT_GIVEN = enum.auto()
 
@@ -66,15 +66,18 @@ def adapt(
   default: Variant,
   opaque: Mapping[str, OpaqueRule] | None = None,
 ) -> Adaptation:
-  """Adapts `fn(params, *args, **kwargs)` by a variant of LoRA; `fn` stays as it is.
+  """Adapts `fn(params, *args, **kwargs)` by a variant of LoRA; `fn` is not changed.
 
-  `init` traces `fn` once to learn which axes of each targeted weight are inputs and outputs,
-  and raises if one is unused or meets an operation without a rule. In addition to the arguments
+  `init` traces `fn` once to infer which axes of each targeted weight are inputs and outputs, and
+  raises if a weight is unused or meets an operation without a rule. In addition to the arguments
   of `fn`, `apply` takes:
 
   - `lora_key`: with dropout, a key trains, None evaluates, and leaving it out raises.
-  - `scaling`: replaces alpha / rank, as a scalar or by path; may be traced.
-  - `dropout_rate`: replaces the config's rate, as a scalar or by path; may be traced.
+  - `scaling`: replaces alpha / rank, a number or a mapping by path; may be traced.
+  - `dropout_rate`: replaces the config's `dropout`, likewise.
+
+  The fully trained leaves of `config.extra` have float32 copies in the trainable tree; `fn` gets
+  them in the base model's dtypes (float8 as bfloat16), and `merge` returns them in these.
 
   Arguments that are not arrays are static. Call `apply` under `jax.jit`.
 
@@ -82,8 +85,8 @@ def adapt(
     fn: any JAX function of a parameter tree and further arguments.
     config: what to adapt, and how.
     default: the variant of weights for which neither the config nor a rule names one.
-    opaque: for functions that cannot be looked into (a `custom_vjp` kernel, a Pallas call),
-      the name they are traced under to `rule(call, *args)`. `call` is the function itself; an
+    opaque: rules for functions that have no jaxpr to trace (a `custom_vjp` kernel, a Pallas call),
+      by the name they are traced under: `rule(call, *args)`. `call` is the function itself; an
       adapted weight among the args is a `Factored`, whose `dot(x, ..., base=...)` is the output.
 
   Returns:
@@ -124,7 +127,7 @@ def adapt(
       values = _factored(targets, trainable, call.position, leaves, key, None, None)
       return Interpreter(opaque).evaluate(call.jaxpr, values)
 
-    jax.eval_shape(first_step, call.leaves)  # what only real factors show is raised here
+    jax.eval_shape(first_step, call.leaves)  # raises errors that only real factors show
     return trainable
 
   def apply(
@@ -163,7 +166,7 @@ def adapt(
 def merge_weight(
   w: Float[Array, "*shape"], weight: LoraWeight, variant: Variant, scaling: Any
 ) -> Float[Array, "*shape"]:
-  """Returns the weight that a variant makes, computed in float32 and returned in W's dtype."""
+  """Returns a variant's weight as one array, computed in float32 and returned in W's dtype."""
   wide = w.astype(wide_dtype(w.dtype))
   adapted = adapted_weight(wide, weight, variant, Source(["merge"]), scaling)
   return adapted.materialize().astype(w.dtype)
@@ -172,10 +175,10 @@ def merge_weight(
 def adapted_weight(
   w: jax.Array, weight: LoraWeight, variant: Variant, source: Source, scaling: Any
 ) -> Factored:
-  """Returns the adapted weight: the variant's equation, on the layers that are adapted.
+  """Returns the adapted weight: the variant's equation on the adapted layers.
 
-  Layers of a stack that are not adapted get zeros as factors and ones as gains: the small arrays
-  are padded, the stack itself is left as it is.
+  The other layers of a stack get zeros as factors and ones as gains: the small arrays are padded,
+  and the stack is not touched.
   """
   axes, layers = weight.axes, weight.layers
   if not isinstance(scaling, int | float):
@@ -208,7 +211,7 @@ def _named_factors(w: jax.Array, weight: LoraWeight) -> SimpleNamespace:
 
 
 def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -> LoraWeight:
-  """Returns the arrays of one weight at step 0, float32, placed as the weight is."""
+  """Returns the initial arrays of one weight, float32, sharded as the weight."""
   variant = _variant(target)
   check_site(target, axes, variant)
   initialize = target.init if callable(target.init) else BY_NAME[target.init]
@@ -232,7 +235,7 @@ def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -
     if array.shape != shape:
       raise ValueError(f"{target.path}: init gave {spec.name} {array.shape}, expected {shape}")
     if id(array) in seen:
-      array = jnp.copy(array)  # a step donates what is trained: no two may be one buffer
+      array = jnp.copy(array)  # a step donates the trained arrays: no two may share a buffer
     seen.add(id(array))
     where = array_sharding(sharding, spec.words, axes, site.layers)
     arrays[spec.name] = place(array.astype(jnp.float32), where)
@@ -262,7 +265,7 @@ def _factored(
 
 
 def _with_dropout(terms: tuple[Term, ...], rate: Any, key: PRNGKeyArray) -> tuple[Term, ...]:
-  """Gives every trained term its own masks; a term of frozen arrays alone has no dropout."""
+  """Gives every term its own dropout masks, except terms of frozen arrays only."""
   dropped = []
   for i, term in enumerate(terms):
     term_key = jax.random.fold_in(key, i) if i else key
@@ -272,7 +275,7 @@ def _with_dropout(terms: tuple[Term, ...], rate: Any, key: PRNGKeyArray) -> tupl
 
 
 def _variant(target: Target) -> Variant:
-  assert target.variant is not None, "is filled in by `adapt`"
+  assert target.variant is not None, "`adapt` sets it"
   return target.variant
 
 
@@ -291,7 +294,7 @@ def _dropout_rates(rate: Any, targets: Mapping[str, Target]) -> Mapping[str, Any
 
 
 def _by_path(value: Any, defaults: Mapping[str, float], name: str, kind: Any) -> Mapping[str, Any]:
-  """Returns `value` for each path: None is the default, a mapping may name some of the paths."""
+  """Returns a value for each path; None is the default, a mapping may have some of the paths."""
   if value is None:
     return defaults
   for path, number in value.items() if isinstance(value, Mapping) else [("", value)]:
@@ -310,7 +313,7 @@ def _by_path(value: Any, defaults: Mapping[str, float], name: str, kind: Any) ->
 def _dropout_key(
   lora_key: PRNGKeyArray | NotGiven | None, targets: Mapping[str, Target], dropout_rate: Any
 ) -> PRNGKeyArray | None:
-  """Returns the key, None to evaluate. Raises ValueError if there is dropout and no answer."""
+  """Returns the key, None to evaluate; raises ValueError if there is dropout and none is given."""
   rates = _dropout_rates(dropout_rate, targets)
   drops = not all(_is_zero(rate) for rate in rates.values())
   if not drops:
@@ -323,7 +326,7 @@ def _dropout_key(
 
 
 def _fold_path(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-  """Returns a key that depends on the path alone, not on what else is adapted."""
+  """Returns a key that depends on the path, and not on which other weights are adapted."""
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

@@ -1,4 +1,4 @@
-"""Whether a variant fits a weight, and a trainable tree its params and config."""
+"""Checks that a variant fits a weight, and that a trainable tree fits its params and config."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
   has_rank = any("rank" in spec.words.split() for spec in variant.table)
   if has_rank and target.rank > min(sides):
     raise ValueError(
-      f"{target.path}: rank {target.rank} is larger than the smaller side of the weight, "
+      f"{target.path}: rank {target.rank} is larger than the smaller dimension of the weight, "
       f"{sides[0]} inputs by {sides[1]} outputs (shape {target.leaf.shape}). Lower the rank, "
       "or give LoraRule(pattern, rank=...) for it"
     )
@@ -43,7 +43,7 @@ def _check_layers(target: Target, axes: LoraAxes) -> None:
   layers, shape = target.stacked_layers, target.leaf.shape
   if target.by_number and axes.batch:
     raise ValueError(
-      f"{target.path}: layers= goes by the number in the path, but the weight is itself a stack "
+      f"{target.path}: layers= means the number in the path, but the weight is itself a stack "
       f"(axis {axes.batch[0]} of shape {shape}). Give stacked_layers= for the index on that "
       "axis, or choose paths by `target` alone"
     )
@@ -60,11 +60,11 @@ def _check_layers(target: Target, axes: LoraAxes) -> None:
 
 
 def check_plain(path: str, weight: LoraWeight, operation: str) -> None:
-  """Raises ValueError unless a weight is adapted by plain LoRA, where only that has a meaning."""
+  """Raises ValueError unless a weight is adapted by plain LoRA."""
   if not weight.is_plain:
     raise ValueError(
-      f"{path} is adapted by {weight.table}, and {operation} is for plain LoRA: a sum of such "
-      "adapters is not one of them. Use lora_jax.convert first"
+      f"{path} is adapted by {weight.table}, and {operation} is for plain LoRA: the sum of "
+      "two such adapters is not another. Use lora_jax.convert first"
     )
 
 
@@ -149,9 +149,9 @@ def _mistyped(path: str, array: Any, expected: Any) -> list[str]:
 def _shapes(
   weight: LoraWeight, shape: Sequence[int]
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-  """Returns of each array its name, its shape, and the one that goes with the weight's `shape`.
+  """Returns the name, the shape and the expected shape of each array.
 
-  The size of an inner axis is that of the first array that has it.
+  The expected size of an inner axis is that of the first array that has it.
   """
   sizes: dict[str, int] = {}
   shapes = []

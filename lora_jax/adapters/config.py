@@ -1,10 +1,10 @@
-"""What to adapt: the configuration, and the leaves of a parameter tree that it means."""
+"""The configuration of an adapter: which weights to adapt, and how."""
 
 import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
@@ -14,8 +14,8 @@ from lora_jax.axes import INNER, LoraAxes
 from lora_jax.fields import (
   Count,
   CountOrZero,
+  Finite,
   Pattern,
-  Positive,
   Share,
   check_fields,
   read_value,
@@ -23,6 +23,15 @@ from lora_jax.fields import (
 
 Init = Literal["kaiming_uniform", "gaussian", "original_code"] | Initializer
 OnUnhandled = Literal["raise", "materialize"]
+
+
+def nonzero(name: str, value: float) -> None:
+  """Raises ValueError if a value is 0."""
+  if value == 0:
+    raise ValueError(f"{name} must not be 0, which would train nothing, got {value!r}")
+
+
+Alpha = Annotated[Finite, nonzero]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ class LoraRule:
 
   pattern: Pattern
   rank: Count | None = None
-  alpha: Positive | None = None
+  alpha: Alpha | None = None
   init: Init | None = None
   dropout: Share | None = None
   axes: LoraAxes | None = None
@@ -67,8 +76,9 @@ class LoraConfig:
 
   Attributes:
     rank: of A and B; at most the smaller dimension of every weight.
-    alpha: the branch is scaled by alpha / rank (sec. 4.1). Positive: a negative alpha trains the
-      same adapters as a positive one, with another sign of B, and 0 trains nothing.
+    alpha: the branch is scaled by alpha / rank (sec. 4.1). 0 is an error, since it would train
+      nothing. A negative alpha trains the same function as a positive one, with B negated; loaded
+      adapters may have one.
     target: regular expressions for whole paths, `.*/attn/(query|value)/kernel`.
     dropout: the rate at which elements of the branch's input are dropped in training.
     init: `kaiming_uniform`, `gaussian`, `original_code` (`adapters.initializers`), or a
@@ -88,7 +98,7 @@ class LoraConfig:
   """
 
   rank: Count
-  alpha: Positive
+  alpha: Alpha
   target: Pattern | Sequence[Pattern]
   dropout: Share = 0.0
   init: Init = "kaiming_uniform"
@@ -172,10 +182,10 @@ def _check_layers(name: str, layers: Sequence[int] | None) -> None:
 
 
 def exact_config(rules: Mapping[str, LoraRule], extra: Iterable[str]) -> LoraConfig:
-  """Returns the config that adapts the weights at some paths and no others.
+  """Returns the config that adapts only the weights at these paths.
 
   Args:
-    rules: by path, a rule whose pattern is that path, escaped, and that gives rank and alpha.
+    rules: by path, a rule with that path, escaped, as its pattern, and with rank and alpha.
     extra: paths of leaves that are fully trained.
   """
   (rank, alpha), _ = Counter((rule.rank, rule.alpha) for rule in rules.values()).most_common(1)[0]

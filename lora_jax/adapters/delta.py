@@ -1,16 +1,16 @@
-"""What a variant is, and what it trains of one weight.
+"""Variants of LoRA, and the node of a trainable tree that holds one weight's arrays.
 
-A variant of LoRA is a table of axes and two pure functions:
+A variant is a table of axes and two pure functions:
 
     arrays                      {"lora_a": "batch in rank", "lora_b": "batch rank out"}
     start(key, site)            the arrays at step 0, by name
     weight(w, p, scaling)       the paper's equation: w + scaling * (p.lora_a @ p.lora_b)
 
 In `weight`, w is the frozen weight, a `Factored`; each `p.name` is a `Factor` with labelled axes,
-`p.axes` says which of the weight's axes are inputs and outputs, and `p.sum_with_weight(factor,
-labels)` contracts a factor with the weight itself. Everything else follows from
-the table: shapes and their checks, shardings, the form on disk, the summary, the optimizer's mask;
-`apply` hands the result of `weight` to the engine, and `merge` materializes it.
+`p.axes` tells which of the weight's axes are inputs and outputs, and `p.sum_with_weight(factor,
+labels)` contracts a factor with the weight itself. Everything else follows from the table: shapes
+and their checks, shardings, the format on disk, the summary, the optimizer's mask. `apply` passes
+the result of `weight` to the engine, and `merge` materializes it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,14 +30,14 @@ from lora_jax.trees import FrozenKey, leaves_with_path
 
 @dataclass(frozen=True)
 class Site:
-  """One weight that a variant adapts: where it starts from.
+  """One weight that a variant adapts, as its `start` gets it.
 
   Attributes:
     path: of the weight.
     leaf: the whole weight, or its shape.
     axes: which of its axes are inputs, outputs and shared.
     rank: of its adapter.
-    layers: of a stacked weight, the layers that are adapted, None for all.
+    layers: the adapted layers of a stacked weight; None is all.
     initialize: draws A and B, `(key, a_shape, b_shape, num_inputs) -> (lora_a, lora_b)`.
   """
 
@@ -50,7 +50,7 @@ class Site:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of the weight, with the layer axis cut to the adapted layers."""
+    """The shape of the weight, its layer axis reduced to the adapted layers."""
     return stored_shape(self.leaf.shape, self.axes, self.layers)
 
   @property
@@ -66,12 +66,12 @@ class Site:
     """The adapted layers of the weight.
 
     Raises:
-      ValueError: if there is a shape alone.
+      ValueError: if `leaf` is only a shape.
     """
     if isinstance(self.leaf, jax.ShapeDtypeStruct):
       raise ValueError(
-        f"{self.path}: this variant starts from the weight's values, and init got its shape alone. "
-        "Give real params, or call init inside jax.eval_shape to get shapes"
+        f"{self.path}: this variant is initialized from the weight's values, and init got only its "
+        "shape. Give real params, or call init inside jax.eval_shape to get shapes"
       )
     return adapted_layers(jnp.asarray(self.leaf), self.axes, self.layers)
 
@@ -82,15 +82,15 @@ def _no_sizes(site: Site) -> Mapping[str, int]:
 
 
 class Variant(NamedTuple):
-  """A variant of LoRA: which arrays it has, how they start, and the weight they make.
+  """A variant of LoRA: its arrays, their initial values, and the weight they make.
 
   Attributes:
     name: for messages.
     arrays: the axes of each array, by name.
-    start: `start(key, site) -> {name: array}`. A step-0 weight that is not the base's, to the
-      bit, has to be said in its docstring.
+    start: `start(key, site) -> {name: array}`, the initial values. Its docstring says if the weight
+      of step 0 is not the base model's, to the bit.
     weight: `weight(w, p, scaling) -> Factored`, the paper's equation on the adapted layers.
-    frozen: the names of the arrays that belong to the adapter and are not trained.
+    frozen: names of arrays that the adapter holds and does not train.
     sizes: of inner axes other than `rank`, by word.
   """
 
@@ -103,7 +103,7 @@ class Variant(NamedTuple):
 
   @property
   def table(self) -> "Table":
-    """The static form of a variant, which a node carries."""
+    """The static data of a variant that a node carries."""
     specs = (ArraySpec(name, words, name in self.frozen) for name, words in self.arrays.items())
     return Table(self.name, tuple(specs))
 
@@ -112,7 +112,7 @@ class Variant(NamedTuple):
 
 
 class ArraySpec(NamedTuple):
-  """One array of a variant: its axes, as `LoraAxes` has them, and whether it is not trained."""
+  """One array of a variant: its axes, in the words of `LoraAxes`, and whether it is frozen."""
 
   name: str
   words: str
@@ -140,15 +140,15 @@ LORA_TABLE = Table(
 
 @jax.tree_util.register_pytree_with_keys_class
 class LoraWeight:
-  """The arrays of one adapted weight; stands where the weight stands in `params`.
+  """The arrays of one adapted weight, in the place that the weight has in `params`.
 
   `LoraWeight(lora_a, lora_b, axes, layers)` is plain LoRA's; `from_arrays` makes any variant's.
   The arrays, float32, are attributes: `.lora_a`, `.lora_b`, DoRA's `.magnitude`.
 
   Attributes:
     arrays: by name.
-    axes: which axes of the weight these are; static.
-    layers: of a stacked weight, the layers that are adapted, None for all; static.
+    axes: which of the weight's axes are inputs, outputs and shared; static.
+    layers: the adapted layers of a stacked weight; None is all; static.
     table: the axes of each array, and whether it is frozen; static.
   """
 
@@ -171,9 +171,9 @@ class LoraWeight:
 
     Args:
       arrays: by name, one for each entry of `table`.
-      table: as `Variant.table` has it.
+      table: a variant's `table`.
       axes: of the weight.
-      layers: of a stacked weight, the adapted ones.
+      layers: the adapted layers of a stacked weight; None is all.
     """
     node = cls.__new__(cls)
     node.arrays, node.table = {spec.name: arrays[spec.name] for spec in table}, table
@@ -217,7 +217,7 @@ class LoraWeight:
 
   @property
   def is_plain(self) -> bool:
-    """Whether it is plain LoRA's."""
+    """Whether it is a node of plain LoRA."""
     return self.table == LORA_TABLE
 
   @property

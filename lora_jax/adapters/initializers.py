@@ -1,15 +1,15 @@
-"""How A and B begin.
+"""Initial values of A and B.
 
-| name              | A                        | B              | whose                            |
+| name              | A                        | B              | source                           |
 |-------------------|--------------------------|----------------|----------------------------------|
-| `kaiming_uniform` | U(-b, b), b = fan_in^-½  | 0              | loralib and PEFT, today          |
+| `kaiming_uniform` | U(-b, b), b = fan_in^-½  | 0              | loralib and PEFT                 |
 | `gaussian`        | N(0, 0.02²)              | 0              | the paper's text (sec. 4.1)      |
-| `original_code`   | N(0, 0.02²)              | N(0, 0.02²)    | the code of the paper's time     |
+| `original_code`   | N(0, 0.02²)              | N(0, 0.02²)    | the paper's code                 |
 | (embeddings)      | 0                        | N(0, 1)        | loralib; with the first two      |
 
-The paper gives no standard deviation; 0.02 is that of its code (branch snapshot-9-15-2021 of
-microsoft/LoRA), whose GPT-2 initialized every layer anew after LoRA had set B = 0: under
-`original_code` alone the first output is not the base's. `kaiming_uniform` is PyTorch's with
+The paper gives no standard deviation; its code uses 0.02 (branch snapshot-9-15-2021 of
+microsoft/LoRA). There GPT-2 reinitialized every layer after LoRA had set B = 0, so that only under
+`original_code` the first output is not the base model's. `kaiming_uniform` is PyTorch's with
 a = sqrt(5), a bound of 1 / sqrt(fan_in); JAX's `he_uniform` is sqrt(6) = 2.45 times wider.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Shape = tuple[int, ...]
 Factors = tuple[Float[Array, "*a"], Float[Array, "*b"]]
 Initializer = Callable[[PRNGKeyArray, Shape, Shape, int], Factors]
-"""`(key, a_shape, b_shape, fan_in) -> (lora_a, lora_b)`; fan_in counts a weight's inputs."""
+"""`(key, a_shape, b_shape, fan_in) -> (lora_a, lora_b)`; fan_in is the weight's inputs."""
 
 CODE_STDDEV = 0.02
 
@@ -43,7 +43,7 @@ def gaussian(key: PRNGKeyArray, a_shape: Shape, b_shape: Shape, fan_in: int) -> 
 
 
 def original_code(key: PRNGKeyArray, a_shape: Shape, b_shape: Shape, fan_in: int) -> Factors:
-  """Returns A and B ~ N(0, 0.02²): step 0 differs from the base."""
+  """Returns A and B ~ N(0, 0.02²): step 0 differs from the base model."""
   del fan_in
   keys = jax.random.split(key)
   a, b = (

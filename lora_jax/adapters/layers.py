@@ -1,4 +1,4 @@
-"""Some layers of a stack: the small arrays are cut or padded, the stack itself is left as it is."""
+"""Some layers of a stack: the small arrays are sliced or padded, and the stack is not touched."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lora_jax.transform.factors import Factor, Term
 def stored_shape(
   shape: Sequence[int], axes: LoraAxes, layers: Sequence[int] | None
 ) -> tuple[int, ...]:
-  """Returns the weight's shape with the layer axis cut to the adapted layers."""
+  """Returns the weight's shape, its layer axis reduced to the adapted layers."""
   sizes = list(shape)
   if layers is not None:
     sizes[axes.batch[0]] = len(layers)
@@ -29,9 +29,9 @@ def adapted_layers(w: jax.Array, axes: LoraAxes, layers: Sequence[int] | None) -
 def spread_layers(
   factor: Factor, dim: int, layers: tuple[int, ...], count: int, fill: float
 ) -> Factor:
-  """Returns a factor of `count` layers: its own at the indices `layers`, `fill` elsewhere."""
+  """Returns a factor of `count` layers: the given ones at the indices `layers`, else `fill`."""
   x, axis = factor.array, factor.axis(dim)
-  rest = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)  # of x's sharding
+  rest = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)  # sharded as x
   position = {layer: i for i, layer in enumerate(layers)}
   pieces = [
     lax.slice_in_dim(x, position[i], position[i] + 1, axis=axis) if i in position else rest
@@ -56,14 +56,14 @@ def sum_with_weight(
 ) -> Factor:
   """Returns a factor of the adapted layers times the weight, summed over `labels`; in float32.
 
-  The factor is padded with zeros and the result is cut, so that no layer of the weight is copied.
+  The factor is padded with zeros and the result is sliced: no layer of the weight is copied.
 
   Args:
     w: the whole weight.
     factor: of the adapted layers; it is cast to the weight's dtype.
-    labels: that both have.
+    labels: the summed dimensions, which both have.
     dim: the layer axis; None if all layers are adapted.
-    layers: the adapted ones.
+    layers: the adapted layers.
   """
   dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # JAX does not promote float8
   base = Factor(w.astype(dtype), tuple(range(w.ndim)), frozen=True)

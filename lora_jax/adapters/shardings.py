@@ -1,4 +1,4 @@
-"""The shardings of adapters: each array as its weight's axes are, inner axes replicated."""
+"""Shardings of adapters: each axis is sharded as the weight's axis, inner axes are replicated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,9 +22,9 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   Args:
     trainable: as `init` returns it, of arrays or `ShapeDtypeStruct`s.
     params: a tree of arrays, of `NamedSharding`s, or of `PartitionSpec`s (then the result is
-      `PartitionSpec`s). Leaves with neither leave their factors' places None.
+      `PartitionSpec`s). A leaf with neither gives None for each of its arrays.
   Raises:
-    ValueError: if `trainable` has a leaf that `params` has not.
+    ValueError: if `trainable` has a leaf that `params` lacks.
   """
   leaves = dict(leaves_with_path(params))
 
@@ -50,13 +50,13 @@ def array_sharding(
   axes: LoraAxes,
   layers: Sequence[int] | None,
 ) -> NamedSharding | PartitionSpec | None:
-  """Returns the sharding of one of an adapter's arrays: each axis as the weight's, others whole.
+  """Returns the sharding of one of an adapter's arrays: that of the weight's axes, if it has them.
 
   Args:
     sharding: of the weight.
-    words: the array's axes, as `LoraAxes` has them.
+    words: the array's axes, in the words of `LoraAxes`.
     axes: of the weight.
-    layers: of a stacked weight, the adapted ones.
+    layers: the adapted layers of a stacked weight; None is all.
   """
   if sharding is None:
     return None

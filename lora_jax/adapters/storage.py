@@ -1,4 +1,4 @@
-"""Adapters on disk: plain arrays, and their axes as JSON beside them.
+"""Adapters on disk: plain arrays, and their axes as JSON.
 
 Version 1 knew only plain LoRA: pairs lora_a, lora_b. Version 2 has each array's axes.
 """
@@ -31,8 +31,8 @@ VERSION = 2
 def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
   """Returns the arrays of a trainable tree by path, and its axes as JSON.
 
-  The axes must be kept with the arrays: a square kernel with swapped axes would otherwise
-  load without a word, and merge transposed.
+  The axes must be kept with the arrays: otherwise a square kernel with swapped axes would load
+  without an error, and merge transposed.
 
   >>> import jax.numpy as jnp
   >>> weight = LoraWeight(jnp.zeros((3, 2)), jnp.zeros((2, 4)), LoraAxes((), (0,), (1,)))

@@ -1,4 +1,4 @@
-"""The leaves of a parameter tree that a configuration means."""
+"""The leaves of a parameter tree that a configuration selects."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ NO_RULE = LoraRule(".*")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """One weight to adapt: where it is, and the settings that hold for it."""
+  """One weight to adapt: its path, and its settings."""
 
   path: str
   keys: tuple[str, ...]
@@ -37,7 +37,7 @@ class Target:
   init: Init
   dropout: float
   axes: LoraAxes | None
-  by_number: bool  # chosen by `layers`, the number in its path
+  by_number: bool  # selected by `layers`, the number in its path
   stacked_layers: tuple[int, ...] | None
   on_unhandled: OnUnhandled
   variant: Variant | None  # None is the transform's own

@@ -1,4 +1,4 @@
-"""Sums, truncation, conversion and alignment of adapters."""
+"""Adapters summed, truncated, converted to plain LoRA, and padded to one shape."""
 
 from lora_jax.arithmetic.combination import align as align
 from lora_jax.arithmetic.combination import weighted_sum as weighted_sum

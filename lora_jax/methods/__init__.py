@@ -1,1 +1,1 @@
-"""The paper's baselines, each the same triple as `lora_jax.lora`."""
+"""The paper's baselines, each an `Adaptation` as `lora_jax.lora` returns it."""

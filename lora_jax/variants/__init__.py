@@ -1,1 +1,1 @@
-"""Variants of LoRA, one file a paper, its equation in the first lines."""
+"""Variants of LoRA: one file per paper, its equation in the first lines."""

@@ -3,13 +3,13 @@
     V = W + scaling * A B
     h = x V * (m / |V|)                |V| = the norm of V over its inputs, one for each output
 
-m, (out,), the magnitude, is trained beside A and B, and starts at |W|, so that step 0 is the base
-model, to the bit. |V| is a constant for gradients (sec. 4.3). It comes from the factors:
+m, (out,), the magnitude, is trained with A and B. It is initialized to |W|, so that step 0 is the
+base model, to the bit. |V| is a constant for gradients (sec. 4.3), computed from the factors:
 
     |V|^2 = |W|^2 + 2 scaling sum_in(W * A B) + scaling^2 sum_in((A B)^2)
           = |W|^2 + 2 scaling sum_rank((A^T W) * B) + scaling^2 sum_rank(B * (A^T A) B)
 
-|W|^2 is computed once and held in the adapter, frozen: `norm_squared`.
+|W|^2 is computed once and kept in the adapter, frozen: `norm_squared`.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ ARRAYS = LORA_ARRAYS | {"magnitude": "batch out", "norm_squared": "batch out"}
 def weight(w: Factored, p: Any, scaling: Any) -> Factored:
   """Returns `(W + scaling * A B) * (m / |W + scaling * A B|)` (eq. 5).
 
-  Where |V| is 0, as of an output that starts at zero, V is left as it is.
+  Where |V| is 0, V is returned unchanged: an output whose weights are all zero.
   """
   v = lora_weight(w, p, scaling)
   squared = norm_squared(p, scaling)
@@ -63,7 +63,7 @@ def norm_squared(p: Any, scaling: Any) -> jax.Array:
 
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
-  """Returns A and B of LoRA, the magnitude |W|, and |W|^2; needs real params."""
+  """Returns the initial A and B of LoRA, the magnitude |W|, and |W|^2; needs real params."""
   squared = column_norm_squared(site.weight, site.axes)
   return lora_start(key, site) | {"magnitude": jnp.sqrt(squared), "norm_squared": squared}
 
@@ -82,11 +82,12 @@ DORA = Variant("DoRA", ARRAYS, start, weight, frozen=("norm_squared",))
 def dora(
   fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
 ) -> Adaptation:
-  """Adapts `fn(params, *args, **kwargs)` by DoRA, as `lora` does of a config with `variant=DORA`.
+  """Adapts `fn(params, *args, **kwargs)` by DoRA, as `lora` does with `variant=DORA` in the config.
 
-  Arguments, `apply`'s further arguments and errors are those of `lora_jax.adapters.adapt.adapt`.
-  An optimizer of the bare trainable tree has to leave `norm_squared` alone: `lora_jax.freeze`,
-  with the mask `lora_jax.trainable_mask({"base": None, "adapter": trainable})["adapter"]`.
+  For the arguments, the further arguments of `apply` and the errors, see
+  `lora_jax.adapters.adapt.adapt`. An optimizer of the bare trainable tree must not update
+  `norm_squared`: use `lora_jax.freeze` with the mask
+  `lora_jax.trainable_mask({"base": None, "adapter": trainable})["adapter"]`.
 
   >>> fn = lambda params, x: x @ params["kernel"]
   >>> params = {"kernel": jnp.ones((8, 6))}

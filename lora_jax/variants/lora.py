@@ -2,8 +2,8 @@
 
     h = x W + scaling * x A B          scaling = alpha / rank
 
-W, (in, out), is frozen; A, (in, rank), and B, (rank, out), are trained. B starts at 0, so that
-step 0 is the base model. No array of W's size but W itself is ever formed.
+W, (in, out), is frozen; A, (in, rank), and B, (rank, out), are trained. B is initialized to 0, so
+that step 0 is the base model. No array of W's size is materialized, except W.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def weight(w: Factored, p: Any, scaling: Any) -> Factored:
 
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
-  """Returns A and B as the config's `init` draws them."""
+  """Returns the initial A and B, drawn by the config's `init`."""
   a_shape, b_shape = (site.array_shape(words) for words in ARRAYS.values())
   pair = site.initialize(key, a_shape, b_shape, site.num_inputs)
   if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -48,9 +48,10 @@ LORA = Variant("LoRA", ARRAYS, start, weight)
 def lora(
   fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
 ) -> Adaptation:
-  """Adapts `fn(params, *args, **kwargs)` by LoRA, or by the variant that the config names.
+  """Adapts `fn(params, *args, **kwargs)` by LoRA, or by the config's variant.
 
-  Arguments, `apply`'s further arguments and errors are those of `lora_jax.adapters.adapt.adapt`.
+  For the arguments, the further arguments of `apply` and the errors, see
+  `lora_jax.adapters.adapt.adapt`.
 
   Examples:
     >>> import jax, jax.numpy as jnp, lora_jax
@@ -94,13 +95,13 @@ def lora_plus(
   learning_rate: optax.ScalarOrSchedule,
   ratio: float = 16.0,
 ) -> optax.GradientTransformation:
-  """Returns an optimizer that trains B `ratio` times as fast: LoRA+ (Hayou 2024, 2402.12354).
+  """Returns LoRA+: B's learning rate is `ratio` times A's (Hayou et al. 2024, 2402.12354).
 
   >>> optimizer = lora_plus(lambda rate: optax.adamw(rate, weight_decay=0.0), 1e-3)
 
   Args:
     make_optimizer: from a learning rate, or a schedule of it, to an optimizer.
-    learning_rate: of A and of all else, 0 or more, or a schedule.
+    learning_rate: of A and all other leaves, 0 or more, or a schedule.
     ratio: the paper's lambda, positive; its authors take 16 (sec. 5).
   Raises:
     ValueError: naming the argument, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""The adapter on disk: plain arrays with their axes beside them; what it prints as."""
+"""The adapter on disk, plain arrays and their axes; its summary."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Adapters added, cut to a rank and brought to one shape: exact, for every kind of weight."""
+"""Adapters summed, truncated and padded to one shape: exact, for every kind of weight."""
 
 import functools
 
@@ -61,6 +61,9 @@ MODELS = {
   "many axes": (many, many_params, [{"target": ".*"}, {"target": ".*", "rank": 3}]),
 }
 
+SHORT = {"other targets", "parts of a stack", "many axes"}
+NAMES = [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
+
 
 def adapter(fn, params, seed, **settings):
   config = lj.LoraConfig(**{"rank": 2, "alpha": 6.0} | settings)
@@ -82,7 +85,7 @@ def case(name):
   return fn, make(), params, adapters, [delta(fn, params, *one) for one in adapters]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_weighted_sum_is_exact(name):
   fn, params, zeros, adapters, deltas = case(name)
   config, trainable = lj.weighted_sum(adapters, [0.7, -2.0], params)
@@ -100,7 +103,14 @@ def test_the_weighted_sum_is_exact(name):
   assert [x.shape for x in jax.tree.leaves(fresh)] == [x.shape for x in jax.tree.leaves(trainable)]
 
 
-@pytest.mark.parametrize("name", ["unrolled", "stack", "a part and all of a stack", "many axes"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "many axes",
+    "a part and all of a stack",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("unrolled", "stack")),
+  ],
+)
 def test_the_truncated_rank_is_the_best_and_its_error_told(name):
   """Against the singular values of each weight's whole delta."""
   fn, params, zeros, adapters, _ = case(name)
@@ -138,7 +148,7 @@ def test_a_rank_that_is_enough_loses_nothing():
   assert relative_difference(delta(fn, zeros, *same[:2]), deltas[0]) < 1e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_aligned_adapters_keep_their_deltas(name):
   fn, params, zeros, adapters, deltas = case(name)
   config, trees = lj.align(adapters, params)

@@ -1,4 +1,4 @@
-"""Partial fine-tuning: what it trains, and what it refuses."""
+"""Partial fine-tuning: the leaves it trains, and its errors."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""DoRA: the paper's formula, the base at step 0 to the bit, and what of it is trained."""
+"""DoRA: the paper's formula, the base model at step 0 to the bit, and its trained arrays."""
 
 import dataclasses
 import functools
@@ -89,30 +89,38 @@ def test_output_and_gradients_are_the_papers():
 
 
 STEP_ZERO = """
+import sys
+
 import jax, lora_jax as lj, numpy as np
 from tests.toy_models import make_params, scanned, tokens, unrolled
 
 target = r".*/(kernel|embedding)"
-for fn, stacked in ((unrolled, False), (scanned, True)):
-  params = make_params(stacked)
-  for layers in (None, [0, 2]) if stacked else (None,):
-    config = lj.LoraConfig(4, 8.0, target if layers is None else r"blocks/.*/kernel",
-                           stacked_layers=layers)
-    dora = lj.dora(fn, config)
-    trainable = dora.init(jax.random.key(0), params, tokens())
-    base = np.asarray(jax.jit(fn)(params, tokens()))
-    out = np.asarray(jax.jit(dora.apply)(params, trainable, tokens()))
-    print(fn.__name__, layers, int((out != base).sum()))
+fn = {"unrolled": unrolled, "scanned": scanned}[sys.argv[1]]
+params = make_params(stacked=fn is scanned)
+base = np.asarray(jax.jit(fn)(params, tokens()))
+for layers in (None, [0, 2]) if fn is scanned else (None,):
+  config = lj.LoraConfig(4, 8.0, target if layers is None else r"blocks/.*/kernel",
+                         stacked_layers=layers)
+  dora = lj.dora(fn, config)
+  trainable = dora.init(jax.random.key(0), params, tokens())
+  out = np.asarray(jax.jit(dora.apply)(params, trainable, tokens()))
+  print(layers, int((out != base).sum()))
 """
 
 
-def test_step_zero_is_the_base_bit_for_bit_under_jit():
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    pytest.param("unrolled", ["None 0"], marks=pytest.mark.long),
+    ("scanned", ["None 0", "[0, 2] 0"]),
+  ],
+)
+def test_step_zero_is_the_base_bit_for_bit_under_jit(name, expected):
   """With XLA's usual optimizations, which the other tests leave out."""
   environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-  run = subprocess.run(
-    [sys.executable, "-c", STEP_ZERO], capture_output=True, text=True, check=True, env=environment
-  )
-  assert run.stdout.splitlines() == ["unrolled None 0", "scanned None 0", "scanned [0, 2] 0"]
+  command = [sys.executable, "-c", STEP_ZERO, name]
+  run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+  assert run.stdout.splitlines() == expected
 
 
 def test_some_layers_of_a_stack():
@@ -142,7 +150,7 @@ def test_the_gain_is_applied_in_float32():
   assert bool((out.astype(jnp.float32) != base).any())
 
 
-def test_what_is_trained_and_what_is_held():
+def test_the_trained_and_the_frozen_arrays():
   params, x = example()
   dora = lj.dora(dense, CONFIG)
   tree = {"base": params, "adapter": dora.init(KEY, params, x)}
@@ -179,7 +187,9 @@ def test_init_needs_the_weights_values():
   params, x = example()
   dora = lj.dora(dense, CONFIG)
   shapes = {"w": jax.ShapeDtypeStruct((8, 6), "float32")}
-  with pytest.raises(ValueError, match=r"w: this variant starts from the weight's values.*eval_sh"):
+  with pytest.raises(
+    ValueError, match=r"w: this variant is initialized from the weight's values.*eval_sh"
+  ):
     dora.init(KEY, shapes, x)
   abstract = jax.eval_shape(dora.init, KEY, shapes, x)
   real = dora.init(KEY, params, x)
@@ -198,8 +208,6 @@ def test_the_config_names_the_variant():
   message = r"other variant: w is DoRA \(lora_a, lora_b, magnitude, norm_squared\), the config's is"
   with pytest.raises(ValueError, match=message):
     lj.lora(dense, CONFIG).apply(params, trainable, x)
-  with pytest.raises(ValueError, match=r"variant must be a lora_jax.Variant, as lora_jax.DORA"):
-    lj.LoraConfig(rank=3, alpha=6.0, target="w", variant="dora")  # pyright: ignore
 
 
 def test_a_rule_mixes_variants():
@@ -263,7 +271,7 @@ def test_arithmetic_is_for_plain_lora_and_convert_leads_there():
   assert lj.lora(dense, both).apply(params, doubled, x).shape == expected.shape
 
 
-def test_convert_says_what_is_lost():
+def test_convert_returns_its_error():
   params, _, config, trainable, (_, low_rank, errors) = converted(rank=2)
   delta = lj.lora(dense, config).merge(params, trainable)["w"] - params["w"]
   u, s, v = np.linalg.svd(np.asarray(delta, np.float64))
@@ -274,9 +282,6 @@ def test_convert_says_what_is_lost():
   kept = converted(energy=0.9)[-1]
   share = np.cumsum(s**2) / np.sum(s**2)
   assert kept[1]["w"].rank == int(np.argmax(share >= 0.9)) + 1
-  for options in ({}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 1.5}):
-    with pytest.raises(ValueError, match=r"rank|energy"):
-      lj.convert(config, trainable, params, **options)
 
 
 def test_convert_takes_layers_one_by_one():
@@ -293,7 +298,7 @@ def test_convert_takes_layers_one_by_one():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_an_output_that_starts_at_zero_stays_finite(dtype):
+def test_an_output_of_zero_weights_stays_finite(dtype):
   params, x = example(dtype)
   params = {"w": params["w"].at[:, 2].set(0)}
   dora = lj.dora(dense, CONFIG)
@@ -325,7 +330,7 @@ def test_float64_weights():
     np.testing.assert_array_equal(dora.apply(params, trainable, x), dense(params, x))
 
 
-def test_layers_that_are_left_alone_are_not_copied():
+def test_layers_without_an_adapter_are_not_copied():
   params = make_params(stacked=True)
   config = lj.LoraConfig(4, 8.0, r"blocks/attn/query/kernel", stacked_layers=[0, 2])
   dora = lj.dora(scanned, config)
