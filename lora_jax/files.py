@@ -94,11 +94,11 @@ def decode_line(line: bytes, where: str, is_first: bool) -> str:
   if is_first:
     line = line.removeprefix(b"\xef\xbb\xbf")
   if b"\0" in line:
-    raise ValueError(f"{where}: expected text in UTF-8, got a NUL byte: it is binary, or UTF-16")
+    raise ValueError(f"{where}: expected UTF-8, got a NUL byte: it is binary, or UTF-16")
   try:
     return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
   except UnicodeDecodeError as error:
-    raise ValueError(f"{where}: expected text in UTF-8, got {error}") from error
+    raise ValueError(f"{where}: expected UTF-8, got byte 0x{line[error.start]:02x}") from error
 
 
 def parse_json(text: str | bytes, where: str | Path) -> Any:

@@ -152,14 +152,16 @@ def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text
   elif chats:
     template = load_chat_template(model.folder)
   if template is not None:
-    template = dataclasses.replace(template, today=datetime.fromisoformat(config.data.today))
-  end_ids = {end_id, *_generation_end_ids(model.folder, model.module.config.vocab_size)}
+    special = {"eos_token": tokenizer.id_to_token(end_id), **template.special_tokens}
+    today = datetime.fromisoformat(config.data.today)
+    template = dataclasses.replace(template, special_tokens=special, today=today)
+  end_ids = {end_id, *generation_end_ids(model.folder, model.module.config.vocab_size)}
   if template is not None:
     end_ids.update(_turn_end_ids(tokenizer, template))
   return Text(tokenizer, end_id, template, tuple(sorted(end_ids)))
 
 
-def _generation_end_ids(folder: Path, vocab_size: int) -> list[int]:
+def generation_end_ids(folder: Path, vocab_size: int) -> list[int]:
   """Returns the end tokens in generation_config.json, which servers stop at."""
   value = read_json_if_present(folder / "generation_config.json").get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -1,17 +1,17 @@
-"""Examples in arrays of fixed shapes: several to a row (packed) or one (padded).
+"""Examples in arrays of fixed shapes: several in a row (packed) or one (padded).
 
 A row of T tokens and K targets; a batch has B rows:
 
-    tokens          a1 a2 a3 b1 b2 -  -  -      positions start anew in every segment
+    tokens          a1 a2 a3 b1 b2 -  -  -      positions start at 0 in every segment
     positions       0  1  2  0  1  0  0  0
     segment_ids     1  1  1  2  2  0  0  0      0 is padding
     targets         a3 a4 b3 -                  target_index: where in the row they are predicted
     target_index    1  2  4  0
     target_weights  1  1  1  0                  0 is padding
 
-Each epoch's order, and with it its packing, is a function of (seed, epoch) alone. All batches of a
-run are therefore known at the start, by their number: `len` is exact, the state of an iterator is
-one integer, and every process of a larger job can build its part of the same global batch.
+Each epoch's order and packing are a function of (seed, epoch). All batches of a run are therefore
+known at the start, by their number: `len` is exact, the state of an iterator is one integer, and
+every process of a larger job can build its part of the same global batch.
 """
 
 import itertools
@@ -23,9 +23,13 @@ from jaxtyping import Float32, Int32
 
 from lora_jax.data.text import Example
 from lora_jax.extras import require
+from lora_jax.fields import Count, CountOrZero, read_value
 
 if TYPE_CHECKING:
   import grain
+
+MAX_TOKENS = 2**27  # of a batch: half a gigabyte an array
+MAX_EXAMPLES = 10**8  # of all epochs: their order takes gigabytes
 
 Row = list[int]
 """The numbers of the examples in a row, in their order."""
@@ -43,12 +47,12 @@ class Batch(TypedDict):
 
 
 class Batches:
-  """All batches of a run, built when they are asked for.
+  """All batches of a run, built when they are accessed.
 
   Attributes:
     epoch_ends: the number of batches up to the end of each epoch.
     batch_size: rows of a global batch.
-    row_lengths: the T that a batch may have, ascending; it takes the first that holds its rows.
+    row_lengths: the T that a batch may have, ascending; it takes the first that fits its rows.
     loss_length: K.
   """
 
@@ -78,7 +82,7 @@ class Batches:
     return len(self._rows)
 
   def __getitem__(self, index: int) -> Batch:
-    """Returns the batch of that number; this process's rows of it, where there are several."""
+    """Returns the batch of that number, or this process's rows of it."""
     rows = [[self._examples[i] for i in row] for row in self._rows[index]]
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     row_length = next(length for length in self.row_lengths if length >= longest)
@@ -87,11 +91,12 @@ class Batches:
 
 
 def shard_of(batch_size: int, shard_index: int, shard_count: int) -> slice:
-  """Returns the rows of a global batch that are one process's.
+  """Returns one process's rows of a global batch.
 
   Raises:
     ValueError: if the rows cannot be shared evenly, or there is no such process.
   """
+  read_value(Count, shard_count, "shard_count")
   if batch_size < 1 or batch_size % shard_count:
     raise ValueError(
       f"batch_size must be a multiple of shard_count = {shard_count}, got {batch_size}"
@@ -100,6 +105,37 @@ def shard_of(batch_size: int, shard_index: int, shard_count: int) -> slice:
     raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
   rows_per_shard = batch_size // shard_count
   return slice(rows_per_shard * shard_index, rows_per_shard * (shard_index + 1))
+
+
+def check_sizes(
+  num_examples: int,
+  *,
+  batch_size: int,
+  row_lengths: Sequence[int],
+  loss_length: int = 1,
+  seed: int | None,
+  num_epochs: int,
+) -> None:
+  """Raises ValueError, naming the argument, unless the batches of a run can be built."""
+  if not num_examples:
+    raise ValueError("expected at least one example, got none")
+  read_value(Count, batch_size, "batch_size")
+  read_value(Count, loss_length, "loss_length")
+  read_value(Count, num_epochs, "num_epochs")
+  read_value(CountOrZero | None, seed, "seed")
+  lengths = read_value(tuple[Count, ...], row_lengths, "row_lengths")
+  if not lengths:
+    raise ValueError("row_lengths must have at least one length, got none")
+  if batch_size * max(*lengths, loss_length) > MAX_TOKENS:
+    raise ValueError(
+      f"a batch must have at most {MAX_TOKENS:,} tokens, got batch_size {batch_size:,}, "
+      f"row_length {max(lengths):,} (row_lengths) and loss_length {loss_length:,}"
+    )
+  if num_epochs * num_examples > MAX_EXAMPLES:
+    raise ValueError(
+      f"all epochs must have at most {MAX_EXAMPLES:,} examples, got num_epochs {num_epochs:,} and "
+      f"{num_examples:,} examples"
+    )
 
 
 def packed_batches(
@@ -113,18 +149,27 @@ def packed_batches(
   shard_index: int = 0,
   shard_count: int = 1,
 ) -> Batches:
-  """Returns batches with as many examples a row as fit; every example once an epoch.
+  """Returns batches with as many examples in a row as fit; every example once an epoch.
 
   Args:
-    examples: what `text.encode` returns.
+    examples: as of `text.encode`.
     batch_size: rows of a global batch. The last of an epoch is filled up with empty rows.
     row_length: T, tokens.
     loss_length: K, targets; see `suggest_loss_length`.
-    seed: of the order, another one in each epoch; None keeps the examples in theirs.
+    seed: of the order, another one in each epoch; None keeps the examples' order.
     shard_index: this process's number of `shard_count`; it gets its block of each batch's rows.
   Raises:
-    ValueError: if an example does not fit into a row.
+    ValueError: if an example does not fit into a row, or a size is out of range.
   """
+  read_value(Count, row_length, "row_length")
+  check_sizes(
+    len(examples),
+    batch_size=batch_size,
+    row_lengths=[row_length],
+    loss_length=loss_length,
+    seed=seed,
+    num_epochs=num_epochs,
+  )
   epochs = []
   for order, generator in epoch_orders(len(examples), seed, num_epochs):
     rows = pack([examples[i] for i in order], row_length, loss_length)
@@ -154,14 +199,22 @@ def padded_batches(
   shard_index: int = 0,
   shard_count: int = 1,
 ) -> Batches:
-  """Returns batches with one example a row, padded at its end.
+  """Returns batches with one example in a row, padded at its end.
 
   Args:
-    row_lengths: the lengths T to pad to, tokens. A batch takes the shortest that holds its
+    row_lengths: the lengths T to pad to, tokens. A batch takes the shortest that fits its
       examples, and one program is compiled for each; `[512]` is Hu et al.'s code.
 
   The other arguments, the order and the errors are those of `packed_batches`.
   """
+  check_sizes(
+    len(examples),
+    batch_size=batch_size,
+    row_lengths=row_lengths,
+    loss_length=loss_length,
+    seed=seed,
+    num_epochs=num_epochs,
+  )
   _check_fit(examples, max(row_lengths), loss_length)
   epochs = [[[int(i)] for i in order] for order, _ in epoch_orders(len(examples), seed, num_epochs)]
   return Batches(
@@ -186,13 +239,13 @@ def epoch_orders(
 
 
 def pack(examples: Sequence[Example], row_length: int, loss_length: int) -> list[Row]:
-  """Puts examples, in their order, each into the first row with room for its tokens and targets.
+  """Puts each example, in order, into the first row with room for its tokens and targets.
 
   Args:
-    row_length: T, tokens a row.
-    loss_length: K, targets a row.
+    row_length: T, tokens in a row.
+    loss_length: K, targets in a row.
   Returns:
-    The rows, each the numbers of its examples.
+    The rows, each with the numbers of its examples.
   Raises:
     ValueError: if an example does not fit into an empty row, naming the shortest lengths.
   """
@@ -201,7 +254,7 @@ def pack(examples: Sequence[Example], row_length: int, loss_length: int) -> list
   smallest = sizes.min(axis=0, initial=max(row_length, loss_length))
   rows: list[Row] = []
   room = np.zeros((2, 0), np.int64)  # of the open rows: tokens, targets
-  numbers = np.zeros(0, np.int64)  # the open rows' numbers
+  numbers = np.zeros(0, np.int64)  # of the open rows
   for i, size in enumerate(sizes):
     if i % 256 == 0:  # close the rows that can take no more, and open as many as may be needed
       useful = (room[0] >= smallest[0]) & (room[1] >= smallest[1]) & (numbers < len(rows))
@@ -235,7 +288,7 @@ def suggest_loss_length(examples: Sequence[Example], row_length: int) -> int:
   Logits are computed for K positions of each row, filled or not.
 
   Args:
-    row_length: T, tokens a row.
+    row_length: T, tokens in a row.
   """
   sample = examples[:: max(1, len(examples) // 4096)]
   limit = 1.01 * len(pack(sample, row_length, row_length))
@@ -287,13 +340,13 @@ class BatchSource(Protocol[AnyBatch]):
 
 
 def as_grain(batches: BatchSource[AnyBatch], prefetch: int = 2) -> "grain.IterDataset[AnyBatch]":
-  """Returns the batches as a grain data set, made ahead of their use in a thread.
+  """Returns the batches as a grain data set, built ahead of their use in a thread.
 
   Its iterators have `get_state()`, a small dict for JSON, and `set_state(state)`: the batches
   after that are the same bit for bit, and no earlier batch is built again.
 
   Args:
-    prefetch: the number of batches to make ahead.
+    prefetch: the number of batches to build ahead.
   """
   require("grain")
   import grain

@@ -1,4 +1,4 @@
-"""Texts to classify in arrays of fixed shapes: one record a row, rows of a length together.
+"""Texts to classify in arrays of fixed shapes: one example in a row, rows of a length together.
 
 A batch has B rows of T tokens, padded at their end:
 
@@ -8,8 +8,8 @@ A batch has B rows of T tokens, padded at their end:
     labels (B,)  the class's number, or the score of a regression
     weights (B,) 1, or 0 where a row only fills the batch
 
-Each epoch's order is a function of (seed, epoch) alone, so that all batches of a run are known at
-the start by their number, as in `batches.py`; `batches.as_grain` iterates over these as well.
+Each epoch's order is a function of (seed, epoch), so all batches of a run are known at the start
+by their number, as in `batches.py`; `batches.as_grain` iterates over these as well.
 """
 
 import itertools
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from lora_jax.data.batches import epoch_orders, shard_of
+from lora_jax.data.batches import check_sizes, epoch_orders, shard_of
 from lora_jax.data.sets.glue import Record
+from lora_jax.data.text import check_length
+from lora_jax.fields import Count, read_value
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
-  """An encoded record of N tokens; its label is an int for classes, a float for a regression."""
+  """An encoded example of N tokens; its label is an int for classes, a float for a regression."""
 
   tokens: Int32[np.ndarray, " N"]
   token_types: Int32[np.ndarray, " N"]
@@ -50,11 +52,12 @@ class Batch(TypedDict):
 def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -> list[Example]:
   """Returns the records as tokens, with the special tokens that the tokenizer puts around them.
 
-  What is longer than `max_length` tokens is cut, of two texts the longer one first, and it is
-  logged how many were. A hidden label becomes -1.
+  Records of more than `max_length` tokens are truncated, of two texts the longer one first, and
+  their number is logged. A hidden label becomes -1.
 
   Raises:
-    ValueError: if the tokenizer puts no special tokens around a text.
+    ValueError: if the tokenizer puts no special tokens around a text, or a record has more than
+      128 characters for each of `max_length` tokens.
   """
   from tokenizers import Tokenizer
 
@@ -65,14 +68,16 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
       f"their number; got {added} of them and max_length {max_length}. Take a folder whose "
       "tokenizer.json has a post-processor"
     )
-  tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's own stays as it is
+  for i, record in enumerate(records):
+    check_length([record.first, record.second or ""], max_length, f"record {i}")
+  tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's own is not changed
   tokenizer.no_padding()
   tokenizer.enable_truncation(max_length, strategy="longest_first")
   texts = [r.first if r.second is None else (r.first, r.second) for r in records]
   encodings = tokenizer.encode_batch(texts)
   num_cut = sum(bool(encoding.overflowing) for encoding in encodings)
   if num_cut:
-    logger.warning("%d of %d records cut to %d tokens", num_cut, len(records), max_length)
+    logger.warning("%d of %d records truncated to %d tokens", num_cut, len(records), max_length)
   return [
     Example(
       np.asarray(encoding.ids, np.int32),
@@ -84,12 +89,12 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
 
 
 class Batches:
-  """All batches of a run, built when they are asked for.
+  """All batches of a run, built when they are accessed.
 
   Attributes:
     epoch_ends: the number of batches up to the end of each epoch.
     batch_size: rows of a global batch.
-    row_lengths: the T that a batch may have, ascending; it takes the first that holds its rows.
+    row_lengths: the T that a batch may have, ascending; it takes the first that fits its rows.
   """
 
   def __init__(
@@ -117,7 +122,7 @@ class Batches:
     return self._rows[index]
 
   def __getitem__(self, index: int) -> Batch:
-    """Returns the batch of that number; this process's rows of it, where there are several."""
+    """Returns the batch of that number, or this process's rows of it."""
     rows = [self._examples[i] for i in self._rows[index]]
     longest = max(len(example.tokens) for example in rows)
     row_length = next(length for length in self.row_lengths if length >= longest)
@@ -139,7 +144,7 @@ def bucketed_batches(
   """Returns batches of examples of similar length; every example exactly once an epoch.
 
   Args:
-    examples: what `encode` returns.
+    examples: as of `encode`.
     batch_size: rows of a global batch. An epoch's last batch is filled up with empty rows.
     row_lengths: the lengths T to pad to, tokens; one program is compiled for each.
     seed: of the order, another one in each epoch: random, then sorted by length within windows,
@@ -147,10 +152,23 @@ def bucketed_batches(
     window: batches that are sorted together; 1 leaves the batches entirely random.
     shard_index: this process's number of `shard_count`; it gets its block of each batch's rows.
   Raises:
-    ValueError: if an example does not fit into a row.
+    ValueError: if an example does not fit into a row, a label is not finite or of another type
+      than the first, or a size is out of range.
   """
-  if not examples:
-    raise ValueError("expected at least one example, got none")
+  check_sizes(
+    len(examples),
+    batch_size=batch_size,
+    row_lengths=row_lengths,
+    seed=seed,
+    num_epochs=num_epochs,
+  )
+  read_value(Count, window, "window")
+  for i, example in enumerate(examples):
+    if type(example.label) is not type(examples[0].label) or not np.isfinite(example.label):
+      raise ValueError(
+        f"example {i}: expected a finite label of type {type(examples[0].label).__name__}, as the "
+        f"first has, got {example.label!r}"
+      )
   lengths = np.array([len(example.tokens) for example in examples])
   if lengths.max() > max(row_lengths):
     raise ValueError(

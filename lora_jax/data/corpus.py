@@ -3,10 +3,10 @@
     documents    A B C / D E                    a line `<|endoftext|>` between them
     stream       # a b c # d e #                # is the end-of-text token: it starts and ends one
     rows of 4    # a b c | # d e #              tokens; their targets are the stream one further on
-    segment_ids  1 1 1 1 | 1 1 1 2              a token sees its own document alone
+    segment_ids  1 1 1 1 | 1 1 1 2              a token sees only its own document
     positions    0 1 2 3 | 0 1 2 0
 
-A document that a row breaks goes on in another row with position 0.
+A document that a row breaks continues in another row at position 0.
 """
 
 import gzip
@@ -15,18 +15,22 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from jaxtyping import UInt16
 
-from lora_jax.data.batches import Batch
+from lora_jax.data.batches import Batch, check_sizes
 from lora_jax.extras import require
+from lora_jax.fields import Count, Within, read_value
+from lora_jax.files import local_path, regular_file
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_WORD = 10**6  # characters without white space, which take seconds to encode
+VocabSize = Annotated[int, Within("[257, 65536]")]  # of bytes and the end of text, at least
 OPEN: dict[str, Callable[..., Any]] = {".txt": open, ".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -35,10 +39,12 @@ def find_files(folder: str | Path) -> list[Path]:
 
   Raises:
     FileNotFoundError: if there are none.
+    ValueError: if it is not a folder.
   """
-  files = sorted(
-    path for suffix in ("", ".xz", ".gz") for path in Path(folder).glob(f"*.txt{suffix}")
-  )
+  folder = local_path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"{folder} is a file, expected a folder of text files")
+  files = sorted(path for suffix in ("", ".xz", ".gz") for path in folder.glob(f"*.txt{suffix}"))
   if not files:
     raise FileNotFoundError(
       f"{folder}: expected text files (*.txt, *.txt.xz or *.txt.gz), found none"
@@ -47,24 +53,27 @@ def find_files(folder: str | Path) -> list[Path]:
 
 
 def documents(files: Iterable[Path]) -> Iterator[str]:
-  """Yields the documents of text files, without what separates them.
+  """Yields the documents of text files, without the lines that separate them.
 
   Raises:
-    ValueError: if a file is damaged or not UTF-8, naming it and the line.
+    ValueError: if a file is damaged or not text in UTF-8, naming it and the line.
   """
-  for path in files:
+  for path in map(regular_file, files):
     lines: list[str] = []
     number = 0
     try:
       with OPEN[path.suffix](path, "rb") as file:
-        for number, line in enumerate(file, 1):  # noqa: B007 (errors name it)
+        for number, line in enumerate(file, 1):
+          if b"\0" in line:
+            raise ValueError(f"{path}:{number}: expected UTF-8, got a NUL byte")
           if line.strip() != END_OF_TEXT.encode():
             lines.append(line.decode("utf-8"))
             continue
           yield from _joined(lines)
           lines = []
     except UnicodeDecodeError as error:
-      raise ValueError(f"{path}:{number}: expected UTF-8 text, got {error}") from error
+      byte = error.object[error.start]
+      raise ValueError(f"{path}:{number}: expected UTF-8, got byte 0x{byte:02x}") from error
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
       raise ValueError(f"{path} is damaged after line {number}: {error}") from error
     yield from _joined(lines)
@@ -77,7 +86,7 @@ def _joined(lines: list[str]) -> Iterator[str]:
 
 
 def split(texts: Iterable[str], every: int) -> tuple[list[str], list[str]]:
-  """Returns the documents to train on, and each `every`-th, which is held out."""
+  """Returns the documents to train on, and every `every`-th, which is held out."""
   if every < 2:
     raise ValueError(f"expected every = 2 or more, one document in which is held out, got {every}")
   train: list[str] = []
@@ -87,14 +96,15 @@ def split(texts: Iterable[str], every: int) -> tuple[list[str], list[str]]:
   if not train or not held_out:
     raise ValueError(
       f"expected at least {every} documents, one in {every} of which is held out, got "
-      f"{len(train) + len(held_out)}; a line {END_OF_TEXT} stands between two"
+      f"{len(train) + len(held_out)}; a line {END_OF_TEXT} separates two"
     )
   return train, held_out
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-  """Returns a byte-level BPE (GPT-2's kind) made from texts; token 0 is the end of text."""
+  """Returns a byte-level BPE (GPT-2's kind) trained on texts; token 0 is the end of text."""
   require("tokenizers")
+  read_value(VocabSize, vocab_size, "vocab_size")
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
   tokenizer = Tokenizer(models.BPE())
@@ -110,7 +120,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
   if tokenizer.get_vocab_size() != vocab_size:
     raise ValueError(
       f"the text has too few different words for a vocabulary of {vocab_size}, only "
-      f"{tokenizer.get_vocab_size()} were made; give more text or a smaller vocab_size"
+      f"{tokenizer.get_vocab_size()} tokens; give more text or a smaller vocab_size"
     )
   return tokenizer
 
@@ -118,13 +128,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
 def encode_stream(
   tokenizer: "Tokenizer", texts: Iterable[str], end_of_text: int, batch_size: int = 1000
 ) -> UInt16[np.ndarray, " N"]:
-  """Returns documents as one stream of tokens: the end-of-text token first and after each."""
-  if tokenizer.get_vocab_size() > 2**16:
-    raise ValueError(
-      f"expected a vocabulary of at most 65,536 tokens, got {tokenizer.get_vocab_size():,}"
-    )
+  """Returns documents as one stream of tokens: the end-of-text token first and after each.
+
+  Raises:
+    ValueError: if the vocabulary does not fit, or a document has a word of a million characters.
+  """
+  size = tokenizer.get_vocab_size()
+  if size > 2**16:
+    raise ValueError(f"expected a vocabulary of at most 65,536 tokens, got {size:,}")
+  if not 0 <= end_of_text < size:
+    raise ValueError(f"expected an end_of_text below the vocabulary's {size}, got {end_of_text}")
   parts, texts = [np.array([end_of_text], np.uint16)], iter(texts)
-  while chunk := list(itertools.islice(texts, batch_size)):
+  for first in itertools.count(step=batch_size):
+    chunk = list(itertools.islice(texts, batch_size))
+    if not chunk:
+      break
+    for i, text in enumerate(chunk):
+      if len(text) > MAX_WORD and (longest := max(map(len, text.split()))) > MAX_WORD:
+        raise ValueError(
+          f"document {first + i}: a word of {longest:,} characters without white space; expected "
+          f"text, with at most {MAX_WORD:,}"
+        )
     parts += [
       np.array([*encoding.ids, end_of_text], np.uint16)
       for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
@@ -133,12 +157,12 @@ def encode_stream(
 
 
 class Rows:
-  """Batches of a stream's rows, in an order that is a function of (seed, epoch) alone.
+  """Batches of a stream's rows, in an order that is a function of (seed, epoch).
 
-  What is left over at the end of the stream, less than a row, is not used.
+  The end of the stream that does not fill a row is not used.
 
   Args:
-    stream: as `encode_stream` returns it.
+    stream: as of `encode_stream`.
     end_of_text: the token that starts a document.
     batch_size: B, rows.
     row_length: T, tokens.
@@ -146,7 +170,7 @@ class Rows:
       None keeps the stream's order, and fills the last batch up with rows of weight 0.
     num_batches: of all epochs; None is one epoch.
   Raises:
-    ValueError: if the stream is too short for one batch.
+    ValueError: if the stream is too short for one batch, or a size is out of range.
   """
 
   def __init__(
@@ -159,8 +183,9 @@ class Rows:
     seed: int | None,
     num_batches: int | None = None,
   ):
-    if batch_size < 1 or row_length < 1:
-      raise ValueError(f"expected positive sizes, got {batch_size} rows of {row_length} tokens")
+    read_value(Count, row_length, "row_length")
+    read_value(Count | None, num_batches, "num_batches")
+    check_sizes(1, batch_size=batch_size, row_lengths=[row_length], seed=seed, num_epochs=1)
     self.num_rows = (len(stream) - 1) // row_length
     needed = 1 if seed is None else batch_size
     if self.num_rows < needed:

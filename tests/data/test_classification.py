@@ -50,7 +50,7 @@ def test_the_longer_text_is_cut_and_the_caller_told(caplog):
   long, short = encode(TOKENIZER, records, 8)
   assert long.tokens.tolist() == [2, 4, 5, 6, 3, 4, 5, 3]
   assert len(short.tokens) == 5
-  assert "1 of 2 records cut to 8 tokens" in caplog.text
+  assert "1 of 2 records truncated to 8 tokens" in caplog.text
   assert TOKENIZER.truncation is None
 
 

@@ -65,7 +65,9 @@ def test_long_records_are_refused_or_cut_as_the_reference_does(tokenizer, caplog
   lengths = [len(e.tokens) + 1 for e in text.encode(tokenizer, records, EOS, 512)]
   limit = sorted(set(lengths))[-3]
   longer = [i for i, length in enumerate(lengths) if length > limit]
-  with pytest.raises(ValueError, match=rf"{len(longer)} of 20 records .* first is record {longer[0]}"):
+  with pytest.raises(
+    ValueError, match=rf"{len(longer)} of 20 records .* first is record {longer[0]}"
+  ):
     text.encode(tokenizer, records, EOS, limit)
   with caplog.at_level(logging.WARNING):
     examples = text.encode(tokenizer, records, EOS, limit, truncate=True)

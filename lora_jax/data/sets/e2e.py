@@ -1,6 +1,6 @@
 """The E2E NLG data set (Novikova et al. 2017, arXiv 1706.09254), with no further package.
 
-Two forms of the same restaurant descriptions:
+Two formats of the same restaurant descriptions:
 
     reference  lines of Hu et al.'s code: `name : The Vaults | Type : pub||The Vaults is a pub .`
     official   the challenge's CSV files: `"name[The Vaults], eatType[pub]","The Vaults is a pub."`
@@ -16,8 +16,9 @@ import lzma
 import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+from lora_jax.files import local_path, read_bytes
 
 Form = Literal["reference", "official"]
 Split = Literal["train", "valid", "test"]
@@ -33,7 +34,7 @@ EMBEDDED_SHA256 = {
   "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
   "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
 }
-"""The embedded files and the SHA-256 of the originals that they were compressed from."""
+"""The embedded files, and the SHA-256 of each before compression."""
 
 
 class Record(NamedTuple):
@@ -58,10 +59,10 @@ def read(
   Args:
     split: `train`, `valid` or `test`.
     form: `reference` or `official`.
-    folder: holds the uncompressed file under its original name; None reads the embedded copy,
-      which has all splits of the reference form and `valid` and `test` of the official one.
+    folder: has the uncompressed file under its original name; None reads the embedded copy,
+      which has all splits of the reference format and `valid` and `test` of the official one.
   Raises:
-    FileNotFoundError: if the file is not there.
+    FileNotFoundError: if the file does not exist.
     ValueError: if a line cannot be read, naming file and line, or there is none.
   """
   name = file_name(split, form)
@@ -83,12 +84,12 @@ def embedded_bytes(name: str) -> bytes:
 
   Raises:
     FileNotFoundError: if there is no such file; the official training set is not embedded.
-    ValueError: if the file is not what this version of lora_jax was made with.
+    ValueError: if the file is not that of this version of lora_jax.
   """
   if name not in EMBEDDED_SHA256:
     raise FileNotFoundError(
-      f"{name} is not embedded; there are {', '.join(EMBEDDED_SHA256)}. Give the folder that holds "
-      "it, let the TFDS builder download it, or take the reference form, which has all splits"
+      f"{name} is not embedded; there are {', '.join(EMBEDDED_SHA256)}. Give the folder that has "
+      "it, let the TFDS builder download it, or take the reference format, which has all splits"
     )
   path = resources.files("lora_jax") / "assets" / "e2e" / f"{name}.xz"
   data = lzma.decompress(path.read_bytes())
@@ -96,17 +97,17 @@ def embedded_bytes(name: str) -> bytes:
   if digest != EMBEDDED_SHA256[name]:
     raise ValueError(
       f"{path}: expected content of SHA-256 {EMBEDDED_SHA256[name]}, got {digest}. "
-      "Install lora_jax anew"
+      "Reinstall lora_jax"
     )
   return data
 
 
 def folder_bytes(name: str, folder: str | os.PathLike[str]) -> bytes:
-  """Returns a file of a folder; raises FileNotFoundError, naming both, if it is not there."""
-  path = Path(folder) / name
-  if not path.is_file():
+  """Returns a file of a folder; raises FileNotFoundError, naming both, if it does not exist."""
+  path = local_path(os.fspath(folder)) / name
+  if not path.exists():
     raise FileNotFoundError(f"expected the E2E file {name} in the folder {folder}; there is none")
-  return path.read_bytes()
+  return read_bytes(path)
 
 
 def parse(data: bytes, name: str, form: Form) -> list[Record]:
@@ -115,8 +116,11 @@ def parse(data: bytes, name: str, form: Form) -> list[Record]:
   Raises:
     ValueError: if a line cannot be read, naming file and line, or there is none.
   """
+  if (place := data.find(b"\0")) >= 0:
+    line = data.count(b"\n", 0, place) + 1
+    raise ValueError(f"{name}:{line}: expected UTF-8, got a NUL byte")
   try:
-    text = data.decode("utf-8")
+    text = data.decode("utf-8-sig")  # without a byte-order mark
   except UnicodeDecodeError as error:
     line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
     raise ValueError(f"{name}:{line}: expected UTF-8, got byte 0x{byte:02x}") from error

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lora_jax.data.sets import e2e
+from lora_jax.files import local_path
 
 DOWNLOAD = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 
@@ -38,14 +39,15 @@ CITATION = """@inproceedings{novikova2017e2e,
 class E2E(tfds.core.GeneratorBasedBuilder):
   """Records of `context`, `completion` and `input_id`, the number of the distinct input.
 
-  The configs are the two forms of `e2e.py`, `reference` and `official`; the splits `train`, `valid`
-  and `test`, each in the order of its file.
+  The configs are the two formats of `e2e.py`, `reference` and `official`; the splits are `train`,
+  `valid` and `test`, each in the order of its file.
 
   Args:
-    source: `embedded`; `download`, the official form's files from their authors' repository; or a
-      folder that holds the three files of the form under their original names. The embedded copy
-      of the official form has no `train`.
-    data_dir: where the prepared files go, one folder for each source; None is `default_data_dir()`.
+    source: `embedded`; `download`, the official format's files from their authors' repository; or a
+      folder that has the format's three files under their original names. The embedded copy
+      of the official format has no `train`.
+    data_dir: the folder of the prepared files, with one for each source; None is
+      `default_data_dir()`.
     config: `reference` or `official`.
     version: as in any TFDS builder.
   """
@@ -67,12 +69,12 @@ class E2E(tfds.core.GeneratorBasedBuilder):
     config: Any = None,
     version: Any = None,
   ):
-    root = default_data_dir() if data_dir is None else Path(data_dir)
+    root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
     form = getattr(config, "name", config) or "reference"
     if form not in e2e.FILES:
       raise ValueError(f"config must be one of {', '.join(e2e.FILES)}, got {form!r}")
     if source == "download" and form != "official":
-      raise ValueError("only the official form can be downloaded; the reference form is embedded")
+      raise ValueError("only the official format can be downloaded; the reference one is embedded")
     self._source = source
     self._form: e2e.Form = form
     super().__init__(
@@ -122,7 +124,7 @@ class E2E(tfds.core.GeneratorBasedBuilder):
 def default_data_dir() -> Path:
   """Returns `$TFDS_DATA_DIR`, or `lora_jax/tfds` in the user's folder for cached files."""
   if "TFDS_DATA_DIR" in os.environ:
-    return Path(os.environ["TFDS_DATA_DIR"])
+    return local_path(os.environ["TFDS_DATA_DIR"])
   cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   return Path(cache) / "lora_jax" / "tfds"
 

@@ -1,15 +1,15 @@
 """GLUE (Wang et al. 2018, arXiv 1804.07461) from its original TSV files, with no further package.
 
-A row has the names and values that TFDS's `glue` gives it, whatever it was read from:
+A row has the names and values of TFDS's `glue`, whatever it was read from:
 
     {"sentence1": "No Weapons ...", "sentence2": "Weapons ...", "label": 1, "idx": 0}
 
 `label` is the class's number, a score from 0 to 5 for STS-B, and -1 where a test set hides it.
-`records` makes rows into what a classifier takes: one or two texts and a label. `glue_tfds.py` is
+`records` turns rows into a classifier's examples: one or two texts and a label. `glue_tfds.py` is
 the TFDS builder on it, `superglue.py` the same for SuperGLUE.
 
-The files lie as the benchmark's own download has them, `<folder>/CoLA/train.tsv` and so on. A
-quotation mark is a plain character there, and a tab always ends a field.
+The files are those of the benchmark's own download, `<folder>/CoLA/train.tsv` and so on. A
+quotation mark is a plain character in them, and a tab always ends a field.
 """
 
 import logging
@@ -21,20 +21,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.files import local_path, read_lines
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
 
 class Record(NamedTuple):
-  """What a classifier is given, and what it is to say.
+  """One example: a text or a pair of texts, and its label.
 
   Attributes:
-    first: the text, or the first of two.
-    second: the second text, if the task is about two.
+    first: the text, or the first of a pair.
+    second: the second text of a pair.
     label: the class's number, or the score of a regression; None if it is hidden.
-    group: of SuperGLUE's questions with several candidates, the question's number: its
-      candidates are one record each, and are scored together.
+    group: the question's number, where a question of SuperGLUE has several candidates: each
+      candidate is a record, and all of a group are scored together.
     answer: the candidate's own text, which ReCoRD's metrics compare.
   """
 
@@ -47,15 +49,15 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-  """A task of GLUE: where its files are, and what their columns mean.
+  """A task of GLUE: the folder of its files, and the meaning of their columns.
 
   Attributes:
-    folder: of the benchmark's download.
-    texts: name of a row's text to the file's column.
-    label_column: of the files that have labels.
+    folder: its folder in the benchmark's download.
+    texts: the file's column for each of a row's texts.
+    label_column: the column of the label, in the files that have labels.
     labels: the names of the classes by number; none for a regression.
     sizes: the published number of rows of each split; None where the publications differ.
-    aliases: what the files call the classes, if not by their names.
+    aliases: the names of the classes in the files, where they are others.
   """
 
   folder: str
@@ -66,10 +68,10 @@ class Task:
   aliases: tuple[str, ...] = ()
 
   def label(self, text: str) -> int | float:
-    """Returns the label that a file's field means; raises ValueError if it means none."""
+    """Returns the label of a file's field; raises ValueError if it is none of the task's."""
     if not self.labels:
       score = float(np.float32(text))  # the precision that TFDS stores
-      if not 0 <= score <= 5:
+      if not 0 <= score <= 5 or "_" in text:
         raise ValueError(f"a score is from 0 to 5, got {text}")
       return score
     return (self.aliases or self.labels).index(text)
@@ -145,7 +147,7 @@ COLA_COLUMNS = ["source", "is_acceptable", "author's mark", "sentence"]  # of th
 
 
 def task_of(name: str) -> Task:
-  """Returns a task; raises ValueError naming all of them if there is no such one."""
+  """Returns a task; raises ValueError, naming all, if it does not exist."""
   if name not in TASKS:
     raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
   return TASKS[name]
@@ -171,18 +173,19 @@ def read(
     name: of the task.
     split: `train`, `validation` or `test`; of MNLI `validation_matched` and so on.
     folder: of the benchmark; the task's own is in it.
-    skip_malformed: leaves out lines that cannot be read, and logs how many; otherwise they are
-      an error. QQP's files are known to have some, which TFDS leaves out as well.
-    any_size: takes files of another number of rows than was published, as an excerpt.
+    skip_malformed: whether lines that cannot be read are left out, and their number logged;
+      otherwise they are an error. QQP's files are known to have some, which TFDS leaves out too.
+    any_size: whether another number of rows than was published is accepted, as of an excerpt.
   Raises:
-    FileNotFoundError: if the file is not there.
+    FileNotFoundError: if the file does not exist.
     ValueError: if a line cannot be read, naming file and line, or lines are missing.
   """
   task = task_of(name)
   check_split(name, split, task.sizes)
   rows: list[Row] = []
   skipped: list[str] = []
-  for number, row in _rows(name, split, Path(folder) / task.folder):
+  path = local_path(os.fspath(folder)) / task.folder
+  for number, row in _rows(name, split, path):
     if isinstance(row, str):
       skipped.append(row)
       if not skip_malformed:
@@ -192,7 +195,8 @@ def read(
       rows.append({**row, "idx": number})
   if skipped:
     logger.warning("%d lines skipped, the first: %s", len(skipped), skipped[0])
-  check_size(f"{Path(folder) / task.folder}, {split}", len(rows), task.sizes[split], any_size)
+  file = path / file_names(name, split, path)[0]
+  check_size(f"{file}, {split}", len(rows), task.sizes[split], any_size)
   return rows
 
 
@@ -220,11 +224,11 @@ def _stem(split: str) -> str:
 
 
 def _rows(name: str, split: str, folder: Path) -> Iterator[tuple[int, Row | str]]:
-  """Yields the number of each row and the row, or what is wrong with its line."""
+  """Yields the number of each row and the row, or an error message about its line."""
   task = task_of(name)
   file, *ids = file_names(name, split, folder)
   wants_dev = None if not ids else split == "validation"
-  dev = {tuple(line.split("\t")) for _, line in _lines(folder / ids[0])} if ids else set()
+  dev = {tuple(line.split("\t")) for _, line in read_lines(folder / ids[0])} if ids else set()
   header = COLA_COLUMNS if name == "cola" and split != "test" else None
   number = 0
   for where, fields in _table(folder / file, header):
@@ -239,33 +243,23 @@ def _rows(name: str, split: str, folder: Path) -> Iterator[tuple[int, Row | str]
 
 
 def _table(path: Path, header: list[str] | None) -> Iterator[tuple[str, dict[str, str] | str]]:
-  """Yields the place and fields of each line of a table, or what is wrong with the line."""
-  for number, line in _lines(path):
-    where, fields = f"{path}:{number}", line.split("\t")
+  """Yields the place and fields of each line of a table, or an error message about the line."""
+  if not path.exists():
+    raise FileNotFoundError(f"expected the file {path.name} in the folder {path.parent}")
+  for where, line in read_lines(path):
+    fields = line.split("\t")
     if header is None:
       header = fields
+      if len(set(header)) < len(header):
+        raise ValueError(f"{where}: a column occurs twice in {', '.join(header):.200}")
     elif len(fields) == len(header):
       yield where, dict(zip(header, fields, strict=True))
     else:
       yield where, f"{where}: expected {len(header)} fields between tabs, got {len(fields)}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-  """Yields the number and text of a file's lines; some files begin with a byte-order mark."""
-  if not path.is_file():
-    raise FileNotFoundError(f"expected the file {path.name} in the folder {path.parent}")
-  data = path.read_bytes()
-  try:
-    text = data.decode("utf-8-sig")
-  except UnicodeDecodeError as error:
-    line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
-    raise ValueError(f"{path}:{line}: expected UTF-8, got byte 0x{byte:02x}") from error
-  for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-    yield number, line.removesuffix("\r")
-
-
 def _row(task: Task, where: str, fields: dict[str, str], split: str) -> Row | str:
-  """Returns the row of a line's fields, or what is wrong with them."""
+  """Returns the row of a line's fields, or an error message about them."""
   labelled = not split.startswith("test")
   columns = [*task.texts.values(), *([task.label_column] if labelled else [])]
   missing = [column for column in columns if column not in fields]
@@ -285,7 +279,7 @@ def _row(task: Task, where: str, fields: dict[str, str], split: str) -> Row | st
 
 
 def records(name: str, rows: Sequence[Row]) -> list[Record]:
-  """Returns what a classifier takes of a task's rows; -1 becomes None."""
+  """Returns the examples of a task's rows; the label -1 becomes None."""
   first, *second = task_of(name).texts
   text: Callable[[Row], str | None] = (lambda row: row[second[0]]) if second else lambda row: None
   return [

@@ -23,6 +23,7 @@ from etils import epath
 from lora_jax.data.sets import glue, superglue
 from lora_jax.data.sets.e2e_tfds import default_data_dir
 from lora_jax.data.sets.glue import Record, Row
+from lora_jax.files import local_path
 
 Suite = Literal["glue", "super_glue"]
 DESCRIPTIONS: dict[Suite, str] = {
@@ -37,9 +38,9 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   Args:
     source: the folder; the task's own is in it.
     config: the task.
-    data_dir: where the prepared files go; None is `default_data_dir()`.
-    skip_malformed: leaves out lines that cannot be read; for GLUE alone.
-    any_size: takes files of another number of rows than was published.
+    data_dir: the folder of the prepared files; None is `default_data_dir()`.
+    skip_malformed: whether lines that cannot be read are left out; only for GLUE.
+    any_size: whether another number of rows than was published is accepted.
     version: as in any TFDS builder.
   """
 
@@ -58,9 +59,10 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     any_size: bool = False,
     version: Any = None,
   ):
-    root = default_data_dir() if data_dir is None else Path(data_dir)
+    root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
     self._task = getattr(config, "name", config)
-    self._source, self._options = Path(source), (skip_malformed, any_size)
+    self._source = local_path(os.fspath(source))
+    self._options = (skip_malformed, any_size)
     super().__init__(
       data_dir=root / _folder_of(self.SUITE, self._task, self._source, self._options),
       config=config,
@@ -210,8 +212,8 @@ def load(
       prepared in `data_dir`, as `array_record`.
     suite: `glue` or `super_glue`.
     data_dir: of TFDS; None is `default_data_dir()`.
-    skip_malformed: leaves out lines that cannot be read; for GLUE's files alone.
-    any_size: takes files of another number of rows than was published.
+    skip_malformed: whether lines that cannot be read are left out; only for GLUE's files.
+    any_size: whether another number of rows than was published is accepted.
   Raises:
     FileNotFoundError: if there is no such file or data set.
     ValueError: if a line cannot be read, naming file and line, or rows are missing.
@@ -237,7 +239,8 @@ def load(
 
 def _prepared(suite: Suite, task: str, data_dir: str | os.PathLike[str] | None) -> Any:
   """Returns the newest data set that TFDS has prepared, read from its files alone."""
-  folder = (default_data_dir() if data_dir is None else Path(data_dir)) / suite / task
+  root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
+  folder = root / suite / task
   advice = (
     f"prepare it with tfds.builder('{suite}/{task}', data_dir='{folder.parent.parent}', "
     "file_format='array_record').download_and_prepare()"

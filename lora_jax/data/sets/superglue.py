@@ -1,7 +1,7 @@
 """SuperGLUE (Wang et al. 2019, arXiv 1905.00537) from its original JSONL files.
 
-A row has the names and values that TFDS's `super_glue` gives it. `records` makes it what a
-classifier of one or two texts takes; the tasks that are of another kind are put so:
+A row has the names and values of TFDS's `super_glue`. `records` turns rows into examples of one or
+two texts; the tasks of another kind are converted so:
 
 | task    | first text   | second text                         | records of a row                 |
 |---------|--------------|-------------------------------------|----------------------------------|
@@ -11,17 +11,16 @@ classifier of one or two texts takes; the tasks that are of another kind are put
 | WiC     | "word: " and sentence | the other sentence         | 1                                |
 | WSC     | text         | "pronoun: " and the noun phrase     | 1                                |
 
-These forms are ours: the benchmark prescribes none. The others are pairs of texts as they are.
+These conversions are ours: the benchmark prescribes none. The others are pairs of texts already.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lora_jax.data.sets.glue import ENTAILMENT, Record, Row, check_size, check_split
+from lora_jax.files import local_path, parse_json, read_lines
 
 TRUTH = ("False", "True")
 FILES = {"train": "train.jsonl", "validation": "val.jsonl", "test": "test.jsonl"}
@@ -32,11 +31,11 @@ class Task:
   """A task of SuperGLUE.
 
   Attributes:
-    folder: of the benchmark's download.
-    texts: names of a row's texts.
+    folder: its folder in the benchmark's download.
+    texts: the names of a row's texts.
     labels: the names of the classes by number.
     sizes: the published number of the files' lines by split.
-    numbers: names of a row's further integers.
+    numbers: the names of a row's further integers.
   """
 
   folder: str
@@ -85,7 +84,7 @@ TASKS: dict[str, Task] = {
 
 
 def task_of(name: str) -> Task:
-  """Returns a task; raises ValueError naming all of them if there is no such one."""
+  """Returns a task; raises ValueError, naming all, if it does not exist."""
   if name not in TASKS:
     raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
   return TASKS[name]
@@ -100,24 +99,25 @@ def read(
     name: of the task.
     split: `train`, `validation` or `test`.
     folder: of the benchmark; the task's own is in it.
-    any_size: takes files of another number of lines than was published, as an excerpt.
+    any_size: whether another number of lines than was published is accepted, as of an excerpt.
   Raises:
-    FileNotFoundError: if the file is not there.
+    FileNotFoundError: if the file does not exist.
     ValueError: if a line cannot be read, naming file and line, or lines are missing.
   """
   task = task_of(name)
   check_split(name, split, task.sizes)
-  path = Path(folder) / task.folder / FILES[split]
-  if not path.is_file():
+  path = local_path(os.fspath(folder)) / task.folder / FILES[split]
+  if not path.exists():
     raise FileNotFoundError(f"expected the file {path.name} in the folder {path.parent}")
   rows, number = [], 0
-  for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+  for number, (where, line) in enumerate(read_lines(path), start=1):  # noqa: B007 (counts)
+    value = parse_json(line, where)
     try:
-      rows += list(_rows(name, json.loads(line), labelled=split != "test"))
+      rows += list(_rows(name, value, labelled=split != "test"))
     except (ValueError, TypeError, AttributeError) as error:
-      raise ValueError(f"{path}:{number}: expected a JSON object of {name}, got {error}") from None
+      raise ValueError(f"{where}: expected a JSON object of {name}, got {error}") from None
     except KeyError as error:
-      raise ValueError(f"{path}:{number}: expected the key {error}, there is none") from None
+      raise ValueError(f"{where}: expected the key {error}, there is none") from None
   check_size(f"{path}", number, task.sizes[split], any_size)
   return rows
 
@@ -132,35 +132,52 @@ def _rows(name: str, line: dict[str, Any], labelled: bool) -> Iterator[Row]:
           "question": _text(question["question"]),
           "answer": _text(answer["text"]),
           "label": _label(name, answer["label"]) if labelled else -1,
-          "idx": {"paragraph": line["idx"], "question": question["idx"], "answer": answer["idx"]},
+          "idx": {
+            "paragraph": _number("idx", line["idx"]),
+            "question": _number("idx", question["idx"]),
+            "answer": _number("idx", answer["idx"]),
+          },
         }
   elif name == "record":
     text = _text(line["passage"]["text"])
-    entities = {text[e["start"] : e["end"] + 1] for e in line["passage"]["entities"]}
+    entities = {_entity(text, entity) for entity in line["passage"]["entities"]}
     for query in line["qas"]:
-      answers = {answer["text"] for answer in query["answers"]} if labelled else ()
+      answers = {_text(answer["text"]) for answer in query["answers"]} if labelled else ()
       yield {
         "passage": text,
         "query": _text(query["query"]),
         "entities": sorted(entities),
         "answers": sorted(answers),
-        "idx": {"passage": line["idx"], "query": query["idx"]},
+        "idx": {"passage": _number("idx", line["idx"]), "query": _number("idx", query["idx"])},
       }
   else:
     task = TASKS[name]
     line = line | line["target"] if name == "wsc" else line
     yield {
       **{field: _text(line[field]) for field in task.texts},
-      **{field: int(line[field]) for field in task.numbers},
+      **{field: _number(field, line[field]) for field in task.numbers},
       "label": _label(name, line["label"]) if labelled else -1,
-      "idx": line["idx"],
+      "idx": _number("idx", line["idx"]),
     }
 
 
 def _text(value: Any) -> str:
   if not isinstance(value, str):
-    raise ValueError(f"{value!r} where a text is expected")
+    raise ValueError(f"{value!r:.100} where a text is expected")
   return value
+
+
+def _number(field: str, value: Any) -> int:
+  if type(value) is not int:
+    raise ValueError(f"{field} {value!r:.100} where an integer is expected")
+  return value
+
+
+def _entity(text: str, entity: dict[str, Any]) -> str:
+  start, end = (_number(field, entity[field]) for field in ("start", "end"))
+  if not (0 <= start <= end and start < len(text)):
+    raise ValueError(f"an entity from {start} to {end} in a passage of {len(text)} characters")
+  return text[start : end + 1]
 
 
 def _label(name: str, value: Any) -> int:
@@ -169,12 +186,12 @@ def _label(name: str, value: Any) -> int:
   if isinstance(value, str) and value in labels:
     return labels.index(value)
   if value not in (0, 1) or isinstance(value, str) or labels[0] == "entailment":
-    raise ValueError(f"the label {value!r}, which is none of {', '.join(labels)}")
+    raise ValueError(f"the label {value!r:.100}, which is none of {', '.join(labels)}")
   return int(value)
 
 
 def records(name: str, rows: Sequence[Row]) -> list[Record]:
-  """Returns what a classifier takes of a task's rows; -1 becomes None."""
+  """Returns the examples of a task's rows; the label -1 becomes None."""
   task_of(name)
   make = _FORMS[name]
   groups: dict[Any, int] = {}

@@ -57,7 +57,7 @@ def test_a_changed_embedded_file_is_refused(monkeypatch):
 
 
 def test_the_official_training_set_is_not_embedded():
-  with pytest.raises(FileNotFoundError, match=r"trainset\.csv is not embedded.*reference form"):
+  with pytest.raises(FileNotFoundError, match=r"trainset\.csv is not embedded.*reference format"):
     e2e.read("train", "official")
 
 

@@ -90,7 +90,7 @@ def test_bad_folders_are_named(folder, tmp_path):
 def test_unknown_configs_and_sources_are_refused(tmp_path):
   with pytest.raises(ValueError, match="config must be one of reference, official, got 'csv'"):
     e2e_tfds.E2E(config="csv", data_dir=tmp_path)
-  with pytest.raises(ValueError, match="only the official form can be downloaded"):
+  with pytest.raises(ValueError, match="only the official format can be downloaded"):
     e2e_tfds.E2E(source="download", data_dir=tmp_path)
 
 
@@ -107,6 +107,7 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
   assert e2e_tfds.default_data_dir() == tmp_path / "other"
 
 
+@pytest.mark.long
 def test_two_processes_prepare_the_embedded_copy_at_once_without_tensorflow(tmp_path):
   code = (
     "import json, sys\n"

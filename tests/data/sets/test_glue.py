@@ -204,11 +204,11 @@ def test_lines_that_are_no_objects_and_missing_keys_and_sizes(superfolder, tmp_p
   path = tmp_path / "CB" / "train.jsonl"
   for text, message in (
     ("[1]", "expected a JSON object of cb"),
-    ('{"premise": "A."', "expected a JSON object of cb"),
+    ('{"premise": "A."', "is not JSON"),
     ('{"premise": "A.", "label": "neutral", "idx": 0}', "expected the key 'hypothesis'"),
   ):
     path.write_text(text + "\n")
-    with pytest.raises(ValueError, match=rf"train\.jsonl:1: {message}"):
+    with pytest.raises(ValueError, match=rf"train\.jsonl:1:? {message}"):
       superglue.read("cb", "train", tmp_path, any_size=True)
   with pytest.raises(ValueError, match="expected 250 rows, got 1"):
     superglue.read("cb", "train", superfolder)
