@@ -73,6 +73,7 @@ def get_config() -> Config:
   config.fit = ConfigDict()
   config.fit.eval_every_steps = 100
   config.fit.checkpoint_every_steps = 50
+  config.fit.checkpoint_every_seconds = 300.0  # at a line of the log; 0 saves by steps only
   config.fit.log_every_steps = 10
   config.fit.accumulation_steps = 1  # parts of a batch that are processed one after another
   config.fit.loss_chunk = 0  # target tokens of a row whose logits are in memory at once; 0 is all

@@ -172,6 +172,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.fit.num_epochs = 10
   config.fit.eval_every_steps = 0  # 0 is every epoch
   config.fit.checkpoint_every_steps = 1_000_000  # besides those after each evaluation
+  config.fit.checkpoint_every_seconds = 300.0  # at a line of the log; 0 saves by steps only
   config.fit.log_every_steps = 50
   config.fit.accumulation_steps = 1
 

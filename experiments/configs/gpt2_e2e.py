@@ -81,6 +81,7 @@ def get_config(variant: str = "mini") -> Config:
   config.fit.num_train_steps = 0  # 0 follows from num_epochs
   config.fit.eval_every_steps = 100
   config.fit.checkpoint_every_steps = 100
+  config.fit.checkpoint_every_seconds = 300.0  # at a line of the log; 0 saves by steps only
   config.fit.log_every_steps = 10
   config.fit.accumulation_steps = 1
   config.fit.loss_chunk = 0  # target tokens of a row whose logits are in memory at once; 0 is all

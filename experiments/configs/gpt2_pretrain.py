@@ -56,6 +56,7 @@ def get_config() -> Config:
   config.fit = ConfigDict()
   config.fit.eval_every_steps = 250
   config.fit.checkpoint_every_steps = 50
+  config.fit.checkpoint_every_seconds = 300.0  # at a line of the log; 0 saves by steps only
   config.fit.log_every_steps = 10
   config.fit.accumulation_steps = 4  # on CPUs, less memory that is touched anew is faster
   config.fit.loss_chunk = 0

@@ -101,6 +101,7 @@ class Fit:
   checkpoint_every_steps: Steps
   log_every_steps: Steps
   accumulation_steps: Rows
+  checkpoint_every_seconds: NonNegative = 300.0  # the default is for runs that were stored without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +116,14 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """The config of any run. `NAME` is the experiment's."""
+  """The config of any run. `NAME` is the experiment's.
+
+  `AFTER_TRAINING` names the sections that training does not depend on: with other values a run is
+  not trained again, and only what follows is repeated.
+  """
 
   NAME: ClassVar[str]
+  AFTER_TRAINING: ClassVar[tuple[str, ...]] = ()
   experiment: str
   variant: Name
   workdir: LocalPath

@@ -130,4 +130,5 @@ def _fit_config(fit: Fit, num_train_steps: int) -> FitConfig:
     checkpoint_every_steps=fit.checkpoint_every_steps,
     log_every_steps=fit.log_every_steps,
     accumulation_steps=fit.accumulation_steps,
+    checkpoint_every_seconds=fit.checkpoint_every_seconds,
   )

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 import lora_jax
 from experiments.configs import Config
 from experiments.harness.config import flat
+from experiments.harness.interrupt import resumable
 from experiments.harness.methods import check_used, default_learning_rate, find_method
 from experiments.harness.workdir import has_trained, read_result, stored_config
 from lora_jax.training.allocator import keep_freed_memory
@@ -151,13 +152,14 @@ def _show_warnings() -> None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-  """Ends the program with only an error's message if that is meant for the user."""
-  try:
-    yield
-  except Exception as error:
-    if not _says_all(error):
-      raise
-    sys.exit(f"error: {error}\n(--traceback shows where it was raised)")
+  """Ends the program with one message: an error's if it is meant for the user, or a signal's."""
+  with resumable():
+    try:
+      yield
+    except Exception as error:
+      if not _says_all(error):
+        raise
+      sys.exit(f"error: {error}\n(--traceback shows where it was raised)")
 
 
 def _says_all(error: Exception) -> bool:

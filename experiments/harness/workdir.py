@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,21 +24,30 @@ import jax
 import numpy as np
 
 from experiments.harness.config import Config, RunConfig, flat, read_config, with_pattern
+from experiments.harness.interrupt import saved_steps, working_in
+from lora_jax.files import local_path, make_folder, parse_json, read_json, read_text
 
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
+OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
+FULL_DISK = ("No space left", "File too large", "quota exceeded", "os error 28", "os error 27")
 
 
 @contextlib.contextmanager
 def open_workdir(config: RunConfig) -> Iterator[Path]:
   """Makes or reopens a run's folder, and locks it for this process.
 
+  What a killed process left of a file or folder is removed.
+
   Raises:
     RuntimeError: if another process works there.
-    ValueError: if it belongs to a run with another config, naming the fields.
+    ValueError: if it is not a local folder, or belongs to a run with another config, naming the
+      fields. Sections that follow training may differ.
+    OSError: if the disk is full, naming what is saved.
   """
-  folder = Path(config.workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / ".lock").open("a") as lock:
+  folder = make_folder(config.workdir)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(_explained_full_disk(folder))
+    lock = stack.enter_context((folder / ".lock").open("a"))
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -45,50 +55,120 @@ def open_workdir(config: RunConfig) -> Iterator[Path]:
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
     stored = read_run(type(config), config.workdir) if has_trained(folder) else config
-    if stored != config:
+    if _trained_by(stored) != _trained_by(config):
       raise ValueError(
         f"{folder} belongs to a run with another config: {_differences(stored, config)}. "
         "Give another --config.workdir, or remove the folder"
       )
-    values = dataclasses.asdict(config)
-    del values["workdir"]  # the folder may be moved
-    write_json(folder / "config.json", values)
+    _remove_temporaries(folder)
+    if read_result(folder) is None:  # else the stored config is that of the result
+      _write_config(folder, config)
+    stack.enter_context(working_in(folder))
     yield folder
 
 
 def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
   """Returns a run's stored result; if there is none, makes and stores it.
 
+  If only what follows training has changed in the config, the result is made again from the
+  checkpoints. The result of a finished run needs no permission to write.
+
   Args:
     config: the run's config; `config.workdir` is the folder.
     make: a function from the run's folder to the result.
   Raises:
-    RuntimeError, ValueError: as `open_workdir`.
+    RuntimeError, ValueError, OSError: as `open_workdir`.
   """
-  with open_workdir(config) as workdir:
-    result = read_result(workdir)
-    if result is not None:
-      print(f"{workdir} is finished; this is its result. Remove it to run it again.\n")
-      return result
-    result = make(workdir)
-    write_json(workdir / "result.json", result)
+  folder = local_path(config.workdir)
+  result = read_result(folder)
+  if result is not None and read_run(type(config), config.workdir) == config:
+    print(f"{folder} is finished; this is its result. Remove it to run it again.\n")
     return result
+  with open_workdir(config) as workdir:
+    previous = read_result(workdir) or {}
+    if previous:
+      _check_repeatable(workdir)
+      changed = _differences(read_run(type(config), config.workdir), config)
+      print(f"{workdir} is trained; what follows is repeated: {changed}", flush=True)
+    result = make(workdir) | {name: previous[name] for name in OF_TRAINING if name in previous}
+    write_json(workdir / "result.json", result)
+    _write_config(workdir, config)
+    return result
+
+
+def _trained_by(config: RunConfig) -> dict[str, Any]:
+  """Returns the part of a config that training depends on."""
+  sections = dataclasses.asdict(config)
+  return {name: value for name, value in sections.items() if name not in config.AFTER_TRAINING}
+
+
+def _check_repeatable(folder: Path) -> None:
+  """Raises ValueError if what follows training cannot be repeated, as the checkpoints are gone."""
+  checkpoints = folder / "checkpoints"
+  if (folder / "metrics.jsonl").exists() and not any(checkpoints.glob("*[0-9]")):
+    raise ValueError(
+      f"{folder} is finished, and what follows its training cannot be repeated without "
+      f"{checkpoints}, which is gone. Restore it, or give another --config.workdir"
+    )
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+  values = dataclasses.asdict(config)
+  del values["workdir"]  # the folder may be moved
+  write_json(folder / "config.json", values)
+
+
+def _remove_temporaries(folder: Path) -> None:
+  """Removes what killed processes left of the files and folders that are written as a whole."""
+  patterns = (".*.new", "*.orbax-checkpoint-tmp*", *(f".{name}-*" for name in EXPORTS))
+  for path in (path for pattern in patterns for path in folder.glob(pattern)):
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    else:
+      path.unlink()
+
+
+@contextlib.contextmanager
+def _explained_full_disk(folder: Path) -> Iterator[None]:
+  """Ends a run on a full disk with one line: which file could not be written, what is saved."""
+  try:
+    yield
+  except Exception as error:
+    path = getattr(error, "filename", None) or f"a file in {folder}"
+    if not any(text in str(error) for text in FULL_DISK) or "Make room" in str(error):
+      raise
+    reason = str(error).partition("\n")[0][:200]
+    raise OSError(
+      f"{path} could not be written ({reason}); {saved_steps(folder)}. Make room, then rerun the "
+      "same command: it resumes"
+    ) from error
 
 
 def check_same(path: Path, value: Any, label: str) -> None:
   """Writes a JSON file about a run's inputs; once the run has trained, compares them.
 
   Raises:
-    ValueError: if they have changed since.
+    ValueError: if they have changed since, or the file cannot be read.
   """
-  trained = has_trained(path.parent) and path.exists()
-  previous = json.loads(path.read_text("utf-8")) if trained else value
+  if not (has_trained(path.parent) and path.exists()):
+    write_json(path, value)
+    return
+  with _repairable(f"Restore it, or remove it if the {label} are certainly the same"):
+    previous = parse_json(read_text(path), path)
   if previous != value:
     raise ValueError(
       f"{path.parent} was started with other {label} ({previous}, now {value}): it has changed "
       "since. Restore it, or give another --config.workdir"
     )
-  write_json(path, value)
+
+
+@contextlib.contextmanager
+def _repairable(advice: str) -> Iterator[None]:
+  """Adds advice to the message of a run's file that cannot be read."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{error}. {advice}") from error
 
 
 def has_trained(folder: Path) -> bool:
@@ -126,14 +206,25 @@ def file_digest(path: str | Path) -> str:
 def write_json(path: Path, value: Any) -> None:
   """Writes a file whole or not at all."""
   temporary = path.with_name(f".{path.name}.new")
-  temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-  os.replace(temporary, path)
+  try:
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(temporary, path)
+  except OSError as error:
+    temporary.unlink(missing_ok=True)
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_result(folder: str | Path) -> dict[str, Any] | None:
-  """Returns a run's result; None if the run is not finished."""
-  path = Path(folder) / "result.json"
-  return json.loads(path.read_text("utf-8")) if path.is_file() else None
+  """Returns a run's result; None if the run is not finished.
+
+  Raises:
+    ValueError: if the file is damaged.
+  """
+  path = local_path(folder) / "result.json"
+  if not path.exists():
+    return None
+  with _repairable("Remove it and rerun the command: training is not repeated"):
+    return read_json(path)
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
@@ -145,11 +236,17 @@ def read_finished(folder: str | Path) -> dict[str, Any]:
 
 
 def stored_config(folder: str | Path) -> dict[str, Any]:
-  """Returns a run's stored config; raises FileNotFoundError if the folder is not a run's."""
-  path = Path(folder) / "config.json"
-  if not path.is_file():
+  """Returns a run's stored config.
+
+  Raises:
+    FileNotFoundError: if the folder is not a run's.
+    ValueError: if the file is damaged.
+  """
+  path = local_path(folder) / "config.json"
+  if not path.exists():
     raise FileNotFoundError(f"{folder} is not the folder of a run: {path} does not exist")
-  return {**with_pattern(json.loads(path.read_text("utf-8"))), "workdir": str(folder)}
+  with _repairable("Restore it: without it the run cannot be read"):
+    return {**with_pattern(read_json(path)), "workdir": str(folder)}
 
 
 def read_run(kind: type[Config], folder: str | Path) -> Config:

@@ -129,6 +129,7 @@ class Decoding(DecodedInputs):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EConfig(AdaptationConfig):
   NAME: ClassVar[str] = "gpt2_e2e"
+  AFTER_TRAINING: ClassVar[tuple[str, ...]] = ("decoding",)
   model: E2EModel
   data: E2EData
   optimizer: E2EOptimizer
@@ -159,6 +160,7 @@ class E2EConfig(AdaptationConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TemplateConfig(RunConfig):
   NAME: ClassVar[str] = "e2e_template"
+  AFTER_TRAINING: ClassVar[tuple[str, ...]] = ("decoding",)
   workdir: NonEmptyPath
   experiment: str = "e2e_template"
   variant: str = ""
@@ -195,6 +197,7 @@ class Samples:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(AdaptationConfig):
   NAME: ClassVar[str] = "finetune"
+  AFTER_TRAINING: ClassVar[tuple[str, ...]] = ("samples",)
   method: str = "lora"  # the method of runs that were stored before there was a choice
   model: LanguageModel
   data: UserData
