@@ -1,4 +1,4 @@
-"""Adapters in the forms of other packages."""
+"""Exchanges adapters with other packages."""
 
 from lora_jax.interop.merged import merged_params, save_merged
 from lora_jax.interop.peft.load import load_peft

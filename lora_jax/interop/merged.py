@@ -1,8 +1,7 @@
-"""A base with an adapter merged into it, as a Hugging Face folder in the base's own dtype.
+"""Merges an adapter into its base model, as a new Hugging Face folder in the same dtype.
 
-The base's files are copied, and the bytes of the tensors that are adapted or trained whole are
-written over, one tensor after another: all else stays byte for byte, and the model is never
-whole in memory.
+The base model's files are copied, and the bytes of adapted or fully trained tensors are overwritten
+one tensor at a time. All other bytes stay as they are, and the model is never in memory as a whole.
 """
 
 import shutil
@@ -21,6 +20,7 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.axes import LoraAxes
+from lora_jax.files import local_path
 from lora_jax.models.checkpoints.encoder_folder import OLD_NAMES
 from lora_jax.models.checkpoints.hub import (
   FLOATS,
@@ -46,28 +46,28 @@ def save_merged(
   tensors: Sequence[StoredTensor],
   params: PyTree,
 ) -> dict[str, float]:
-  """Writes a base with an adapter merged into it as a new folder that `transformers` reads.
+  """Merges an adapter into its base model, in a new folder that `transformers` reads.
 
-  Each weight is merged in float32 and rounded once, to the dtype that it has in the base's folder.
+  Each weight is merged in float32 and rounded once, to its dtype in the base model's folder.
 
   Args:
     folder: to make.
-    base_folder: that the base was loaded from.
+    base_folder: from which the base model was loaded.
     config: of the adapter.
     trainable: the trained tree.
-    tensors: of the model, as the base's folder has them: `stored_tensors(config)`, or of a
-      mixture whose experts have tensors of their own `stored_tensors(config, published=True)`.
-    params: of the base, or their shapes.
+    tensors: of the model in `base_folder`: `stored_tensors(config)`, or
+      `stored_tensors(config, published=True)` of a mixture whose experts have tensors of their own.
+    params: of the base model, or their shapes.
 
   Returns:
-    What rounding cost each leaf that was adapted or trained whole, as `lora_jax.merge_error`
-    has it: max|merged - exact| / max|exact|, of stacked layers the largest.
+    The rounding error of each adapted or fully trained leaf, as in `lora_jax.merge_error`:
+    max|merged - exact| / max|exact|, the largest over stacked layers.
   Raises:
     FileExistsError: if there is such a folder.
-    ValueError: if the adapter is not for the base, the base's folder is of another model, or a
-      merged weight is too large for its dtype.
+    ValueError: if the adapter is not for the base model, the folder has another model, or a merged
+      weight is too large for its dtype.
   """
-  base_folder = Path(base_folder)
+  folder, base_folder = local_path(folder), local_path(base_folder)
   new_leaves = _NewLeaves(config, trainable, params)
   leaves = dict(leaves_with_path(params))
   names, index = weight_files(base_folder)
@@ -87,21 +87,22 @@ def save_merged(
 def merged_params(
   config: LoraConfig, trainable: PyTree, params: PyTree, dtype: Any
 ) -> tuple[PyTree, dict[str, float]]:
-  """Returns a base's params with an adapter merged into them, in another dtype.
+  """Returns a base model's params with an adapter merged into them, in another dtype.
 
-  For a model that has parts which the base's folder has not, as a new head. One leaf after another
-  is merged in float32 and rounded once.
+  For models with parts that the base model's folder lacks, such as a new head. Leaves are merged
+  one at a time in float32 and rounded once.
 
   Args:
     config: of the adapter.
     trainable: the trained tree.
-    params: of the base.
+    params: of the base model.
     dtype: of the result.
 
   Returns:
-    The params, on the host, and what rounding cost, as of `save_merged`.
+    The params, on the host, and the rounding errors, as in `save_merged`.
   Raises:
-    ValueError: if the adapter is not for the base, or a merged weight is too large for `dtype`.
+    ValueError: if the adapter is not for the base model, or a merged weight is too large for
+      `dtype`.
   """
   leaves = _NewLeaves(config, trainable, params)
 
@@ -119,19 +120,19 @@ def merged_params(
 
 
 class _NewLeaves:
-  """What takes the place of a base's leaves, and what rounding it has cost."""
+  """The leaves that replace a base model's, and their rounding errors."""
 
   def __init__(self, config: LoraConfig, trainable: PyTree, params: PyTree):
     targets, extra = find_leaves(config, params)
     check_adapter(trainable, targets, extra)
     self._targets = targets
-    self._weights, self._whole = adapter_weights(trainable), adapter_extra(trainable)
-    self.errors = dict.fromkeys((*self._weights, *self._whole), 0.0)
+    self._weights, self._full = adapter_weights(trainable), adapter_extra(trainable)
+    self.errors = dict.fromkeys((*self._weights, *self._full), 0.0)
 
   def put_into(
     self, array: np.ndarray, stored: StoredTensor, leaves: Mapping[str, Any]
   ) -> np.ndarray:
-    """Returns a tensor of the base with its new parts, in its own dtype."""
+    """Returns a tensor of the base model with its new parts, in its own dtype."""
     array = np.array(array, order="C")
     leaf_parts = stored.to_ours(array)
     stop = 0
@@ -145,23 +146,23 @@ class _NewLeaves:
   def rounded(
     self, base: np.ndarray, path: str, place: tuple[int, ...], dtype: np.dtype
   ) -> np.ndarray:
-    """Returns the new part of a leaf in a dtype, and notes what rounding has cost."""
+    """Returns the new part of a leaf in a dtype, and records the rounding error."""
     exact = self._exact(base, path, place)
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # is raised below
       part = exact.astype(dtype)
     size, error = np.abs(exact).max(), np.abs(part.astype(exact.dtype) - exact).max()
     if not np.isfinite(error):
       raise ValueError(
-        f"{path}: merged, it has values up to {size:g}, which {dtype} cannot hold. Take a base of "
-        "another dtype"
+        f"{path}: merged, it has values up to {size:g}, which {dtype} cannot hold. Take a base "
+        "model in another dtype"
       )
     self.errors[path] = max(self.errors[path], float(error / size) if size else 0.0)
     return part
 
   def _exact(self, base: np.ndarray, path: str, place: tuple[int, ...]) -> np.ndarray:
-    """Returns the new part before it is rounded, float32."""
-    if path in self._whole:
-      return np.asarray(self._whole[path][place], np.float32)
+    """Returns the new part in float32, before rounding."""
+    if path in self._full:
+      return np.asarray(self._full[path][place], np.float32)
     wide, weight = base.astype(np.float32), self._weights[path]
     for i in place:
       weight = None if weight is None else _of_layer(path, weight, i)
@@ -199,18 +200,18 @@ def _changed(
   """Returns the tensors to write, by their names in the base's files.
 
   Raises:
-    ValueError: if one is missing or mis-shaped, or a leaf is in no tensor.
+    ValueError: if one is missing or misshapen, or a leaf is in no tensor.
   """
   present = set(base)
   prefixes = sorted({name.partition(".")[0] for name in present})
 
   def name_of(stored: StoredTensor) -> str:
-    """Returns a tensor's name in the files, which may lack the model's prefix or have one."""
-    forms = [stored.name, stored.name.partition(".")[2]]
-    forms += [f"{prefix}.{stored.name}" for prefix in prefixes]
+    """Returns a tensor's name in the files, which may lack the model's prefix or have another."""
+    candidates = [stored.name, stored.name.partition(".")[2]]
+    candidates += [f"{prefix}.{stored.name}" for prefix in prefixes]
     for now, old in OLD_NAMES.items():
-      forms += [form.removesuffix(now) + old for form in forms if form.endswith(now)]
-    return next((form for form in forms if form in present), stored.name)
+      candidates += [name.removesuffix(now) + old for name in candidates if name.endswith(now)]
+    return next((name for name in candidates if name in present), stored.name)
 
   changed = {
     name_of(stored_tensor): stored_tensor
@@ -228,7 +229,7 @@ def _changed(
       got = "nothing" if shape is None else f"{base.dtype(name)} {shape}"
       raise ValueError(
         f"{folder}: {name}: expected floats of shape {expected[stored_tensor.name]}, got {got}. "
-        "Give the folder that the base was loaded from"
+        "Give the folder from which the base model was loaded"
       )
   for other in present - {
     name_of(stored_tensor) for stored_tensor in tensors
@@ -242,7 +243,7 @@ def _changed(
 
 
 def _others(folder: Path, has_index: bool) -> list[str]:
-  """Returns the names of the files besides the weights; none that tells of other weights."""
+  """Returns the names of the other files to copy, without those that describe other weights."""
   names = {path.name for kind in COPIED for path in folder.glob(kind) if path.is_file()}
   stale = {name for name in names if name.endswith(".index.json")} | {"adapter_config.json"}
   return sorted(names - stale) + ([INDEX] if has_index else [])

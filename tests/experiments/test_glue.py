@@ -236,7 +236,7 @@ def test_a_finished_run_in_other_packages_forms(finished, tmp_path, monkeypatch)
   rounded = load_bert(tmp_path / "rounded", param_dtype="bfloat16")[1]
   assert dtype_of(tmp_path / "rounded") == np.dtype("bfloat16")
   assert relative_difference(run._replace(params=rounded).classify(texts), expected) < 0.05
-  with pytest.raises(SystemExit, match="servers read no leaves that are trained whole"):
+  with pytest.raises(SystemExit, match="servers read no fully trained leaves"):
     export.main([str(workdir), str(tmp_path / "server"), "--server"])
   (tmp_path / "begun").mkdir()
   shutil.copy(workdir / "config.json", tmp_path / "begun")

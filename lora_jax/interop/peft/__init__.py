@@ -1,1 +1,1 @@
-"""Adapters in the format of Hugging Face PEFT, both ways."""
+"""Reads and writes adapters in the format of Hugging Face PEFT."""

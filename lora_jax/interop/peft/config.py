@@ -1,6 +1,6 @@
-"""PEFT's `adapter_config.json`: which modules it adapts, and how.
+"""Reads PEFT's `adapter_config.json`: which modules are adapted, and how.
 
-Read strictly: a field that changes what an adapter computes and that is not known here is an error.
+A field that changes what an adapter computes and that is not known here is an error.
 """
 
 import dataclasses
@@ -9,19 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from lora_jax.fields import Count, CountOrZero, Finite, Pattern, Within, read_section, read_value
+from lora_jax.patterns import fullmatch
 from lora_jax.trees import closest_names
 
-# Fields that say how an adapter was begun, trained or is run, and nothing about what it computes.
-OF_NO_MATTER = {
+# Fields about initialization, training or execution, which do not change what is computed.
+IGNORED = {
   "auto_mapping",
   "eva_config",
   "corda_config",
-  "fan_in_fan_out",
-  "inference_mode",
   "loftq_config",
-  "lora_dropout",
   "lora_ga_config",
   "megatron_config",
   "megatron_core",
@@ -32,8 +31,8 @@ OF_NO_MATTER = {
   "task_type",
   "velora_config",
 }
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base as it is
-OTHER_METHODS = {  # fields that make an adapter of another method
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base model as it is
+OTHER_METHODS = {  # fields of other methods
   "use_qalora": "QALoRA",
   "use_bdlora": "BD-LoRA",
   "layer_replication": "layer replication",
@@ -44,28 +43,63 @@ OTHER_METHODS = {  # fields that make an adapter of another method
   "monteclora_config": "MonteCLoRA",
   "ensure_weight_tying": "tied adapters",
 }
+PROMPT_METHODS = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+
+def name_of_module(name: str, value: str) -> None:
+  """Raises ValueError if the value cannot be the name, or the end of a name, of a module."""
+  if not value or len(value) > 1000 or re.search(r"[\s/]", value):
+    raise ValueError(f"{name} must be the name of a module, got {value!r:.100}")
+
+
+Name = Annotated[str, name_of_module]
+NameOrPattern = Annotated[str, name_of_module, Pattern.__metadata__[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+  """The fields of the file that are read, with PEFT's defaults."""
+
+  r: Count = 8
+  lora_alpha: Finite = 8
+  target_modules: Pattern | tuple[Name, ...] | None = None
+  exclude_modules: Pattern | tuple[Name, ...] | None = None
+  rank_pattern: dict | None = None
+  alpha_pattern: dict | None = None
+  use_rslora: bool = False
+  use_dora: bool = False
+  bias: Literal["none", "all", "lora_only"] = "none"
+  modules_to_save: tuple[NameOrPattern, ...] | None = None
+  layers_to_transform: CountOrZero | tuple[CountOrZero, ...] | None = None
+  layers_pattern: Pattern | tuple[Pattern, ...] | None = None
+  lora_bias: bool = False
+  target_parameters: tuple[Name, ...] | None = None
+  base_model_name_or_path: str | None = None
+  lora_dropout: Annotated[float, Within("[0, 1]")] = 0.0  # no dropout is read
+  fan_in_fan_out: bool | None = None  # follows from the model
+  inference_mode: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-  """What an `adapter_config.json` says of the function that its adapter computes.
+  """The parts of an `adapter_config.json` that determine what its adapter computes.
 
   Attributes:
     rank: of modules that `rank_pattern` does not name.
     alpha: of modules that `alpha_pattern` does not name.
     target_modules: names or their endings, or one regular expression, or `all-linear`.
-    exclude_modules: likewise; never adapted.
-    rank_pattern: regular expressions for the endings of names, to ranks.
-    alpha_pattern: likewise, to alphas.
+    exclude_modules: names or one regular expression of modules that are never adapted.
+    rank_pattern: ranks by regular expressions for the endings of names.
+    alpha_pattern: alphas by regular expressions for the endings of names.
     use_rslora: scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
     use_dora: whether all modules are adapted by DoRA (Liu et al. 2024, arXiv 2402.09353).
     bias: `none`, `all` or `lora_only`: which biases are trained.
-    modules_to_save: names or their endings of modules that are trained whole.
-    layers_to_transform: numbers of the layers that are adapted; None is all.
-    layers_pattern: names of the lists that the layers are numbered in.
+    modules_to_save: names or their endings of fully trained modules.
+    layers_to_transform: numbers of the adapted layers; None is all.
+    layers_pattern: names of the lists that number the layers.
     lora_bias: whether B has a bias.
-    target_parameters: names of parameters that are adapted themselves, as stacked experts'.
-    base: the model that it was trained on, by a name or path of then; "" if it is not said.
+    target_parameters: names of adapted parameters, as those of stacked experts.
+    base: the base model's name or path in training; "" if unknown.
   """
 
   rank: int
@@ -89,42 +123,45 @@ class PeftConfig:
 
     Args:
       module: its name.
-      is_linear: whether it is a linear layer other than the head, as `all-linear` means them.
+      is_linear: whether `all-linear` includes it: a linear layer other than the head.
     """
-    inside = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save)
-    if inside or _named(module, self.exclude_modules):
+    saved = (rf"(.*\.)?({name})(\..*)?" for name in self.modules_to_save)
+    if any(fullmatch(pattern, module) for pattern in saved) or _named(module, self.exclude_modules):
       return False
     if self.target_modules == "all-linear":
       return is_linear
     if not _named(module, self.target_modules):
       return False
     if isinstance(self.target_modules, str) or module in self.target_modules:
-      return True  # as in PEFT, an expression or a whole name says the layer itself
-    return self.layers_to_transform is None or self._layer(module) in self.layers_to_transform
+      return True  # as in PEFT, layers_to_transform applies only to endings of names
+    return self.layers_to_transform is None or self.layer_of(module) in self.layers_to_transform
 
   def targets_parameter(self, parameter: str) -> bool:
-    """Returns whether a parameter is adapted itself; its module is no layer of a common kind."""
+    """Returns whether a parameter is adapted itself, instead of through a layer."""
     return _named(parameter, self.target_parameters)
 
-  def _layer(self, module: str) -> int | None:
-    """Returns the number in a module's name; as in PEFT, the first one in the lists named."""
+  def layer_of(self, module: str) -> int | None:
+    """Returns the layer number in a module's name: the first one, as in PEFT."""
+    parts = module.split(".")
+    places = [i for i, part in enumerate(parts[:-1]) if part.isdecimal() and i > 0]
     for name in self.layers_pattern or (r"[^.]*",):
-      if match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module):
-        return int(match[1])
+      for i in places:
+        if fullmatch(rf"(.*\.)?({name})", ".".join(parts[:i])):
+          return int(parts[i])
     return None
 
   def rank_of(self, module: str) -> int:
     return _by_pattern(module, self.rank_pattern, self.rank)
 
   def scaling_of(self, module: str) -> float:
-    """Returns what the product of B and A is multiplied by."""
+    """Returns the scaling of B A."""
     alpha, rank = _by_pattern(module, self.alpha_pattern, self.alpha), self.rank_of(module)
     return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
   def saves(self, module: str) -> bool:
-    """Returns whether a module, or one that it is a part of, is trained whole.
+    """Returns whether a module, or one that contains it, is fully trained.
 
-    As in PEFT, a name also means modules whose own names end with it: `norm`, `input_layernorm`.
+    As in PEFT, a name matches all modules that end with it: `norm` matches `input_layernorm`.
     """
     parts = module.split(".")
     whole = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
@@ -138,65 +175,42 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
     entries: the object.
     path: of its file, for messages.
   Raises:
-    ValueError: if it is of another method, or a field is unknown, missing or ill-typed.
+    ValueError: if it is of another method, or a field is unknown, misspelled, of another type or
+      out of bounds.
   """
-  if entries.get("peft_type") != "LORA":
-    raise ValueError(f"{path}: expected peft_type LORA, got {entries.get('peft_type')!r}")
-  for key, method in OTHER_METHODS.items():
-    if entries.get(key):
-      raise ValueError(f"{path}: {key}={entries[key]!r}: {method} does not exist here yet")
-  known = {item.name for item in dataclasses.fields(PeftConfig)} - {"rank", "alpha", "base"}
-  known |= {"r", "lora_alpha", "peft_type", "init_lora_weights", "base_model_name_or_path"}
-  init = entries.get("init_lora_weights")
-  if init not in PLAIN_INITS:
-    raise ValueError(
-      f"{path}: init_lora_weights={init!r} changes the base when PEFT loads the adapter. Save it "
-      "in PEFT with path_initial_model_for_weight_conversion, which makes it a plain one"
-    )
-  for key in sorted(set(entries) - known - OF_NO_MATTER - set(OTHER_METHODS)):
+  _check_method(entries, path)
+  known = {field.name for field in dataclasses.fields(_Fields)}
+  others = {"peft_type", "init_lora_weights", *IGNORED, *OTHER_METHODS}
+  for key in sorted(set(entries) - known - others):
     if entries[key] not in (None, False, [], {}):
       raise ValueError(
-        f"{path}: the field {key}={entries[key]!r} is not known here; near: "
-        f"{', '.join(closest_names(key, known))}"
+        f"{path}: unknown field {key[:100]}={repr(entries[key])[:100]}; did you mean "
+        f"{', '.join(closest_names(key, known))}?"
       )
-
-  def field(name: str, kind: Any, default: Any) -> Any:
-    value = entries.get(name)
-    value = default if value is None else value
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-      raise ValueError(f"{path}: {name} is {value!r}, expected {_kinds(kind)}")
-    return value
-
-  def names(name: str) -> str | tuple[str, ...]:
-    value = field(name, (str, list), [])
-    return value if isinstance(value, str) else tuple(value)
-
-  rank = field("r", int, 8)  # PEFT's defaults
-  ranks = field("rank_pattern", dict, {})
-  for name, value in {"r": rank, **ranks}.items():
-    if type(value) is not int or value < 1:
-      raise ValueError(f"{path}: the rank {name!r} is {value!r}, expected a positive integer")
-  layers = field("layers_to_transform", (int, list), []) if "layers_to_transform" in entries else []
-  pattern = names("layers_pattern")
+  try:
+    fields = read_section(_Fields, {key: entries[key] for key in known & set(entries)})
+    ranks = _values(Count, fields.rank_pattern, "rank_pattern")
+    alphas = _values(Finite, fields.alpha_pattern, "alpha_pattern")
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  layers, lists = fields.layers_to_transform, fields.layers_pattern
   config = PeftConfig(
-    rank=rank,
-    alpha=field("lora_alpha", (int, float), 8),
-    target_modules=names("target_modules"),
-    exclude_modules=names("exclude_modules"),
+    rank=fields.r,
+    alpha=fields.lora_alpha,
+    target_modules=fields.target_modules or (),
+    exclude_modules=fields.exclude_modules or (),
     rank_pattern=ranks,
-    alpha_pattern=field("alpha_pattern", dict, {}),
-    use_rslora=field("use_rslora", bool, False),
-    use_dora=field("use_dora", bool, False),
-    bias=field("bias", str, "none"),
-    modules_to_save=tuple(field("modules_to_save", list, [])),
-    layers_to_transform=((layers,) if isinstance(layers, int) else tuple(layers)) or None,
-    layers_pattern=(pattern,) if isinstance(pattern, str) else pattern,
-    lora_bias=field("lora_bias", bool, False),
-    target_parameters=tuple(field("target_parameters", list, [])),
-    base=field("base_model_name_or_path", str, ""),
+    alpha_pattern=alphas,
+    use_rslora=fields.use_rslora,
+    use_dora=fields.use_dora,
+    bias=fields.bias,
+    modules_to_save=fields.modules_to_save or (),
+    layers_to_transform=(layers,) if isinstance(layers, int) else layers or None,
+    layers_pattern=(lists,) if isinstance(lists, str) else lists or (),
+    lora_bias=fields.lora_bias,
+    target_parameters=fields.target_parameters or (),
+    base=fields.base_model_name_or_path or "",
   )
-  if config.bias not in ("none", "all", "lora_only"):
-    raise ValueError(f"{path}: bias is {config.bias!r}, expected none, all or lora_only")
   if config.target_parameters and config.lora_bias:
     raise ValueError(f"{path}: PEFT has no lora_bias with target_parameters")
   if config.use_dora and (config.lora_bias or config.target_parameters):
@@ -205,6 +219,47 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
   if not config.target_modules and not config.target_parameters:
     raise ValueError(f"{path}: target_modules is missing; expected the names of modules")
   return config
+
+
+def _check_method(entries: Mapping[str, Any], path: Path) -> None:
+  """Raises ValueError if an adapter is not LoRA or DoRA, with the advice for its method."""
+  method = entries.get("peft_type")
+  if method is None and {"lora_parameters", "fine_tune_type"} & set(entries):
+    raise ValueError(
+      f"{path} is of MLX, expected PEFT's format. Fuse the adapter there (mlx_lm.fuse "
+      "--de-quantize), and load the fused folder as a model"
+    )
+  if method in PROMPT_METHODS:
+    raise ValueError(
+      f"{path}: expected peft_type LORA, got {method!r}, which trains virtual tokens and no "
+      "weights. There is no such adapter here"
+    )
+  if method != "LORA":
+    raise ValueError(
+      f"{path}: expected peft_type LORA, got {repr(method)[:100]}. An adapter of another "
+      "method can be merged in PEFT (merge_and_unload, then save_pretrained) and the merged folder "
+      "loaded as a model"
+    )
+  for key, name in OTHER_METHODS.items():
+    if entries.get(key):
+      raise ValueError(f"{path}: {key}={repr(entries[key])[:100]}: {name} does not exist here yet")
+  init = entries.get("init_lora_weights")
+  if not any(init is plain or (init == plain and type(init) is str) for plain in PLAIN_INITS):
+    raise ValueError(
+      f"{path}: init_lora_weights={repr(init)[:100]} changes the base model when PEFT loads the "
+      "adapter. Save it in PEFT with path_initial_model_for_weight_conversion, which makes it "
+      "plain LoRA"
+    )
+
+
+def _values(kind: Any, patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+  """Returns checked values by pattern."""
+  for pattern in patterns or {}:
+    read_value(Pattern, pattern, f"{name}: a key")
+  return {
+    pattern: read_value(kind, value, f"{name}[{pattern!r}]")
+    for pattern, value in (patterns or {}).items()
+  }
 
 
 def shortest_endings(chosen: Iterable[str], modules: Sequence[str]) -> list[str]:
@@ -242,19 +297,14 @@ def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _named(module: str, names: str | Iterable[str]) -> bool:
-  """Tells whether a regular expression matches a whole name, or one of several ends it."""
+  """Returns whether a regular expression matches a whole name, or one of several names ends it."""
   if isinstance(names, str):
-    return re.fullmatch(names, module) is not None
+    return fullmatch(names, module)
   return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
   for pattern, value in patterns.items():
-    if re.match(rf"(.*\.)?({pattern})$", module):
+    if fullmatch(rf"(.*\.)?({pattern})", module):
       return value
   return default
-
-
-def _kinds(kind: Any) -> str:
-  kinds = kind if isinstance(kind, tuple) else (kind,)
-  return " or ".join(part.__name__ for part in kinds)

@@ -1,6 +1,7 @@
-"""The arrays of one module in PEFT, from those of our leaves that are its parts."""
+"""Builds the arrays of one module in PEFT from those of our leaves that are its parts."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from lora_jax.variants.dora import column_norm_squared
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-  """One module's arrays as PEFT has them: `alpha / rank * b @ a`, and DoRA's magnitude.
+  """One module's arrays in PEFT: `alpha / rank * b @ a`, and DoRA's magnitude.
 
   Attributes:
     a: (rank, in), of stacked experts (experts, rank, in).
@@ -34,12 +35,17 @@ class Fused:
   def rank(self) -> int:
     return self.a.shape[-2]
 
-  def with_rank(self, rank: int) -> "Fused":
-    """Returns the same with zeros up to a rank, and alpha equal to it."""
+  @property
+  def scaling(self) -> float:
+    return self.alpha / self.rank
+
+  def with_rank(self, rank: int, alpha: float) -> "Fused":
+    """Returns an equivalent padded with zeros to a rank; B is rescaled if alpha asks for it."""
     more, experts = (0, rank - self.rank), [(0, 0)] * (self.a.ndim - 2)
-    b = self.b * np.float32(self.alpha / self.rank)
+    factor = self.scaling * rank / alpha
+    b = self.b if math.isclose(factor, 1) else self.b * np.float32(factor)
     a, b = np.pad(self.a, (*experts, more, (0, 0))), np.pad(b, (*experts, (0, 0), more))
-    return dataclasses.replace(self, a=a, b=b, alpha=float(rank))
+    return dataclasses.replace(self, a=a, b=b, alpha=alpha)
 
 
 def fused_arrays(
@@ -55,7 +61,7 @@ def fused_arrays(
     module: in PEFT.
     weights: the adapted weights, by path.
     scalings: by path.
-    leaves: of the base, or their shapes.
+    leaves: of the base model, or their shapes.
     use_dora: whether the weights are adapted by DoRA.
   Raises:
     ValueError: if PEFT has no format for the axes, or it needs |W| of a part that is not adapted
@@ -100,7 +106,7 @@ def _of_place(weight: LoraWeight | None, module: Module) -> _Part | None:
   if weight is None:
     return None
   if weight.axes.inputs > weight.axes.outputs:
-    raise ValueError(f"PEFT has no form for factors with axes {weight.axes}")
+    raise ValueError(f"PEFT has no format for factors with axes {weight.axes}")
   arrays = {name: np.asarray(array, np.float32) for name, array in weight.arrays.items()}
   a, b, magnitude = arrays["lora_a"], arrays["lora_b"], arrays.get("magnitude")
   if module.is_conv:
@@ -118,9 +124,9 @@ def _of_place(weight: LoraWeight | None, module: Module) -> _Part | None:
 
 
 def _magnitude(module: Module, parts: list[_Part | None], leaves: Mapping[str, Any]) -> np.ndarray:
-  """Returns the magnitude of a module; of a part that is not adapted it is |W|.
+  """Returns a module's magnitude: |W| for the parts that are not adapted.
 
-  B has zeros in the rows of such a part, so that PEFT's weight there is the base's.
+  B has zeros in the rows of such a part, so that its weight in PEFT is the base model's.
   """
   pieces = []
   for path, part in zip(module.stored.paths, parts, strict=True):
@@ -130,7 +136,7 @@ def _magnitude(module: Module, parts: list[_Part | None], leaves: Mapping[str, A
     if isinstance(leaves[path], jax.ShapeDtypeStruct):
       raise ValueError(
         f"{path} is a part of {module.name} in PEFT and is not adapted: DoRA needs the norms of "
-        "its weight there, and params have only its shape. Give real arrays, or adapt it too"
+        "its weight, and params have only its shape. Give real arrays, or adapt it too"
       )
     w = jnp.asarray(leaves[path])[module.stored.place]
     pieces.append(np.sqrt(column_norm_squared(w, LoraAxes((), (0,), (1,)))))

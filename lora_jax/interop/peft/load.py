@@ -15,7 +15,7 @@ from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.delta import LoraWeight, Table
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.axes import LoraAxes
-from lora_jax.files import read_json
+from lora_jax.files import local_path, read_json
 from lora_jax.interop.peft.config import PeftConfig, parse
 from lora_jax.interop.peft.modules import (
   CONFIG,
@@ -30,15 +30,15 @@ from lora_jax.interop.peft.modules import (
   magnitude_name,
   whole_name,
 )
-from lora_jax.interop.peft.read import is_trained_whole, read_arrays, which_base
+from lora_jax.interop.peft.read import is_fully_trained, read_arrays, which_base
+from lora_jax.interop.peft.recognize import describe_folder
 from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.trees import leaves_with_path, nest
 from lora_jax.variants.dora import DORA, column_norm_squared
 from lora_jax.variants.lora import LORA
 
-IN_FILE = Table(
-  DORA.name, tuple(spec for spec in DORA.table if not spec.frozen)
-)  # |W|^2 is computed from the base
+# Of DoRA without |W|^2, which is computed from the base model.
+IN_FILE = Table(DORA.name, tuple(spec for spec in DORA.table if not spec.frozen))
 
 
 def load_peft(
@@ -49,22 +49,24 @@ def load_peft(
   Args:
     folder: with adapter_config.json and adapter_model.safetensors.
     tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
-    params: of the base. Biases of B are added to its own, and DoRA needs |W|^2 of its weights;
-      otherwise shapes are enough.
+    params: of the base model. Shapes are enough, unless the adapter is DoRA, which needs |W|^2, or
+      has biases of B, which are added to the base model's.
 
   Returns:
     The config, with its variant, and the trainable tree of `lora_jax.lora`.
   Raises:
     FileNotFoundError: if a file is missing.
     ValueError: if the adapter is of another method or another model, or a tensor is missing,
-      unexpected, mis-shaped or truncated; each is named. For DoRA, if params are shapes.
+      unexpected, misshapen, truncated or not finite; each is named. For DoRA, if params are shapes.
   """
-  folder = Path(folder)
+  folder = local_path(folder)
   if not folder.is_dir():
     raise FileNotFoundError(
-      f"{folder} is not a folder; expected one with {CONFIG} and {WEIGHTS}. An adapter on the hub "
-      "is brought to one by huggingface_hub.snapshot_download"
+      f"{folder} is not a folder; expected one with {CONFIG} and {WEIGHTS}. Download an adapter "
+      "from the hub by huggingface_hub.snapshot_download"
     )
+  if not (folder / CONFIG).exists() and (text := describe_folder(folder)):
+    raise FileNotFoundError(f"{folder / CONFIG} does not exist; {text}")
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
   leaves = dict(leaves_with_path(params))
   known = find_modules(tensors, leaves)
@@ -111,8 +113,9 @@ def _targeted(folder: Path, config: PeftConfig, known: Sequence[Module]) -> list
   """Returns the modules and parameters that are adapted.
 
   Raises:
-    ValueError: if there are none, or a target_parameter is none of the model's.
+    ValueError: if there are none, or the model has no such layer or target parameter.
   """
+  _check_layers(folder, config, known)
   parameters = [module for module in known if module.stored.is_parameter]
   for name in config.target_parameters:
     if not any(module.name == name or module.name.endswith(f".{name}") for module in parameters):
@@ -128,21 +131,46 @@ def _targeted(folder: Path, config: PeftConfig, known: Sequence[Module]) -> list
   ]
   if not modules:
     raise ValueError(
-      f"{folder}: target_modules {config.target_modules!r} are none of this model's: "
-      f"{', '.join(sorted({_short(module) for module in known if module not in parameters}))}. "
-      f"{which_base(config)}"
+      f"{folder}: target_modules {config.target_modules!r} match none of this model's: "
+      f"{', '.join(sorted({_short(module) for module in known if module not in parameters}))}"
+      f"{_excluded(config)}. {which_base(config)}"
     )
   return modules
 
 
+def _check_layers(folder: Path, config: PeftConfig, known: Sequence[Module]) -> None:
+  """Raises ValueError if the model lacks one of layers_to_transform."""
+  layers = [config.layer_of(module.name) for module in known]
+  numbers = {layer for layer in layers if layer is not None}
+  lacking = sorted(set(config.layers_to_transform or ()) - numbers)
+  if not lacking:
+    return
+  if not numbers:
+    raise ValueError(
+      f"{folder}: layers_pattern {config.layers_pattern} matches no list of layers of this model. "
+      f"{which_base(config)}"
+    )
+  raise ValueError(
+    f"{folder}: layers_to_transform has {', '.join(map(str, lacking[:8]))}, but the layers of this "
+    f"model are 0 to {max(numbers)}. {which_base(config)}"
+  )
+
+
+def _excluded(config: PeftConfig) -> str:
+  """Returns the fields that restrict target_modules, for a message."""
+  names = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+  fields = [f"{name} {getattr(config, name)!r}" for name in names if getattr(config, name)]
+  return f" (also set: {', '.join(fields)})" if fields else ""
+
+
 def _check_values(folder: Path, modules: Sequence[Module], leaves: Mapping[str, Any]) -> None:
-  """Raises ValueError if params have no values of the adapted weights."""
+  """Raises ValueError if params are only shapes of the adapted weights."""
   paths = [path for module in modules for path in module.stored.paths]
   shapes = [path for path in paths if isinstance(leaves[path], jax.ShapeDtypeStruct)]
   if shapes:
     raise ValueError(
-      f"{folder}: use_dora: DoRA needs the norms of the base's weights, and params have only the "
-      f"shape of {shapes[0]}. Give real arrays"
+      f"{folder}: use_dora: DoRA needs the norms of the base model's weights, and params have only "
+      f"the shape of {shapes[0]}. Give real arrays"
     )
 
 
@@ -152,14 +180,14 @@ def _short(module: Module) -> str:
 
 
 def _axes(ndim: int, is_conv: bool = False) -> LoraAxes:
-  """Returns the axes of a weight's factors; but for a convolution all but two are stacks."""
+  """Returns the axes of a weight's factors; except in convolutions, all but two are stacks."""
   if is_conv:
     return LoraAxes((), tuple(range(ndim - 1)), (ndim - 1,))
   return LoraAxes(tuple(range(ndim - 2)), (ndim - 2,), (ndim - 1,))
 
 
 def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, ...]) -> LoraWeight:
-  """Returns the arrays of a leaf, those of stacked layers and experts as one.
+  """Returns the arrays of a leaf, with those of its layers and experts stacked.
 
   Args:
     of_places: by their index into the leaf.
@@ -182,7 +210,7 @@ def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, 
 
 
 def _with_norm(weight: LoraWeight, leaf: jax.Array) -> LoraWeight:
-  """Returns a node of DoRA, with |W|^2 of the base's weight."""
+  """Returns a node of DoRA, with |W|^2 of the base model's weight."""
   axes, layers = weight.axes, weight.layers
   norm_squared = column_norm_squared(adapted_layers(jnp.asarray(leaf), axes, layers), axes)
   arrays = weight.arrays | {"norm_squared": norm_squared}
@@ -196,7 +224,7 @@ def _extra(
   tensors: Sequence[StoredTensor],
   leaves: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-  """Returns our leaves that are trained whole: saved modules, biases, and biases of B added."""
+  """Returns the fully trained leaves: saved modules, and biases with those of B added."""
   adapted = {module.module for module in modules}
   loaded: dict[str, np.ndarray] = {}
 
@@ -207,17 +235,20 @@ def _extra(
     for path, piece in zip(stored.paths, pieces, strict=True):
       if not stored.place:
         loaded[path] = piece
-      else:  # the layers that are not named stay as they are
+      else:  # other layers are unchanged
         loaded.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
 
   for stored in tensors:
-    if is_trained_whole(config, stored, adapted):
+    if is_fully_trained(config, stored, adapted):
       parts(stored, arrays[whole_name(stored, adapted)])
   if config.lora_bias:
     biases = {stored.module: stored for stored in tensors if stored.is_bias}
     for module in modules:
       if module.name not in biases:
-        raise ValueError(f"lora_bias: {module.name} has no bias of its own to add that of B to")
+        raise ValueError(
+          f"lora_bias: {module.name} has no bias here to which that of B could be added. Merge the "
+          "adapter in PEFT and load the merged folder"
+        )
       stored = biases[module.name]
       known = [loaded.get(p, np.asarray(leaves[p], np.float32))[stored.place] for p in stored.paths]
       of_b = config.scaling_of(module.name) * arrays[f"{PREFIX}{module.name}.lora_B.bias"]

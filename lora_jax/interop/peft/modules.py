@@ -1,7 +1,7 @@
-"""Adapters in the form of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+"""Maps a model's tensors to the names and shapes of Hugging Face PEFT's adapters.
 
     base_model.model.transformer.h.0.attn.c_attn.lora_A.weight   (rank, in)    ours, transposed
-    base_model.model.transformer.h.0.attn.c_attn.lora_B.weight   (out, rank)   likewise
+    base_model.model.transformer.h.0.attn.c_attn.lora_B.weight   (out, rank)   ours, transposed
     base_model.model.transformer.wte.lora_embedding_A            (rank, V)
     base_model.model.transformer.wte.lora_embedding_B            (D, rank)
     base_model.model.model.layers.0.mlp.experts.lora_A.weight    (experts * rank, in)
@@ -9,16 +9,15 @@
     base_model.model.deberta.encoder.conv.conv.lora_A.weight     (rank, in, width)
     base_model.model.deberta.encoder.conv.conv.lora_B.weight     (out, rank, 1)
 
-DoRA's magnitude is beside them, of a fused weight those of its parts, one after another:
+DoRA adds a magnitude; that of a fused weight is those of its parts, concatenated:
 
     base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector       (out,)
     base_model.model.transformer.wte.lora_magnitude_vector                   (D,)
     base_model.model.deberta.encoder.conv.conv.lora_magnitude_vector         (1, out, 1)
 
-Where PEFT adapts a fused weight and our leaves are its parts, an adapter goes over exactly. From
-PEFT, all parts share A, and each has its rows of B. To PEFT, the As of the parts stand one below
-another, with zeros in B where a part has no share in them, so that ranks add up; As that are equal
-stand there once.
+Where PEFT adapts a fused weight and our leaves are its parts, the exchange is exact. From PEFT, all
+parts share A, and each has its rows of B. To PEFT, the As of the parts are concatenated along the
+rank, so that ranks add up, with zeros in B elsewhere; equal As are written once.
 """
 
 import math
@@ -39,7 +38,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 class Module:
-  """A module with a weight, or a parameter: where it is in PEFT, and which leaves of ours it is."""
+  """A module with a weight, or a parameter: its name and shapes in PEFT, and our leaves."""
 
   def __init__(self, stored: StoredTensor, params: Mapping[str, Any]):
     self.stored = stored
@@ -53,7 +52,7 @@ class Module:
 
   @property
   def is_body(self) -> bool:
-    """Whether it is what PEFT calls linear: neither an embedding nor a convolution nor the head."""
+    """Whether PEFT calls it linear: not an embedding, a convolution or the head."""
     return self.is_linear and not self.is_conv and self.name != "lm_head"
 
   @property
@@ -63,12 +62,12 @@ class Module:
 
   @property
   def experts(self) -> tuple[int, ...]:
-    """Their number, if it is a parameter of several; else ()."""
+    """The number of experts, if it is a parameter of several; else ()."""
     return () if self.is_conv else self.shapes[0][:-2]
 
   @property
   def inputs(self) -> int:
-    """Returns what a row of A has; of a convolution inputs times its window."""
+    """Returns the length of a row of A: the inputs, times a convolution's window."""
     return math.prod(self.shapes[0][:-1]) if self.is_conv else self.shapes[0][-2]
 
   @property
@@ -76,7 +75,7 @@ class Module:
     return [shape[-1] for shape in self.shapes]
 
   def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of A and B in the file, whose ranks of all experts are one axis."""
+    """Returns the shapes of A and B in the file, where experts and rank are one axis."""
     if self.is_conv:
       *window, inputs, outputs = self.shapes[0]
       return (rank, inputs, *window), (outputs, rank, *[1] * len(window))
@@ -92,8 +91,7 @@ class Module:
   def from_file(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns A (..., in, rank), of a convolution over its window, and B (..., rank, out).
 
-    In the file each expert has its own rows of A, one expert after another; in B, however, the
-    experts alternate.
+    In the file, the rows of A are grouped by expert; in B the experts alternate.
     """
     if self.is_conv:
       return self.stored.to_ours(a), b.reshape(b.shape[:2]).T
@@ -115,12 +113,12 @@ class Module:
 def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
   """Returns the names of A and B in the file.
 
-  PEFT wraps a module once for each parameter of it that is adapted, so that the wrapper of the
-  last one is outside.
+  PEFT wraps a module once for each of its adapted parameters; the wrapper of the last one is
+  outermost.
 
   Args:
-    module: that is adapted.
-    adapted: all that are, in the order of the model's tensors.
+    module: an adapted one.
+    adapted: all adapted modules, in the order of the model's tensors.
   """
   name = PREFIX + module.name
   if module.stored.is_embedding:
@@ -147,42 +145,49 @@ def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> 
 
 
 def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
-  """Returns the name in the file of a tensor that is trained whole.
+  """Returns the name in the file of a fully trained tensor.
 
   Args:
-    stored: the tensor; one of an adapted module's own, as its bias, is one level deeper.
+    stored: the tensor; a bias of an adapted module is one level deeper.
     adapted: the names of the adapted modules.
   """
   module, _, kind = stored.name.rpartition(".")
   return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
 
 
+def base_array(stored: StoredTensor, leaves: Mapping[str, Any]) -> np.ndarray:
+  """Returns a tensor of the base model as in its files, from the leaves, in their dtype."""
+  parts = [np.asarray(leaves[path])[stored.place] for path in stored.paths]
+  return stored.to_file(np.concatenate(parts, axis=-1))
+
+
 def is_encoder(tensors: Sequence[StoredTensor]) -> bool:
-  """Tells whether a model is an encoder, with or without a classifier: no language model."""
+  """Returns whether a model is an encoder, with or without a classifier."""
   return any("encoder.layer." in stored.name for stored in tensors)
 
 
 def is_language_model(tensors: Sequence[StoredTensor]) -> bool:
-  """Tells whether a model writes text: it has an embedding and is no encoder."""
+  """Returns whether a model generates text: it has an embedding and is not an encoder."""
   return any(stored.is_embedding for stored in tensors) and not is_encoder(tensors)
 
 
 def check_called(where: Path, adapted: Sequence[Module]) -> None:
-  """Raises ValueError if `transformers` reads a weight and never calls its module."""
+  """Raises ValueError if `transformers` never calls the module of an adapted weight."""
   names = [module.name for module in adapted if module.name.endswith(".rel_embeddings")]
   if names:
     raise ValueError(
-      f"{where}: transformers reads the weight of {names[0]} and never calls the module, so that "
-      "PEFT's adapter of it changes nothing; lora_jax's would. Leave it out"
+      f"{where}: transformers reads the weight of {names[0]} but never calls the module, so PEFT's "
+      "adapter of it changes nothing, and lora_jax's would. Leave it out"
     )
 
 
 def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
-  """Raises ValueError if a trained embedding is the head too, where PEFT trains one use alone."""
+  """Raises ValueError if a trained embedding is also the head, which PEFT would not train."""
   untied = is_encoder(tensors) or any(stored.name == "lm_head.weight" for stored in tensors)
   tied = [m.name for m in embeddings if re.search(r"(wte|embed_tokens|word_embeddings)$", m.name)]
   if tied and not untied:
     raise ValueError(
-      f"{where}: {tied[0]} is the head too. PEFT trains its lookup alone, lora_jax both uses: they "
-      "would compute different things. Leave it out, or untie the head"
+      f"{where}: {tied[0]} is the head too (tied). PEFT trains only the lookup and lora_jax both "
+      "uses, so they would differ. Leave it out, or untie the head: set tie_word_embeddings to "
+      "false in config.json and save the embedding as lm_head.weight too"
     )

@@ -1,6 +1,7 @@
-"""The tensors of an adapter's file in PEFT's format, checked against its config and the model."""
+"""Reads the tensors of an adapter in PEFT's format, checked against its config and the model."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,29 @@ from lora_jax.interop.peft.modules import (
   WEIGHTS,
   Arrays,
   Module,
+  base_array,
   factor_names,
+  is_language_model,
   magnitude_name,
   whole_name,
 )
-from lora_jax.models.checkpoints.hub import StoredTensor, open_safetensors
+from lora_jax.interop.peft.recognize import (
+  Mismatch,
+  describe_folder,
+  describe_mismatch,
+  resized,
+  tied_head,
+)
+from lora_jax.models.checkpoints.hub import FLOATS, StoredTensor, open_safetensors
+from lora_jax.models.checkpoints.recognize import Stored
 from lora_jax.models.checkpoints.stored import stored_shape
+
+# An adapter's name in the name of a tensor, as in the state dict of a model inside PEFT.
+ADAPTER_NAME = re.compile(
+  r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
+  r"|\.(modules_to_save)\.(?!weight$|bias$)([^.]+)"
+)
+NARROW = (jnp.bfloat16, np.float16)
 
 
 def read_arrays(
@@ -31,7 +49,58 @@ def read_arrays(
   tensors: Sequence[StoredTensor],
   leaves: Mapping[str, Any],
 ) -> Arrays:
-  """Returns the file's tensors by name, once they are exactly those of the config."""
+  """Returns the file's tensors by name, which must be exactly those of the config.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not a safetensors file, or a tensor is missing, unexpected, misshapen, not
+      of floats or not finite.
+  """
+  expected = _expected_shapes(config, modules, tensors, leaves)
+  path = folder / WEIGHTS
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} does not exist{_instead(folder)}")
+  with open_safetensors(path) as file:
+    names = _plain_names(path, file.keys())
+    slices = {name: file.get_slice(key) for name, key in names.items()}
+    stored = {n: Stored(tuple(x.get_shape()), x.get_dtype()) for n, x in slices.items()}
+
+    def read(name: str) -> np.ndarray:
+      if stored[name].dtype not in FLOATS:
+        raise ValueError(
+          f"{path}: {names[name]} is of {stored[name].dtype}, expected one of "
+          f"{', '.join(FLOATS)}. Save the adapter in one of these, as by model.to(torch.bfloat16)"
+        )
+      with np.errstate(over="ignore"):
+        array = file.get_tensor(names[name]).astype(np.float32)
+      if not np.isfinite(array).all():
+        raise ValueError(
+          f"{path}: {names[name]} has values that are infinite, not a number or too large for "
+          "float32: the training diverged, or the file is damaged. Take an earlier checkpoint"
+        )
+      return array
+
+    _drop_bias_duplicates(stored, config, tensors, read)
+    _drop_base_copies(folder, stored, expected, tensors, leaves, read)
+    mismatch = Mismatch(stored, expected)
+    if faults := mismatch.faults():
+      more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+      cause = describe_mismatch(mismatch)
+      advice = f". {which_base(config)}, and leave {CONFIG} as PEFT wrote it"
+      raise ValueError(
+        f"{folder}: {cause}{'. ' if cause else ''}The tensors are not those of its {CONFIG} and "
+        f"this model: {'; '.join(faults[:8])}{more}{'' if cause else advice}"
+      )
+    return {name: read(name) for name in expected}
+
+
+def _expected_shapes(
+  config: PeftConfig,
+  modules: Sequence[Module],
+  tensors: Sequence[StoredTensor],
+  leaves: Mapping[str, Any],
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors that a config asks for, by name."""
   expected: dict[str, tuple[int, ...]] = {}
   for module in modules:
     shapes = module.factor_shapes(config.rank_of(module.name))
@@ -42,91 +111,152 @@ def read_arrays(
       expected[f"{PREFIX}{module.name}.lora_B.bias"] = (sum(module.outputs),)
   adapted = {module.module for module in modules}
   for stored in tensors:
-    if is_trained_whole(config, stored, adapted):
+    if is_fully_trained(config, stored, adapted):
       expected[whole_name(stored, adapted)] = stored_shape(stored, leaves)
-  arrays = _load(folder / WEIGHTS)
-  _drop_base_copies(folder, arrays, modules, leaves)
-  _drop_bias_copies(arrays, config, tensors)
-  faults = [f"missing {n} {shape}" for n, shape in expected.items() if n not in arrays]
-  faults += [f"unexpected {n} {x.shape}" for n, x in arrays.items() if n not in expected]
-  faults += [
-    f"{n} has shape {arrays[n].shape}, expected {shape}"
-    for n, shape in expected.items()
-    if n in arrays and arrays[n].shape != shape
-  ]
-  if faults:
-    more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+  return expected
+
+
+def _plain_names(path: Path, names: Iterable[str]) -> dict[str, str]:
+  """Returns the names in a file by those that PEFT's `save_pretrained` would have written.
+
+  Raises:
+    ValueError: if the file has several adapters, or a tensor by two names.
+  """
+  plain: dict[str, str] = {}
+  adapters: set[str] = set()
+  for name in names:
+    adapters.update(match[2] or match[4] for match in ADAPTER_NAME.finditer(name))
+    short = ADAPTER_NAME.sub(lambda match: f".{match[1]}" if match[1] else "", name)
+    if short.endswith(f"{MAGNITUDE}.weight"):  # PEFT writes this name and reads both
+      short = short.removesuffix(".weight")
+    if short in plain:
+      raise ValueError(f"{path}: {plain[short]} and {name} are one tensor by two names; keep one")
+    plain[short] = name
+  if len(adapters) > 1:
     raise ValueError(
-      f"{folder}: the tensors are not those of its {CONFIG} and this model: "
-      f"{'; '.join(faults[:8])}{more}. {which_base(config)}, and leave {CONFIG} as PEFT wrote it"
+      f"{path} has several adapters, {', '.join(sorted(adapters)[:8])}; expected one. Save one by "
+      f"model.save_pretrained(folder, selected_adapters=[{min(adapters)!r}])"
     )
-  return arrays
+  return plain
+
+
+def _drop_bias_duplicates(
+  stored: dict[str, Stored],
+  config: PeftConfig,
+  tensors: Sequence[StoredTensor],
+  read: Callable[[str], np.ndarray],
+) -> None:
+  """Removes the copies that PEFT saves of a fully trained module's bias where it saves all biases.
+
+  One is the base model's, which nothing reads, and one is the trained bias again.
+  """
+  for tensor in tensors:
+    if tensor.is_bias and config.bias == "all" and config.saves(tensor.module):
+      module = f"{PREFIX}{tensor.module}"
+      stored.pop(f"{module}.original_module.bias", None)
+      names = f"{module}.bias", f"{module}.modules_to_save.bias"
+      if stored.keys() >= set(names) and np.array_equal(*map(read, names)):
+        del stored[names[1]]
 
 
 def _drop_base_copies(
-  folder: Path, arrays: Arrays, modules: Sequence[Module], leaves: Mapping[str, Any]
+  folder: Path,
+  stored: dict[str, Stored],
+  expected: Mapping[str, tuple[int, ...]],
+  tensors: Sequence[StoredTensor],
+  leaves: Mapping[str, Any],
+  read: Callable[[str], np.ndarray],
 ) -> None:
-  """Leaves out the base's embedding or head, which PEFT saves beside an adapter of it.
+  """Removes unchanged tensors of the base model, such as the embedding that PEFT saves.
 
-  It may have been in another dtype there. Where `leaves` are shapes, its shape alone is compared.
+  Where `leaves` are shapes, only the shapes are compared.
 
   Raises:
-    ValueError: if it is not this base's.
+    ValueError: if one has other values, or another number of rows.
   """
-  for module in modules:
-    copy = arrays.pop(f"{PREFIX}{module.name}.base_layer.weight", None)
-    if copy is None:
+  by_name = {tensor.name: tensor for tensor in tensors}
+  if is_language_model(tensors) and "lm_head.weight" not in by_name:  # a tied head
+    by_name["lm_head.weight"] = next(tensor for tensor in tensors if tensor.is_embedding)
+  for name in stored.keys() - expected.keys():
+    plain = re.sub(r"\.(base_layer|original_module)(?=\.)", "", name.removeprefix(PREFIX))
+    tensor = by_name.get(plain)
+    if tensor is None or not name.startswith(PREFIX):
       continue
-    (path,) = module.stored.paths
-    if not _is_copy(module.stored.to_ours(copy), leaves[path]):
-      raise ValueError(
-        f"{folder}: the base's {module.name} that is saved with the adapter is not this base's. "
-        "Load the base that it was trained on"
-      )
+    shape, base_shape = stored[name].shape, stored_shape(tensor, leaves)
+    if tensor.is_embedding and shape[1:] == base_shape[1:] and shape != base_shape:
+      raise ValueError(f"{folder}: {resized(name, shape[0], base_shape[0])}")
+    if shape != base_shape or stored[name].dtype not in FLOATS:
+      continue  # is named with the unexpected ones
+    has_values = not isinstance(leaves[tensor.paths[0]], jax.ShapeDtypeStruct)
+    if has_values and not is_copy(read(name), base_array(tensor, leaves)):
+      raise ValueError(f"{folder}: {_changed(name, plain, by_name[plain].name)}")
+    del stored[name]
 
 
-def _drop_bias_copies(arrays: Arrays, config: PeftConfig, tensors: Sequence[StoredTensor]) -> None:
-  """Leaves out what PEFT saves besides of a whole module's bias, as it saves all biases.
+def _changed(name: str, plain: str, base_name: str) -> str:
+  """Returns the text about a tensor of the base model with other values."""
+  if plain != base_name:
+    return tied_head(name)
+  module = plain.rpartition(".")[0]
+  text = (
+    f"{name}, saved with the adapter, differs from the base model's {plain}. Load the base model "
+    "that it was trained on"
+  )
+  if ".base_layer." in name or ".original_module." in name:
+    return text
+  return f"{text}; if {module} itself was trained, name it in modules_to_save of {CONFIG}"
 
-  The bias is there as it was in the base too, which nothing reads, and as it is, a second time.
+
+def is_copy(copy: np.ndarray, base: np.ndarray) -> bool:
+  """Returns whether two arrays are the same numbers, but for rounding to narrower dtypes.
+
+  Each may have been rounded: the copy to the dtype in which the adapter was trained or saved, the
+  base model to the dtype in which it was loaded. They may differ by 0.6 of the spacing of the
+  narrowest dtype: half of it, and an eighth of a half where both were rounded.
+
+  Args:
+    copy: float32.
+    base: of any dtype of floats.
   """
-  for stored in tensors:
-    if stored.is_bias and config.bias == "all" and config.saves(stored.module):
-      module = f"{PREFIX}{stored.module}"
-      arrays.pop(f"{module}.original_module.bias", None)
-      duplicate, base = f"{module}.modules_to_save.bias", arrays.get(f"{module}.bias")
-      if base is not None and duplicate in arrays and np.array_equal(arrays[duplicate], base):
-        del arrays[duplicate]
-
-
-def _is_copy(copy: np.ndarray, leaf: Any) -> bool:
-  """Returns whether an array is a leaf, rounded to the dtype of one of the two."""
-  if isinstance(leaf, jax.ShapeDtypeStruct):
-    return copy.shape == leaf.shape
-  base = np.asarray(leaf)
   if copy.shape != base.shape:
     return False
+  wide = base.astype(np.float32)
+  if np.array_equal(copy, wide):
+    return True
+  narrow = [dtype for dtype in NARROW if dtype == base.dtype or _is_exact(copy, dtype)]
+  if not narrow:
+    return False
+  spacing = np.maximum.reduce([_spacing(wide, dtype) for dtype in narrow])
+  return bool((np.abs(copy - wide) <= 0.6 * spacing).all())
+
+
+def _is_exact(array: np.ndarray, dtype: Any) -> bool:
   with np.errstate(over="ignore"):
-    rounded = [base.astype(dtype).astype(np.float32) for dtype in (jnp.bfloat16, np.float16)]
-    same = np.array_equal(copy.astype(base.dtype), base)
-  return same or any(np.array_equal(copy, other) for other in rounded)
+    return np.array_equal(array.astype(dtype).astype(np.float32), array)
 
 
-def _load(path: Path) -> Arrays:
-  if not path.is_file():
-    pickles = sorted(p.name for kind in ("*.bin", "*.pt") for p in path.parent.glob(kind))
-    hint = f"; {', '.join(pickles)} may be a pickle and is not read" if pickles else ""
-    raise FileNotFoundError(f"{path} does not exist{hint}. Save the adapter as safetensors")
-  with open_safetensors(path) as file:
-    arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-  for name in [name for name in arrays if name.endswith(f"{MAGNITUDE}.weight")]:
-    usual = name.removesuffix(".weight")  # PEFT writes this name and reads both
-    if usual not in arrays:
-      arrays[usual] = arrays.pop(name)
-  return arrays
+def _spacing(array: np.ndarray, dtype: Any) -> np.ndarray:
+  """Returns the distance between neighbors in a dtype, at the magnitude of each element."""
+  about = jnp.finfo(dtype)
+  exponent = np.frexp(np.maximum(np.abs(array), float(about.tiny)))[1]
+  return np.ldexp(np.float32(about.eps), exponent - 1)
 
 
-def is_trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
+def _instead(folder: Path) -> str:
+  """Returns what a folder holds instead of the adapter's tensors, and the remedy."""
+  if text := describe_folder(folder):
+    return f"; {text}"
+  kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+  if pickles := sorted(path.name for kind in kinds for path in folder.glob(kind)):
+    return (
+      f"; {', '.join(pickles[:4])} may be a pickle and is not read. If you trust it, load the "
+      "adapter in PEFT once and save it: PeftModel.from_pretrained(base, folder)"
+      ".save_pretrained(new)"
+    )
+  return ". Save the adapter by PEFT's save_pretrained, as safetensors"
+
+
+def is_fully_trained(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
   """Returns whether a tensor is trained itself; `adapted` are the names of adapted modules."""
   if config.saves(stored.module):
     return True
@@ -136,5 +266,6 @@ def is_trained_whole(config: PeftConfig, stored: StoredTensor, adapted: set[str]
 
 
 def which_base(config: PeftConfig) -> str:
-  """Returns advice for messages: which base to load."""
-  return f"Load the base that it was trained on{f' ({config.base})' if config.base else ''}"
+  """Returns advice for messages: which base model to load."""
+  name = f" ({config.base})" if config.base else ""
+  return f"Load the base model that it was trained on{name}"

@@ -1,4 +1,4 @@
-"""Writes adapters in PEFT's form."""
+"""Writes adapters in PEFT's format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.files import local_path
 from lora_jax.interop.peft.config import pattern_of, shortest_endings
 from lora_jax.interop.peft.fused import fused_arrays
 from lora_jax.interop.peft.modules import (
@@ -46,22 +47,23 @@ def save_peft(
   base_model: str | None = None,
   for_server: bool = False,
 ) -> None:
-  """Writes an adapter as a new folder that PEFT reads, and that computes the same.
+  """Writes an adapter as a new folder that PEFT reads and that computes the same.
 
   Args:
     folder: to make.
     config: of the adapter.
     trainable: the trained tree.
     tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
-    params: of the base, or their shapes. DoRA of some of a fused weight's parts needs arrays.
-    base_model: the base's folder or hub repository, for the file.
-    for_server: whether to write what adapter servers read: one rank and one alpha for all
-      modules (smaller ranks are filled up with zeros), and nothing that is trained whole.
+    params: of the base model, or their shapes. DoRA of some of a fused weight's parts needs arrays.
+    base_model: the base model's folder or hub repository, for the file.
+    for_server: whether to write the format of adapter servers: one rank and one alpha for all
+      modules (smaller ranks are padded with zeros), and no fully trained leaves.
   Raises:
     FileExistsError: if there is such a folder.
-    ValueError: if the adapter is not for the base, or PEFT has no form for it.
+    ValueError: if the adapter is not for the base model, or PEFT has no format for it.
   """
-  if Path(folder).exists():
+  folder = local_path(folder)
+  if folder.exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   leaves = dict(leaves_with_path(params))
   weights, whole = adapter_weights(trainable), adapter_extra(trainable)
@@ -69,7 +71,7 @@ def save_peft(
   check_adapter(trainable, targets, extra)
   scalings = {path: target.scaling for path, target in targets.items()}
   modules = find_modules(tensors, leaves)
-  check_called(Path(folder), [m for m in modules if set(m.stored.paths) & set(weights)])
+  check_called(folder, [m for m in modules if set(m.stored.paths) & set(weights)])
   use_dora = _uses_dora(weights, targets)
   if use_dora:
     _check_dora([m for m in modules if set(m.stored.paths) & set(weights)], for_server)
@@ -83,10 +85,12 @@ def save_peft(
   if lost := sorted(set(weights) - placed):
     raise ValueError(f"the model has no module for the adapted {', '.join(lost)}")
   trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
-  check_tied(Path(folder), [m for m in trained if m.stored.is_embedding], tensors)
+  check_tied(folder, [m for m in trained if m.stored.is_embedding], tensors)
   if for_server:
     rank = max(joined.rank for joined in fused.values())
-    fused = {name: joined.with_rank(rank) for name, joined in fused.items()}
+    scalings = {joined.scaling for joined in fused.values()}
+    alpha = scalings.pop() * rank if len(scalings) == 1 else config.alpha
+    fused = {name: joined.with_rank(rank, alpha) for name, joined in fused.items()}
   arrays = {}
   for module in chosen:
     joined = fused[module.name]
@@ -98,8 +102,8 @@ def save_peft(
   linear = [module.name for module in chosen if not module.stored.is_parameter]
   if for_server and parameters:
     raise ValueError(
-      f"the form for servers has no target_parameters: {', '.join(parameters)}. Give the tensors "
-      "where each expert has its own, stored_tensors(config, published=True)"
+      f"servers read no target_parameters: {', '.join(parameters)}. Give tensors by which "
+      "each expert has its own, stored_tensors(config, published=True)"
     )
   rank, ranks = pattern_of({name: joined.rank for name, joined in fused.items()})
   alpha, alphas = pattern_of({name: joined.alpha for name, joined in fused.items()})
@@ -109,7 +113,7 @@ def save_peft(
     "task_type": "CAUSAL_LM" if is_language_model(tensors) else None,
     "inference_mode": True,
     "r": rank,
-    "lora_alpha": alpha,
+    "lora_alpha": _whole_number(alpha),
     "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
     "target_modules": _endings(linear, _names(modules)),
     "bias": "none",
@@ -118,24 +122,30 @@ def save_peft(
   if parameters:
     written["target_parameters"] = _endings(parameters, [stored.name for stored in tensors])
   if ranks or alphas:
+    alphas = {name: _whole_number(value) for name, value in alphas.items()}
     written |= {"rank_pattern": ranks, "alpha_pattern": alphas}
   if use_dora:
     written["use_dora"] = True
   if whole:
     if for_server:
-      raise ValueError(f"servers read no leaves that are trained whole: {', '.join(whole)}")
-    names, biases, of_whole = _trained_whole(whole, tensors, leaves, {m.module for m in chosen})
+      raise ValueError(f"servers read no fully trained leaves: {', '.join(whole)}")
+    names, biases, full = _fully_trained(whole, tensors, leaves, {m.module for m in chosen})
     written |= {"bias": biases, "modules_to_save": names or None}
-    arrays |= of_whole
-    if CLASSIFIER in names:  # which PEFT then adds to what it trains whole
+    arrays |= full
+    if CLASSIFIER in names:  # which PEFT then adds to modules_to_save
       written["task_type"] = "SEQ_CLS"
-  _write(Path(folder), written, arrays)
+  _write(folder, written, arrays)
 
 
 def _names(modules: Sequence[Module]) -> list[str]:
-  """Returns the names of modules, and of those that they are parts of, which endings might mean."""
+  """Returns the names of modules and of their parents, all of which an ending may match."""
   names = [module.name for module in modules if not module.stored.is_parameter]
   return list(dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)]))
+
+
+def _whole_number(value: float) -> float:
+  """Returns an integer where a number is one, as PEFT writes it."""
+  return int(value) if value == int(value) else value
 
 
 def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -143,7 +153,7 @@ def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _uses_dora(weights: Mapping[str, LoraWeight], targets: Mapping[str, Target]) -> bool:
-  """Returns whether the weights are adapted by DoRA, all of them, or by LoRA.
+  """Returns whether all weights are adapted by DoRA, and not by LoRA.
 
   Raises:
     ValueError: if some are adapted by DoRA and others by LoRA, or one by another variant.
@@ -166,7 +176,7 @@ def _uses_dora(weights: Mapping[str, LoraWeight], targets: Mapping[str, Target])
 
 
 def _check_dora(modules: Sequence[Module], for_server: bool) -> None:
-  """Raises ValueError if PEFT or an adapter server has no DoRA of these modules."""
+  """Raises ValueError if PEFT or an adapter server has no DoRA for these modules."""
   if for_server:
     raise ValueError(
       "adapter servers read no DoRA: vLLM and SGLang refuse it. Write the nearest LoRA, "
@@ -180,18 +190,18 @@ def _check_dora(modules: Sequence[Module], for_server: bool) -> None:
     )
 
 
-def _trained_whole(
+def _fully_trained(
   whole: Mapping[str, Any],
   tensors: Sequence[StoredTensor],
   leaves: Mapping[str, Any],
   adapted: set[str],
 ) -> tuple[list[str], str, Arrays]:
-  """Returns the modules that are trained whole, PEFT's word for the other biases, and the tensors.
+  """Returns the fully trained modules, the value of `bias` for other biases, and the tensors.
 
   Args:
-    whole: the leaves that are trained whole, by path.
+    whole: the fully trained leaves, by path.
     tensors: of the model.
-    leaves: of the base, or their shapes.
+    leaves: of the base model, or their shapes.
     adapted: the names of the adapted modules.
   """
   by_module: dict[str, list[StoredTensor]] = {}
@@ -200,19 +210,21 @@ def _trained_whole(
   names: list[str] = []
   trained: list[StoredTensor] = []
   biases: list[StoredTensor] = []
-  for module, of_module in by_module.items():
-    paths = {path for stored in of_module for path in stored.paths}
+  for module, module_tensors in by_module.items():
+    paths = {path for stored in module_tensors for path in stored.paths}
     if not paths & set(whole):
       continue
     if module not in adapted and paths <= set(whole):
       names.append(module)
-      trained += of_module
+      trained += module_tensors
       continue
-    picked = [stored for stored in of_module if stored.is_bias and set(stored.paths) <= set(whole)]
+    picked = [
+      stored for stored in module_tensors if stored.is_bias and set(stored.paths) <= set(whole)
+    ]
     if paths & set(whole) - {path for stored in picked for path in stored.paths}:
       raise ValueError(
         f"PEFT trains whole modules: {module} has {', '.join(sorted(paths))}, of which "
-        f"{', '.join(sorted(paths & set(whole)))} are trained whole. Add the others to `extra`"
+        f"{', '.join(sorted(paths & set(whole)))} are fully trained. Add the others to `extra`"
       )
     biases += picked
   saved = {stored.name for stored in trained}
@@ -225,7 +237,7 @@ def _trained_whole(
   picked = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
   if picked and set(picked) <= set(names):
     names = [*(name for name in names if name not in picked), CLASSIFIER]
-  return names, word, arrays  # whole names: PEFT means all that end with a short one
+  return names, word, arrays  # whole names, since PEFT matches all that end with a short one
 
 
 def _which_biases(
@@ -235,9 +247,9 @@ def _which_biases(
   whole: Mapping[str, Any],
   leaves: Mapping[str, Any],
 ) -> tuple[str, list[StoredTensor]]:
-  """Returns PEFT's word for trained biases, and which tensors these are.
+  """Returns PEFT's `bias` for trained biases, and their tensors.
 
-  Of stacked layers those that are as the base has them need not be among them.
+  Layers of a stack whose bias is unchanged need not be among them.
   """
   picked = [stored for stored in all_biases if stored.module in adapted]
   if not trained:
@@ -247,7 +259,7 @@ def _which_biases(
   changed = [
     stored
     for stored in trained
-    if not stored.place or not all(_is_of_base(whole[p], leaves[p], stored) for p in stored.paths)
+    if not stored.place or not all(_is_unchanged(whole[p], leaves[p], stored) for p in stored.paths)
   ]
   names = {stored.name for stored in trained}
   if {s.name for s in changed} <= {s.name for s in picked} <= names:
@@ -260,8 +272,8 @@ def _which_biases(
   )
 
 
-def _is_of_base(leaf: Any, base: Any, stored: StoredTensor) -> bool:
-  """Returns whether a layer's part of a leaf is the base's; never, of a base's shapes."""
+def _is_unchanged(leaf: Any, base: Any, stored: StoredTensor) -> bool:
+  """Returns whether a layer's part of a leaf is the base model's; False if that is a shape."""
   if isinstance(base, jax.ShapeDtypeStruct):
     return False
   return np.array_equal(_whole(leaf, stored), _whole(base, stored))

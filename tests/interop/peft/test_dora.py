@@ -196,7 +196,9 @@ def test_where_the_bases_weights_are_needed(tmp_path):
   """To read DoRA, and to write some parts of a fused weight; all of its parts need shapes alone."""
   _, params, tensors = base("gpt2/tied")
   shapes = shapes_of(params)
-  message = r"DoRA needs the norms of the base's weights, and params have only the shape of h_0/at"
+  message = (
+    r"DoRA needs the norms of the base model's weights, and params have only the shape of h_0/at"
+  )
   with pytest.raises(ValueError, match=message):
     load_peft(golden.GOLDEN / "dora_fused", tensors, shapes)
   message = r"h_0/attn/key/kernel is a part of transformer\.h\.0\.attn\.c_attn .* not adapted: DoRA"

@@ -121,5 +121,5 @@ def test_a_table_that_transformers_reads_past_its_module(tmp_path):
   lora_config = lj.LoraConfig(rank=2, alpha=4.0, target="relative_embedding/embedding")
   adapted = lj.lora(model(config), lora_config)
   trainable = adapted.init(jax.random.key(0), params, *inputs_of(of))
-  with pytest.raises(ValueError, match=r"rel_embeddings and never calls the module"):
+  with pytest.raises(ValueError, match=r"rel_embeddings but never calls the module"):
     save_peft(tmp_path / "new", lora_config, trainable, tensors, params)
