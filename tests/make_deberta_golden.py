@@ -1,8 +1,8 @@
 """Makes tests/golden/deberta with `transformers`: python -m tests.make_deberta_golden
 
-Each folder is a small random DeBERTa-v2 or v3 as `save_pretrained` writes it; beside it stand
-tokens with their mask and types, and what `transformers` computes for them: hidden states, and
-the logits.
+Each folder is a small random DeBERTa-v2 or v3 as `save_pretrained` writes it; next to it are
+tokens with their mask and types, and the hidden states and logits that `transformers` computes for
+them.
 """
 
 import shutil
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # class, config
 
 
 def make_model(name: str, seed: int) -> Any:
-  """Returns a random model whose attention differs much from token to token."""
+  """Returns a random model with attention that differs between tokens."""
   import torch
   import transformers
 

@@ -1,7 +1,7 @@
 """Makes tests/golden/gpt2 with `transformers`: python -m tests.make_gpt2_golden
 
-Each folder is a small random GPT-2 as `save_pretrained` writes it; beside it stand tokens, with
-padding and without, and the logits that `GPT2LMHeadModel` has for them.
+Each folder is a small random GPT-2 as `save_pretrained` writes it; next to it are tokens, with and
+without padding, and the logits of `GPT2LMHeadModel`.
 """
 
 import shutil
@@ -23,7 +23,7 @@ LENGTHS = (11, 3, 8)  # of the rows, padded to the longest
 
 
 def make_model(shape: dict[str, Any], seed: int) -> Any:
-  """Returns a random `GPT2LMHeadModel` whose logits are about 10, as a trained one's."""
+  """Returns a random `GPT2LMHeadModel` with logits of about 10, as in a trained model."""
   import torch
   import transformers
 

@@ -1,8 +1,8 @@
 """Makes tests/golden/llama with `transformers`: python -m tests.make_llama_golden
 
 Each folder is a small random model of the Llama family as `save_pretrained` writes it, the `_fused`
-ones with all experts of a layer in one tensor; beside it stand tokens and the logits that
-`transformers` has for them.
+ones with all experts of a layer in one tensor; next to it are tokens and the logits that
+`transformers` computes for them.
 """
 
 import shutil
@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(name: str, seed: int) -> Any:
-  """Returns a random model whose logits are about 10, as a trained one's."""
+  """Returns a random model with logits of about 10, as in a trained model."""
   import torch
   import transformers
 

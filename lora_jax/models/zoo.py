@@ -1,4 +1,4 @@
-"""The language models of the zoo by the `model_type` of a folder's config.json."""
+"""Loads a language model of any family by the `model_type` of its config.json."""
 
 import functools
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from lora_jax.models.parts.causal_lm import Cache, CausalLM, init_cache
 
 
 class LanguageModel(NamedTuple):
-  """A language model as it was loaded.
+  """A loaded language model; it prints as one line.
 
   Attributes:
     module: `module.apply({"params": params}, tokens)` returns logits.
-    params: its weights; their shapes alone if they were not loaded.
-    stored: its tensors in `transformers`, and which of our leaves they hold.
-    folder: where it was found.
-    model_type: by config.json.
+    params: its weights; only their shapes if they were not loaded.
+    stored: its tensors in `transformers`, and the leaves that they hold.
+    folder: its local folder.
+    model_type: of config.json.
     init_cache: `init_cache(batch_size, num_slots)` returns an empty cache for decoding.
     num_positions: the longest sequence, tokens.
     save: `save(folder, params, tokenizer_from=None, end_of_text_id=None, max_shard_bytes=...)`
-      writes a new folder with other weights of this shape.
-    stored_in_folder: returns the tensors as the folder's files have them: of a mixture each
-      expert may have its own there. For `save_merged`.
+      writes a new folder with other weights of these shapes.
+    stored_in_folder: returns the tensors of the folder's files, where each expert of a mixture may
+      have its own. For `save_merged`.
   """
 
   module: CausalLM
@@ -52,7 +52,7 @@ class LanguageModel(NamedTuple):
 
   @property
   def num_slots(self) -> int:
-    """The longest sequence that is decoded: `num_positions`, or a sliding window if it is less."""
+    """The longest sequence to decode: `num_positions`, or the sliding window if it is shorter."""
     window = self.module.config.sliding_window
     return self.num_positions if window is None else min(window, self.num_positions)
 
@@ -62,7 +62,7 @@ class LanguageModel(NamedTuple):
 
 
 class Family(NamedTuple):
-  """What reads, computes and writes the models of some types."""
+  """The functions that read, compute and write models of some types."""
 
   module: Callable[[Any], CausalLM]
   read_config: Callable[..., Any]
@@ -103,8 +103,8 @@ def load_causal_lm(
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
     shardings: as of `load_gpt2`.
-    param_dtype: that the weights are brought to.
-    **computation: fields of the family's config that the folder does not give: `dtype`,
+    param_dtype: to convert the weights to.
+    **computation: fields of the family's config that the folder does not set: `dtype`,
       `scan_layers`, `remat`, `attention`.
   Raises:
     FileNotFoundError: if there is no such folder or repository, or files are missing.
@@ -119,19 +119,19 @@ def load_causal_lm(
 def plan_causal_lm(
   name: str | Path, *, shardings: Any = None, param_dtype: Any = "float32", **computation: Any
 ) -> LanguageModel:
-  """Returns what `load_causal_lm` would, with the params' shapes in their place.
+  """Returns the model of `load_causal_lm` with the shapes of its params instead of the params.
 
   Args:
-    shardings: a function from the params' shapes to a tree of their shardings; None is none.
+    shardings: a function from the params' shapes to a tree of their shardings, or None.
 
-  Other arguments and errors as of `load_causal_lm`; the weights are not looked at.
+  Other arguments and errors as of `load_causal_lm`; the weights are not read.
   """
   folder, model_type, family = _find(name)
   config = family.read_config(folder, param_dtype=param_dtype, **computation)
   shapes = family.params_shapes(config)
   if shardings is not None:
     shapes = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,
       shardings(shapes),
     )
@@ -139,7 +139,7 @@ def plan_causal_lm(
 
 
 def _find(name: str | Path) -> tuple[Path, str, Family]:
-  """Returns a model's folder, which may lack the weights, its type and family."""
+  """Returns a model's folder, which may lack the weights, and its type and family."""
   folder = find_folder(name, weights=False)
   path, fields = read_config_json(folder)
   model_type = fields.get("model_type")

@@ -210,7 +210,7 @@ CONFIGS = [
   config_row("llama", {"attention_bias": "true"}, "attention_bias must be", "'true'"),
   config_row("llama", {"mlp_bias": 1}, "mlp_bias must be", "got 1"),
   config_row("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings must be", "'no'"),
-  config_row("llama", {"hidden_act": ["silu"]}, "activation must be a string", "['silu']"),
+  config_row("llama", {"hidden_act": ["silu"]}, "hidden_act must be a string", "['silu']"),
   config_row("llama", {"head_dim": 7}, "even size of a head, got 7"),
   config_row("llama", {"num_key_value_heads": 0}, "num_key_value_heads", "got 0"),
   config_row("llama", {"num_key_value_heads": 3}, "num_kv_heads must divide num_heads"),
@@ -242,7 +242,7 @@ CONFIGS = [
     config_row("bert", {"hidden_dropout_prob": value}, "hidden_dropout_prob must be", shown)
     for value, shown in [(1.0, "1.0"), (-0.1, "-0.1"), (NAN, "nan"), ("0.1", "'0.1'")]
   ),
-  config_row("bert", {"classifier_dropout": 2}, "head_dropout must be", "[0, 1)", "got 2"),
+  config_row("bert", {"classifier_dropout": 2}, "classifier_dropout must be", "[0, 1)", "got 2"),
   config_row("bert", {"is_decoder": "false"}, "is_decoder='false'", "expected False"),
   config_row("bert", {"model_type": ["bert"]}, "model_type", "['bert']"),
   config_row("bert", {"architectures": 5}, "architectures must be", "got 5"),

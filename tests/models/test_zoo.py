@@ -1,5 +1,6 @@
-"""The zoo loads any of its families by the folder's model_type, and says what it has not."""
+"""The zoo loads any of its families by the folder's model_type, and refuses other models."""
 
+import functools
 import json
 
 import jax
@@ -16,7 +17,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.llama import config_json as llama_json
 from lora_jax.models.llama.model import Llama
 from lora_jax.models.parts.causal_lm import shapes_of
-from lora_jax.models.zoo import CAUSAL_LMS, load_causal_lm
+from lora_jax.models.zoo import CAUSAL_LMS, load_causal_lm, plan_causal_lm
 from lora_jax.trees import leaves_with_path
 
 from tests import make_bert_golden, make_deberta_golden, make_gpt2_golden, make_llama_golden
@@ -34,26 +35,29 @@ FOLDERS = {
 def test_a_folder_says_which_model_it_is(model_type, scan_layers, tmp_path):
   model = load_causal_lm(FOLDERS[model_type], scan_layers=scan_layers)
   assert (model.model_type, model.folder) == (model_type, FOLDERS[model_type])
-  held = {path for one in model.stored for path in one.paths}
+  held = {path for tensor in model.stored for path in tensor.paths}
   assert held == {path for path, _ in leaves_with_path(model.params)}
   tokens = jnp.asarray([[3, 1, 4, 1, 5]])
-  logits = model.module.apply({"params": model.params}, tokens)
   cache = model.init_cache(1, 5)
   mask = jnp.tril(jnp.ones((1, 5, 5), bool))
-  hidden, _ = model.module.apply(
-    {"params": model.params}, tokens, jnp.arange(5)[None], cache, 0, mask, method="extend"
-  )
-  cached = model.module.apply({"params": model.params}, hidden, method="logits")
+
+  @jax.jit
+  def both(params):
+    apply = functools.partial(model.module.apply, {"params": params})
+    hidden, _ = apply(tokens, jnp.arange(5)[None], cache, 0, mask, method="extend")
+    return apply(tokens), apply(hidden, method="logits")
+
+  logits, cached = both(model.params)
   assert relative_difference(cached, logits) < 1e-5
   model.save(tmp_path / "new", model.params, end_of_text_id=0)
-  again = load_causal_lm(tmp_path / "new", scan_layers=scan_layers)
-  assert again.model_type == model_type
-  assert again.num_positions == model.num_positions
-  jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+  reloaded = load_causal_lm(tmp_path / "new", scan_layers=scan_layers)
+  assert reloaded.model_type == model_type
+  assert reloaded.num_positions == model.num_positions
+  jax.tree.map(np.testing.assert_array_equal, reloaded.params, model.params)
 
 
 @pytest.mark.parametrize(
-  ("module", "read_config", "folder", "forms"),
+  ("module", "read_config", "folder", "scans"),
   [
     (GPT2, gpt2_folder.read_config, make_gpt2_golden.GOLDEN / "tied", (False, True)),
     (Llama, llama_json.read_config, make_llama_golden.GOLDEN / "mixtral", (False, True)),
@@ -62,9 +66,9 @@ def test_a_folder_says_which_model_it_is(model_type, scan_layers, tmp_path):
     (Deberta, deberta_folder.read_config, make_deberta_golden.GOLDEN / "v2_regression", (False,)),
   ],
 )
-def test_shapes_by_one_layer_are_those_of_the_whole_model(module, read_config, folder, forms):
+def test_shapes_by_one_layer_are_those_of_the_whole_model(module, read_config, folder, scans):
   tokens = jax.ShapeDtypeStruct((1, 1), "int32")
-  for scan_layers in forms:
+  for scan_layers in scans:
     model = module(read_config(folder, scan_layers=scan_layers, param_dtype="bfloat16"))
     whole = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     assert model.config.num_layers > 1
@@ -80,6 +84,18 @@ def test_the_longest_sequence_that_is_decoded():
 def test_an_encoder_is_sent_to_its_own_experiment():
   with pytest.raises(ValueError, match=r"roberta is an encoder.* python -m experiments\.glue"):
     load_causal_lm(make_bert_golden.GOLDEN / "roberta")
+
+
+def test_a_loaded_model_prints_as_one_line():
+  model = load_causal_lm(FOLDERS["gpt2"])
+  text = f"LanguageModel(gpt2, 28,288 parameters, float32, {FOLDERS['gpt2']})"
+  assert (repr(model), str(model)) == (text, text)
+  plan = plan_causal_lm(FOLDERS["gpt2"], param_dtype="bfloat16")
+  assert repr(plan) == text.replace("float32", "bfloat16")
+  pair = bert_folder.load_bert(make_bert_golden.GOLDEN / "bert")
+  assert str(pair) == "(BertConfig, 5,600 parameters, float32)"
+  config, params = pair
+  assert pair == (config, params)
 
 
 def test_weights_come_in_the_dtype_asked_for():

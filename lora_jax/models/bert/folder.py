@@ -1,4 +1,4 @@
-"""BERT and RoBERTa from and to Hugging Face folders, with and without heads."""
+"""Loads and saves BERT and RoBERTa as Hugging Face folders, with and without heads."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -80,22 +80,21 @@ def load_bert(
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
     num_labels: of the head; None takes the folder's head, or no head if it has none.
-    key: makes a new head of `num_labels`, in place of the folder's if it has one, and the pooler
-      that a BERT's head needs if the folder has none. None makes nothing.
-    param_dtype: that the weights are brought to.
-    shardings: where the params lie, each device reading its own part: a tree like theirs or
-      a prefix of it, or a function from `params_shapes` to such a tree. None is the default
-      device.
-    **computation: fields of `BertConfig` that the folder does not give: `dtype`, `scan_layers`,
-      `remat`; or that are to be other than there: `hidden_dropout`, `attention_dropout`,
+    key: initializes a new head of `num_labels` instead of the folder's, and the pooler that a
+      BERT's head needs if the folder has none. None makes nothing.
+    param_dtype: to convert the weights to.
+    shardings: of the params, each device reading its own part: a tree like theirs or a prefix of
+      it, or a function from `params_shapes` to such a tree. None is the default device.
+    **computation: fields of `BertConfig` that the folder does not set: `dtype`, `scan_layers`,
+      `remat`; or that replace the folder's: `hidden_dropout`, `attention_dropout`,
       `head_dropout`.
 
   Returns:
     The model's config and params, `Bert(config).apply({"params": params}, tokens)`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
-    ValueError: if the folder holds no such model that is computed as ours is, its tensors are
-      missing, unexpected, mis-shaped or truncated, or it has not the head that is asked for.
+    ValueError: if the folder is not of a supported model of this type, its tensors are missing,
+      unexpected, misshapen or truncated, or it lacks the requested head.
   """
   folder = find_folder(name)
   computation |= {"num_labels": num_labels, "new_head": key is not None}
@@ -124,7 +123,7 @@ def params_shapes(config: BertConfig) -> PyTree:
 
 
 def stored_tensors(config: BertConfig) -> list[StoredTensor]:
-  """Returns the tensors of a model in `transformers`, and which of our leaves they hold.
+  """Returns the tensors of a model in `transformers`, and the leaves that they hold.
 
   Names are those of the class for sequence classification, or without a head of the bare model.
   """
@@ -137,16 +136,16 @@ def read_config(
   new_head: bool = False,
   **computation: Any,
 ) -> BertConfig:
-  """Returns the config of the model in a local folder, and of the head it is to have.
+  """Returns the config of the model in a local folder, with its head.
 
   Args:
-    folder: with config.json and safetensors, whose names tell which parts there are.
+    folder: with config.json and safetensors, from whose names the parts are known.
     num_labels: of the head, as of `load_bert`.
-    new_head: whether the head is to be a new one.
+    new_head: whether to make a new head.
     **computation: as of `load_bert`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
-    ValueError: if it is no such model, or one that is computed otherwise.
+    ValueError: if it is not such a model, or needs an option that is not supported.
   """
   path, fields = read_model_json(folder, CLASSES)
   kind = fields["model_type"]
@@ -154,15 +153,15 @@ def read_config(
   fields = defaults | {key: value for key, value in fields.items() if value is not None}
   check_supported(path, fields, SUPPORTED)
   names = tensor_names(path.parent, f"{kind}.")
+  head_dropout = "classifier_dropout" if "classifier_dropout" in fields else "hidden_dropout_prob"
   try:
     num_labels = head_size(path, fields, names, num_labels, new_head)
     has_pooler = "pooler.dense.weight" in names
     read = {
-      **read_fields(BertConfig, fields, FIELDS),
+      **read_fields(BertConfig, fields, FIELDS | {"head_dropout": head_dropout}),
       "kind": kind,
       "pooler": has_pooler if num_labels is None else kind == "bert",
       "num_labels": num_labels,
-      "head_dropout": fields.get("classifier_dropout", fields["hidden_dropout_prob"]),
     }
     config = BertConfig(**read | computation)
   except ValueError as error:
@@ -182,12 +181,11 @@ def save_bert(
   """Writes a model as a new folder that `transformers` and `load_bert` read.
 
   Args:
-    folder: to make.
+    folder: the new folder.
     config: of the model.
-    params: of the model, unrolled or scanned, with the dtype they are saved in; merged, if it
-      was adapted.
-    tokenizer_from: a folder whose tokenizer files are copied.
-    max_shard_bytes: of one file.
+    params: of the model, unrolled or scanned, in the dtype to save; merged, if it was adapted.
+    tokenizer_from: a folder to copy the tokenizer's files from.
+    max_shard_bytes: the largest size of one file.
     labels: the names of the head's outputs; None is LABEL_0, LABEL_1, ...
   Raises:
     FileExistsError: if there is such a folder.

@@ -6,8 +6,8 @@
     BERT     logits = out(tanh(pooler(x of the first token)))
     RoBERTa  logits = out(tanh(dense(x of the first token)))
 
-They differ in which positions there are, in the head's names and in where it has dropout.
-`bert_folder.py` reads and writes Hugging Face folders.
+They differ in their positions, in the names of the head and in where it has dropout.
+`folder.py` reads and writes Hugging Face folders.
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ __all__ = ["Bert", "BertConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-  """The shape of a BERT or RoBERTa and how it is computed; the defaults are BERT base's.
+  """The shape and computation of a BERT or RoBERTa; the defaults are BERT base's.
 
   Attributes:
     kind: `bert` or `roberta`.
     vocab_size: V, tokens.
-    num_positions: rows of the table of positions. RoBERTa's first `pad_id + 1` are of no token.
+    num_positions: rows of the table of positions. RoBERTa never uses the first `pad_id + 1`.
     num_token_types: rows of the table of token types.
     embed_dim: D.
     num_layers: blocks.
@@ -62,11 +62,11 @@ class BertConfig:
     activation: of the MLP, by Hugging Face's name.
     layer_norm_epsilon: added to the variance.
     pad_id: the token that pads rows.
-    pooler: whether there is one; BERT's head is on top of it, RoBERTa's has a layer of its own.
-    num_labels: L, of the head: classes, or 1 of a regression; None is no head.
-    hidden_dropout: rate, after the embeddings and each sublayer.
-    attention_dropout: rate, of the attention's weights.
-    head_dropout: rate, before the head's layers.
+    pooler: whether there is one; BERT's head needs it, RoBERTa's has its own layer.
+    num_labels: L, outputs of the head: classes, or 1 for a regression; None is no head.
+    hidden_dropout: dropout rate after the embeddings and each sublayer.
+    attention_dropout: dropout rate of the attention's weights.
+    head_dropout: dropout rate before the head's layers.
     dtype: of the computation; softmax, normalization and the head's last layer are float32.
     param_dtype: of new parameters.
     scan_layers: stacks the layers' parameters (`layers/...` with a leading axis) and scans over
@@ -162,7 +162,7 @@ class Head(nn.Module):
 
 
 class Bert(Encoder):
-  """A BERT or RoBERTa; `Encoder` has what it is called by."""
+  """A BERT or RoBERTa; `Encoder` defines its methods."""
 
   config: BertConfig
 
@@ -187,18 +187,18 @@ class Bert(Encoder):
     positions: Int[Array, "B T"] | None,
     deterministic: bool,
   ) -> Float[Array, "B T D"]:
-    places = self._places(tokens, positions)
+    rows = self._position_rows(tokens, positions)
     types = jnp.zeros_like(tokens) if token_types is None else token_types
     x = self.token_embedding(tokens) + self.token_type_embedding(types)
-    x = x + self.position_embedding(places)
+    x = x + self.position_embedding(rows)
     if self.is_initializing() and self.config.pooler:
-      self.pooled(x)  # which no call reaches that has no head
+      self.pooled(x)  # not reached without a head
     return self.embed_dropout(self.embed_norm(x), deterministic=deterministic)
 
-  def _places(
+  def _position_rows(
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None
   ) -> Int[Array, "B T"]:
-    """Returns the rows of the table of positions; those that RoBERTa counts leave padding out."""
+    """Returns the rows of the table of positions; RoBERTa counts without padding."""
     config = self.config
     rows = positions_of(tokens, positions, config.num_positions - config.first_position)
     if positions is not None or config.kind == "bert":
@@ -210,12 +210,12 @@ class Bert(Encoder):
     return self.layers
 
   def pooled(self, first: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Returns the pooler's output for the last layer's of sequences' first tokens."""
+    """Returns the pooler's output from the last layer's output for first tokens."""
     if not self.config.pooler:
-      raise ValueError("the model has no pooler, as its folder had none; use `hidden`")
+      raise ValueError("the model has no pooler, since its folder has none; use `hidden`")
     return nn.tanh(self.pooler(first))
 
   def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
-    """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
+    """Returns the head's output, float32, from the last layer's output for first tokens."""
     first = self.pooled(first) if self.config.kind == "bert" else first
     return self.head(first, deterministic)

@@ -1,4 +1,4 @@
-"""What the folders of the encoders have in common: names of tensors, heads, new heads."""
+"""Folders of encoders: names of tensors, heads and new heads."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,14 +41,14 @@ def stored_by_module(
   head: Mapping[str, str],
   layer: Mapping[str, str],
 ) -> list[StoredTensor]:
-  """Returns the tensors of a model whose modules are ours by other names.
+  """Returns the tensors of a model, given Hugging Face's names of its modules.
 
   Args:
     model: with its config.
-    prefix: of all names but the head's, if there is a head.
+    prefix: of all names except the head's, if there is a head.
     outside: names of the modules outside the layers, by our paths.
-    head: names of the head's.
-    layer: names of those in a layer.
+    head: names of the head's modules.
+    layer: names of the modules in a layer.
   """
   prefix = "" if model.config.num_labels is None else prefix
   outside = {**{path: prefix + name for path, name in outside.items()}, **head}
@@ -72,20 +72,20 @@ def stored_by_module(
 def head_size(
   path: Path, fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
 ) -> int | None:
-  """Returns the labels of the head that a model is to have; None is no head.
+  """Returns the number of labels of a model's head; None is no head.
 
   Args:
     path: of config.json, for messages.
     fields: the contents of config.json.
     names: of the folder's tensors.
-    num_labels: that are asked for; None takes the folder's head, or none.
-    is_new: whether a new head is asked for.
+    num_labels: the requested labels; None takes the folder's head, or none.
+    is_new: whether to make a new head.
   Raises:
-    ValueError: if the folder has no such head, and no new one is asked for.
+    ValueError: if the folder has no such head, and no new one is requested.
   """
   if is_new:
     if num_labels is None:
-      raise ValueError("a key makes a new head; expected num_labels beside it")
+      raise ValueError("a key makes a new head; expected num_labels with it")
     return num_labels
   size = None
   kinds = read_value(tuple[str, ...] | None, fields.get("architectures"), "architectures")
@@ -97,7 +97,7 @@ def head_size(
   if num_labels is not None and num_labels != size:
     head = "no head" if size is None else f"a head of {size} labels"
     raise ValueError(
-      f"{path.parent} has {head}, not one of {num_labels}. Give a key to make a new one: "
+      f"the folder has {head}, not one of {num_labels}. Give a key to make a new one: "
       f"num_labels={num_labels}, key=jax.random.key(0)"
     )
   return size
@@ -130,34 +130,34 @@ def load_encoder(
   Args:
     folder: with safetensors.
     model: with its config.
-    stored: which tensors hold which leaves, by the names that they have below the prefix.
-    prefix: of the encoder's names in some files: all those that have it lose it first.
+    stored: the tensors that hold the leaves, by their names without the prefix.
+    prefix: of the encoder's names in some files, removed first.
     shardings: as of `load_params`.
-    ignored: tells the names, as they stand in the files, of tensors that are not read.
-    new_parts: first-level names of parts of the tree that the key initializes instead.
+    ignored: whether a tensor of this name in the files is not read.
+    new_parts: top-level names of the parts of the tree to initialize from the key.
     key: None if there are none.
   """
   shapes = shapes_of(model)
   names = tensor_names(folder)
   by_name = {name.removeprefix(prefix): name for name in sorted(names, key=len)}
-  for now, old in OLD_NAMES.items():
+  for current, old in OLD_NAMES.items():
     renamed = [name for name in by_name if name.endswith(old)]
-    by_name |= {name.removesuffix(old) + now: by_name[name] for name in renamed}
+    by_name |= {name.removesuffix(old) + current: by_name[name] for name in renamed}
   read = [
     tensor._replace(name=by_name.get(tensor.name.removeprefix(prefix), tensor.name))
     for tensor in stored
     if tensor.paths[0].split("/")[0] not in new_parts
   ]
-  places = shardings(shapes) if callable(shardings) else shardings
-  places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
-  old_shapes, old_places = (
-    {part: tree[part] for part in shapes if part not in new_parts} for tree in (shapes, places)
+  shardings = shardings(shapes) if callable(shardings) else shardings
+  shardings = jax.tree.broadcast(shardings, shapes, is_leaf=lambda x: x is None)
+  stored_shapes, stored_shardings = (
+    {part: tree[part] for part in shapes if part not in new_parts} for tree in (shapes, shardings)
   )
-  params = load_params(folder, read, old_shapes, old_places, ignored)
+  params = load_params(folder, read, stored_shapes, stored_shardings, ignored)
   tokens = jnp.zeros((1, 1), jnp.int32)
   for part in new_parts:
     leaves = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
-    params[part] = jax.tree.map(_placed, leaves, places[part])
+    params[part] = jax.tree.map(_sharded, leaves, shardings[part])
   return Loaded(model.config, {part: params[part] for part in shapes})
 
 
@@ -175,7 +175,8 @@ def save_encoder(
 
   Args:
     stored: the tensors to write.
-    fields: of config.json, beside those of any encoder; of its class the name of the family.
+    fields: of config.json, in addition to those of any encoder; `architectures` is the name of the
+      family.
   """
   config = model.config
   (family,) = fields["architectures"]
@@ -186,7 +187,7 @@ def save_encoder(
     **{key: getattr(config, name) for name, key in FIELDS.items()},
     "torch_dtype": str(jnp.result_type(*jax.tree.leaves(params))),
   }
-  if config.num_labels is not None:  # `transformers` has the size of a head from its labels
+  if config.num_labels is not None:  # `transformers` derives the size of a head from its labels
     names = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
     if len(set(names)) != config.num_labels:
       raise ValueError(f"expected {config.num_labels} labels, each once, got {', '.join(names)}")
@@ -196,5 +197,5 @@ def save_encoder(
   save_folder(folder, written, tensors, tokenizer_from, max_shard_bytes)
 
 
-def _placed(leaf: jax.Array, place: Any) -> jax.Array:
-  return make_leaf(leaf.shape, leaf.dtype, lambda index: np.asarray(leaf)[index], place)
+def _sharded(leaf: jax.Array, sharding: Any) -> jax.Array:
+  return make_leaf(leaf.shape, leaf.dtype, lambda index: np.asarray(leaf)[index], sharding)

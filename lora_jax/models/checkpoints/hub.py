@@ -43,20 +43,20 @@ Parts: TypeAlias = "np.ndarray | list[Parts]"
 
 
 class StoredTensor(NamedTuple):
-  """A tensor of a Hugging Face model, and the leaves of ours that it holds.
+  """A tensor of a Hugging Face model, and the leaves of our params that it holds.
 
   Attributes:
-    name: as in the safetensors files, with the model's prefix.
-    paths: of our leaves that stand one after another along its output axis: one, or the parts
-      of a fused one, as query, key and value.
-    layer: the index into leaves whose layers are stacked; None if they are not.
-    transposed: whether its axes are torch's: (out, in) of a Linear, where ours is (in, out), or
-      (out, in, height, width) of a convolution, where ours is (height, width, in, out); the
-      experts' axis stays the first.
-    is_embedding: whether rows of it are looked up.
-    expert: the index into leaves whose experts are stacked; None if it holds all of them.
-    is_parameter: whether its module in `transformers` is no layer of a common kind but has it as a
-      parameter of its own: fused experts, a router.
+    name: its name in the safetensors files, with the model's prefix.
+    paths: our leaves, concatenated along its output axis: one, or the parts of a fused tensor, such
+      as query, key and value.
+    layer: the index into leaves with stacked layers; None without a stack.
+    transposed: whether its axes are torch's: (out, in) of a Linear, where ours are (in, out), or
+      (out, in, height, width) of a convolution, where ours are (height, width, in, out); the
+      experts' axis stays first.
+    is_embedding: whether its rows are looked up.
+    expert: the index into leaves with stacked experts; None if it holds all of them.
+    is_parameter: whether its module in `transformers` has it as a plain parameter instead of a
+      common layer: fused experts, a router.
   """
 
   name: str
@@ -69,7 +69,7 @@ class StoredTensor(NamedTuple):
 
   @property
   def module(self) -> str:
-    """The name of the module that has it."""
+    """The name of its module."""
     return self.name.rpartition(".")[0]
 
   @property
@@ -78,19 +78,19 @@ class StoredTensor(NamedTuple):
 
   @property
   def place(self) -> tuple[int, ...]:
-    """Which part it holds of leaves that are stacked."""
+    """The index of its part in stacked leaves."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
-    """Returns an array of its form in the form of our leaves."""
+    """Returns an array of its axes in the axes of our leaves."""
     return array.transpose(np.argsort(self.axes_to_file(tuple(range(array.ndim)))))
 
   def to_file(self, array: np.ndarray) -> np.ndarray:
-    """Returns an array of the form of our leaves in its own."""
+    """Returns an array of the axes of our leaves in its own."""
     return array.transpose(self.axes_to_file(tuple(range(array.ndim))))
 
   def axes_to_file(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns what there is for each axis of our leaves in the order of its own axes."""
+    """Returns one item per axis of our leaves in the order of its own axes."""
     if not self.transposed or len(axes) < 2:
       return axes
     *leading, inputs, outputs = axes
@@ -144,32 +144,32 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
-  """Returns a repository's files: the newest, or without network those that were had before.
+  """Returns a repository's files: the newest, or without network those downloaded before.
 
-  With them come the names of all files that the hub has there, if it was asked.
+  Also returns the names of all its files on the hub, if the hub was reached.
   """
   import huggingface_hub
 
   patterns = ["config.json", "generation_config.json", "LICENSE*", *TOKENIZER_FILES]
-  if weights:  # repositories may hold others besides, as consolidated.safetensors
+  if weights:  # repositories may hold others too, such as consolidated.safetensors
     patterns += ["model*.safetensors", INDEX]
 
-  def files(**options: Any) -> Path:  # of main, which is noted then for when there is no network
+  def files(**options: Any) -> Path:  # of main, so that they are found again without network
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, **options))
 
-  try:  # `snapshot_download` itself would wait without end for a server that does not answer
+  try:  # `snapshot_download` itself would wait forever for a server that does not answer
     about = huggingface_hub.HfApi().model_info(repository, timeout=HUB_TIMEOUT)
   except Exception as error:
     response = getattr(error, "response", None)
-    if response is not None and response.status_code in (401, 403, 404):  # no right, none there
+    if response is not None and response.status_code in (401, 403, 404):  # no access, or missing
       raise
     try:
       folder = files(local_files_only=True)
     except huggingface_hub.errors.LocalEntryNotFoundError:
       raise error from None
-    if weights and not _has_weights(folder):  # those of a --dry_run
+    if weights and not _has_weights(folder):  # downloaded by a --dry_run
       raise error
-    logger.warning("the hub is out of reach (%s); %s is used", type(error).__name__, folder)
+    logger.warning("the hub cannot be reached (%s); using %s", type(error).__name__, folder)
     return folder, []
   return files(), [file.rfilename for file in about.siblings or ()]
 
@@ -187,16 +187,16 @@ class Tensors:
     return tuple(self._files[name].header[name]["shape"])
 
   def dtype(self, name: str) -> str:
-    """Returns the dtype by the file's name for it, as `F32` or `BF16`."""
+    """Returns the dtype by the file's name for it, such as `F32` or `BF16`."""
     return self._files[name].header[name]["dtype"]
 
   def place(self, name: str) -> tuple[str, int]:
-    """Returns the name of a tensor's file, and the byte of it that it starts at."""
+    """Returns the name of a tensor's file, and the offset of the tensor in it, bytes."""
     file = self._files[name]
     return file.name, file.start + file.header[name]["data_offsets"][0]
 
   def read(self, name: str, index: Index = ()) -> np.ndarray:
-    """Returns a tensor of floats, or a part of it: a view of the file, which cannot be written."""
+    """Returns a tensor of floats, or a part of it, as a read-only view of the file."""
     array = self._bytes(name).view(FLOATS[self.dtype(name)]).reshape(self.shape(name))
     return array[index] if index else array
 
@@ -217,7 +217,7 @@ class Tensors:
 
 
 class _File(NamedTuple):
-  """A mapped safetensors file: its header, and where the tensors start."""
+  """A mapped safetensors file: its header, and the offset of the tensors."""
 
   name: str
   data: np.ndarray
@@ -256,7 +256,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _map(path: Path) -> _File:
-  """Maps a safetensors file, which must be whole."""
+  """Maps a safetensors file."""
   with open_safetensors(path):
     header, start = _read_header(path)
   return _File(path.name, np.asarray(np.memmap(path, np.uint8, "r")), header, start)
@@ -286,9 +286,9 @@ def open_tensors(folder: Path) -> Iterator[Tensors]:
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-  """Returns the weights' files, and of several what the index says is in which.
+  """Returns the weights' files, and the index's file by tensor if there are several.
 
-  A folder with both forms is read as `transformers` reads it: the single file counts.
+  In a folder with both, the single file counts, as in `transformers`.
   """
   single, index = folder / "model.safetensors", folder / INDEX
   if single.is_file():
@@ -325,7 +325,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def dtype_of(folder: Path) -> np.dtype:
-  """Returns the dtype that most of a folder's numbers have; errors as of `open_tensors`."""
+  """Returns the dtype of most of a folder's numbers; errors as of `open_tensors`."""
   counts = dict.fromkeys(FLOATS, 0)
   with open_tensors(folder) as tensors:
     for name in tensors:
@@ -384,32 +384,32 @@ def make_leaf(
   read: Callable[[Index], Parts],
   sharding: Sharding | None = None,
 ) -> jax.Array:
-  """Returns an array of which each device reads its own part.
+  """Returns an array; each device reads its own part.
 
   Args:
     shape: of the whole array.
     dtype: of the result.
     read: returns the part of the array at an index, which is copied once.
-    sharding: where it lies; None is the default device.
+    sharding: of the array; None is the default device.
   """
   if sharding is None:
     parts = read((slice(None),) * len(shape))
     if isinstance(parts, np.ndarray) and not parts.flags.c_contiguous:
-      return jax.device_put(parts.astype(dtype, copy=False))  # whose copy is transposed faster
+      return jax.device_put(parts.astype(dtype, copy=False))  # a transposed copy is faster there
     return jax.device_put(_aligned_copy(parts, dtype))
 
   def part(index: Index | None) -> np.ndarray:
-    assert index is not None, "a part of this process's own devices has an index"
+    assert index is not None, "a part on this process's devices has an index"
     return _aligned_copy(read(index), dtype)
 
   return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _aligned_copy(parts: Parts, dtype: Any) -> np.ndarray:
-  """Returns a copy that JAX takes on CPUs as it is: one that begins at a multiple of 64 bytes.
+  """Returns a copy aligned to 64 bytes, which JAX uses on CPUs without another copy.
 
-  It would take a view of a file too, whose later changes the weights would follow. Pages are had
-  from the system: NumPy asks for huge ones, and to find those can take longer than all the loading.
+  JAX would use a view of a file too, and the weights would follow later changes of the file. Pages
+  come from the system: NumPy asks for huge pages, and finding them can take longer than loading.
   """
   shape = _shape(parts)
   size = math.prod(shape) * jnp.dtype(dtype).itemsize
@@ -438,18 +438,18 @@ def save_folder(
   tokenizer_from: str | Path | None = None,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-  """Writes a new Hugging Face folder, whole or not at all.
+  """Writes a new Hugging Face folder, completely or not at all.
 
   Args:
-    folder: to make.
-    config: for config.json.
-    tensors: names and arrays, taken one after another; a shard at a time is in memory.
-    tokenizer_from: a folder whose tokenizer files are copied.
-    max_shard_bytes: of one file; more weights go to several, with an index.
+    folder: the new folder.
+    config: the content of config.json.
+    tensors: names and arrays, taken one by one; one shard at a time is in memory.
+    tokenizer_from: a folder to copy the tokenizer's files from.
+    max_shard_bytes: the largest size of one file; more weights are split, with an index.
   Raises:
     FileExistsError: if there is such a folder.
     FileNotFoundError: if `tokenizer_from` holds no tokenizer.
-    OSError: if it cannot be written, as on a full disk; then nothing is left behind.
+    OSError: if it cannot be written, such as on a full disk; nothing is left behind.
   """
   copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
   with new_folder(folder) as temporary:
@@ -461,7 +461,7 @@ def save_folder(
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-  """Gives a place for files, which becomes `folder` at the end, or vanishes if an error is raised.
+  """Yields a temporary folder, renamed to `folder` at the end, or removed if an error is raised.
 
   Raises:
     FileExistsError: if there is such a folder.
@@ -508,12 +508,12 @@ def _save_shards(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a safetensors file with the mode of the JSON file beside it.
+  """Writes a safetensors file with the mode of the config file next to it.
 
-  safetensors makes files that the owner alone can read; ours are as the umask has it.
+  safetensors makes files that only the owner can read; ours follow the umask.
 
   Raises:
-    OSError: if it cannot be written, as on a full disk.
+    OSError: if it cannot be written, such as on a full disk.
   """
   from safetensors import SafetensorError
   from safetensors.numpy import save_file

@@ -1,4 +1,4 @@
-"""Params from and to the tensors of a Hugging Face folder, by a table of which holds which."""
+"""Converts params from and to the tensors of a Hugging Face folder, given `StoredTensor`s."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from lora_jax.models.checkpoints.hub import (
 )
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
-"""Tensors that hold a leaf, by their index into it, and where it starts on their last axis."""
+"""The tensors that hold a leaf by their index into it, and its offset on their last axis."""
 
 
 class Loaded(NamedTuple):
@@ -48,18 +48,18 @@ def load_params(
   shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
   ignored: Callable[[str], bool] = lambda name: False,
 ) -> PyTree:
-  """Returns a model's params, each device reading its own part of them.
+  """Returns a model's params; each device reads its own part.
 
   Args:
     folder: with safetensors.
-    stored: which tensors hold which leaves, or which layers and experts of stacked ones.
-    shapes: of the params, `ShapeDtypeStruct`s.
-    shardings: where they lie: a tree like theirs or a prefix of it, a function from `shapes` to
-      such a tree, or None for the default device.
-    ignored: tells the names of tensors that may be there and are not read.
+    stored: the tensors that hold the leaves, or the layers and experts of stacked leaves.
+    shapes: `ShapeDtypeStruct`s of the params.
+    shardings: a tree like `shapes` or a prefix of it, a function from `shapes` to such a tree, or
+      None for the default device.
+    ignored: whether a tensor of this name may be stored and is not read.
   Raises:
     FileNotFoundError: if weights are missing.
-    ValueError: if tensors are missing, unexpected, mis-shaped, truncated or no floats.
+    ValueError: if tensors are missing, unexpected, misshapen, truncated or not floats.
   """
   leaves, structure = jax.tree.flatten(shapes)
   paths = [path for path, _ in _with_path(shapes)]
@@ -70,39 +70,39 @@ def load_params(
     for path in tensor.paths:
       holding.setdefault(path, {})[tensor.place] = tensor, start
       start += sizes[path].shape[-1]
-  places = shardings(shapes) if callable(shardings) else shardings
-  places = jax.tree.broadcast(places, shapes, is_leaf=lambda x: x is None)
-  places = jax.tree.leaves(places, is_leaf=lambda x: x is None)
+  shardings = shardings(shapes) if callable(shardings) else shardings
+  shardings = jax.tree.broadcast(shardings, shapes, is_leaf=lambda x: x is None)
+  shardings = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
   with open_tensors(folder) as tensors:
     check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
 
-    def leaf(path: str, shape: Any, place: Any) -> jax.Array:
+    def leaf(path: str, shape: Any, sharding: Any) -> jax.Array:
       def read(index: Index) -> Parts:
         last = range(shape.shape[-1])[index[-1]]  # as numbers, for a part of a fused tensor
         return _read(tensors, holding[path], (*index[:-1], slice(last.start, last.stop)))
 
-      return make_leaf(shape.shape, shape.dtype, read, place)
+      return make_leaf(shape.shape, shape.dtype, read, sharding)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies let go of the interpreter
-      arrays = list(pool.map(leaf, paths, leaves, places))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies release the GIL
+      arrays = list(pool.map(leaf, paths, leaves, shardings))
   return jax.tree.unflatten(structure, arrays)
 
 
 def expected_shapes(
   stored: Sequence[StoredTensor], shapes: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the tensors by name, from those of the leaves by path."""
+  """Returns the shapes of the tensors by name, given those of the leaves by path."""
   return {tensor.name: stored_shape(tensor, shapes) for tensor in stored}
 
 
 def stored_shape(tensor: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, ...]:
-  """Returns the shape of a tensor, from those of the leaves by path."""
+  """Returns the shape of a tensor, given those of the leaves by path."""
   parts = [tuple(shapes[path].shape)[len(tensor.place) :] for path in tensor.paths]
   return tensor.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
 def _read(tensors: Tensors, holding: Holding, index: Index) -> Parts:
-  """Returns a part of a leaf, its stacked layers and experts from a tensor each."""
+  """Returns a part of a leaf; stacked layers and experts come from one tensor each."""
   if () in holding:
     (tensor, start), last = holding[()], index[-1]
     index = (*index[:-1], slice(start + last.start, start + last.stop))
@@ -117,7 +117,7 @@ def _read(tensors: Tensors, holding: Holding, index: Index) -> Parts:
 def tensors_of(
   stored: Sequence[StoredTensor], shapes: PyTree, params: PyTree
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields params under their tensors' names, one after another.
+  """Yields params by their tensors' names, one by one.
 
   Raises:
     ValueError: if the params' paths or shapes are not those of `shapes`.

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3 from and to Hugging Face folders, with and without heads."""
+"""Loads and saves DeBERTa-v2 and v3 as Hugging Face folders, with and without heads."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -99,8 +99,7 @@ def load_deberta(
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
     num_labels: of the head; None takes the folder's head, or no head if it has none.
-    key: makes a new head of `num_labels`, in place of the folder's if it has one. None makes
-      nothing.
+    key: initializes a new head of `num_labels` instead of the folder's. None makes nothing.
     param_dtype: as of `load_bert`.
     shardings: as of `load_bert`.
     **computation: as of `load_bert`, and `pooler_dropout`.
@@ -109,8 +108,8 @@ def load_deberta(
     The model's config and params, `Deberta(config).apply({"params": params}, tokens, mask)`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
-    ValueError: if the folder holds no such model that is computed as ours is, its tensors are
-      missing, unexpected, mis-shaped or truncated, or it has not the head that is asked for.
+    ValueError: if the folder is not of a supported model of this type, its tensors are missing,
+      unexpected, misshapen or truncated, or it lacks the requested head.
   """
   folder = find_folder(name)
   computation |= {"num_labels": num_labels, "new_head": key is not None}
@@ -135,7 +134,7 @@ def params_shapes(config: DebertaConfig) -> PyTree:
 
 
 def stored_tensors(config: DebertaConfig) -> list[StoredTensor]:
-  """Returns the tensors of a model in `transformers`, and which of our leaves they hold.
+  """Returns the tensors of a model in `transformers`, and the leaves that they hold.
 
   Names are those of the class for sequence classification, or without a head of the bare model.
   """
@@ -148,20 +147,20 @@ def read_config(
   new_head: bool = False,
   **computation: Any,
 ) -> DebertaConfig:
-  """Returns the config of the model in a local folder, and of the head it is to have.
+  """Returns the config of the model in a local folder, with its head.
 
-  Arguments and errors as of `bert_folder.read_config`.
+  Arguments and errors as of `bert.folder.read_config`.
   """
   path, fields = read_model_json(folder, ["deberta-v2"])
   fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
   names = tensor_names(path.parent, PREFIX)
+  head_dropout = "cls_dropout" if "cls_dropout" in fields else "hidden_dropout_prob"
   try:
     read = {
-      **read_fields(DebertaConfig, fields, KEYS),
+      **read_fields(DebertaConfig, fields, KEYS | {"head_dropout": head_dropout}),
       **_distances(fields),
       "conv_size": read_value(_NONE_IF_0, fields["conv_kernel_size"], "conv_kernel_size") or None,
       "num_labels": head_size(path, fields, names, num_labels, new_head),
-      "head_dropout": fields.get("cls_dropout", fields["hidden_dropout_prob"]),
     }
     config = DebertaConfig(**read | computation)
   except ValueError as error:
@@ -180,7 +179,7 @@ def read_config(
 
 
 def _distances(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns how distances enter the attention, as fields of `DebertaConfig`."""
+  """Returns the use of distances in attention, as fields of `DebertaConfig`."""
   limit, buckets = (
     read_value(_NONE_IF_MINUS_1, fields[key], key)
     for key in ("max_relative_positions", "position_buckets")

@@ -4,13 +4,13 @@
     for each layer:  x = norm(x + attn(x));  x = norm(x + mlp(x))
     logits = out(gelu(dense(x of the first token)))
 
-    attn    softmax((q k^T + q Kr^T + k Qr^T) / sqrt(3 H)) v, where row i of q takes from Kr, and
-            row j of k from Qr, the one of the distance i - j (sec. 3.1: content to position,
+    attn    softmax((q k^T + q Kr^T + k Qr^T) / sqrt(3 H)) v, where the rows of Kr and Qr for row i
+            of q and row j of k are those of the distance i - j (sec. 3.1: content to position,
             position to content)
 
-Distances above half of the buckets share a bucket with others, the more the farther they are.
-The large v2 models add a convolution over the embeddings to the first layer's output.
-`deberta_folder.py` reads and writes Hugging Face folders.
+Distances above half of the buckets share buckets, more of them the farther they are. The large v2
+models add a convolution over the embeddings to the first layer's output.
+`folder.py` reads and writes Hugging Face folders.
 """
 
 import dataclasses
@@ -56,12 +56,12 @@ ActivationName = Annotated[str, OneOf(tuple(ACTIVATIONS))]
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig:
-  """The shape of a DeBERTa and how it is computed; the defaults are v3 base's.
+  """The shape and computation of a DeBERTa; the defaults are v3 base's.
 
   Attributes:
     vocab_size: V, tokens.
-    num_positions: the length that the model was trained at, tokens.
-    input_positions: whether the embeddings have absolute positions added.
+    num_positions: the length of the pretraining, tokens.
+    input_positions: whether absolute positions are added to the embeddings.
     num_token_types: rows of the table of token types; 0 is none.
     embed_dim: D.
     num_layers: blocks.
@@ -69,21 +69,21 @@ class DebertaConfig:
     mlp_dim: inner width of the MLP.
     activation: of the MLP, by Hugging Face's name.
     layer_norm_epsilon: added to the variance.
-    max_distance: the farthest distance that is told from those beyond.
+    max_distance: the largest distance that differs from those beyond.
     num_buckets: of distances in one direction, at least 4; None gives each distance its own.
     content_to_position: whether the scores have this term.
-    position_to_content: likewise.
-    share_kernels: whether queries and keys of distances have those of the tokens.
+    position_to_content: whether the scores have this term.
+    share_kernels: whether distances use the tokens' query and key kernels.
     norm_distances: whether the distances' embeddings are normalized.
     conv_size: tokens that the convolution spans, an odd number; None is no convolution.
     conv_activation: of the convolution.
     pad_id: the token that pads rows.
-    num_labels: L, of the head: classes, or 1 of a regression; None is no head.
+    num_labels: L, outputs of the head: classes, or 1 for a regression; None is no head.
     head_activation: between the head's layers.
-    hidden_dropout: rate, after the embeddings and each sublayer, and of distances' embeddings.
-    attention_dropout: rate, of the attention's weights.
-    pooler_dropout: rate, before the head's first layer.
-    head_dropout: rate, before the head's last layer.
+    hidden_dropout: dropout rate after the embeddings, each sublayer and the distances' embeddings.
+    attention_dropout: dropout rate of the attention's weights.
+    pooler_dropout: dropout rate before the head's first layer.
+    head_dropout: dropout rate before the head's last layer.
     dtype: of the computation; softmax, normalization and the head's last layer are float32.
     param_dtype: of new parameters.
     scan_layers: as of `BertConfig`.
@@ -136,15 +136,15 @@ class DebertaConfig:
     return self.max_distance if self.num_buckets is None else self.num_buckets
 
 
-class Beside(NamedTuple):
-  """What the layers are given besides their input and the mask.
+class LayerInputs(NamedTuple):
+  """Further inputs of the layers: distances and the convolution.
 
   Attributes:
     distances: (R, D), their embeddings, twice the span.
     rows: (T, S), the row of each query's distance to each key.
-    conv: (B, T, D), what is added to the first layer's output; None is nothing.
+    conv: (B, T, D), added to the first layer's output; None is nothing.
     conv_norm: the scale and bias of the norm after that.
-    is_token: (B, T, 1), no padding; None is everywhere.
+    is_token: (B, T, 1), False for padding; None is True everywhere.
   """
 
   distances: Any
@@ -155,7 +155,7 @@ class Beside(NamedTuple):
 
 
 class Attention(nn.Module):
-  """Attention whose scores have terms of contents and of distances."""
+  """Attention with scores from contents and from distances."""
 
   config: DebertaConfig
 
@@ -177,13 +177,13 @@ class Attention(nn.Module):
     distances = dropout(config.hidden_dropout, extra.distances, deterministic)
     rows = extra.rows[None] if context.token_index is None else extra.rows[context.token_index]
     rows = rows[:, None]  # (B, 1, T, S)
-    scores = _product("BTNH,BSNH->BNTS", query, key)
+    scores = _einsum("BTNH,BSNH->BNTS", query, key)
     if config.content_to_position:
       keys = heads(to_key if config.share_kernels else layer("position_key"), distances)
-      scores += jnp.take_along_axis(_product("BTNH,RNH->BNTR", query, keys), rows, axis=-1)
+      scores += jnp.take_along_axis(_einsum("BTNH,RNH->BNTR", query, keys), rows, axis=-1)
     if config.position_to_content:
       queries = heads(to_query if config.share_kernels else layer("position_query"), distances)
-      key_scores, rows = _product("BSNH,RNH->BNSR", key, queries), rows.swapaxes(2, 3)
+      key_scores, rows = _einsum("BSNH,RNH->BNSR", key, queries), rows.swapaxes(2, 3)
       scores += jnp.take_along_axis(key_scores, rows, axis=-1).swapaxes(2, 3)
     terms = 1 + config.content_to_position + config.position_to_content
     scores = scores * (terms * query.shape[-1]) ** -0.5
@@ -192,12 +192,12 @@ class Attention(nn.Module):
     return dense(config, config.embed_dim, "out", out.reshape(*out.shape[:2], -1))
 
 
-def _product(axes: str, x: Array, y: Array) -> Array:
+def _einsum(axes: str, x: Array, y: Array) -> Array:
   return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 class Block(nn.Module):
-  """One layer; the first one's output has the convolution added, if there is one."""
+  """One layer; the first one adds the convolution, if there is one, to its output."""
 
   config: DebertaConfig
 
@@ -236,9 +236,9 @@ class Head(nn.Module):
 
 
 class Deberta(Encoder):
-  """A DeBERTa-v2 or v3; `Encoder` has what it is called by.
+  """A DeBERTa-v2 or v3; `Encoder` defines its methods.
 
-  Rows with padding need a mask, and of one with a convolution rows cannot be packed.
+  Rows with padding need a mask; with a convolution, rows cannot be packed.
   """
 
   config: DebertaConfig
@@ -280,8 +280,8 @@ class Deberta(Encoder):
     config = self.config
     if positions is not None and config.conv_size is not None:
       raise ValueError(
-        "a DeBERTa with a convolution takes no packed rows, as it would reach from one sequence "
-        "into the next; leave positions out, and give one sequence a row"
+        "a DeBERTa with a convolution takes no packed rows, since the convolution would mix "
+        "sequences; leave positions out, and give one sequence a row"
       )
     x = self.token_embedding(tokens)
     if config.input_positions:
@@ -290,19 +290,19 @@ class Deberta(Encoder):
       types = jnp.zeros_like(tokens) if token_types is None else token_types
       x = x + self.token_type_embedding(types)
     x = self.embed_norm(x)
-    if segment_ids is not None:  # of what the convolution sees
+    if segment_ids is not None:  # hides padding from the convolution
       x = x * (segment_ids != 0)[..., None]
     return self.embed_dropout(x, deterministic=deterministic)
 
   def extra(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
-  ) -> Beside:
+  ) -> LayerInputs:
     """Returns the distances, and the convolution of the embeddings."""
     config, table = self.config, self.relative_embedding.embedding
     table = self.relative_norm(table) if config.norm_distances else table.astype(config.dtype)
     rows = distance_rows(config, x.shape[1])
     if config.conv_size is None:
-      return Beside(table, rows)
+      return LayerInputs(table, rows)
     out, is_token = self.conv(x), None
     if segment_ids is not None:
       is_token = (segment_ids != 0)[..., None]
@@ -310,21 +310,21 @@ class Deberta(Encoder):
     out = self.conv_dropout(out, deterministic=deterministic)
     out = ACTIVATIONS[config.conv_activation](out)
     if self.is_initializing():
-      self.conv_norm(out)  # which the first layer applies
-    return Beside(table, rows, out, self.conv_norm.variables["params"], is_token)
+      self.conv_norm(out)  # applied by the first layer
+    return LayerInputs(table, rows, out, self.conv_norm.variables["params"], is_token)
 
   def stack(self) -> Any:
     return self.layers
 
   def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
-    """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
+    """Returns the head's output, float32, from the last layer's output for first tokens."""
     return self.head(first, deterministic)
 
 
 def distance_rows(config: DebertaConfig, length: int) -> Int[Array, "T T"]:
   """Returns the row of the distances' table for each query (first axis) and key.
 
-  Distances up to half of the buckets have one each; those beyond, a bucket by their logarithm.
+  Distances up to half of the buckets have one each; those beyond share buckets by their logarithm.
   """
   place = np.arange(length)
   distance = place[:, None] - place[None]

@@ -1,4 +1,4 @@
-"""GPT-2 from and to a Hugging Face folder, whose fused c_attn is our query, key and value."""
+"""Loads and saves GPT-2 as a Hugging Face folder, where query, key and value are one c_attn."""
 
 import re
 from collections.abc import Callable
@@ -83,19 +83,19 @@ def load_gpt2(
 
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
-    param_dtype: that the weights are brought to.
-    shardings: where the params lie, each device reading its own part: a tree like theirs or
-      a prefix of it, as one `Sharding` for all; or a function from `params_shapes` to such a
-      tree. None is the default device.
-    **computation: fields of `GPT2Config` that the folder does not give: `dtype`,
+    param_dtype: to convert the weights to.
+    shardings: of the params, each device reading its own part: a tree like theirs or a prefix of
+      it, such as one `Sharding` for all; or a function from `params_shapes` to such a tree. None
+      is the default device.
+    **computation: fields of `GPT2Config` that the folder does not set: `dtype`,
       `scan_layers`, `remat`, `attention`.
 
   Returns:
     The model's config and params, `GPT2(config).apply({"params": params}, tokens)`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
-    ValueError: if the folder holds no GPT-2 that is computed as ours is, or its tensors are
-      missing, unexpected, mis-shaped or truncated.
+    ValueError: if the folder is not of a supported GPT-2, or its tensors are missing,
+      unexpected, misshapen or truncated.
   """
   folder = find_folder(name)
   config = read_config(folder, param_dtype=param_dtype, **computation)
@@ -108,7 +108,7 @@ def load_gpt2(
   if is_old:
     stored = [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
 
-  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+  def ignored(tensor: str) -> bool:  # constants of old files, and a stored copy of a tied head
     return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 
   params = load_params(folder, stored, params_shapes(config), shardings, ignored)
@@ -124,7 +124,7 @@ def read_config(folder: str | Path, **computation: Any) -> GPT2Config:
   """Returns the config of the GPT-2 in a local folder.
 
   Raises:
-    ValueError: if it is not a GPT-2, or one that is computed otherwise.
+    ValueError: if it is not a GPT-2, or needs an option that is not supported.
   """
   path, fields = read_model_json(folder, ["gpt2"])
   check_supported(path, fields, SUPPORTED)
@@ -145,13 +145,12 @@ def save_gpt2(
   """Writes a GPT-2 as a new folder that `transformers` and `load_gpt2` read.
 
   Args:
-    folder: to make.
+    folder: the new folder.
     config: of the model.
-    params: of the model, unrolled or scanned, with the dtype they are saved in; merged, if it
-      was adapted.
-    tokenizer_from: a folder whose tokenizer files are copied.
-    end_of_text_id: for config.json's bos_token_id and eos_token_id.
-    max_shard_bytes: of one file.
+    params: of the model, unrolled or scanned, in the dtype to save; merged, if it was adapted.
+    tokenizer_from: a folder to copy the tokenizer's files from.
+    end_of_text_id: config.json's bos_token_id and eos_token_id.
+    max_shard_bytes: the largest size of one file.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the params are not those of the config.
@@ -170,7 +169,7 @@ def save_gpt2(
 
 
 def stored_tensors(config: GPT2Config) -> list[StoredTensor]:
-  """Returns the tensors of a GPT-2 in `transformers`, and which of our leaves they hold."""
+  """Returns the tensors of a GPT-2 in `transformers`, and the leaves that they hold."""
   stored = [
     StoredTensor(PREFIX + name, (path,), is_embedding=path.endswith("embedding"))
     for path, name in OUTSIDE.items()

@@ -4,9 +4,9 @@
     for each layer:  x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))
     logits = ln_f(x) wte^T
 
-Query, key and value have kernels of their own, so that LoRA of `attn/(query|value)/kernel` is
-the paper's. `gpt2_folder.py` reads and writes Hugging Face folders. There is no dropout in the
-model: the paper fine-tunes with LoRA's own alone.
+Query, key and value have separate kernels, so that LoRA of `attn/(query|value)/kernel` is the
+paper's. `folder.py` reads and writes Hugging Face folders. The model has no dropout: the paper
+fine-tunes with LoRA's dropout only.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-  """The shape of a GPT-2 and how it is computed; the defaults are GPT-2 small's.
+  """The shape and computation of a GPT-2; the defaults are GPT-2 small's.
 
   Attributes:
     vocab_size: V, tokens.
@@ -68,10 +68,10 @@ class GPT2Config:
     param_dtype: of new parameters.
     scan_layers: stacks the layers' parameters (`h/...` with a leading axis) and scans over
       them, which compiles faster; otherwise they are `h_0/...`, `h_1/...`.
-    remat: what the backward pass keeps of each layer: None is everything; else the name of a
-      policy of `jax.checkpoint_policies`, one of `REMAT_POLICIES`.
-    attention: `compact`, whose backward pass is the shorter one of `attention.py`; `xla` and
-      `cudnn` are `jax.nn.dot_product_attention` (`cudnn`: GPUs, float16 or bfloat16 only).
+    remat: the policy of `jax.checkpoint_policies` that chooses what to save for the backward pass,
+      one of `REMAT_POLICIES`; None saves everything.
+    attention: `compact` has the short backward pass of `attention.py`; `xla` and `cudnn` are
+      `jax.nn.dot_product_attention` (`cudnn`: only on GPUs, in float16 or bfloat16).
   """
 
   vocab_size: NumRows = 50257
@@ -163,7 +163,7 @@ class Block(nn.Module):
 
 
 class GPT2(CausalLM):
-  """A GPT-2 language model; `CausalLM` has what it is called by."""
+  """A GPT-2 language model; `CausalLM` defines its methods."""
 
   config: GPT2Config
 
@@ -195,12 +195,12 @@ class GPT2(CausalLM):
 
 
 def _residual_std(config: GPT2Config) -> float:
-  """Radford et al. 2019, sec. 2.3: new kernels before each of the 2 L sums are smaller."""
+  """Returns the initial std of kernels before a sum (Radford et al. 2019, sec. 2.3)."""
   return 0.02 / (2 * config.num_layers) ** 0.5
 
 
 def layer_norm(config: Any, name: str | None) -> nn.LayerNorm:
-  """Returns a LayerNorm whose variance is that of the differences, as torch has it."""
+  """Returns a LayerNorm that computes the variance from the differences, as torch does."""
   return nn.LayerNorm(
     config.layer_norm_epsilon,
     dtype=config.dtype,

@@ -1,4 +1,4 @@
-"""The config.json of the Llama family: read, and written for `transformers`."""
+"""Reads config.json of the Llama family, and writes it for `transformers`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from lora_jax.fields import CountOrZero, Positive, read_value
 from lora_jax.models.checkpoints.config_fields import read_fields, read_model_json
 from lora_jax.models.llama.model import LlamaConfig, MixtureConfig, RopeScaling
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model_type: architecture, what it implies
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # model_type: architecture, implied fields
   "llama": ("LlamaForCausalLM", {}),
   "mistral": ("MistralForCausalLM", {}),
   "mixtral": ("MixtralForCausalLM", {}),
@@ -29,6 +29,7 @@ FIELDS = {  # ours: Hugging Face's
   "rms_norm_epsilon": "rms_norm_eps",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
+HINTS = get_type_hints(LlamaConfig, include_extras=True)
 LayerType = Literal["sliding_attention", "full_attention"]
 TANH = "gelu_pytorch_tanh"
 DEFAULTS: dict[str, dict[str, Any]] = {  # of `transformers`, where a config leaves them out
@@ -67,7 +68,7 @@ def read_config(folder: str | Path, **computation: Any) -> LlamaConfig:
   """Returns the config of the model in a local folder.
 
   Raises:
-    ValueError: if it is not of the family, or one that is computed otherwise.
+    ValueError: if it is not of the family, or needs an option that is not supported.
   """
   path, fields = read_model_json(folder, FAMILIES)
   kind = fields["model_type"]
@@ -116,7 +117,7 @@ def _flag(fields: Mapping[str, Any], key: str) -> bool:
 
 
 def _biases(fields: Mapping[str, Any]) -> dict[str, bool]:
-  """Returns which biases there are, as fields of `LlamaConfig`."""
+  """Returns the biases, as fields of `LlamaConfig`."""
   kind = fields["model_type"]
   bias = kind in ("llama", "qwen3", "qwen3_moe", "gemma") and _flag(fields, "attention_bias")
   return {
@@ -143,19 +144,19 @@ def _mixture(fields: Mapping[str, Any]) -> MixtureConfig | None:
 def _activation(fields: Mapping[str, Any]) -> str:
   """Returns the activation's name; `gelu` in Gemma's first files means its tanh form."""
   gemma = fields["model_type"] == "gemma"
-  name = (fields.get("hidden_activation") if gemma else None) or fields["hidden_act"]
-  return TANH if gemma and name == "gelu" else name
+  key = "hidden_activation" if gemma and fields.get("hidden_activation") else "hidden_act"
+  name = TANH if gemma and fields[key] == "gelu" else fields[key]
+  return read_value(HINTS["activation"], name, key)
 
 
 def _window(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sliding window and the layers that have it, as fields of `LlamaConfig`."""
+  """Returns the sliding window and its layers, as fields of `LlamaConfig`."""
   kind = fields["model_type"]
   if kind in ("llama", "gemma"):
     return {}
   if kind.startswith("qwen") and not _flag(fields, "use_sliding_window"):
     return {}
-  hint = get_type_hints(LlamaConfig, include_extras=True)["sliding_window"]
-  window = read_value(hint, fields.get("sliding_window"), "sliding_window")
+  window = read_value(HINTS["sliding_window"], fields.get("sliding_window"), "sliding_window")
   if window is None or kind in ("mistral", "mixtral", "qwen3_moe"):
     return {"sliding_window": window}
   count = fields["num_hidden_layers"]
@@ -180,7 +181,7 @@ def _window(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the base of the rotation and its scaling, as fields of `LlamaConfig`.
 
-  Files have them by new and old names.
+  Files use new and old names.
   """
   rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
   if not isinstance(rope, dict):
@@ -210,10 +211,10 @@ def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str, Any]:
-  """Returns what config.json holds of a model, but for the dtype of its weights.
+  """Returns the content of a model's config.json, without the dtype of its weights.
 
   Raises:
-    ValueError: if `transformers` has no model that computes so.
+    ValueError: if `transformers` has no such model.
   """
   kind, window = family_of(config), config.sliding_window
   written = {
@@ -260,7 +261,7 @@ def written_config(config: LlamaConfig, end_of_text_id: int | None) -> dict[str,
 
 
 def _written_rotation(config: LlamaConfig) -> dict[str, Any]:
-  """Returns the rotation by new and old names."""
+  """Returns the rotation's fields by new and old names."""
   rope: dict[str, Any] = {"rope_type": "default"}
   if (scaling := config.rope_scaling) is not None:
     rope = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -277,7 +278,7 @@ def _written_rotation(config: LlamaConfig) -> dict[str, Any]:
 
 
 def family_of(config: LlamaConfig) -> str:
-  """Returns the model type that computes as a config says.
+  """Returns the model type for a config.
 
   Raises:
     ValueError: if `transformers` has none.
@@ -303,5 +304,5 @@ def family_of(config: LlamaConfig) -> str:
     kind, fits = "llama", config.qkv_bias == config.out_bias
   fits = fits and (config.window_layers is None or kind in ("qwen2", "qwen2_moe", "qwen3"))
   if not fits:
-    raise ValueError(f"`transformers` has no model that computes as {config} says")
+    raise ValueError(f"`transformers` has no model for {config}")
   return kind

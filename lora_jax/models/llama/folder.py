@@ -1,4 +1,4 @@
-"""The Llama family from and to Hugging Face folders."""
+"""Loads and saves the Llama family as Hugging Face folders."""
 
 import functools
 import re
@@ -54,7 +54,7 @@ LAYER = {  # our leaf: the tensor, and whether it is transposed
   "mlp/shared/down/kernel": ("mlp.shared_expert.down_proj.weight", True),
   "mlp/shared_gate/kernel": ("mlp.shared_expert_gate.weight", True),
 }
-EXPERTS = {  # one after another in files, as published: tensors of each expert
+EXPERTS = {  # in published files: tensors of each expert
   "mixtral": {"gate": "w1", "up": "w3", "down": "w2"},
   "qwen2_moe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
   "qwen3_moe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
@@ -73,24 +73,23 @@ def load_llama(
 
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
-    param_dtype: that the weights are brought to.
-    shardings: where the params lie, each device reading its own part: a tree like theirs or
-      a prefix of it, or a function from `params_shapes` to such a tree. None is the default
-      device.
-    **computation: fields of `LlamaConfig` that the folder does not give: `dtype`,
+    param_dtype: to convert the weights to.
+    shardings: of the params, each device reading its own part: a tree like theirs or a prefix of
+      it, or a function from `params_shapes` to such a tree. None is the default device.
+    **computation: fields of `LlamaConfig` that the folder does not set: `dtype`,
       `scan_layers`, `remat`, `attention`.
 
   Returns:
     The model's config and params, `Llama(config).apply({"params": params}, tokens)`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
-    ValueError: if the folder holds no model of the family that is computed as ours is, or its
-      tensors are missing, unexpected, mis-shaped or truncated.
+    ValueError: if the folder is not of a supported model of the family, or its tensors are
+      missing, unexpected, misshapen or truncated.
   """
   folder = find_folder(name)
   config = read_config(folder, param_dtype=param_dtype, **computation)
 
-  def ignored(tensor: str) -> bool:  # constants of old files, and a tied head that is written out
+  def ignored(tensor: str) -> bool:  # constants of old files, and a stored copy of a tied head
     return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
 
   with open_tensors(folder) as tensors:
@@ -103,7 +102,7 @@ def load_llama(
 
 
 def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
-  """Returns the tensors as a folder's files have them: experts fused, or each its own."""
+  """Returns the tensors of a folder's files, with fused or separate experts."""
   with open_tensors(folder) as tensors:
     fused = any(".experts.gate_up_proj" in name for name in tensors)
   return stored_tensors(config, published=not fused)
@@ -116,12 +115,12 @@ def params_shapes(config: LlamaConfig) -> PyTree:
 
 
 def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[StoredTensor]:
-  """Returns the tensors of a model in `transformers`, and which of our leaves they hold.
+  """Returns the tensors of a model in `transformers`, and the leaves that they hold.
 
   Args:
     config: of the model.
-    published: whether as in published folders, where each expert has tensors of its own;
-      otherwise as in the module, by whose names adapters go, where a layer's experts are fused.
+    published: whether to name them as in published folders, where each expert has its own tensors;
+      otherwise as in the module, where a layer's experts are fused. Adapters use the latter.
   """
   shapes = jax.tree_util.tree_leaves_with_path(params_shapes(config))
   paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in shapes}
@@ -155,7 +154,7 @@ def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[Stor
 def _experts(
   config: LlamaConfig, path: str, layer: int | None, published: bool
 ) -> list[StoredTensor]:
-  """Returns the tensors of a layer's experts: some for each of them, or two of all."""
+  """Returns the tensors of a layer's experts: one set for each, or two fused ones."""
   assert config.mixture is not None, "a model with experts"
   if not published:
     return [

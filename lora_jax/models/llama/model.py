@@ -9,7 +9,7 @@
             of the queries share one of the keys and values (Ainslie et al. 2023)
     mlp     a gated one, or a mixture of such: `mixture.py`
 
-`llama_folder.py` reads and writes Hugging Face folders.
+`folder.py` reads and writes Hugging Face folders.
 """
 
 import dataclasses
@@ -51,15 +51,15 @@ __all__ = ["Llama", "LlamaConfig", "MixtureConfig", "RopeScaling", "init_cache"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How a model's rotation is stretched beyond the length that it was first trained at.
+  """How a model's rotation is stretched beyond the length of its pretraining.
 
   Attributes:
-    kind: `linear` divides all frequencies by `factor`; `llama3` the low ones alone, and those
+    kind: `linear` divides all frequencies by `factor`; `llama3` only the low ones, and those
       between by a part of it.
-    factor: of the stretch.
+    factor: the stretch.
     low_freq_factor: wavelengths above `original_positions / low_freq_factor` are low.
     high_freq_factor: those below `original_positions / high_freq_factor` are high.
-    original_positions: the first length, tokens.
+    original_positions: the length of the pretraining, tokens.
   """
 
   kind: Literal["linear", "llama3"]
@@ -79,7 +79,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """The shape of a model of the Llama family and how it is computed; the defaults are Llama 2's.
+  """The shape and computation of a model of the Llama family; the defaults are Llama 2's.
 
   Attributes:
     vocab_size: V, tokens.
@@ -90,17 +90,17 @@ class LlamaConfig:
     num_kv_heads: K, of the keys and values; divides N.
     head_dim: of each head; None is D / N.
     mlp_dim: inner width of the MLP, or of each expert.
-    mixture: the experts instead of one MLP (Mixtral, Qwen-MoE); None is none.
+    mixture: the experts that replace the MLP (Mixtral, Qwen-MoE); None is one MLP.
     activation: of the MLP's gate, by Hugging Face's name: `silu` or `gelu_pytorch_tanh`.
     rms_norm_epsilon: added to the mean square.
     rope_theta: the base of the rotation's wavelengths.
-    rope_scaling: of these; None is none.
+    rope_scaling: their scaling; None is none.
     qkv_bias: whether query, key and value have biases (Qwen 2).
     out_bias: whether attention's output has one.
     mlp_bias: whether the MLP has biases.
     qk_norm: whether queries and keys are normalized, head by head (Qwen 3).
-    sliding_window: how many tokens, itself included, a token sees; None is all before it.
-    window_layers: numbers of the layers that have it, where the others see all; None is all.
+    sliding_window: the number of tokens that a token sees, itself included; None is all before it.
+    window_layers: numbers of the layers with a sliding window; None is all layers.
     norm_offset: added to the norms' scales (Gemma: 1).
     scale_embedding: whether embeddings are multiplied by sqrt(D) (Gemma).
     tie_head: whether the head is the token embedding.
@@ -157,7 +157,7 @@ class LlamaConfig:
       raise ValueError("experts have no biases; set mlp_bias to False")
     if self.window_layers is not None and self.scan_layers:
       raise ValueError(
-        "scanned layers are all alike: layers with and without a sliding window need "
+        "scanned layers must be equal: layers with and without a sliding window need "
         "scan_layers=False"
       )
 
@@ -229,7 +229,7 @@ class Block(nn.Module):
 
 
 class Llama(CausalLM):
-  """A language model of the Llama family; `CausalLM` has what it is called by."""
+  """A language model of the Llama family; `CausalLM` defines its methods."""
 
   config: LlamaConfig
 
@@ -275,23 +275,23 @@ class Llama(CausalLM):
 
 
 def frequencies(config: LlamaConfig) -> Float[Array, " half"]:
-  """Returns the angles by which each pair of a head's elements turns from token to token."""
+  """Returns the angles by which each pair of a head's elements rotates per token."""
   size, scaling = config.head_size, config.rope_scaling
   plain = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
   if scaling is None:
     return plain
   if scaling.kind == "linear":
     return plain / scaling.factor
-  turns = scaling.original_positions * plain / (2 * math.pi)  # within the first length
+  turns = scaling.original_positions * plain / (2 * math.pi)  # within the original length
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 0 is stretched, 1 stays
+  share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 0 is stretched, 1 unchanged
   return (1 - share) * plain / scaling.factor + share * plain
 
 
 def rotate(
   x: Float[Array, "B T N H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"]
 ) -> Float[Array, "B T N H"]:
-  """Turns each pair of a head's elements, i and i + H / 2, in float32."""
+  """Rotates each pair of a head's elements, i and i + H / 2, in float32."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([-second, first], axis=-1)
-  return (x * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+  rotated = jnp.concatenate([-second, first], axis=-1)
+  return (x * cos[:, :, None] + rotated * sin[:, :, None]).astype(x.dtype)

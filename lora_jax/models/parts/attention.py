@@ -1,12 +1,12 @@
-"""Attention: causal within a sequence, with a short backward pass, and over a cache.
+"""Causal attention with a short backward pass, and attention over a cache.
 
     P = exp(Q K^T / sqrt(H) - max) / sum          of the keys that a query sees
     O = P V
 
-`jax.nn.dot_product_attention` is the same in one call. Its derivative, however, goes back through
-every operation of the softmax, which on CPUs takes longer than the products. Here, as in
-FlashAttention (Dao et al. 2022, sec. 3 and app. B.2), sums over a row of P are taken from O, and
-a block of queries is not multiplied with the keys that come after all of them.
+`jax.nn.dot_product_attention` computes the same. Its derivative, however, goes back through every
+operation of the softmax, which on CPUs takes longer than the matmuls. Here, as in FlashAttention
+(Dao et al. 2022, sec. 3 and app. B.2), sums over a row of P are taken from O, and a block of
+queries is not multiplied with the keys that come after all of them.
 """
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 BLOCK_SIZE = 128
-MAX_BLOCKS = 8  # each is compiled by itself
+MAX_BLOCKS = 8  # each is compiled separately
 
 
 @jax.custom_vjp
@@ -24,13 +24,13 @@ def causal_attention(
   value: Float[Array, "B S N H"],
   mask: Bool[Array, "#B 1 T S"] | None,
 ) -> Float[Array, "B T N H"]:
-  """Returns the values' mean by the softmax of `query key^T / sqrt(H)`, over keys up to itself.
+  """Returns the mean of the values, weighted by the causal softmax of `query key^T / sqrt(H)`.
 
-  The softmax is computed in float32. It has a reverse derivative only.
+  The softmax is computed in float32. There is only a reverse-mode derivative.
 
   Args:
-    mask: True where a query also may see a key; each must see itself. None is everywhere. With
-      fewer queries than keys, T < S, the mask alone says what they see.
+    mask: True where a query may also see a key; each must see itself. None is everywhere. With
+      fewer queries than keys, T < S, only the mask says what they see.
   """
   return _forward(query, key, value, mask)[0]
 
@@ -39,17 +39,17 @@ def _forward(query, key, value, mask):
   query, key, value = map(_swap_heads, (query, key, value))
   weights, totals, outs = [], [], []
   for start, stop, end in _blocks(query.shape[2], key.shape[2]):
-    logits = _product("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :end])
+    logits = _einsum("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :end])
     visible = None if mask is None else mask[:, :, start:stop, :end]
     if stop == end:
       causal = (jnp.arange(start, stop)[:, None] >= jnp.arange(end)[None])[None, None]
       visible = causal if visible is None else visible & causal
-    assert visible is not None, "fewer queries than keys see what a mask says"
+    assert visible is not None, "fewer queries than keys need a mask"
     logits = jnp.where(visible, logits * query.shape[-1] ** -0.5, -jnp.inf)
     unscaled = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     totals.append(unscaled.sum(axis=-1, keepdims=True))
     weights.append(unscaled.astype(value.dtype))
-    out = _product("BNTS,BNSH->BNTH", weights[-1], value[:, :, :end]) / totals[-1]
+    out = _einsum("BNTS,BNSH->BNTH", weights[-1], value[:, :, :end]) / totals[-1]
     outs.append(out.astype(value.dtype))
   out = jnp.concatenate(outs, axis=2)
   return _swap_heads(out), (query, key, value, weights, totals, out)
@@ -62,21 +62,21 @@ def _backward(saved, gradient):
   blocks = _blocks(length, num_keys)
   for (start, stop, end), weights, total in zip(blocks, all_weights, totals, strict=True):
     block = gradient[:, :, start:stop] / total
-    mean = jnp.sum(block * out[:, :, start:stop], axis=-1, keepdims=True)  # by P, of a row's
+    mean = jnp.sum(block * out[:, :, start:stop], axis=-1, keepdims=True)  # of a row, weighted by P
     block = block.astype(value.dtype)
-    to_logits = _product("BNTH,BNSH->BNTS", block, value[:, :, :end]) - mean
+    to_logits = _einsum("BNTH,BNSH->BNTS", block, value[:, :, :end]) - mean
     to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
-    to_query.append(_product("BNTS,BNSH->BNTH", to_logits, key[:, :, :end]))
+    to_query.append(_einsum("BNTS,BNSH->BNTH", to_logits, key[:, :, :end]))
     rest = ((0, 0), (0, 0), (0, num_keys - end), (0, 0))
-    key_gradient = _product("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
+    key_gradient = _einsum("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
     to_key.append(jnp.pad(key_gradient, rest))
-    to_value.append(jnp.pad(_product("BNTS,BNTH->BNSH", weights, block), rest))
+    to_value.append(jnp.pad(_einsum("BNTS,BNTH->BNSH", weights, block), rest))
   gradients = (jnp.concatenate(to_query, axis=2), *map(_sum, (to_key, to_value)))
   return (*(_swap_heads(x.astype(query.dtype)) for x in gradients), None)
 
 
 def _blocks(length: int, num_keys: int) -> list[tuple[int, int, int]]:
-  """Returns the blocks of queries: their starts, their stops, and the ends of their keys."""
+  """Returns the blocks of queries: start, stop, and the end of their keys."""
   if length < num_keys:
     return [(0, length, num_keys)]
   size = max(BLOCK_SIZE, -(-length // MAX_BLOCKS))
@@ -88,14 +88,14 @@ def _sum(parts: list[Array]) -> Array:
   return sum(parts[1:], parts[0])
 
 
-def _product(axes: str, x: Array, y: Array) -> Array:
+def _einsum(axes: str, x: Array, y: Array) -> Array:
   return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 def _swap_heads(x: Array) -> Array:
   """Swaps the axes of tokens and heads.
 
-  The barrier keeps XLA from moving the transpose into a product, which on CPUs is then slow.
+  The barrier keeps XLA from moving the transpose into a matmul, which is slow on CPUs.
   """
   return jax.lax.optimization_barrier(x.swapaxes(1, 2))
 
@@ -109,7 +109,7 @@ def write_cache(
   value: Float[Array, "B T N H"],
   index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B N H S"], Float[Array, "B N S H"]]:
-  """Writes the keys and values of new tokens into the slots from `index` on."""
+  """Writes the keys and values of new tokens into the slots starting at `index`."""
   keys, values = cache
   key = key.transpose(0, 2, 3, 1).astype(keys.dtype)
   value = value.transpose(0, 2, 1, 3).astype(values.dtype)
@@ -127,15 +127,14 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
   """Returns the attention of new tokens over a cache, softmax in float32.
 
-  N / K heads of the queries share one of the cache. Both products are plain ones of row-major
-  matrices as the keys and values stand in the cache: XLA on CPUs is several times slower
-  otherwise.
+  N / K query heads share one head of the cache. Both matmuls use the keys and values in the
+  cache's own layout, row-major: any other is several times slower with XLA on CPUs.
 
   Args:
     mask: True where a query sees a slot.
   """
   (batch, length, heads, size), groups = query.shape, keys.shape[1]
-  if heads != groups:  # those that share keys become tokens of one head
+  if heads != groups:  # heads that share keys become tokens of one head
     query = query.reshape(batch, length, groups, -1, size).swapaxes(2, 3)
     out = cached_attention(
       query.reshape(batch, -1, groups, size), keys, values, jnp.repeat(mask, heads // groups, 2)

@@ -1,4 +1,4 @@
-"""What the language models of the zoo have in common: layers, masks, caches, the last layer's part.
+"""Parts that the language models share: layers, masks, caches and heads.
 
 x = embed(tokens, positions)
 for each layer:  x = block(x, its cache, context)
@@ -21,7 +21,7 @@ Cache = tuple[Any, ...] | tuple[Array, Array]
 
 
 class Layers(Protocol):
-  """What layers of any model read of its config."""
+  """The fields that layers read of a model's config."""
 
   @property
   def num_layers(self) -> int: ...
@@ -36,7 +36,7 @@ class Layers(Protocol):
 
 
 class Shape(Layers, Protocol):
-  """What the parts in this file read of a language model's config."""
+  """The fields that the parts in this file read of a language model's config."""
 
   @property
   def num_positions(self) -> int: ...
@@ -51,11 +51,12 @@ class Shape(Layers, Protocol):
 
 
 class Context(NamedTuple):
-  """The inputs that all layers share, besides the hidden states and the cache.
+  """Inputs that all layers share, apart from the hidden states and the cache.
 
   Attributes:
-    mask: (#B, 1, T, S), True where a token sees another, causal order apart; None is everywhere.
-    index: the first slot of a cache that is written.
+    mask: (#B, 1, T, S), True where a token may see another, in addition to causal order; None is
+      everywhere.
+    index: the first cache slot to write.
     token_index: (B, T), the tokens of each row whose output is computed; None is all.
     rotation: (B, T, H) cosines and sines that rotate queries and keys by position; None is none.
   """
@@ -67,7 +68,7 @@ class Context(NamedTuple):
 
 
 class CausalLM(nn.Module):
-  """A language model; a subclass has `embed`, `stack`, `norm`, `logits`, and maybe the others."""
+  """A language model; subclasses define `embed`, `stack`, `norm` and `logits`."""
 
   config: Any
 
@@ -75,7 +76,7 @@ class CausalLM(nn.Module):
     raise NotImplementedError
 
   def stack(self) -> Any:
-    """Returns what `make_layers` has returned."""
+    """Returns the layers, as `make_layers` makes them."""
     raise NotImplementedError
 
   def norm(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -116,12 +117,11 @@ class CausalLM(nn.Module):
     segment_ids: Int[Array, "B S"] | None = None,
     token_index: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Returns the normalized output of the last layer; arguments as of a call.
+    """Returns the normalized output of the last layer; arguments as of `__call__`.
 
     Args:
-      token_index: indices in each row of the tokens whose output is returned; None is all. If
-        they are fewer than a row's tokens, the last layer computes no other outputs (unless the
-        layers are scanned).
+      token_index: indices in each row of the tokens to return the output of; None is all. With
+        fewer than a row's tokens, the last layer computes only these (unless layers are scanned).
     """
     mask = None
     if segment_ids is not None:
@@ -136,10 +136,10 @@ class CausalLM(nn.Module):
     index: Int[Array, ""] | int,
     mask: Bool[Array, "#B T S"],
   ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Processes further tokens, whose keys and values it writes into the cache.
+    """Processes further tokens and writes their keys and values into the cache.
 
-    The mask alone decides what a token sees: it holds the causal order, padding, and which
-    slots a beam descends from.
+    Only the mask decides what a token sees: it holds the causal order, the padding and the slots
+    that a beam descends from.
 
     Args:
       tokens: ids.
@@ -154,8 +154,8 @@ class CausalLM(nn.Module):
     slots, window = jax.tree.leaves(cache)[0].shape[-1], self.config.sliding_window
     if window is not None and slots > window:
       raise ValueError(
-        f"the model's sliding window is {window} tokens; a cache of {slots} slots needs one that "
-        "slides, which there is none of yet. Generate less"
+        f"the model's sliding window is {window} tokens; a cache of {slots} slots would have to "
+        "slide, which is not supported. Generate fewer tokens"
       )
     if isinstance(index, int) and not 0 <= index <= slots - tokens.shape[1]:
       raise ValueError(
@@ -174,18 +174,18 @@ class CausalLM(nn.Module):
       positions = jnp.arange(tokens.shape[1])[None]
     positions = jnp.broadcast_to(positions, tokens.shape)
     x, token_index = self.embed(tokens, positions), context.token_index
-    near, window = context.mask, self.config.sliding_window
+    windowed, window = context.mask, self.config.sliding_window
     if cache is None and window is not None and window < tokens.shape[1]:
-      near = near_mask(near, window, tokens.shape[1])
+      windowed = window_mask(windowed, window, tokens.shape[1])
     context = context._replace(token_index=None, rotation=self.rotation(positions))
     stack = self.stack()
     if self.config.scan_layers:
-      x, cache = stack(x, cache, context._replace(mask=near))
+      x, cache = stack(x, cache, context._replace(mask=windowed))
       return self.norm(take(x, token_index)), cache
     written = []
     for i, block in enumerate(stack):
       before = None if cache is None else cache[i]
-      layer_context = context._replace(mask=near) if self.slides(i) else context
+      layer_context = context._replace(mask=windowed) if self.slides(i) else context
       if token_index is not None and block is stack[-1] and token_index.shape[1] < tokens.shape[1]:
         mask = causal_mask(layer_context.mask, token_index, tokens.shape[1])
         x, layer = block(x, before, layer_context._replace(mask=mask, token_index=token_index))
@@ -223,10 +223,10 @@ def make_layers(config: Layers, block: Callable[..., nn.Module], num_static: int
 
 
 def shapes_of(model: nn.Module) -> PyTree:
-  """Returns the `ShapeDtypeStruct`s of a model's params; of its layers, all alike, one is traced.
+  """Returns the `ShapeDtypeStruct`s of a model's params, tracing only one of its equal layers.
 
   Args:
-    model: whose `config` has `num_layers` and `scan_layers`, and its layers by `make_layers`.
+    model: its `config` has `num_layers` and `scan_layers`; its layers come from `make_layers`.
   """
   config: Any = getattr(model, "config")  # noqa: B009
   single = model.clone(config=dataclasses.replace(config, num_layers=1, scan_layers=False))
@@ -299,10 +299,10 @@ def dense(
   std: float = 0.02,
   use_bias: bool = True,
 ) -> Float[Array, "B T F"]:
-  """Applies a dense layer that sees one axis of tokens instead of rows and positions.
+  """Applies a dense layer to one axis of tokens instead of rows and positions.
 
-  With two, the gradients of kernels and of LoRA's B contract over both, for which XLA on CPUs
-  first copies the transposed gradient of the output, at the cost of several such products.
+  With two, the gradients of kernels and of LoRA's B contract over both, and XLA on CPUs first
+  copies the transposed gradient of the output, which costs as much as several such matmuls.
   """
   layer = make_dense(config, features, name, std, use_bias)
   return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
@@ -323,11 +323,11 @@ def make_dense(
 
 
 float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Of a head: GPT-2's logits are about -100, where bfloat16's steps are of half a nat."""
+"""Computes logits in float32: GPT-2's are about -100, where bfloat16's steps are half a nat."""
 
 
 def make_head(config: Any) -> nn.Dense:
-  """Returns a head of its own, for a model whose head is not its embedding."""
+  """Returns a head that is not tied to the embedding."""
   return nn.Dense(
     config.vocab_size,
     use_bias=False,
@@ -343,13 +343,13 @@ def head(
 ) -> Float[Array, "*B V"]:
   """Returns the logits of a head, or of the embedding if the head is tied to it.
 
-  It sees one axis of tokens, for the reason given in `dense`.
+  It computes over one axis of tokens, for the reason given in `dense`.
   """
   tokens = hidden.reshape(-1, hidden.shape[-1])
   if lm_head is not None:
     logits = lm_head(tokens)
   else:
-    assert embedding is not None, "a head of its own, or the embedding"
+    assert embedding is not None, "an untied head or the embedding"
     logits = float32_dot(tokens, embedding, (((1,), (1,)), ((), ())))
   return logits.reshape(*hidden.shape[:-1], -1)
 
@@ -361,19 +361,19 @@ def take(
   return x if token_index is None else jnp.take_along_axis(x, token_index[..., None], axis=1)
 
 
-def near_mask(
+def window_mask(
   mask: Bool[Array, "#B 1 T T"] | None, window: int, length: int
 ) -> Bool[Array, "#B 1 T T"]:
-  """Returns a mask by which a token sees none that is `window` or more before it."""
+  """Returns a mask that hides the tokens `window` or more positions back."""
   place = jnp.arange(length)
-  near = (place[:, None] - place[None] < window)[None, None]
-  return near if mask is None else mask & near
+  visible = (place[:, None] - place[None] < window)[None, None]
+  return visible if mask is None else mask & visible
 
 
 def causal_mask(
   mask: Bool[Array, "#B 1 S S"] | None, token_index: Int[Array, "B T"], length: int
 ) -> Bool[Array, "B 1 T S"]:
-  """Returns what some tokens of each row see: up to themselves, and by the mask."""
+  """Returns the mask of some tokens of each row: causal, and limited by `mask`."""
   causal = (token_index[:, :, None] >= jnp.arange(length)[None, None])[:, None]
   return (
     causal if mask is None else causal & jnp.take_along_axis(mask, token_index[:, None, :, None], 2)

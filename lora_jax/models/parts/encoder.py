@@ -1,4 +1,4 @@
-"""What the encoders of the zoo have in common: layers, what a token sees, heads, dropout.
+"""Parts that the encoders share: layers, attention masks, heads and dropout.
 
 x = embed(tokens, positions, token types)
 for each layer:  x = norm(x + attn(x));  x = norm(x + mlp(x))
@@ -17,7 +17,7 @@ from lora_jax.models.parts.causal_lm import Layers, dense, take
 
 
 class EncoderShape(Layers, Protocol):
-  """What the parts in this file read of a model's config."""
+  """The fields that the parts in this file read of a model's config."""
 
   @property
   def vocab_size(self) -> int: ...
@@ -40,11 +40,11 @@ class EncoderShape(Layers, Protocol):
 
 
 class Context(NamedTuple):
-  """The inputs that all layers share, besides the hidden states.
+  """Inputs that all layers share, apart from the hidden states.
 
   Attributes:
-    mask: (B, 1, T, S), True where a token sees another; None is everywhere.
-    token_index: (B, T), the tokens of each row whose output is computed; None is all.
+    mask: (B, 1, T, S), True where a token may see another; None is everywhere.
+    token_index: (B, T), the tokens of each row to compute; None is all.
     extra: further inputs that a model's layers need.
   """
 
@@ -54,7 +54,7 @@ class Context(NamedTuple):
 
 
 class Encoder(nn.Module):
-  """An encoder; a subclass has `embed`, `stack`, `logits`, and maybe `extra`."""
+  """An encoder; subclasses define `embed`, `stack` and `logits`, and may define `extra`."""
 
   config: Any
 
@@ -69,17 +69,17 @@ class Encoder(nn.Module):
     raise NotImplementedError
 
   def stack(self) -> Any:
-    """Returns what `make_layers` has returned."""
+    """Returns the layers, as `make_layers` makes them."""
     raise NotImplementedError
 
   def extra(
     self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, deterministic: bool
   ) -> Any:
-    """Returns the inputs that layers need besides the embeddings and the mask."""
+    """Returns further inputs of the layers, apart from the embeddings and the mask."""
     del x, segment_ids, deterministic
 
   def logits(self, first: Float[Array, "B A D"], deterministic: bool) -> Float[Array, "B A L"]:
-    """Returns the head's output, float32, for the last layer's of sequences' first tokens."""
+    """Returns the head's output, float32, from the last layer's output for first tokens."""
     raise NotImplementedError
 
   def __call__(
@@ -91,17 +91,17 @@ class Encoder(nn.Module):
     token_index: Int[Array, "B A"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B *A L"]:
-    """Returns the logits of each row, float32; of a model without a head, the hidden states.
+    """Returns the logits of each row in float32; without a head, the hidden states.
 
     Args:
       tokens: ids.
-      segment_ids: tokens attend within their own segment only. A mask, 1 for tokens and 0 for
-        padding, is one; packed sequences are 1, 2, ... None is one segment a row.
+      segment_ids: tokens attend only within their own segment: 1 for tokens and 0 for padding, as
+        in a mask, or 1, 2, ... for packed sequences. None is one segment a row.
       token_types: of each token (BERT: 1 in the second sentence of a pair); None is 0.
       positions: of each token in its sequence, from 0; None counts along each row.
-      token_index: indices in each row of the first tokens of packed sequences, each of which
-        then has logits, (B, A, L). None is the row's first token.
-      deterministic: whether there is no dropout; if False, a key is taken from the rng `dropout`.
+      token_index: indices in each row of the first tokens of packed sequences; the logits are
+        then (B, A, L). None is the row's first token.
+      deterministic: whether to leave dropout out; False needs the rng `dropout`.
     """
     inputs = tokens, segment_ids, token_types, positions
     if self.config.num_labels is None:
@@ -119,12 +119,11 @@ class Encoder(nn.Module):
     token_index: Int[Array, "B A"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B A D"]:
-    """Returns the output of the last layer; arguments as of a call.
+    """Returns the output of the last layer; arguments as of `__call__`.
 
     Args:
-      token_index: indices in each row of the tokens whose output is returned; None is all. If
-        they are fewer than a row's tokens, the last layer computes no other outputs (unless the
-        layers are scanned).
+      token_index: indices in each row of the tokens to return the output of; None is all. With
+        fewer than a row's tokens, the last layer computes only these (unless layers are scanned).
     """
     x = self.embed(tokens, segment_ids, token_types, positions, deterministic)
     mask = None
@@ -180,7 +179,7 @@ def attention_weights(
   mask: Bool[Array, "B 1 T S"] | None,
   deterministic: bool,
 ) -> Float[Array, "B N T S"]:
-  """Returns the softmax over what is seen, in float32, after dropout."""
+  """Returns the attention weights: softmax in float32, then dropout."""
   scores = scores.astype(jnp.float32)
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -195,7 +194,7 @@ def dropout(rate: float, x: Array, deterministic: bool) -> Array:
 def positions_of(
   tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None, limit: int
 ) -> Int[Array, "B T"]:
-  """Returns the given positions; without any they are counted along each row, up to a limit."""
+  """Returns the positions, counted along each row if they are None, up to a limit."""
   if positions is not None:
     return positions
   if tokens.shape[1] > limit:
@@ -207,7 +206,7 @@ def positions_of(
 
 
 def embedding(config: EncoderShape, size: int) -> nn.Embed:
-  """Returns a table of so many embeddings."""
+  """Returns an embedding table of `size` rows."""
   return nn.Embed(
     size,
     config.embed_dim,
@@ -224,7 +223,7 @@ def heads(config: EncoderShape, name: str, x: Float[Array, "B T D"]) -> Float[Ar
 
 
 def head_layer(config: EncoderShape) -> nn.Dense:
-  """Returns a head's last layer, which is computed in float32."""
+  """Returns a head's last layer, computed in float32."""
   assert config.num_labels is not None, "the model has a head"
   return nn.Dense(
     config.num_labels,
@@ -236,7 +235,7 @@ def head_layer(config: EncoderShape) -> nn.Dense:
 
 
 def check_encoder(config: EncoderShape) -> None:
-  """Raises ValueError if a field of a config is out of bounds, or the heads do not divide it."""
+  """Raises ValueError if a field is out of bounds, or does not fit another."""
   check_fields(config)
   if config.embed_dim % config.num_heads:
     raise ValueError(

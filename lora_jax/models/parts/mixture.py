@@ -1,12 +1,12 @@
-"""The MLPs of the Llama family: one gated, or a mixture of experts, of which each token takes some.
+"""The MLPs of the Llama family: one gated MLP, or a mixture of experts with top-k routing.
 
     mlp(x) = down(activation(gate(x)) * up(x))                      (Shazeer 2020)
     mixture(x) = sum over the token's experts e of p_e mlp_e(x)     (Shazeer et al. 2017)
 
-p is a softmax over all experts. No token is dropped and shapes are static: each stands in
+p is a softmax over all experts. No token is dropped and shapes are static: each token has
 `experts_per_token` rows, which are sorted by expert and multiplied in groups (`ragged_dot`). On
-CPUs XLA computes that as a product of all rows with all experts, and the rows are those of the
-whole batch: splitting it over `data` splits attention, not the experts.
+CPUs XLA multiplies all rows with all experts, and the rows are those of the whole batch: sharding
+it over `data` splits attention, not the experts.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class MixtureConfig:
 
   Attributes:
     num_experts: E.
-    experts_per_token: how many of them each token takes.
-    renormalize: whether a token's weights of its experts are scaled to the sum 1.
-    shared_dim: inner width of an expert that all tokens take besides, by a weight of its own
-      between 0 and 1 (Qwen 2); None is no such expert.
+    experts_per_token: the number of experts that each token is routed to.
+    renormalize: whether the weights of a token's experts are scaled to sum to 1.
+    shared_dim: inner width of a shared expert for all tokens, gated by its own weight between 0 and
+      1 (Qwen 2); None is no such expert.
   """
 
   num_experts: NumExperts
@@ -51,11 +51,11 @@ class MixtureConfig:
 
 
 class MLP(nn.Module):
-  """A dense layer whose output is gated by another's, and one down.
+  """A dense layer gated by another one, and a projection down.
 
   Attributes:
     config: a `LlamaConfig`.
-    width: the inner one; None is the config's `mlp_dim`.
+    width: the inner width; None is the config's `mlp_dim`.
   """
 
   config: Any
@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
 
 class Mixture(nn.Module):
-  """A router, the experts that it sends each token to, and maybe one for all tokens."""
+  """A router, the experts it sends each token to, and an optional shared expert."""
 
   config: Any
 
@@ -89,7 +89,7 @@ class Mixture(nn.Module):
 
 
 class Experts(nn.Module):
-  """Gated MLPs whose kernels are stacked: `gate` and `up` (E, D, F), `down` (E, F, D)."""
+  """Gated MLPs with stacked kernels: `gate` and `up` (E, D, F), `down` (E, F, D)."""
 
   config: Any
 
@@ -119,7 +119,7 @@ class Experts(nn.Module):
 def route(
   mixture: MixtureConfig, logits: Float[Array, "T E"]
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-  """Returns the weights of each token's experts, of the logits' dtype, and their numbers."""
+  """Returns the weights of each token's experts, in the logits' dtype, and their numbers."""
   probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
   weights, chosen = jax.lax.top_k(probabilities, mixture.experts_per_token)
   if mixture.renormalize:
@@ -128,5 +128,5 @@ def route(
 
 
 def residual_std(config: Any) -> float:
-  """New kernels before each of the 2 L sums are smaller, as in GPT-2."""
+  """Returns the initial std of kernels before each of the 2 L sums, smaller as in GPT-2."""
   return 0.02 / (2 * config.num_layers) ** 0.5

@@ -33,7 +33,6 @@ COMPUTATIONS = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-@functools.partial(jax.jit, static_argnums=0)
 def run(config, params, *args):
   return Llama(config).apply({"params": params}, *args)
 
@@ -60,8 +59,8 @@ def test_logits_are_those_of_transformers(name, computation):
 def test_folders_go_there_and_back(name, tmp_path):
   config, params = load_llama(golden.GOLDEN / name)
   save_llama(tmp_path / "new", config, params, end_of_text_id=0, max_shard_bytes=20_000)
-  again, same = load_llama(tmp_path / "new")
-  assert dataclasses.replace(again, head_dim=config.head_dim) == config
+  reloaded, same = load_llama(tmp_path / "new")
+  assert dataclasses.replace(reloaded, head_dim=config.head_dim) == config
   jax.tree.map(np.testing.assert_array_equal, same, params)
   if config.window_layers is not None:
     return  # no scan of layers that differ
@@ -69,7 +68,7 @@ def test_folders_go_there_and_back(name, tmp_path):
   save_llama(tmp_path / "stacked", stacked, layers)
   jax.tree.map(np.testing.assert_array_equal, load_llama(tmp_path / "stacked")[1], params)
   names = set(load_file(tmp_path / "stacked" / "model.safetensors"))
-  if name.endswith("_fused"):  # experts are written one by one, as published models' are
+  if name.endswith("_fused"):  # experts are written separately, as in published models
     assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in names
   else:
     assert names == set(load_file(golden.GOLDEN / name / "model.safetensors"))
@@ -87,21 +86,34 @@ def test_transformers_reads_our_folders(name, tmp_path):
   assert relative_difference(golden.logits(model, np.asarray(tokens, np.int64)), logits) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen3", "gemma", "qwen2_moe"])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  ("name", "scan_layers"),
+  [
+    *(("llama3", False), ("gemma", False), ("qwen2_moe", True)),
+    *(
+      pytest.param(name, scan_layers, marks=pytest.mark.long)
+      for name, scan_layers in [
+        *(("llama3", True), ("qwen3", False), ("qwen3", True)),
+        *(("gemma", True), ("qwen2_moe", False)),
+      ]
+    ),
+  ],
+)
 def test_the_cache_gives_what_the_whole_sequence_gives(name, scan_layers):
   config, params = load_llama(golden.GOLDEN / name, scan_layers=scan_layers)
   tokens, logits = expected(name)
   cache, start, collected = init_cache(config, 2, 16), 0, []
   model, variables = Llama(config), {"params": params}
-  extend = jax.jit(functools.partial(model.apply, method="extend"))
+  extend, logits_of = (
+    jax.jit(functools.partial(model.apply, method=name)) for name in ("extend", "logits")
+  )
   for size in (6, 4, 3):
     place = start + jnp.arange(size, dtype=jnp.int32)
     mask = (jnp.arange(16)[None] <= place[:, None])[None]
     positions = jnp.broadcast_to(place[None], (2, size))
     part = tokens[:, start : start + size]
     hidden, cache = extend(variables, part, positions, cache, start, mask)
-    collected.append(model.apply(variables, hidden, method="logits"))
+    collected.append(logits_of(variables, hidden))
     start += size
   assert relative_difference(jnp.concatenate(collected, axis=1), logits) < 1e-5
 
@@ -116,7 +128,7 @@ def test_packed_rows_and_some_outputs_are_those_of_each_sequence(name):
   pair = jnp.concatenate(alone, axis=1)
   assert relative_difference(run(config, params, tokens, positions, segments), pair) < 1e-5
   token_index = jnp.asarray([[12, 7, 3], [0, 9, 9]])
-  hidden = functools.partial(Llama(config).apply, {"params": params}, method="hidden")
+  hidden = jax.jit(functools.partial(Llama(config).apply, {"params": params}, method="hidden"))
   selected = hidden(tokens, positions, segments, token_index)
   every = hidden(tokens, positions, segments)
   assert (
@@ -124,7 +136,9 @@ def test_packed_rows_and_some_outputs_are_those_of_each_sequence(name):
   )
 
 
-@pytest.mark.parametrize("computation", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+  "computation", ["unrolled", pytest.param("scanned", marks=pytest.mark.long)]
+)
 def test_lora_of_all_linear_layers(computation):
   config, params = load_llama(golden.GOLDEN / "llama3", **COMPUTATIONS[computation])
   tokens, logits = expected("llama3")
@@ -142,9 +156,11 @@ def test_lora_of_all_linear_layers(computation):
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("computation", ["unrolled", "scanned"])
+@pytest.mark.parametrize(
+  "computation", ["scanned", pytest.param("unrolled", marks=pytest.mark.long)]
+)
 def test_lora_of_experts(computation):
-  """Each expert has factors of its own; the router and the shared expert have theirs."""
+  """Each expert has its own factors, and so have the router and the shared expert."""
   config, params = load_llama(golden.GOLDEN / "qwen2_moe", **COMPUTATIONS[computation])
   tokens, logits = expected("qwen2_moe")
   target = r"layers(_\d+)?/mlp/(experts/\w+|router/kernel|shared/\w+/kernel)"
@@ -159,7 +175,7 @@ def test_lora_of_experts(computation):
   trainable = randomized(trainable)
 
   def pair(trainable):
-    """The outputs of the two ways, branch by branch and merged."""
+    """Returns the outputs of the adapted and of the merged model."""
     merged = adapted.merge(params, trainable)
     return adapted.apply(params, trainable, tokens), run(config, merged, tokens)
 
@@ -175,7 +191,7 @@ def test_lora_of_experts(computation):
 
 
 def test_decoding_with_an_adapter_of_experts():
-  """Greedily by the cache, the same as whole sequences have it."""
+  """Greedy decoding with the cache gives the tokens of whole sequences."""
   config, params = load_llama(golden.GOLDEN / "qwen3_moe")
   tokens, _ = expected("qwen3_moe")
   lora_config = lj.LoraConfig(2, 4.0, r".*/experts/\w+")
@@ -237,7 +253,7 @@ def test_a_mesh_gets_its_shards_of_experts(scan_layers):
   [
     ("llama2", {"model_type": "falcon"}, "expected model_type llama, mistral, .*got 'falcon'"),
     ("llama2", {"hidden_size": "32"}, "hidden_size must be an integer, got '32'"),
-    ("llama2", {"hidden_act": "gelu"}, "activation must be one of silu, .* got 'gelu'"),
+    ("llama2", {"hidden_act": "gelu"}, "hidden_act must be one of silu, .* got 'gelu'"),
     ("llama2", {"head_dim": "8"}, "head_dim must be .*, got '8'"),
     (
       "llama2",
@@ -447,7 +463,7 @@ def test_published_sizes(name):
 
 
 def read_stories():
-  """Returns the sizes and tensors of llama2.c's file, as they stand there."""
+  """Returns the sizes and tensors of llama2.c's file."""
   raw = (STORIES / "stories260K.bin").read_bytes()
   dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("7i", raw[:28])
   values, place, kv = np.frombuffer(raw[28:], np.float32), 0, kv_heads * dim // heads
@@ -473,7 +489,7 @@ def read_stories():
 
 
 def stories_folder(folder):
-  """Writes them as a Hugging Face folder, whose rotation pairs i with i + H / 2."""
+  """Writes them as a Hugging Face folder, where the rotation pairs i with i + H / 2."""
   (heads, kv_heads, length), read = read_stories()
   layers, _, dim = read["self_attn.q_proj"].shape
   tensors = {f"model.{name}.weight": read[name] for name in ("embed_tokens", "norm")}
@@ -545,7 +561,7 @@ def pieces():
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="stories260k is not beside this checkout")
 def test_a_pretrained_model_tells_a_story(tmp_path):
-  """Greedily, the same as plain numpy does."""
+  """Greedy decoding gives the tokens of a plain NumPy model."""
   stories_folder(tmp_path / "stories")
   config, params = load_llama(tmp_path / "stories")
   model = from_linen(Llama(config), functools.partial(init_cache, config), config.num_positions)

@@ -57,10 +57,10 @@ def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
 
 def test_fewer_queries_than_keys():
   query, key, value, gradient = inputs()
-  at = jnp.asarray([9, 2, 2, 11, 0])
+  index = jnp.asarray([9, 2, 2, 11, 0])
   causal = jnp.tril(jnp.ones((12, 12), bool))[None, None]
-  mask = (segments_mask() & causal)[:, :, at]
-  arrays = (query[:, at], key, value, gradient[:, at])
+  mask = (segments_mask() & causal)[:, :, index]
+  arrays = (query[:, index], key, value, gradient[:, index])
   got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
   expected = outputs_and_gradients(
     lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *arrays
