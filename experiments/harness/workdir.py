@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ def open_workdir(config: RunConfig) -> Iterator[Path]:
         f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
       ) from None
     stored = read_run(type(config), config.workdir) if has_trained(folder) else config
-    if _trained_by(stored) != _trained_by(config):
+    if differences := _differences(_trained_by(stored), _trained_by(config)):
       raise ValueError(
-        f"{folder} belongs to a run with another config: {_differences(stored, config)}. "
+        f"{folder} belongs to a run with another config: {differences}. "
         "Give another --config.workdir, or remove the folder"
       )
     _remove_temporaries(folder)
@@ -88,7 +88,8 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
     previous = read_result(workdir) or {}
     if previous:
       _check_repeatable(workdir)
-      changed = _differences(read_run(type(config), config.workdir), config)
+      stored = read_run(type(config), config.workdir)
+      changed = _differences(*map(dataclasses.asdict, (stored, config)))
       print(f"{workdir} is trained; what follows is repeated: {changed}", flush=True)
     result = make(workdir) | {name: previous[name] for name in OF_TRAINING if name in previous}
     write_json(workdir / "result.json", result)
@@ -288,7 +289,7 @@ def commit() -> str:
     return ""
 
 
-def _differences(stored: RunConfig, config: RunConfig) -> str:
-  before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
+def _differences(stored: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+  before, now = flat(stored), flat(config)
   names = [name for name in sorted(now) if before[name] != now[name]]
   return ", ".join(f"{name}={before[name]!r} there, {now[name]!r} now" for name in names[:8])
