@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, without a warning, and show what they did."""
+"""The notebooks run from the first cell to the last without a warning; their outputs are stored."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ STRICT = "import warnings\nwarnings.simplefilter('error')"
 
 
 def printed(cell):
-  """Returns what a cell wrote to stdout and its last value."""
+  """Returns a cell's stdout and its last value."""
   parts = [output.text for output in cell.outputs if output.get("name") == "stdout"]
   values = [output.data["text/plain"] for output in cell.outputs if "data" in output]
   return "".join([*parts, *values])
@@ -22,7 +22,7 @@ def printed(cell):
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def executed(request, tmp_path_factory):
-  """Returns a notebook as it is stored and as this interpreter runs it, in an empty folder."""
+  """Returns a notebook as stored and as executed by this interpreter in an empty folder."""
   stored = nbformat.read(request.param, as_version=4)
   notebook = nbformat.read(request.param, as_version=4)
   notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
@@ -44,11 +44,13 @@ def executed(request, tmp_path_factory):
 
 def test_stored_outputs_are_of_the_same_cells(executed):
   stored, notebook = executed
-  for old, new in zip(stored.cells, notebook.cells, strict=True):
-    if old.cell_type == "code":
-      assert bool(printed(old)) == bool(printed(new)), f"run the notebook again:\n{old.source}"
-      if "lj.summary" in old.source:
-        assert printed(old) == printed(new)
+  for before, after in zip(stored.cells, notebook.cells, strict=True):
+    if before.cell_type == "code":
+      assert bool(printed(before)) == bool(printed(after)), (
+        f"run the notebook again:\n{before.source}"
+      )
+      if "lj.summary" in before.source:
+        assert printed(before) == printed(after)
 
 
 def test_the_quickstart_learns(executed):
