@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Inexact, Int, PRNGKeyArray, PyTree
 
 Batch = Mapping[str, Any]
 
@@ -30,7 +30,9 @@ def mean(loss: LossSum) -> Float[Array, ""]:
   return per_token(loss.total, loss.weight)
 
 
-def per_token(total: Float[Array, "*shape"], weight: Float[Array, ""]) -> Float[Array, "*shape"]:
+def per_token(
+  total: Inexact[Array, "*shape"], weight: Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
   """Returns a sum over tokens divided by their number plus 1e-4, as in the paper's code."""
   return total / (weight + 1e-4)
 

@@ -231,7 +231,8 @@ def make_train_step(
   def step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
     sum_gradients = gradients if accumulation_steps == 1 else accumulated
     loss_sum, grads = sum_gradients(state.part, frozen, batch, fold(state.key, state.step))
-    grads = jax.tree.map(lambda g: per_token(g, loss_sum.weight), grads)
+    # JAX's gradient of a complex leaf is the conjugate of the direction of steepest ascent.
+    grads = jax.tree.map(lambda g: per_token(jnp.conj(g), loss_sum.weight), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.part)
     next_state = dataclasses.replace(
       state,

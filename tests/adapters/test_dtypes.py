@@ -9,6 +9,9 @@ import optax
 import pytest
 
 import lora_jax as lj
+from lora_jax.training.loss import LossSum
+from lora_jax.training.mesh import make_mesh
+from lora_jax.training.step import make_train_step, start, trainable_tree
 
 from tests.toy_models import relative_difference
 
@@ -176,17 +179,24 @@ def check_dtype(params, variant, function=fn):
 
 
 def test_a_complex_leaf_is_trained_as_it_is():
-  params = {"w": jnp.ones((8, 6)), "phase": jnp.ones(6, jnp.complex64)}
-  lora = lj.lora(
-    lambda p, x: jnp.real((x @ p["w"]) * p["phase"][None]),
-    lj.LoraConfig(2, 4.0, "w", extra="phase"),
-  )
-  trainable = lora.init(KEY, params, X)
-  assert trainable["phase"].dtype == jnp.complex64
-  assert lora.merge(params, trainable)["phase"].dtype == jnp.complex64
-  wrong = trainable | {"phase": jnp.ones(6)}
+  def loss(params, batch, *, key=None):
+    out = (batch["x"] @ params["w"]) * params["phase"][None]
+    return LossSum(jnp.sum(jnp.abs(out - batch["y"]) ** 2), jnp.float32(out.size))
+
+  params = {"w": jnp.eye(8, 6), "phase": jnp.ones(6, jnp.complex64)}
+  batch = {"x": X, "y": (1 + 0.5j) * X[:, :6]}
+  method = lj.partial_finetuning(loss, "phase")
+  trainable = method.init(KEY, params, batch)
+  mesh = make_mesh(data=1, fsdp=1, tensor=1)
+  state, frozen, optimizer = start(params, trainable, optax.sgd(2.5), KEY, mesh)
+  step = make_train_step(method, optimizer, state)
+  for _ in range(40):
+    state, _ = step(state, frozen, batch)
+  phase = trainable_tree(state, frozen)["phase"]
+  np.testing.assert_allclose(phase, np.full(6, 1 + 0.5j), rtol=0.01)
+  assert method.merge(params, {"phase": phase})["phase"].dtype == jnp.complex64
   with pytest.raises(ValueError, match="other dtype: phase is float32, expected complex64"):
-    lora.merge(params, wrong)
+    method.merge(params, {"phase": jnp.ones(6)})
 
 
 def test_a_copy_from_an_earlier_version_is_still_applied():
