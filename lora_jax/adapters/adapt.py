@@ -106,8 +106,10 @@ def adapt(
     copies = {path: trained_copy(f"extra {path}", leaf) for path, (_, leaf) in extra.items()}
     call = trace_call(fn, replace_leaves(params, in_dtypes_of(extra, copies)), args, kwargs)
     sources = {path: _source(target) for path, target in targets.items()}
-    given = {path: target.axes for path, target in targets.items() if target.axes is not None}
-    inferred = infer_axes(call, sources, given, Interpreter(opaque))
+    axes_by_path = {
+      path: target.axes for path, target in targets.items() if target.axes is not None
+    }
+    inferred = infer_axes(call, sources, axes_by_path, Interpreter(opaque))
     unused = [path for path, target in targets.items() if not (path in inferred or target.axes)]
     if unused:
       raise ValueError(

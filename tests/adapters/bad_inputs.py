@@ -42,9 +42,9 @@ def rule(words: tuple[str, ...], **options: Any) -> BadInput:
 
 
 def variant(words: tuple[str, ...], **options: Any) -> BadInput:
-  made = lj.LORA._replace(**options)
+  changed = lj.LORA._replace(**options)
   name = ", ".join(f"{key}={value!r:.60}" for key, value in options.items())
-  return BadInput(f"Variant: {name}", lambda _: lj.LoraConfig(**CONFIG, variant=made), words)
+  return BadInput(f"Variant: {name}", lambda _: lj.LoraConfig(**CONFIG, variant=changed), words)
 
 
 CONFIGS = [

@@ -71,9 +71,9 @@ def test_init_takes_shapes_in_place_of_arrays():
 
 def test_init_does_not_depend_on_the_other_targets():
   params, ids = make_params(), tokens()
-  one = lj.LoraConfig(rank=4, alpha=32.0, target="h_1/attn/value/kernel")
+  single = lj.LoraConfig(rank=4, alpha=32.0, target="h_1/attn/value/kernel")
   several = lj.lora(unrolled, CONFIG).init(KEY, params, ids)["h_1"]["attn"]["value"]
-  alone = lj.lora(unrolled, one).init(KEY, params, ids)["h_1"]["attn"]["value"]
+  alone = lj.lora(unrolled, single).init(KEY, params, ids)["h_1"]["attn"]["value"]
   np.testing.assert_array_equal(several["kernel"].lora_a, alone["kernel"].lora_a)
 
 
@@ -230,17 +230,17 @@ def test_axes_given_by_a_rule_replace_the_inferred_ones():
 def test_layers_of_a_stack_equal_those_layers_unrolled(layers):
   config = functools.partial(lj.LoraConfig, rank=4, alpha=8.0)
   params, stacked, ids = make_params(), make_params(stacked=True), tokens()
-  one = lj.lora(unrolled, config(target=r"h_\d/.*kernel", layers=layers))
-  other = lj.lora(scanned, config(target=r"blocks/.*kernel", stacked_layers=layers))
-  trainable = randomized(one.init(KEY, params, ids))
+  unstacked = lj.lora(unrolled, config(target=r"h_\d/.*kernel", layers=layers))
+  stacked_lora = lj.lora(scanned, config(target=r"blocks/.*kernel", stacked_layers=layers))
+  trainable = randomized(unstacked.init(KEY, params, ids))
   assert sorted(trainable) == [f"h_{i}" for i in layers]
   nodes = [trainable[f"h_{i}"] for i in layers]
   joined = jax.tree.map(lambda *x: jnp.stack(x), *nodes)
-  like = other.init(KEY, stacked, ids)["blocks"]
+  like = stacked_lora.init(KEY, stacked, ids)["blocks"]
   joined = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(joined))
-  got = other.apply(stacked, {"blocks": joined}, ids)
+  got = stacked_lora.apply(stacked, {"blocks": joined}, ids)
   assert like["attn"]["query"]["kernel"].lora_a.shape == (len(layers), 24, 4)
-  assert relative_difference(got, one.apply(params, trainable, ids)) < 1e-5
+  assert relative_difference(got, unstacked.apply(params, trainable, ids)) < 1e-5
 
 
 def test_extra_leaves_are_copied_and_fully_trained():
@@ -291,11 +291,11 @@ def test_every_use_and_every_path_has_its_own_mask():
   node = LoraWeight(jnp.eye(size), jnp.eye(size), trainable["a"].axes)
   out = lora.apply(params, {"a": node, "b": node}, x, lora_key=KEY)
   masks = [np.asarray(value) != 0 for value in out.values()]
-  for i, one in enumerate(masks):
-    for other in masks[i + 1 :]:
-      assert 0.3 < (one == other).mean() < 0.7  # independent: equal half of the time
-  again = lora.apply(params, {"a": node, "b": node}, x, lora_key=KEY)
-  jax.tree.map(np.testing.assert_array_equal, out, again)
+  for i, mask in enumerate(masks):
+    for later_mask in masks[i + 1 :]:
+      assert 0.3 < (mask == later_mask).mean() < 0.7  # independent: equal half of the time
+  repeated = lora.apply(params, {"a": node, "b": node}, x, lora_key=KEY)
+  jax.tree.map(np.testing.assert_array_equal, out, repeated)
 
 
 @pytest.mark.parametrize("loop", ["scan", "scan_shared", "fori", "while", "remat"])
@@ -354,8 +354,8 @@ def test_vmapped_examples_with_their_own_keys():
   lora, params, trainable, x = dense_case(dropout=0.5)
   keys = jax.random.split(KEY, 5)
   out = jax.vmap(lambda x, k: lora.apply(params, trainable, x[None], lora_key=k)[0])(x, keys)
-  one = lora.apply(params, trainable, x[3][None], lora_key=keys[3])[0]
-  np.testing.assert_allclose(out[3], one, rtol=1e-5)
+  single = lora.apply(params, trainable, x[3][None], lora_key=keys[3])[0]
+  np.testing.assert_allclose(out[3], single, rtol=1e-5)
 
 
 # ---- arguments and transformations -----------------------------------------------------

@@ -90,7 +90,7 @@ def test_eight_devices_equal_one_and_keep_their_shardings(kind):
     ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
     fresh = lora.init(KEY, params, ids)
     assert specs_of(fresh) == FACTORS
-    trainable = jax.tree.map(lambda new, x: jax.device_put(x, new.sharding), fresh, trainable)
+    trainable = jax.tree.map(lambda leaf, x: jax.device_put(x, leaf.sharding), fresh, trainable)
     where = lj.shardings(trainable, params)
     tree = {"base": params, "adapter": trainable}
     mask = lj.trainable_mask(tree)

@@ -81,8 +81,8 @@ def delta(fn, params, config, trainable):
 def case(name):
   fn, make, settings = MODELS[name]
   params = jax.tree.map(jnp.zeros_like, make())  # so that merged weights are deltas
-  adapters = [adapter(fn, params, seed, **own) for seed, own in enumerate(settings)]
-  return fn, make(), params, adapters, [delta(fn, params, *one) for one in adapters]
+  adapters = [adapter(fn, params, seed, **options) for seed, options in enumerate(settings)]
+  return fn, make(), params, adapters, [delta(fn, params, *pair) for pair in adapters]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +94,7 @@ def test_the_weighted_sum_is_exact(name):
   ranks = [{p: w.rank for p, w in adapter_weights(t).items()} for _, t in adapters]
   for path, weight in adapter_weights(trainable).items():
     assert (weight.axes.batch == (0,)) == (path == "experts" or path.startswith("blocks"))
-    assert weight.rank == sum(own.get(path, 0) for own in ranks)
+    assert weight.rank == sum(by_path.get(path, 0) for by_path in ranks)
   out = jax.jit(lj.lora(fn, config).apply)(params, trainable, tokens())
   merged = jax.tree.map(jnp.add, params, expected)
   assert relative_difference(out, jax.jit(fn)(merged, tokens())) < 1e-5
@@ -161,11 +161,11 @@ def test_aligned_adapters_keep_their_deltas(name):
 def test_a_weight_that_another_adapter_fully_trains():
   fn, params, x = lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(8)}, jnp.ones((1, 8))
   factors = lj.LoraConfig(2, 4.0, "kernel")
-  one = lj.lora(fn, factors).init(jax.random.key(0), params, x)
+  factored = lj.lora(fn, factors).init(jax.random.key(0), params, x)
   both = {"kernel": jnp.eye(8), "other": jnp.eye(8)}
   extra = lj.LoraConfig(2, 4.0, "other", extra="kernel")
-  two = lj.lora(lambda p, x: x @ p["kernel"] @ p["other"], extra)
-  adapters = [(factors, one), (extra, two.init(jax.random.key(1), both, x))]
+  fully_trained = lj.lora(lambda p, x: x @ p["kernel"] @ p["other"], extra)
+  adapters = [(factors, factored), (extra, fully_trained.init(jax.random.key(1), both, x))]
   for join in (lambda: lj.align(adapters, both), lambda: lj.weighted_sum(adapters, [1, 1], both)):
     with pytest.raises(ValueError, match="kernel is adapted by factors in one adapter and fully"):
       join()
@@ -188,11 +188,11 @@ def test_tasks_are_switched_without_compiling_or_copying():
   assert len(traced) <= 1
   assert apply._cache_size() == 1
   assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)] == before
-  made = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
-  assert made < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  allocated = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
+  assert allocated < sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   for i, out in enumerate(outputs):
-    own, trainable = adapters[i % 2]
-    expected = jax.jit(lj.lora(fn, own).apply)(params, trainable, tokens())
+    own_config, trainable = adapters[i % 2]
+    expected = jax.jit(lj.lora(fn, own_config).apply)(params, trainable, tokens())
     assert relative_difference(out, expected) < 1e-5
   assert relative_difference(outputs[0], outputs[1]) > 1e-2
 
@@ -200,24 +200,24 @@ def test_tasks_are_switched_without_compiling_or_copying():
 def test_fully_trained_leaves():
   fn, params, _, _, _ = case("unrolled")
   settings = {"target": QV, "extra": "h_0/mlp/up/bias"}
-  one, other = (adapter(fn, params, seed, **settings) for seed in (0, 1))
+  first, second = (adapter(fn, params, seed, **settings) for seed in (0, 1))
   plain = adapter(fn, params, 2, target=QV)
   path = "h_0/mlp/up/bias"
-  for adapters in ([one, plain], [plain, one], [one, one]):
+  for adapters in ([first, plain], [plain, first], [first, first]):
     config, trainable = lj.weighted_sum(adapters, [0.5, 0.5], params)
     bias = trainable["h_0"]["mlp"]["up"]["bias"]
-    np.testing.assert_array_equal(bias, one[1]["h_0"]["mlp"]["up"]["bias"])
+    np.testing.assert_array_equal(bias, first[1]["h_0"]["mlp"]["up"]["bias"])
     lj.lora(fn, config).merge(params, trainable)
   with pytest.raises(ValueError, match=rf"{path} is fully trained in several .* no sum"):
-    lj.weighted_sum([one, other], [0.5, 0.5], params)
-  _, trees = lj.align([one, plain, other], params)
+    lj.weighted_sum([first, second], [0.5, 0.5], params)
+  _, trees = lj.align([first, plain, second], params)
   biases = [tree["h_0"]["mlp"]["up"]["bias"] for tree in trees]
   assert biases[1] is params["h_0"]["mlp"]["up"]["bias"]
   assert not np.array_equal(biases[0], biases[2])
   shapes = jax.eval_shape(lambda: params)
   with pytest.raises(ValueError, match=rf"{path} is fully trained in some .* base model's params"):
-    lj.align([one, plain], shapes)
-  lj.align([one, other], shapes)
+    lj.align([first, plain], shapes)
+  lj.align([first, second], shapes)
 
 
 def test_adapters_that_cannot_be_added_are_refused():
@@ -237,8 +237,8 @@ def test_adapters_that_cannot_be_added_are_refused():
 def test_on_unhandled_is_kept():
   fn, params, _, _, _ = case("unrolled")
   rule = lj.LoraRule("h_0/.*", on_unhandled="materialize")
-  one, plain = adapter(fn, params, 0, target=QV, rules=[rule]), adapter(fn, params, 1, target=QV)
-  config, _ = lj.weighted_sum([plain, one], [1.0, 1.0], params)
-  how = {rule.pattern: rule.on_unhandled for rule in config.rules}
-  assert set(how) == {"h_0/attn/query/kernel", "h_0/attn/value/kernel"}
-  assert set(how.values()) == {"materialize"}
+  first, plain = adapter(fn, params, 0, target=QV, rules=[rule]), adapter(fn, params, 1, target=QV)
+  config, _ = lj.weighted_sum([plain, first], [1.0, 1.0], params)
+  behaviours = {rule.pattern: rule.on_unhandled for rule in config.rules}
+  assert set(behaviours) == {"h_0/attn/query/kernel", "h_0/attn/value/kernel"}
+  assert set(behaviours.values()) == {"materialize"}

@@ -63,13 +63,13 @@ def test_output_and_gradients_are_the_papers():
   adapted = lj.dora(dense, CONFIG)
   trainable = moved(adapted.init(KEY, params, x))
 
-  def ours(trainable, x):
+  def adapted_loss(trainable, x):
     return jnp.sum(adapted.apply(params, trainable, x) ** 2)
 
-  def theirs(trainable, x):
+  def paper_loss(trainable, x):
     return jnp.sum(dense({"w": paper(params["w"], trainable["w"], 2.0)}, x) ** 2)
 
-  got, expected = (jax.grad(f, argnums=(0, 1))(trainable, x) for f in (ours, theirs))
+  got, expected = (jax.grad(f, argnums=(0, 1))(trainable, x) for f in (adapted_loss, paper_loss))
   for name in ("lora_a", "lora_b", "magnitude"):
     assert relative_difference(got[0]["w"].arrays[name], expected[0]["w"].arrays[name]) < 1e-5
   assert relative_difference(got[1], expected[1]) < 1e-5
@@ -242,8 +242,8 @@ def test_summary_shardings_and_disk_follow_from_the_table():
     "norm_squared": ("tensor",),
   }
   arrays, axes = lj.pack(trainable)
-  again = lj.unpack(arrays, axes, like=trainable)
-  jax.tree.map(np.testing.assert_array_equal, again, trainable)
+  loaded = lj.unpack(arrays, axes, like=trainable)
+  jax.tree.map(np.testing.assert_array_equal, loaded, trainable)
   plain = lj.lora(dense, CONFIG).init(KEY, params, x)
   with pytest.raises(ValueError, match=r"other variant: w is DoRA .*, expected LoRA \(lora_a"):
     lj.unpack(arrays, axes, like=plain)
