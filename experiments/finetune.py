@@ -114,7 +114,6 @@ def _checked(config: ConfigDict) -> FinetuneConfig:
     raise ValueError("no model is given: add --model=FOLDER, or a repository of the hub")
   if not settings.data.file:
     raise ValueError("no data is given: add --data=FILE.jsonl")
-  check_attention(settings.model.attention, settings.model.dtype)
   return settings
 
 
@@ -125,6 +124,7 @@ def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Tex
     config: the run's config.
     model: as `plan_causal_lm` returns it.
   """
+  check_attention(config.model.attention, config.model.dtype)
   config.check_positions(model.num_positions, model.num_slots)
   text, data = load_data(config, model)
   config.check_batch(config.data.batch_size, data.train.row_lengths[-1])
@@ -144,21 +144,26 @@ def _with_warmup(config: FinetuneConfig, data: Data) -> FinetuneConfig:
   return replace_fields(config, {"optimizer.warmup_steps": steps})
 
 
-def plan(config: ConfigDict) -> None:
-  """Prints what `run` would do: what matches, parameters, memory and steps; loads no weights."""
+def plan(config: ConfigDict, all_rows: bool = False) -> None:
+  """Prints the weights, parameters, memory and steps of a run without loading any weights.
+
+  Args:
+    config: the run's config.
+    all_rows: a row for each adapted weight; otherwise one for each kind of weight.
+  """
   settings = _checked(config)
   mesh, method = settings.mesh.make(), find_method(settings.method)
   model = plan_causal_lm(settings.model.folder, **loading_options(settings, mesh))
   _, data = load_checked_data(settings, model)
   loss = adapted_loss(settings, model)
-  trainable = model.params
-  if not method.owns_base:
-    trainable = jax.eval_shape(loss.init, jax.random.key(0), model.params, data.train[0])
+  arguments = jax.random.key(0), model.params, data.train[0]
+  trainable = loss.init(*arguments) if method.owns_base else jax.eval_shape(loss.init, *arguments)
   if method.exports_adapter:
     if method.variant is None:  # others may need the base's weights for it
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trainable)
       check_export(settings, model, zeros)
-    print(lj.summary(model.params, trainable, lora_config(settings)), end="\n\n")
+    table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
+    print(table, end="\n\n")
   print(_outline(settings, model, data, trainable))
   optimizer, _ = make_optimizer(_with_warmup(settings, data).optimizer, len(data.train))
   state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)

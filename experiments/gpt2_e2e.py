@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments.harness.config import read_config
+from experiments.harness.config import check_attention, read_config
 from experiments.harness.fit import count, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
@@ -51,6 +51,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
 def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   start = time.perf_counter()
+  check_attention(config.model.attention, config.model.dtype)
   mesh, method = config.mesh.make(), find_method(config.method)
   base = load_base(config, mesh)
   base_parameters = count(base.params)

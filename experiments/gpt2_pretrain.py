@@ -52,7 +52,6 @@ ABOUT_BASE = ("train_tokens", "held_out_loss", "bits_per_byte", "commit")
 def run(config: ConfigDict) -> dict[str, Any]:
   """Pretrains one model; an interrupted run is resumed, and a finished one not repeated."""
   settings = read_config(PretrainConfig, config)
-  check_attention(settings.model.attention, settings.model.dtype)
   if not settings.data.folder:
     raise ValueError("no text is given: add --config.data.folder=FOLDER, with *.txt or *.txt.xz")
   before = flat(get_config())
@@ -67,6 +66,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
 def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict[str, Any]:
   start = time.perf_counter()
+  check_attention(config.model.attention, config.model.dtype)
   mesh, model, text = config.mesh.make(), pretrained_config(config), prepare(config)
   check_same(workdir / "text.json", text.folder.name, "text")
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}

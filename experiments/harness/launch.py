@@ -5,6 +5,7 @@
 --sweep_shard=0/4          the first of four machines' shares of these runs
 --traceback                where an error was raised
 --dry_run                  prints what a run would do, where the experiment supports it
+--all_rows                 with --dry_run: a row for each weight, not for each kind of weight
 """
 
 import argparse
@@ -44,7 +45,7 @@ def launch(
   run: Run,
   config_file: str,
   shorthands: Mapping[str, str] | None = None,
-  plan: Callable[[Config], None] | None = None,
+  plan: Callable[[Config, bool], None] | None = None,
 ) -> None:
   """Runs an experiment by its command line.
 
@@ -54,7 +55,7 @@ def launch(
     run: the experiment.
     config_file: the file of its default config.
     shorthands: flags that stand for a field of the config: `{"model": "model.folder"}`.
-    plan: prints what `run` would do, for `--dry_run`.
+    plan: prints what `run` would do, for `--dry_run`; with True a row for each weight.
   """
   path = str(Path(__file__).parents[1] / "configs" / config_file)
   for flag, field in (shorthands or {}).items():
@@ -67,6 +68,7 @@ def launch(
   flags.DEFINE_bool("traceback", False, "show where an error was raised")
   if plan is not None:
     flags.DEFINE_bool("dry_run", False, "print what would be done, and stop")
+    flags.DEFINE_bool("all_rows", False, "with --dry_run: a row for each weight")
 
   def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
@@ -76,10 +78,12 @@ def launch(
       keep_freed_memory()
     with explained():
       named = _named_fields(sys.argv[1:])
+      if plan is not None and flags.FLAGS["all_rows"].value and not flags.FLAGS["dry_run"].value:
+        raise ValueError("--all_rows is for --dry_run; add it, or leave out --all_rows")
       if plan is not None and flags.FLAGS["dry_run"].value:
         if sweep.value:
           raise ValueError("--dry_run is for one run; leave out --sweep")
-        plan(single_run(config.value, default, named))
+        plan(single_run(config.value, default, named), flags.FLAGS["all_rows"].value)
       elif sweep.value:
         _sweep(run, sweep_runs(module, config.value, default, named), shard.value)
       else:

@@ -149,12 +149,14 @@ class E2EConfig(AdaptationConfig):
     check_chunk(self.fit.loss_chunk, "data.loss_length", data.loss_length)
 
   def check_positions(self, num_positions: int) -> None:
-    """Raises ValueError if rows or decoded texts are longer than the model's positions."""
-    longest = "the model's positions"
-    check_at_most("data.row_length", self.data.row_length, longest, num_positions)
+    """Raises ValueError if decoded texts are longer than the model's positions.
+
+    Rows may be longer: positions restart with each example.
+    """
     if self.decoding.num_inputs:
       asked = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
-      check_at_most("1 + decoding.max_new_tokens", asked, longest, num_positions)
+      name = "1 + decoding.max_new_tokens"
+      check_at_most(name, asked, "the model's positions", num_positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,14 +105,19 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
   return {**score(texts, groups, Path(config.workdir)), "decode_seconds": seconds}
 
 
+def end_ids(base: Base) -> tuple[int, ...]:
+  """Returns the tokens that end a text: the end of text, and a blank line if it is one token."""
+  newlines = base.tokenizer.encode("\n\n", add_special_tokens=False).ids
+  return (base.end_of_text, *(newlines if len(newlines) == 1 else ()))
+
+
 def generate(
   config: E2EConfig, base: Base, params: PyTree, contexts: Sequence[str], mesh: Mesh
 ) -> list[str]:
   """Returns one text for each context, by beam search; each is one line."""
   decoding = config.decoding
-  newlines = base.tokenizer.encode("\n\n", add_special_tokens=False).ids
   search = BeamConfig(
-    eos_ids=(base.end_of_text, *(newlines if len(newlines) == 1 else ())),
+    eos_ids=end_ids(base),
     num_beams=decoding.num_beams,
     length_penalty=decoding.length_penalty,
     no_repeat_ngram_size=decoding.no_repeat_ngram_size,

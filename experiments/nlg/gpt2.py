@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.harness.config import check_attention
 from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, PretrainConfig
 from lora_jax.decoding import CachedModel, from_linen
@@ -42,9 +41,8 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
   """Loads the model that is adapted, placed on the mesh, and its tokenizer.
 
   Raises:
-    ValueError: before any weights are read, if the config does not fit the model or the machine.
+    ValueError: before any weights are read, if the config does not fit the model.
   """
-  check_attention(config.model.attention, config.model.dtype)
   folder = model_folder(config)
   computation: dict[str, Any] = {
     "param_dtype": config.model.param_dtype,

@@ -1,7 +1,10 @@
 """The table of an adapter's parameters, and the error of merging it."""
 
 import math
-from typing import Any
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,17 @@ from lora_jax.transform.tracing import is_array
 from lora_jax.trees import leaves_with_path
 
 
-def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None) -> str:
+class _Row(NamedTuple):
+  """A row of the table: a path, or several of one kind, and how many parameters are trained."""
+
+  path: str
+  cells: tuple[str, ...]
+  count: int
+
+
+def summary(
+  params: PyTree, trainable: PyTree, config: LoraConfig | None = None, by_kind: bool = False
+) -> str:
   """Returns a table of the trained parameters: path, shapes, rank, scaling, count and share.
 
   Fully trained leaves follow the adapted weights and are counted separately, as the paper counts
@@ -36,6 +49,8 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
     params: the base model's parameters, or `ShapeDtypeStruct`s.
     trainable: as `init` returns it.
     config: for the column of scalings, which are not in the tree; None writes alpha/rank.
+    by_kind: one row for the weights of all layers that differ only in the layer's number, as
+      `h_{0..11}/attn/query/kernel x12`.
   Raises:
     ValueError: if `trainable` has a weight that `params` lacks.
   """
@@ -46,30 +61,57 @@ def summary(params: PyTree, trainable: PyTree, config: LoraConfig | None = None)
   specs = [spec for weight in weights.values() for spec in weight.table if not spec.frozen]
   names = list(dict.fromkeys(spec.name for spec in specs)) or ["lora_a", "lora_b"]
   blank = ("",) * (len(names) + 2)
-  rows: list[tuple[str, ...]] = [
-    ("path", "weight", *names, "rank", "scaling", "parameters", "share")
-  ]
-  adapted = 0
+  head = ("path", "weight", *names, "rank", "scaling", "parameters", "share")
+  adapted: list[_Row] = []
   for path, weight in weights.items():
     if path not in base:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
     arrays = {spec.name: weight.arrays[spec.name] for spec in weight.table if not spec.frozen}
-    count = sum(map(_size, arrays.values()))
-    adapted += count
     shapes = (_shape(arrays[name]) if name in arrays else "" for name in names)
     rank = str(weight.rank) if weight.has_rank else ""
     scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{rank}"
-    numbers = (rank, scaling if rank else "", f"{count:,}", _share(count, total))
-    rows.append((path, _shape(base[path]), *shapes, *numbers))
-  if adapted:
-    rows.append(("adapter", *blank, "", f"{adapted:,}", _share(adapted, total)))
-  for path, leaf in fully_trained.items():
-    rows.append((path, _shape(leaf), *blank, f"{_size(leaf):,}", _share(_size(leaf), total)))
-  if fully_trained:
-    count = sum(map(_size, fully_trained.values()))
-    rows.append(("fully trained", *blank, "", f"{count:,}", _share(count, total)))
-  rows.append(("base", *blank, "", f"{total:,}", ""))
-  return _aligned(rows, len(names) + 2)
+    cells = (_shape(base[path]), *shapes, rank, scaling if rank else "")
+    adapted.append(_Row(path, cells, sum(map(_size, arrays.values()))))
+  others = [_Row(path, (_shape(leaf), *blank), _size(leaf)) for path, leaf in fully_trained.items()]
+  rows = []
+  for part, label in ((adapted, "adapter"), (others, "fully trained")):
+    if part:
+      rows += _by_kind(part) if by_kind else part
+      rows.append(_Row(label, ("", *blank), sum(row.count for row in part)))
+  lines = [(row.path, *row.cells, f"{row.count:,}", _share(row.count, total)) for row in rows]
+  return _aligned([head, *lines, ("base", *blank, "", f"{total:,}", "")], len(names) + 2)
+
+
+def _by_kind(rows: Iterable[_Row]) -> list[_Row]:
+  """Returns one row for those whose paths differ only in numbers and whose cells are the same."""
+  kinds: dict[tuple[str, tuple[str, ...]], list[_Row]] = defaultdict(list)
+  for row in rows:
+    kinds[re.sub(r"\d+", "#", row.path), row.cells].append(row)
+  return [
+    _Row(_kind_name([row.path for row in same]), cells, sum(row.count for row in same))
+    for (_, cells), same in kinds.items()
+  ]
+
+
+def _kind_name(paths: Sequence[str]) -> str:
+  """Returns paths that differ only in numbers as one.
+
+  >>> _kind_name(["h_0/query/kernel", "h_1/query/kernel", "h_2/query/kernel"])
+  'h_{0..2}/query/kernel x3'
+  """
+  if len(paths) == 1:
+    return paths[0]
+  places = zip(*(map(int, re.findall(r"\d+", path)) for path in paths), strict=True)
+  numbers = (_numbers(sorted(set(place))) for place in places)
+  return re.sub(r"\d+", lambda _: next(numbers), paths[0]) + f" x{len(paths)}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+  if len(numbers) == 1:
+    return str(numbers[0])
+  if numbers[-1] - numbers[0] == len(numbers) - 1:
+    return f"{{{numbers[0]}..{numbers[-1]}}}"
+  return f"{{{','.join(map(str, numbers))}}}"
 
 
 def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> dict[str, jax.Array]:

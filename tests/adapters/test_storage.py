@@ -116,5 +116,15 @@ def test_summary():
   assert counts["adapter"][1] == f"{6 * 192:,}"
   assert counts["fully trained"][2] == str(3 * 96)
   assert counts["base"][1] == f"{total:,}"
+  kinds = lj.summary(params, trainable, config, by_kind=True).splitlines()
+  row = next(line for line in kinds if "/attn/value/kernel" in line)
+  assert (
+    row.split()
+    == (
+      f"h_{{0..2}}/attn/value/kernel x3 24 x 24 24 x 4 4 x 24 4 2 576 {100 * 576 / total:.3f}%"
+    ).split()
+  )
+  assert [line.split() for line in kinds[-1:]] == [line.split() for line in lines[-1:]]
+  assert len([line for line in kinds if "lora" not in line and "/kernel" in line]) == 2
   without = lj.summary(params, trainable).splitlines()
   assert "alpha/4" in without[1]

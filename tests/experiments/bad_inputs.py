@@ -237,11 +237,6 @@ DECODING = [
   field("finetune", "samples.max_new_tokens", 0, "[1, 65_536]", "got 0"),
   field("finetune", "samples.max_new_tokens", 10**7, "[1, 65_536]", "got 10000000"),
   BadInput(
-    "e2e: rows longer than the model's positions",
-    lambda folder: config_of("e2e").check_positions(128),
-    ("data.row_length=192 must be at most the model's positions = 128",),
-  ),
-  BadInput(
     "e2e: texts longer than the model's positions",
     lambda folder: replace_fields(
       config_of("e2e"), {"decoding.max_new_tokens": 256}

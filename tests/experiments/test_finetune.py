@@ -37,7 +37,7 @@ from lora_jax.training.step import make_eval_step, make_train_step
 
 from tests.make_tokenizer_golden import GOLDEN
 from tests.tiny_e2e import EMBEDDED, tiny_folder
-from tests.tiny_training import broken_off_at
+from tests.tiny_training import interrupted_at
 from tests.toy_models import relative_difference
 
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
@@ -260,7 +260,7 @@ def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatc
   config, result = completions
   step = result["num_train_steps"] // 2
   again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
-  with broken_off_at(step):
+  with interrupted_at(step):
     finetune.run(again)
 
   class Broken(Exception):
@@ -334,7 +334,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
   assert done.returncode == 0, done.stderr
   assert "layers" not in done.stdout
   for line in (
-    r"h_1/mlp/down/kernel +128 x 32 +128 x 16",
+    r"h_{0\.\.1}/mlp/down/kernel x2 +128 x 32 +128 x 16",
     r"model +/.*model: gpt2, 295,808 parameters",
     r"method +LoRA, rank 16, 18,432 parameters \(\d+\.\d\d %\)",
     r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
@@ -436,9 +436,10 @@ def test_a_variant_of_lora(chat_folder, tmp_path, capsys):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "dora", "lora.target": "all-linear", "samples.count": 1}
   config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
-  finetune.plan(config)
-  planned = r"method +DoRA, rank 4, 5,184 parameters"  # LoRA's and a magnitude an output
-  assert re.search(planned, capsys.readouterr().out)
+  finetune.plan(config, all_rows=True)
+  out = capsys.readouterr().out
+  assert re.search(r"method +DoRA, rank 4, 5,184 parameters", out)  # a magnitude for each output
+  assert re.search(r"^h_1/mlp/down/kernel +128 x 32 +128 x 4", out, re.MULTILINE)
   assert finetune.run(config)["trainable_parameters"] == 5184
   out = capsys.readouterr().out
   assert "vllm" not in out

@@ -177,8 +177,10 @@ def test_bad_input(tmp_path, monkeypatch):
   _fails(apply(config, {"optimizer.schedule": "step"}), "optimizer.schedule must be one of linear")
   _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* Near names: ")
   _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller side")
-  _fails(apply(config, {"data.num_train_records": 99_999}), "has 42061 records, expected 99999")
-  _fails(apply(config, {"data.row_length": 32}), "row_length of at least")
+  _fails(
+    apply(config, {"data.num_train_records": 99_999}), "=99999 must be at most the 42061 records"
+  )
+  _fails(apply(config, {"data.row_length": 32, "data.loss_length": 32}), "row_length of at least")
   with pytest.raises(ValueError, match=r"the config has no field 'lora\.rnk'"):
     apply(config, {"lora.rnk": 2})
 

@@ -22,7 +22,7 @@ from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.training.loss import language_model_loss
 
 from tests.tiny_e2e import tiny_config
-from tests.tiny_training import broken_off_at
+from tests.tiny_training import interrupted_at
 
 
 def pretraining(folder, workdir):
@@ -97,7 +97,7 @@ def test_prepared_text_is_made_once(finished, capsys):
   root, config, result = finished
   (folder,) = (root / "runs").glob("text-*")
   before = (folder / "train.npy").stat().st_mtime_ns
-  other = apply(config, {"seed": 1, "data.num_train_tokens": 1024})
+  other = apply(config, {"seed": 1, "data.num_train_tokens": 1024, "optimizer.warmup_steps": 1})
   other.workdir = str(root / "runs" / "two")
   assert gpt2_pretrain.run(other)["num_train_steps"] == 1
   assert (folder / "train.npy").stat().st_mtime_ns == before
@@ -109,7 +109,7 @@ def test_a_broken_off_run_ends_with_the_same_bits(finished):
   root, config, result = finished
   config = apply(config, {"fit.checkpoint_every_steps": 5})
   config.workdir = str(root / "runs" / "broken")
-  with broken_off_at(10):
+  with interrupted_at(10):
     gpt2_pretrain.run(config)
   resumed = gpt2_pretrain.run(config)
   assert resumed["held_out_loss"] == result["held_out_loss"]
@@ -121,7 +121,14 @@ def test_text_that_changes_during_a_run_is_refused(finished, tmp_path):
   root, config, _ = finished
   folder = tmp_path / "text"
   shutil.copytree(config.data.folder, folder)
-  config = apply(config, {"data.folder": str(folder), "data.num_train_tokens": 1024})
+  config = apply(
+    config,
+    {
+      "data.folder": str(folder),
+      "data.num_train_tokens": 1024,
+      "optimizer.warmup_steps": 1,
+    },
+  )
   config.workdir = str(tmp_path / "run")
   gpt2_pretrain.run(config)
   (tmp_path / "run" / "result.json").unlink()
@@ -136,7 +143,9 @@ def test_text_must_be_given_and_be_enough(tmp_path):
   config = configs.get_config()
   with pytest.raises(ValueError, match=r"add --config\.data\.folder"):
     gpt2_pretrain.run(config)
-  with pytest.raises(ValueError, match=r"row_length=512 must be at most model\.num_positions = 256"):
+  with pytest.raises(
+    ValueError, match=r"row_length=512 must be at most model\.num_positions = 256"
+  ):
     gpt2_pretrain.run(apply(config, {"data.row_length": 512}))
   with pytest.raises(ValueError, match=r"config of 'glue'.* the experiment is 'gpt2_pretrain'"):
     gpt2_pretrain.run(apply(config, {"experiment": "glue"}))

@@ -1,0 +1,202 @@
+"""Finished runs as models that generate text, whatever their experiment and method."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from experiments.harness.config import Rows, Seed
+from experiments.harness.fit import initialize
+from experiments.harness.methods import find_method
+from experiments.harness.restore import restore_trained
+from experiments.harness.workdir import read_finished, read_run, stored_config
+from experiments.nlg.config import E2EConfig, FinetuneConfig, NewTokens, PretrainConfig
+from experiments.nlg.e2e import end_ids
+from experiments.nlg.finetuned import adapted_loss, cached_model, export_folder, loading_options
+from experiments.nlg.gpt2 import cached_model as cached_gpt2
+from experiments.nlg.restore import load_run
+from experiments.nlg.user_data import chat_prompts, load_text
+from lora_jax.data.batches import fill
+from lora_jax.data.jsonl import encode_prompts
+from lora_jax.data.text import encode_context
+from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
+from lora_jax.fields import Within, check_fields
+from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
+from lora_jax.models.zoo import LanguageModel, load_causal_lm
+from lora_jax.training.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How texts are generated.
+
+  Attributes:
+    max_new_tokens: the longest answer, tokens.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: samples among the likeliest tokens whose probabilities first sum to this.
+    seed: of the samples.
+    batch_size: prompts that are answered at once.
+  """
+
+  max_new_tokens: NewTokens = 64
+  temperature: Annotated[float, Within("[0, 100]")] = 0.0
+  top_p: Annotated[float, Within("(0, 1]")] = 1.0
+  seed: Seed = 0
+  batch_size: Rows = 8
+
+  def __post_init__(self):
+    check_fields(self, "--")
+    if self.top_p < 1 and self.temperature == 0:
+      raise ValueError(
+        f"--top_p={self.top_p} has no effect with --temperature=0, which takes the likeliest "
+        "token; give a --temperature above 0, or leave out --top_p"
+      )
+
+
+class Generator(NamedTuple):
+  """A finished run's model, with its tokenizer.
+
+  Attributes:
+    model: the functions of decoding.
+    params: what they take.
+    tokenizer: of the run's base model.
+    end_ids: the tokens that end an answer.
+    encode: returns the tokens of prompts, in the format that the run was trained on.
+    mesh: the devices that the params are on.
+  """
+
+  model: CachedModel
+  params: PyTree
+  tokenizer: Any
+  end_ids: tuple[int, ...]
+  encode: Callable[[Sequence[str]], list[list[int]]]
+  mesh: Mesh
+
+  def answer(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+    """Returns one text for each prompt.
+
+    Raises:
+      ValueError: if a prompt is empty, or too long for the model.
+    """
+    check_prompts(prompts)
+    search = SamplingConfig(
+      self.end_ids, sampling.temperature, sampling.top_p, sampling.max_new_tokens
+    )
+    tokens = generate(
+      self.model,
+      self.params,
+      self.encode(prompts),
+      search,
+      jax.random.key(sampling.seed),
+      batch_size=sampling.batch_size,
+      mesh=self.mesh,
+    )
+    return [self.tokenizer.decode(ids).strip() for ids in tokens]
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+  """Raises ValueError if a prompt is empty or not text."""
+  for number, prompt in enumerate(prompts, 1):
+    if not prompt.strip():
+      raise ValueError(f"prompt {number} must not be empty, got {prompt!r}")
+    try:
+      prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+      raise ValueError(f"prompt {number} must be text in UTF-8: {error}") from error
+
+
+def load_generator(folder: str | Path, chat: bool = False) -> Generator:
+  """Loads a finished run for generating text, on one device.
+
+  Args:
+    folder: of the run.
+    chat: whether prompts are messages of a user, for the model's chat template.
+  Raises:
+    FileNotFoundError: if the folder is not a run's, or what was trained is missing.
+    ValueError: if the run is not finished, generates no text, or has no chat template.
+  """
+  experiment = stored_config(folder).get("experiment")
+  if experiment not in LOADERS:
+    raise ValueError(
+      f"{folder} is a run of {experiment}, which generates no text; expected a run of "
+      f"{', '.join(LOADERS)}"
+    )
+  if chat and experiment != FinetuneConfig.NAME:
+    raise ValueError(
+      f"{folder} is a run of {experiment}, whose model has no chat template; leave out --chat"
+    )
+  read_finished(folder)
+  return LOADERS[experiment](folder, chat)
+
+
+def _load_e2e(folder: str | Path, chat: bool) -> Generator:
+  del chat
+  run = load_run(folder)
+  tokenizer, end = run.base.tokenizer, run.base.end_of_text
+  return Generator(
+    cached_gpt2(run.base.config),
+    run.params,
+    tokenizer,
+    end_ids(run.base),
+    lambda prompts: encode_context(tokenizer, prompts, end),
+    run.mesh,
+  )
+
+
+def _load_pretrained(folder: str | Path, chat: bool) -> Generator:
+  del chat
+  model = load_causal_lm(Path(folder) / "base")
+  tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
+  end = end_of_text_id(tokenizer)
+  return Generator(
+    from_linen(model.module, model.init_cache, model.num_slots),
+    model.params,
+    tokenizer,
+    (end,),
+    lambda prompts: encode_prompts(tokenizer, list(prompts), end),
+    make_mesh(),
+  )
+
+
+def _load_finetuned(folder: str | Path, chat: bool) -> Generator:
+  config, mesh = read_run(FinetuneConfig, folder), make_mesh()
+  saves_adapter = find_method(config.method).saves_adapter
+  source = config.model.folder if saves_adapter else export_folder(config)
+  model = load_causal_lm(source, **loading_options(config, mesh))
+  text = load_text(config, model, chat)
+  trained = _adapter(config, model, mesh) if saves_adapter else model.params
+  base = find_method(config.method).remaining_base(model.params, trained)
+
+  def encode(prompts: Sequence[str]) -> list[list[int]]:
+    if chat:
+      return chat_prompts(text, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    return encode_prompts(text.tokenizer, list(prompts), text.end_id)
+
+  return Generator(
+    cached_model(config, model),
+    {"base": base, "adapter": trained},
+    text.tokenizer,
+    text.end_ids,
+    encode,
+    mesh,
+  )
+
+
+def _adapter(config: FinetuneConfig, model: LanguageModel, mesh: Mesh) -> PyTree:
+  """Returns the trained adapter of a finished run."""
+  batch = fill([], 1, 2, 2)
+  initial = initialize(config, adapted_loss(config, model), model.params, batch)
+  keep = config.fit.keep
+  trained, _ = restore_trained(config, model.params, initial, mesh, checkpoint=keep, saved=keep)
+  return trained
+
+
+LOADERS: dict[str, Callable[[str | Path, bool], Generator]] = {
+  E2EConfig.NAME: _load_e2e,
+  FinetuneConfig.NAME: _load_finetuned,
+  PretrainConfig.NAME: _load_pretrained,
+}
