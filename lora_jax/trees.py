@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.patterns import compiled, fullmatch
@@ -208,7 +209,7 @@ def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
     tree: any tree of arrays.
     mask: a tree of bools with the structure of `tree`, as `trainable_mask` returns it.
   Raises:
-    ValueError: if `mask` has another structure than `tree`.
+    ValueError: if `mask` has another structure than `tree`, or leaves that are not bools.
   """
   if jax.tree.structure(tree) != jax.tree.structure(mask):
     missing = {p for p, _ in leaves_with_path(tree)} ^ {p for p, _ in leaves_with_path(mask)}
@@ -216,6 +217,9 @@ def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
       "the mask must have the structure of the tree; paths in one of them only: "
       f"{', '.join(sorted(missing)[:5]) or '(none: the nodes differ)'}"
     )
+  for path, keep in leaves_with_path(mask):
+    if not isinstance(keep, bool | np.bool_):
+      raise ValueError(f"the mask of {path} must be True or False, got {keep!r:.100}")
   trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, mask)
   frozen = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, mask)
   return trainable, frozen
@@ -225,8 +229,18 @@ def combine(*parts: PyTree) -> PyTree:
   """Joins the parts of a tree that `partition` made, in any order.
 
   Raises:
-    ValueError: if a leaf is in two parts.
+    ValueError: if a leaf is in two parts, or the parts have different structures.
   """
+  if not parts:
+    raise ValueError("expected the parts of a tree, got none")
+  structures = [jax.tree.structure(part, is_leaf=_is_none) for part in parts]
+  if any(structure != structures[0] for structure in structures):
+    paths = [{path for path, _ in leaves_with_path(part, _is_none)} for part in parts]
+    different = sorted(set.union(*paths) - set.intersection(*paths))
+    raise ValueError(
+      "the parts must have one structure, with None for the leaves of the others; paths in some "
+      f"of them only: {', '.join(different[:5]) or '(none: the nodes differ)'}"
+    )
 
   def join(path, *leaves):
     present = [leaf for leaf in leaves if leaf is not None]

@@ -19,7 +19,7 @@ from lora_jax.adapters.config import (
 from lora_jax.adapters.copies import is_float
 from lora_jax.adapters.delta import Variant
 from lora_jax.axes import LoraAxes
-from lora_jax.transform.tracing import is_array
+from lora_jax.transform.tracing import check_dtype, is_array
 from lora_jax.trees import as_patterns, key_parts, leaves_with_path, matches, select
 
 NO_RULE = LoraRule(".*")
@@ -83,7 +83,7 @@ def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
   """Returns `{path: (keys, leaf)}` of the arrays of a tree.
 
   Raises:
-    ValueError: if two leaves have the same path.
+    ValueError: if two leaves have the same path, or one is of numbers that JAX does not have.
   """
   flat, _ = jax.tree_util.tree_flatten_with_path(params)
   leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
@@ -95,6 +95,7 @@ def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
     if path in leaves:
       raise ValueError(f"two leaves of params have the path {path!r}; rename one")
     if is_array(leaf):
+      check_dtype(path, leaf)
       leaves[path] = (keys, leaf)
   return leaves
 

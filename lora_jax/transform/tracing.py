@@ -1,6 +1,7 @@
-"""Traces a function to a jaxpr, with whatever is no array held static."""
+"""Traces a function to a jaxpr; leaves that are not arrays are static."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,22 @@ class TracedCall:
 
 
 def is_array(leaf: Any) -> bool:
-  """Tells arrays, tracers and `ShapeDtypeStruct`s from what is held static."""
-  return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+  """Tells arrays, tracers and `ShapeDtypeStruct`s from static leaves.
+
+  NumPy's arrays of strings, objects and dates are static.
+  """
+  if isinstance(leaf, np.ndarray | np.generic):
+    return leaf.dtype.kind in "iufc" or _is_jax_dtype(leaf.dtype)
+  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+@functools.lru_cache
+def _is_jax_dtype(dtype: np.dtype) -> bool:
+  try:
+    jax.typeof(np.zeros((), dtype))
+  except TypeError:
+    return False
+  return True
 
 
 def trace_call(
@@ -41,8 +56,13 @@ def trace_call(
     fn: any JAX function of a parameter tree and further arguments.
     params: the parameter tree, of arrays or `ShapeDtypeStruct`s.
     args: positional arguments; bools, numbers, strings, functions and None are static.
-    kwargs: keyword arguments, likewise.
+    kwargs: keyword arguments.
+  Raises:
+    ValueError: if a leaf is a NumPy array of numbers that JAX does not have.
   """
+  for name, inputs in (("params", params), ("args", tuple(args)), ("kwargs", dict(kwargs))):
+    for path, leaf in leaves_with_path(inputs):
+      check_dtype(f"{name}: {path}", leaf)
   leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)))
   dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
@@ -59,3 +79,15 @@ def trace_call(
   paths = [path for path, _ in leaves_with_path(params)]
   position = {path: place[i] for i, path in enumerate(paths) if i in place}
   return TracedCall(jaxpr, arrays, position, jax.tree.structure(out_shape))
+
+
+def check_dtype(path: str, leaf: Any) -> None:
+  """Raises ValueError if a leaf is a NumPy array of numbers that JAX does not have."""
+  is_numpy = isinstance(leaf, np.ndarray | np.generic) and is_array(leaf)
+  if is_numpy and not _is_jax_dtype(leaf.dtype):
+    kind = leaf.dtype.newbyteorder("=").name
+    order = "" if leaf.dtype.isnative else " in another byte order"
+    raise ValueError(
+      f"{path} is a NumPy array of {kind}{order}, which JAX does not have. Convert it, as by "
+      "x.astype(np.float32)"
+    )

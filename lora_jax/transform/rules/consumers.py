@@ -117,8 +117,9 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
       kernel, mixer = sorted(term.factors, key=lambda f: out_dim in f.dims)
       if set(mixer.dims) != {out_dim} or out_dim in kernel.dims:
         raise Unsupported("a convolution whose output axis is not a side of its own")
-      order = [RANK if d == out_dim else d for d in range(w.ndim)]
-      a = lax.transpose(kernel.array.astype(wide.dtype), [kernel.axis(d) for d in order])
+      a = kernel.along(tuple(RANK if d == out_dim else d for d in range(w.ndim)))
+      sizes = [a.shape[out_dim] if d == out_dim else size for d, size in enumerate(w.shape)]
+      a = jnp.broadcast_to(a.astype(wide.dtype), sizes)  # a kernel may be a matrix with added axes
       if groups > 1:  # every group of inputs meets the same `rank` kernels
         a = jnp.concatenate([a] * groups, axis=out_dim)
       z = lax.conv_general_dilated(
