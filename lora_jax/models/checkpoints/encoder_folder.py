@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from lora_jax.fields import read_value
 from lora_jax.models.checkpoints.hub import StoredTensor, make_leaf, open_tensors, save_folder
 from lora_jax.models.checkpoints.recognize import check_layer_count
-from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
+from lora_jax.models.checkpoints.stored import Loaded, broadcast, load_params, tensors_of
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.parts.encoder import Encoder
 
@@ -148,16 +148,15 @@ def load_encoder(
     for tensor in stored
     if tensor.paths[0].split("/")[0] not in new_parts
   ]
-  shardings = shardings(shapes) if callable(shardings) else shardings
-  shardings = jax.tree.broadcast(shardings, shapes, is_leaf=lambda x: x is None)
+  by_leaf = broadcast(shardings, shapes)
   stored_shapes, stored_shardings = (
-    {part: tree[part] for part in shapes if part not in new_parts} for tree in (shapes, shardings)
+    {part: tree[part] for part in shapes if part not in new_parts} for tree in (shapes, by_leaf)
   )
   params = load_params(folder, read, stored_shapes, stored_shardings, ignored)
   tokens = jnp.zeros((1, 1), jnp.int32)
   for part in new_parts:
     leaves = jax.jit(lambda key, part=part: model.init(key, tokens)["params"][part])(key)
-    params[part] = jax.tree.map(_sharded, leaves, shardings[part])
+    params[part] = jax.tree.map(_sharded, leaves, by_leaf[part])
   return Loaded(model.config, {part: params[part] for part in shapes})
 
 

@@ -232,11 +232,18 @@ def open_safetensors(path: Path) -> Iterator[Any]:
   Raises:
     ValueError: if it is truncated or not safetensors, or its header names a tensor twice.
   """
+  with _open_checked(path) as file:
+    _read_header(path)
+    yield file
+
+
+@contextmanager
+def _open_checked(path: Path) -> Iterator[Any]:
+  """Opens a safetensors file, whose header safetensors checks against the file's length."""
   from safetensors import SafetensorError, safe_open
 
   try:
-    with safe_open(path, "numpy") as file:  # checks the header against the file's length
-      _read_header(path)
+    with safe_open(path, "numpy") as file:
       yield file
   except SafetensorError as error:
     if kind := describe_file(path):
@@ -257,7 +264,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _map(path: Path) -> _File:
   """Maps a safetensors file."""
-  with open_safetensors(path):
+  with _open_checked(path):
     header, start = _read_header(path)
   return _File(path.name, np.asarray(np.memmap(path, np.uint8, "r")), header, start)
 

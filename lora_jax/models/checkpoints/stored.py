@@ -70,9 +70,7 @@ def load_params(
     for path in tensor.paths:
       holding.setdefault(path, {})[tensor.place] = tensor, start
       start += sizes[path].shape[-1]
-  shardings = shardings(shapes) if callable(shardings) else shardings
-  shardings = jax.tree.broadcast(shardings, shapes, is_leaf=lambda x: x is None)
-  shardings = jax.tree.leaves(shardings, is_leaf=lambda x: x is None)
+  by_leaf = jax.tree.leaves(broadcast(shardings, shapes), is_leaf=lambda x: x is None)
   with open_tensors(folder) as tensors:
     check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
 
@@ -84,8 +82,16 @@ def load_params(
       return make_leaf(shape.shape, shape.dtype, read, sharding)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies release the GIL
-      arrays = list(pool.map(leaf, paths, leaves, shardings))
+      arrays = list(pool.map(leaf, paths, leaves, by_leaf))
   return jax.tree.unflatten(structure, arrays)
+
+
+def broadcast(
+  shardings: PyTree | Callable[[PyTree], PyTree] | None, shapes: PyTree
+) -> dict[str, Any]:
+  """Returns a sharding or None for each leaf of `shapes`; arguments as of `load_params`."""
+  tree = shardings(shapes) if callable(shardings) else shardings
+  return jax.tree.broadcast(tree, shapes, is_leaf=lambda x: x is None)
 
 
 def expected_shapes(
