@@ -1,4 +1,4 @@
-"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA with dropout or all of it.
+"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA with dropout, or all of it.
 
 python -m tests.tiny_training WORKDIR --method full_finetuning --kill_at 5
 """
@@ -91,7 +91,7 @@ def method(name: str, dropout: float = 0.1):
 
 
 class KillsItself:
-  """An iterator of batches that kills the process, for good, when asked for the n-th."""
+  """An iterator of batches that kills the process when asked for the n-th batch."""
 
   def __init__(self, iterator: Any, n: int):
     self._iterator, self._left = iterator, n
@@ -110,8 +110,8 @@ class KillsItself:
 
 
 @contextmanager
-def broken_off_at(step: int) -> Iterator[None]:
-  """Inside, training is interrupted right after the checkpoint of a step, and that must happen."""
+def interrupted_at(step: int) -> Iterator[None]:
+  """Interrupts the training inside, right after the checkpoint of a step; it must get there."""
   save = Checkpoints.save
 
   def save_and_stop(self: Checkpoints, now: int, *args: Any) -> None:
@@ -134,17 +134,18 @@ def train(
   learning_rate: optax.ScalarOrSchedule = 1e-2,
   accumulation_steps: int = 1,
   eval_every_steps: int = 3,
+  checkpoint_every_seconds: float = 0.0,  # a slow machine changes nothing
   seed: int = 0,
   progress: bool = False,
 ) -> Fitted:
-  """Trains in `workdir`, where a broken run is gone on with."""
+  """Trains in `workdir`, where an interrupted run is resumed."""
   adapt, (module, _) = method(name), model(num_layers=1)
   loss, eval_loss = (adapt(language_model_loss(module, eps)) for eps in (0.1, 0.0))
   data, valid = batches(), batches(20, None, epochs=1)
   params = fresh_params(num_layers=1)
   trainable = loss.init(jax.random.key(2), params, data[0])
   iterator = iter(as_grain(data))
-  config = FitConfig(steps, eval_every_steps, 2, 1, accumulation_steps)
+  config = FitConfig(steps, eval_every_steps, 2, 1, accumulation_steps, checkpoint_every_seconds)
   return fit(
     loss,
     params,

@@ -84,7 +84,9 @@ class Window:
     for step, metrics in steps:
       self._diagnosis.check(float(metrics.loss), "loss", step)
       self._diagnosis.check(float(metrics.grad_norm), "gradient's norm", step)
-    speed = self._timed_tokens / (time.perf_counter() - self._since) or self._compiled_speed
+    speed = self._compiled_speed  # if it is the only step of this session so far
+    if self._timed_tokens:
+      speed = self._timed_tokens / (time.perf_counter() - self._since)
     weight = sum(float(metrics.weight) for _, metrics in steps)
     loss = sum(float(m.loss) * float(m.weight) for _, m in steps) / max(weight, 1)
     step, last = steps[-1]

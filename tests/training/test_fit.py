@@ -1,11 +1,13 @@
-"""Whole training runs: broken off and gone on with, they end with the same bits."""
+"""Whole training runs: interrupted and resumed, they end with the same bits."""
 
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,18 +18,30 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.data.batches import as_grain
+from lora_jax.training import loop, progress
 from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.finite import Diagnosis
 from lora_jax.training.loop import Evaluation, FitConfig, evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import MetricsLog, read_metrics
-from lora_jax.training.step import make_eval_step
+from lora_jax.training.step import StepMetrics, make_eval_step
 
 from tests.paths import ROOT
-from tests.tiny_training import STEPS, batches, examples, fresh_params, method, model, train
+from tests.tiny_training import (
+  STEPS,
+  batches,
+  examples,
+  fresh_params,
+  interrupted_at,
+  method,
+  model,
+  train,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,6 +146,66 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name):
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [3, 4]
   assert_same(train(tmp_path, name), tmp_path, name)
+
+
+def test_saving_by_time_changes_nothing(tmp_path):
+  """Step 5 is saved by its time alone, and the run resumes from there."""
+  with interrupted_at(5):
+    train(tmp_path, checkpoint_every_seconds=1e-9)
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps()[-2:] == [4, 5]
+  assert_same(train(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(("seconds", "due"), [(0.0, False), (60.0, False), (1e-9, True)])
+def test_all_processes_save_by_the_clock_of_the_first(seconds, due, monkeypatch):
+  """Process 0 says so; the others' own clocks do not count."""
+  config = FitConfig(8, 8, 8, checkpoint_every_seconds=seconds)
+  assert loop._is_due(time.monotonic() - 1, config) == due
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  for first in (False, True):
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _, first=first: first)
+    assert loop._is_due(time.monotonic() - 1, config) == (first and seconds > 0)
+
+
+def test_the_time_left_leaves_out_compilation(monkeypatch, tmp_path, capsys):
+  clock = [0.0]
+  monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+  metrics = StepMetrics(*map(jnp.asarray, (1.0, 2.0, 0.5)))
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints, MetricsLog(tmp_path) as log:
+    window = progress.Window(14, log, progress.NoBar(), True, None, Diagnosis(checkpoints, {}))
+    for step, seconds in ((5, 100.0), (6, 2.0), (7, 2.0), (8, 2.0)):  # resumed after step 4
+      clock[0] += seconds
+      window.add(step, metrics, 10)
+      if step != 7:
+        window.flush()
+  shown = capsys.readouterr().err.splitlines()
+  assert shown == [
+    "step 5 of 14: loss 1.000, 0 tokens/s",
+    "step 6 of 14: loss 1.000, 5 tokens/s, 0:00:16 left",
+    "step 8 of 14: loss 1.000, 5 tokens/s, 0:00:12 left",
+  ]
+  speeds = [line["train/tokens_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+  assert speeds == [0.1, 5.0, 5.0]
+
+
+def test_a_full_disk_stops_the_log_with_one_line(tmp_path):
+  """The first error is reported, not one of closing the files."""
+
+  def fill_the_disk():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path) as log:
+      log.write(1, {"loss": 0.5})
+      resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+      try:
+        log.write(2, {"loss": 0.5})
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+  message = r"metrics\.jsonl could not be written \(File too large\)\. The run's checkpoints are"
+  with pytest.raises(OSError, match=message):
+    fill_the_disk()
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_run_killed_after_its_last_checkpoint_only_reports(tmp_path):

@@ -15,7 +15,7 @@ from lora_jax.training.checkpoint import restore_adapter, save_adapter
 from lora_jax.training.held import FOLDER
 
 from tests import tiny_training
-from tests.tiny_training import broken_off_at, train
+from tests.tiny_training import interrupted_at, train
 
 CONFIG = lj.LoraConfig(4, 8.0, tiny_training.TARGET, dropout=0.1)
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
   nodes = adapter_weights(whole.best)
   assert nodes
   assert all(node.norm_squared is not None for node in nodes.values())
-  with broken_off_at(4):
+  with interrupted_at(4):
     train(tmp_path / "run")
   (about,) = (tmp_path / "run" / "checkpoints" / "4" / "about").glob("metadata*")
   assert "magnitude" in about.read_text()
@@ -72,7 +72,7 @@ def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
 
 @pytest.mark.usefixtures("dora")
 def test_what_is_lost_or_damaged_is_named(tmp_path, elsewhere):
-  with broken_off_at(4):
+  with interrupted_at(4):
     train(tmp_path / "run")
   held = tmp_path / "run" / FOLDER
   shutil.move(held, tmp_path / "moved")
@@ -100,7 +100,7 @@ def test_a_new_run_in_an_old_folder_writes_its_own(tmp_path, elsewhere):
 
 
 def test_plain_lora_holds_nothing(tmp_path):
-  with broken_off_at(4):
+  with interrupted_at(4):
     train(tmp_path)
   assert not (tmp_path / FOLDER).exists()
 
