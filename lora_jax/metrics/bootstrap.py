@@ -1,18 +1,22 @@
 """Confidence intervals by resampling the segments (Koehn 2004; Efron and Tibshirani 1993).
 
 A resample draws as many segments as there are, with replacement, and is scored from the
-segments' statistics; no text is scored twice. What a metric learns from the whole reference set
-stays as it is: NIST's information of n-grams and CIDEr's document frequencies. The intervals are
-over the inputs alone. They say nothing about another seed or another training run.
+segments' statistics; no text is scored twice. Statistics of the whole reference set, NIST's
+information of n-grams and CIDEr's document frequencies, are not resampled. The intervals are only
+over the inputs. They say nothing about another seed or another training run.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
 
+from lora_jax.fields import Count, CountOrZero, Within, read_value
 from lora_jax.metrics.nlg import METRICS, Measured, measure
+
+MAX_DRAWS = 2**27  # resamples times segments: a gigabyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ def bootstrap(
   Args:
     hypotheses: one text for each input.
     references: for each input its references.
-    resamples: how many corpora are drawn.
+    resamples: the number of corpora to draw.
     confidence: the share of the resamples within the interval, in (0, 1).
     seed: of the draws; the same seed gives the same intervals.
   Raises:
@@ -80,7 +84,7 @@ def paired_bootstrap(
     hypotheses_a: the first system's texts, one for each input.
     hypotheses_b: the second system's, which are subtracted.
     references: for each input its references.
-    resamples: how many corpora are drawn.
+    resamples: the number of corpora to draw.
     confidence: the share of the resamples within the interval, in (0, 1).
     seed: of the draws.
   Raises:
@@ -130,14 +134,17 @@ def _draw(
   measured: Measured, resamples: int, seed: int
 ) -> Float[np.ndarray, "{resamples} segments"]:
   """Returns how often each resample holds each segment."""
-  if resamples < 1:
-    raise ValueError(f"resamples must be at least 1, got {resamples}")
+  read_value(Count, resamples, "resamples")
+  read_value(CountOrZero, seed, "seed")
   size = _size(measured)
+  if resamples * size > MAX_DRAWS:
+    raise ValueError(
+      f"resamples must be at most {MAX_DRAWS // size:,} for {size:,} segments, got {resamples:,}"
+    )
   generator = np.random.default_rng(seed)
   return generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
 
 
 def _tail(confidence: float) -> float:
-  if not 0 < confidence < 1:
-    raise ValueError(f"confidence must lie between 0 and 1, as in 0.95; got {confidence}")
+  read_value(Annotated[float, Within("(0, 1)")], confidence, "confidence")
   return (1 - confidence) / 2

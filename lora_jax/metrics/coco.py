@@ -1,4 +1,4 @@
-"""METEOR, ROUGE-L and CIDEr on texts that went through the Penn Treebank tokenizer."""
+"""METEOR, ROUGE-L and CIDEr on texts from the Penn Treebank tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_jax.metrics.java import run_java
-from lora_jax.metrics.segments import SegmentStatistics, mean_of_segments
+from lora_jax.metrics.segments import SegmentStatistics, check_pairs, mean_of_segments
 
 # METEOR 1.5's parameters for English, task "rank" (Denkowski and Lavie 2014, table 1).
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.20, 0.60, 0.75
@@ -35,6 +35,7 @@ def rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> S
   """
   from pycocoevalcap.rouge.rouge import Rouge
 
+  check_pairs(hypotheses, references)
   scores = [
     Rouge().calc_score([hypothesis], texts)
     for hypothesis, texts in zip(hypotheses, references, strict=True)
@@ -53,6 +54,7 @@ def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Seg
   """
   from pycocoevalcap.cider.cider import Cider
 
+  check_pairs(hypotheses, references)
   by_segment = dict(enumerate(map(list, references)))
   _, scores = Cider().compute_score(by_segment, {i: [text] for i, text in enumerate(hypotheses)})
   return mean_of_segments(np.array(scores, float))
@@ -61,7 +63,7 @@ def cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Seg
 def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> SegmentStatistics:
   """Returns METEOR's statistics, x 100: the jar's alignment of each segment.
 
-  A row holds, with the hypothesis's before the reference's each time: lengths, function words,
+  A row has pairs of statistics, of the hypothesis and of the reference: lengths, function words,
   content and function words matched in each of four stages; then chunks and words matched.
 
   Args:
@@ -70,6 +72,7 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Se
   """
   from pycocoevalcap.meteor import meteor as package
 
+  check_pairs(hypotheses, references)
   jar = Path(package.__file__).with_name(package.METEOR_JAR)
   lines = [
     " ||| ".join(["SCORE", *(text.replace("|||", " ") for text in [*texts, hypothesis])])

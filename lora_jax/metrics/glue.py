@@ -12,9 +12,11 @@
 | ReCoRD                      | F1 of the best entity's words, exact match                        |
 
 All are between -1 and 1, not percent. Where a metric's denominator is zero it is 0, as in
-scikit-learn: Matthews' of predictions of one class alone, F1 without a true positive. So are the
+scikit-learn: Matthews' of predictions of a single class, F1 without a true positive. So are the
 correlations of constant predictions, where scipy has NaN: they rank nothing, and a NaN could not
 be compared when the best epoch is chosen.
+
+Each function raises ValueError if the sizes differ or there is nothing to score.
 """
 
 import re
@@ -29,13 +31,23 @@ Labels = Int[np.ndarray, " N"]
 Scores = Float[np.ndarray, " N"]
 
 
+def _check_pair(predicted: np.ndarray, labels: np.ndarray) -> None:
+  shapes = np.shape(predicted), np.shape(labels)
+  if shapes[0] != shapes[1] or len(shapes[0]) != 1 or not shapes[0][0]:
+    raise ValueError(
+      f"expected as many predictions as labels, at least one, got {shapes[0]} and {shapes[1]}"
+    )
+
+
 def accuracy(predicted: Labels, labels: Labels) -> float:
-  """Returns the share of predictions that are right."""
+  """Returns the share of right predictions."""
+  _check_pair(predicted, labels)
   return float(np.mean(predicted == labels))
 
 
 def f1(predicted: Labels, labels: Labels, positive: int = 1) -> float:
   """Returns the harmonic mean of precision and recall of one class; 0 if it is never right."""
+  _check_pair(predicted, labels)
   right = np.sum((predicted == positive) & (labels == positive))
   total = np.sum(predicted == positive) + np.sum(labels == positive)
   return float(2 * right / total) if total else 0.0
@@ -43,11 +55,13 @@ def f1(predicted: Labels, labels: Labels, positive: int = 1) -> float:
 
 def macro_f1(predicted: Labels, labels: Labels) -> float:
   """Returns the mean F1 of the classes that occur."""
+  _check_pair(predicted, labels)
   return float(np.mean([f1(predicted, labels, c) for c in np.union1d(predicted, labels)]))
 
 
 def matthews(predicted: Labels, labels: Labels) -> float:
   """Returns Matthews' correlation, of two classes or more (Gorodkin 2004)."""
+  _check_pair(predicted, labels)
   classes = np.union1d(predicted, labels)
   a, b = predicted[:, None] == classes, labels[:, None] == classes
   return pearson_of_matrices(a.astype(float), b.astype(float))
@@ -62,6 +76,9 @@ def pearson_of_matrices(a: Float[np.ndarray, "N C"], b: Float[np.ndarray, "N C"]
 
 def pearson(predicted: Scores, labels: Scores) -> float:
   """Returns the linear correlation; 0 if either side is constant."""
+  _check_pair(predicted, labels)
+  if not (np.all(np.isfinite(predicted)) and np.all(np.isfinite(labels))):
+    raise ValueError("expected finite scores and labels")
   if np.ptp(predicted) == 0 or np.ptp(labels) == 0:  # a mean may be off by a rounding error
     return 0.0
   return pearson_of_matrices(
@@ -71,6 +88,7 @@ def pearson(predicted: Scores, labels: Scores) -> float:
 
 def spearman(predicted: Scores, labels: Scores) -> float:
   """Returns the correlation of the ranks, ties at their mean rank; 0 if a side is constant."""
+  _check_pair(predicted, labels)
   return pearson(_ranks(predicted), _ranks(labels))
 
 
@@ -95,7 +113,7 @@ GROUPED = {"copa": ("accuracy",), "multirc": ("f1", "exact_match"), "record": ("
 
 
 def main_metric(task: str) -> str:
-  """Returns the name of the metric that stands in the tables, and chooses the best epoch."""
+  """Returns the name of the metric in the tables, which chooses the best epoch."""
   if task == "stsb":
     return "pearson"
   if task not in CLASSES and task not in GROUPED:
@@ -115,19 +133,26 @@ def score(
 
   Args:
     task: of GLUE or SuperGLUE, as `cola`.
-    outputs: of the model for each record: L classes' logits, or the score of a regression.
-    labels: of each record.
-    groups: of COPA, MultiRC and ReCoRD: the number of each record's question.
-    answers: of ReCoRD: each record's entity.
+    outputs: the model's, for each record: L classes' logits, or the score of a regression.
+    labels: the label of each record.
+    groups: the number of each record's question, for COPA, MultiRC and ReCoRD.
+    answers: each record's entity, for ReCoRD.
   Raises:
-    ValueError: if the sizes differ, or an output is not finite.
+    ValueError: if the sizes differ, an output is not finite, or a label is not one of the L.
   """
   main_metric(task)
-  outputs, expected = np.asarray(outputs, np.float64), np.asarray(labels)
-  if outputs.ndim != 2 or len(outputs) != len(expected) or not len(expected):
+  try:
+    outputs = np.asarray(outputs, np.float64)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"expected the outputs as an array of numbers: {error}") from error
+  if outputs.ndim != 2 or len(outputs) != len(labels) or not len(labels):
     raise ValueError(
-      f"expected the outputs (records, classes) of {len(expected)} labels, got {outputs.shape}"
+      f"expected the outputs (records, classes) of {len(labels)} labels, got {outputs.shape}"
     )
+  num_classes = None if task == "stsb" else outputs.shape[1]
+  if num_classes is not None and num_classes < 2:
+    raise ValueError(f"{task}: expected outputs of at least two classes, got {outputs.shape}")
+  expected = _checked_labels(labels, num_classes)
   if not np.all(np.isfinite(outputs)):
     raise ValueError("expected finite outputs; the training has probably diverged")
   if task == "stsb":
@@ -151,7 +176,23 @@ def score(
     return {"accuracy": float(np.mean([w[c] for w, c in zip(targets, chosen, strict=True)]))}
   if len(answers) != len(expected):
     raise ValueError(f"record needs the entities of {len(expected)} records, got {len(answers)}")
+  for i, answer in enumerate(answers):
+    if not isinstance(answer, str):
+      raise ValueError(f"answers[{i}] must be a string, got {answer!r:.100}")
   return _entities(chosen, targets, _by_group(np.asarray(answers, object), groups))
+
+
+def _checked_labels(labels: Sequence[int | float], num_classes: int | None) -> np.ndarray:
+  """Returns the labels: numbers of classes, or finite scores if `num_classes` is None."""
+  for i, label in enumerate(labels):
+    if num_classes is None:
+      is_valid = isinstance(label, int | float | np.number) and np.isfinite(label)
+    else:
+      is_valid = isinstance(label, int | np.integer) and 0 <= label < num_classes
+    if not is_valid:
+      kind = "a finite score" if num_classes is None else f"a class in [0, {num_classes})"
+      raise ValueError(f"labels[{i}] must be {kind}, got {label!r:.100}")
+  return np.asarray(labels)
 
 
 def _by_group(values: np.ndarray, groups: Sequence[int]) -> list[np.ndarray]:
@@ -164,7 +205,7 @@ def _by_group(values: np.ndarray, groups: Sequence[int]) -> list[np.ndarray]:
 def _entities(
   chosen: Sequence[int], targets: Sequence[np.ndarray], entities: Sequence[np.ndarray]
 ) -> dict[str, float]:
-  """Returns ReCoRD's metrics: the chosen entity against the right one that it is nearest to."""
+  """Returns ReCoRD's metrics: the chosen entity against the nearest right one."""
   overlaps, exact = [], []
   for choice, right, names in zip(chosen, targets, entities, strict=True):
     chosen_words = _words(names[choice])

@@ -26,14 +26,17 @@ def why_missing() -> str | None:
 
 
 def run_java(arguments: Sequence[str], lines: Sequence[str]) -> list[str]:
-  """Gives `lines` to a Java program that answers each by one line, and returns the answers.
+  """Writes `lines` to a Java program that answers each with one line, and returns the answers.
 
   Args:
-    arguments: what follows `java` and its flags on the command line.
+    arguments: the command line after `java` and its flags.
     lines: texts without line breaks.
   Raises:
+    ValueError: if a text has a line break.
     RuntimeError: if the program fails, or answers with another number of lines.
   """
+  if broken := next((line for line in lines if "\n" in line), None):
+    raise ValueError(f"expected texts without a line break, got {broken!r:.100}")
   text = "\n".join(lines).encode()
   run = subprocess.run(["java", *FLAGS, *arguments], input=text, capture_output=True)
   answers = run.stdout.decode().split("\n")

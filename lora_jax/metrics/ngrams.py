@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lora_jax.metrics.segments import SegmentStatistics
+from lora_jax.metrics.segments import SegmentStatistics, check_pairs
 
 BLEU_ORDER = 4
 NIST_ORDER = 5
@@ -56,6 +56,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Segm
   """
   from sacrebleu.metrics.bleu import BLEU
 
+  check_pairs(hypotheses, references)
   # The effective order, which sacrebleu asks for here, changes a segment's score, not its counts;
   # `force` silences a warning on texts that come tokenized, as the E2E files of the paper do.
   metric = BLEU(lowercase=True, smooth_method="none", effective_order=True, force=True)
@@ -87,6 +88,7 @@ def nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Segm
   A row holds the matched information of n = 1 to 5, the hypothesis's n-grams, and the segment's
   mean reference length in tokens. A resample keeps the information of the full set.
   """
+  check_pairs(hypotheses, references)
   references_counts = [
     [count_ngrams(tokenize_mteval(text), NIST_ORDER) for text in texts] for texts in references
   ]

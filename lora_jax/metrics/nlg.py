@@ -51,7 +51,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Nlg
     hypotheses: one text for each input; it may be empty.
     references: for each input its references, at least one; their number may differ.
   Raises:
-    ValueError: if the inputs are none or do not pair up, or a reference holds no word.
+    ValueError: if there are no inputs, they do not pair up, or a reference has no word.
   """
   return measure([hypotheses], references)[0].scores()
 
@@ -61,7 +61,7 @@ def measure(
 ) -> list[Measured]:
   """Returns the segments' statistics of several systems over the same inputs.
 
-  METEOR takes seconds to start; measured together, all systems share one start.
+  METEOR takes seconds to start; all systems share one start.
 
   Args:
     systems: for each system, one text for each input.
@@ -109,7 +109,9 @@ def _measure_coco(
 
 
 def check_references(references: Sequence[Sequence[str]]) -> None:
-  """Raises a ValueError unless every segment has references, each with a word in it."""
+  """Raises ValueError unless every segment has references, each with a word in it."""
+  if isinstance(references, str):
+    raise ValueError(f"expected lists of references, got one string: {references[:40]!r}")
   if not references:
     raise ValueError("expected at least one segment to score, got none")
   for i, texts in enumerate(references):
@@ -118,15 +120,18 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
         f"references[{i}] is one string; expected a list of strings. "
         f"Give a single reference as [{texts!r}]"
       )
+    if not isinstance(texts, Sequence):
+      raise ValueError(f"references[{i}]: expected a list of strings, got {texts!r:.100}")
     if not texts:
       raise ValueError(f"references[{i}] is empty; every segment needs at least one reference")
     for j, text in enumerate(texts):
+      _check_text(f"references[{i}][{j}]", text)
       if not any(character.isalnum() for character in text):
-        raise ValueError(f"references[{i}][{j}] holds no word: {text!r}. Leave it out")
+        raise ValueError(f"references[{i}][{j}] has no word: {text!r:.100}. Leave it out")
 
 
 def check_hypotheses(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-  """Raises a ValueError unless there is one text for each segment."""
+  """Raises ValueError unless there is one text for each segment."""
   if isinstance(hypotheses, str):
     raise ValueError(f"expected a list of hypotheses, got one string: {hypotheses[:40]!r}")
   if len(hypotheses) != len(references):
@@ -134,3 +139,15 @@ def check_hypotheses(hypotheses: Sequence[str], references: Sequence[Sequence[st
       f"got {len(hypotheses)} hypotheses for {len(references)} segments of references; "
       "expected one hypothesis for each segment, in the same order"
     )
+  for i, text in enumerate(hypotheses):
+    _check_text(f"hypotheses[{i}]", text)
+
+
+def _check_text(name: str, text: object) -> None:
+  if not isinstance(text, str):
+    raise ValueError(f"{name}: expected a string, got {text!r:.100}")
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    half = text[error.start]
+    raise ValueError(f"{name}: half of a surrogate pair, {half!a}, is not text") from None

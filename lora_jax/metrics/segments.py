@@ -1,7 +1,7 @@
 """Rows of statistics per segment, from which a metric's score and its resamples both follow."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +12,7 @@ class SegmentStatistics:
   """One metric's statistics of every segment; a corpus is scored by the sum of its rows.
 
   Attributes:
-    rows: what each segment adds.
+    rows: the statistics of each segment.
     formula: maps sums of rows, (..., statistics), to scores, (...).
   """
 
@@ -28,6 +28,15 @@ class SegmentStatistics:
   ) -> Float[np.ndarray, " resamples"]:
     """Returns the scores of corpora that hold segment `j` `counts[i, j]` times."""
     return self.formula(counts @ self.rows)
+
+
+def check_pairs(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+  """Raises ValueError unless there is one hypothesis for each segment, and at least one segment."""
+  if len(hypotheses) != len(references) or not references:
+    raise ValueError(
+      f"expected one hypothesis for each segment, and at least one segment; got {len(hypotheses)} "
+      f"hypotheses for {len(references)} segments"
+    )
 
 
 def mean_of_segments(scores: Float[np.ndarray, " segments"]) -> SegmentStatistics:

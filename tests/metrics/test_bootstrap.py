@@ -70,9 +70,9 @@ def test_metrics_that_are_missing_have_no_interval(monkeypatch):
 
 def test_settings_out_of_range():
   system = measured([1.0, 2.0])
-  with pytest.raises(ValueError, match="resamples must be at least 1, got 0"):
+  with pytest.raises(ValueError, match=r"resamples must be an integer in \[1, inf\), got 0"):
     metrics.intervals(system, resamples=0)
-  with pytest.raises(ValueError, match=r"confidence must lie between 0 and 1.*got 95"):
+  with pytest.raises(ValueError, match=r"confidence must be an? .* in \(0, 1\), got 95"):
     metrics.differences(system, system, confidence=95)
   with pytest.raises(ValueError, match="2 and 3 segments"):
     metrics.differences(system, measured([1.0, 2.0, 3.0]))

@@ -165,7 +165,7 @@ def test_inputs_that_do_not_pair_up():
     metrics.score(["a", "b"], [["a"], []])
   with pytest.raises(ValueError, match="at least one segment"):
     metrics.score([], [])
-  with pytest.raises(ValueError, match=r"references\[0\]\[1\] holds no word: '\.\.'"):
+  with pytest.raises(ValueError, match=r"references\[0\]\[1\] has no word: '\.\.'"):
     metrics.score(["a"], [["a", ".."]])
   with pytest.raises(ValueError, match=r"references\[0\] is one string.*\['a pub'\]"):
     metrics.score(["a"], ["a pub"])
