@@ -1,4 +1,4 @@
-"""Decoding with a cache of keys and values; it knows no model, only three functions of one."""
+"""Decodes with a cache of keys and values, by three functions of any model."""
 
 from lora_jax.decoding.beam import Hypotheses, beam_search
 from lora_jax.decoding.beam_config import BeamConfig

@@ -1,20 +1,20 @@
 """Beam search over a cache that is never reordered.
 
-    found = beam_search(model, params, prompts, BeamConfig(eos_ids=(0,), num_beams=10))
-    texts = [tokenizer.decode(ids) for ids in found.best()]
+    hypotheses = beam_search(model, params, prompts, BeamConfig(eos_ids=(0,), num_beams=10))
+    texts = [tokenizer.decode(ids) for ids in hypotheses.best()]
 
-A prompt's keys and values are stored once and seen by all W beams of its input. Each step adds
-W slots, one a beam, and a mask says which slots a beam descends from:
+A prompt's keys and values are stored once and shared by all W beams of its input. Each step adds
+W slots, one per beam, and a mask says which slots a beam descends from:
 
     slots   prompt (T) | step 1 (W) | step 2 (W) | ...
     beam 0   1 1 1 1     1 0 0        0 1 0             its own path through the steps
 
-Reordering beams gathers rows of that mask and of the token ids; keys and values stay where they
-are. When the cache is full, the slots that no beam descends from any more are dropped: beams soon
-share their beginnings, so that few are alive however long the search. The whole search of a batch
-is one compiled program, which stops when no input can improve.
+Reordering beams gathers rows of that mask and of the token ids; keys and values do not move. When
+the cache is full, the slots from which no beam descends are dropped: beams soon share their first
+tokens, so few slots are alive however long the search. The search of a batch is one compiled
+program, which stops when no input can improve.
 
-Whose rules the scores follow, `transformers`' or the paper's code's, is in `scoring.py`.
+The scoring rules, those of `transformers` or of the paper's code, are in `beam_config.py`.
 """
 
 import os
@@ -35,24 +35,25 @@ from lora_jax.decoding.cached_model import (
   Batch,
   CachedModel,
   grow_cache,
+  longest_prompt,
   make_batches,
   read_prompts,
   take_slots,
 )
 
 MAX_THREADS = 4  # so that large models' caches do not fill the memory
-SLOT_MULTIPLE = 32  # of which a cache has slots: matrix products are slower with odd sizes
+SLOT_MULTIPLE = 32  # of a cache's slots: matmuls are slower with odd sizes
 
 
 class Hypotheses(NamedTuple):
-  """What was found for N inputs, R hypotheses each, the best first.
+  """The hypotheses of N inputs, R each, the best first.
 
   Attributes:
     tokens: generated ids, the end token included, then `pad_id`.
-    lengths: how many were generated.
+    lengths: the number of generated ids.
     scores: sum of log-probabilities / length ** length_penalty, nats.
     ended: whether an end token ended it, and not the limit.
-    steps: of the batch that the input was in.
+    steps: the number of steps of the input's batch.
   """
 
   tokens: Int[np.ndarray, "N R M"]
@@ -86,11 +87,12 @@ def beam_search(
     config: how to search.
     batch_size: inputs that are searched at once (times W rows of the model).
     length_multiple: prompts are padded to a multiple of it; each length compiles a program.
-    mesh: spreads the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
+    mesh: shards the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
   Raises:
-    ValueError: if a prompt is empty, or with the new tokens longer than the model's positions.
+    ValueError: if a prompt is empty, not token ids, or with the new tokens longer than the model's
+      positions.
   """
-  longest = model.max_positions - config.max_new_tokens + 1  # the last token is not read again
+  longest = longest_prompt(model, config.max_new_tokens)
   shape = len(prompts), config.num_return
   hypotheses = Hypotheses(
     np.full((*shape, config.max_new_tokens), config.pad_id, np.int32),
@@ -115,9 +117,9 @@ def beam_search(
 
 
 def num_threads(params: PyTree) -> int:
-  """Returns how many batches are searched at once, each with a cache of its own: on CPUs several.
+  """Returns how many batches are searched at once, each with its own cache: several on CPUs.
 
-  XLA gives the small products of a step to one core, and runs what one thread asks for in turn.
+  XLA runs the small matmuls of a step on one core, and the programs of one thread in turn.
   Programs of several devices wait for each other, and must all start in one order.
   """
   arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
@@ -134,7 +136,7 @@ def search_batch(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, " B"],
 ) -> tuple[Finished, Int[Array, ""]]:
-  """Searches one batch of prompts, padded in front; returns the steps it took besides."""
+  """Searches one batch of prompts, padded in front; returns hypotheses and the number of steps."""
   batch_size, width = tokens.shape
   beams, limit = config.num_beams, config.max_new_tokens
   logits, cache, real = read_prompts(model, params, tokens, lengths)
@@ -165,10 +167,10 @@ def search_batch(
 
 
 def sizes(width: int, beams: int, limit: int) -> list[tuple[int, int]]:
-  """Returns how many slots the cache has in turn, and how many must be free to go on with it.
+  """Returns the sizes of the cache in turn, in slots, each with the free slots that it needs.
 
   Attention is over all slots, in use or not; but each size compiles the loop once more. The last
-  one holds all that could ever be alive.
+  size holds all slots that could ever be alive.
   """
   *smaller, most = (
     -(-(width + beams * steps) // SLOT_MULTIPLE) * SLOT_MULTIPLE
@@ -195,33 +197,33 @@ def search_within(
   lengths: Int[Array, " B"],
   margin: int,
 ) -> Search:
-  """Searches on while `margin` slots are not alive; other arguments as of `search_batch`."""
+  """Continues a search while `margin` slots are free; other arguments as of `search_batch`."""
   beams, limit, slots = config.num_beams, config.max_new_tokens, search.visible.shape[-1]
 
-  def goes_on(search: Search) -> Bool[Array, ""]:
+  def is_running(search: Search) -> Bool[Array, ""]:
     return (search.step < limit) & search.open.any()
 
   def round_of_steps(search: Search) -> Search:
     return jax.lax.while_loop(
-      lambda search: goes_on(search) & (search.used + beams <= slots),
+      lambda search: is_running(search) & (search.used + beams <= slots),
       lambda search: choose(config, *extend_beams(model, params, search, width, lengths), width),
       drop_slots(model, search),
     )
 
   return jax.lax.while_loop(
-    lambda search: goes_on(search) & (alive(search).sum(-1).max() + margin <= slots),
+    lambda search: is_running(search) & (alive(search).sum(-1).max() + margin <= slots),
     round_of_steps,
     search,
   )
 
 
 def alive(search: Search) -> Bool[Array, "B S"]:
-  """Tells which slots a beam of an open input descends from."""
+  """Returns the mask of slots from which a beam of an open input descends."""
   return (search.visible & search.open[:, None, None]).any(axis=1)
 
 
 def drop_slots(model: CachedModel, search: Search) -> Search:
-  """Returns the search with the slots that are alive in front, so that the others are free."""
+  """Returns the search with the live slots first, so that the others are free."""
   live = alive(search)
   order = jnp.argsort(~live, axis=-1, stable=True)
   return search._replace(
@@ -234,7 +236,7 @@ def drop_slots(model: CachedModel, search: Search) -> Search:
 def extend_beams(
   model: CachedModel, params: PyTree, search: Search, width: int, lengths: Int[Array, " B"]
 ) -> tuple[Search, Float[Array, "B W V"]]:
-  """Reads each beam's last token; returns the logits of the next ones besides."""
+  """Reads each beam's last token; returns the search and the logits of the next tokens."""
   batch_size, beams, _ = search.visible.shape
   new_slots = jnp.broadcast_to(jnp.eye(beams, dtype=bool), (batch_size, beams, beams))
   visible = jax.lax.dynamic_update_slice_in_dim(search.visible, new_slots, search.used, axis=2)

@@ -1,7 +1,7 @@
-"""One step of beam search: from the logits of the beams to the next beams and what has finished.
+"""One step of beam search: from the beams' logits to the next beams and finished hypotheses.
 
 The shapes' letters: B inputs, W beams each, K candidates, V tokens of the vocabulary, M new
-tokens at most, L places of the history (the padded prompt's and M), S slots of the cache.
+tokens at most, L positions of the history (the padded prompt's and M), S slots of the cache.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from lora_jax.decoding.beam_config import BeamConfig
 
-NO_TOKEN = -1  # in the history, in front of a prompt: part of no n-gram
+NO_TOKEN = -1  # padding before a prompt in the history: in no n-gram
 
 
 class Finished(NamedTuple):
-  """The best finished hypotheses, best first; a score of -inf is an empty place."""
+  """The best finished hypotheses, best first; a score of -inf marks an empty one."""
 
   tokens: Int[Array, "B W M"]
   lengths: Int[Array, "B W"]
@@ -28,10 +28,10 @@ class Search(NamedTuple):
   """The state between two steps; `step` tokens are generated.
 
   Attributes:
-    used: slots of the cache that are in use, from the first on.
-    history: the prompt, NO_TOKEN in front, and the generated tokens.
+    used: the number of slots of the cache in use, from the first on.
+    history: the prompt after NO_TOKENs, and the generated tokens.
     sums: of the running beams' log-probabilities, best first.
-    visible: the slots that a beam descends from.
+    visible: the slots from which a beam descends.
     open: whether an input may still improve.
   """
 
@@ -46,7 +46,7 @@ class Search(NamedTuple):
 
 
 def choose(config: BeamConfig, search: Search, logits: Float[Array, "B W V"], width: int) -> Search:
-  """Takes one step: from the logits of the beams to the next beams and what has finished."""
+  """Takes one step: from the beams' logits to the next beams and finished hypotheses."""
   limit = config.max_new_tokens
   sums, parents, tokens = best_candidates(config, search, logits, width)
   ended = jnp.isin(tokens, jnp.array(config.eos_ids, jnp.int32))
@@ -98,11 +98,11 @@ def forbid_repeats(
   """Returns the logits with -inf where a token would repeat an n-gram of the history.
 
   Args:
-    size: n; 0 leaves the logits as they are.
-    search: its history is looked through from `start` on.
+    size: n; 0 leaves the logits unchanged.
+    search: its history is searched from `start` on.
     logits: of the next tokens.
-    start: the first place in the history that counts.
-    width: T, places of the prompt; the next token comes to place T + step.
+    start: the first position of the history that counts.
+    width: T, positions of the prompt; the next token's position is T + step.
   """
   if size == 0:
     return logits
@@ -149,7 +149,7 @@ def add_finished(
 def may_improve(
   config: BeamConfig, best_sum: Float[Array, " B"], finished: Finished, length: Int[Array, ""]
 ) -> Bool[Array, " B"]:
-  """Tells for which inputs a running beam may still enter what is returned."""
+  """Returns for which inputs a running beam may still be among the returned hypotheses."""
   if config.scoring == "reference":
     final = config.max_new_tokens if config.length_penalty > 0 else length + 1
     to_beat = finished.scores[:, config.num_return - 1]
@@ -161,6 +161,6 @@ def may_improve(
 def take_beams(
   array: Shaped[Array, "B W *rest"], beams: Int[Array, "B K"]
 ) -> Shaped[Array, "B K *rest"]:
-  """Returns for each input the given beams of `array` (B, W, ...)."""
+  """Returns some beams of each input of `array` (B, W, ...)."""
   beams = beams.reshape(*beams.shape, *(1,) * (array.ndim - 2))
   return jnp.take_along_axis(array, beams, axis=1)

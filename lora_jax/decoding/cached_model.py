@@ -1,4 +1,4 @@
-"""What decoding needs of a model, and how prompts become batches of few shapes."""
+"""Defines the model interface of decoding, and batches prompts into few shapes."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +12,24 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from lora_jax.fields import Count, read_value
+
 
 @dataclasses.dataclass(frozen=True)
 class CachedModel:
-  """A language model as decoding sees it: pure functions of parameters and a cache.
+  """The interface of a language model for decoding: pure functions of parameters and a cache.
 
-  `params` may be any tree: merged parameters, or base and adapter with an `extend` that goes
-  through `Adaptation.apply`. A new `CachedModel` compiles anew, so make one and keep it.
+  `params` may be any tree: merged parameters, or base and adapter with an `extend` that calls
+  `Adaptation.apply`. Each new `CachedModel` is compiled again, so keep one and reuse it.
 
   Attributes:
     extend: `(params, tokens (B, T), positions (B, T), cache, index, mask (B, T, S))` to
       `(hidden (B, T, D), cache)`: processes further tokens, whose keys and values it writes
-      into the T slots from `index` on. The mask alone decides which slots a token sees.
+      into the T slots from `index` on. Only the mask decides which slots a token sees.
     logits: `(params, hidden (..., D))` to logits (..., V).
     make_cache: `(batch_size, num_slots)` to an empty cache. Each array in it has one axis of the
       inputs and one of the slots, and a smaller cache is the front part of a larger one.
-    max_positions: the longest sequence that the model takes, tokens.
+    max_positions: the longest sequence that the model accepts, tokens.
   """
 
   extend: Callable[..., Any]
@@ -39,12 +41,12 @@ class CachedModel:
 def from_linen(
   module: nn.Module, make_cache: Callable[[int, int], PyTree], max_positions: int
 ) -> CachedModel:
-  """Returns a Linen module as decoding sees it; its `params` are the parameters.
+  """Returns a Linen module with the interface of decoding.
 
   Args:
     module: with the methods `extend` and `logits`, as `GPT2`.
     make_cache: as of `CachedModel`.
-    max_positions: likewise.
+    max_positions: as of `CachedModel`.
   """
 
   def extend(params: PyTree, *args: Any) -> Any:
@@ -60,14 +62,29 @@ class Batch(NamedTuple):
   """Prompts of one padded length.
 
   Attributes:
-    rows: which of the prompts they are, (n,), n <= B.
-    tokens: (B, T), padded in front; whole rows of padding fill the batch up.
-    lengths: (B,), tokens of each prompt; 0 for a row that only fills up.
+    rows: indices of the prompts, (n,), n <= B.
+    tokens: (B, T), padded in front; rows of padding fill the batch.
+    lengths: (B,), tokens of each prompt; 0 for a row of padding.
   """
 
   rows: Int[np.ndarray, " n"]
   tokens: Int[Array, "B T"]
   lengths: Int[Array, " B"]
+
+
+def longest_prompt(model: CachedModel, max_new_tokens: int) -> int:
+  """Returns the longest prompt after which a model can generate some tokens.
+
+  Raises:
+    ValueError: if there is no such prompt.
+  """
+  longest = model.max_positions - max_new_tokens + 1  # the last token is not read again
+  if longest < 1:
+    raise ValueError(
+      f"max_new_tokens must be at most the model's {model.max_positions} positions, got "
+      f"{max_new_tokens}"
+    )
+  return longest
 
 
 def make_batches(
@@ -81,14 +98,22 @@ def make_batches(
 
   Args:
     prompts: token ids of each input.
-    batch_size: B; fewer prompts than that make one batch of their own size.
+    batch_size: B; fewer prompts make one batch of their own size.
     length_multiple: prompts are padded to the next multiple of this, so that few programs are
       compiled; tokens.
     max_length: of a prompt, tokens.
-    mesh: places the rows over its axes `data` and `fsdp`, whose size must divide B.
+    mesh: shards the rows over its axes `data` and `fsdp`, whose size must divide B.
   Raises:
-    ValueError: if a prompt is empty or too long, or the mesh does not divide the batch.
+    ValueError: if a prompt is empty, too long or not token ids, or the mesh does not divide the
+      batch.
   """
+  batch_size = read_value(Count, batch_size, "batch_size")
+  length_multiple = read_value(Count, length_multiple, "length_multiple")
+  for row, prompt in enumerate(prompts):
+    ids = np.asarray(prompt)
+    is_ids = ids.ndim == 1 and (ids.size == 0 or np.issubdtype(ids.dtype, np.integer))
+    if not is_ids or (ids < 0).any() or (ids >= 2**31).any():
+      raise ValueError(f"prompt {row} must be a sequence of token ids, got {repr(prompt)[:100]}")
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   for fault, bad in (("is empty", lengths == 0), (f"exceeds {max_length}", lengths > max_length)):
     if bad.any():
@@ -147,7 +172,7 @@ def read_prompts(
 
 
 def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: int) -> PyTree:
-  """Returns a cache of `num_slots` slots that begins with the given one."""
+  """Returns a cache of `num_slots` slots whose first slots are those of a smaller cache."""
   larger = model.make_cache(batch_size, num_slots)
   return jax.tree.map(
     lambda target, source: jax.lax.dynamic_update_slice(target, source, (0,) * target.ndim),
@@ -157,7 +182,7 @@ def grow_cache(model: CachedModel, cache: PyTree, batch_size: int, num_slots: in
 
 
 def take_slots(model: CachedModel, cache: PyTree, order: Int[Array, "B S"]) -> PyTree:
-  """Returns the cache with the slots of each input in the given order."""
+  """Returns the cache with the slots of each input in another order."""
   shapes = [jax.eval_shape(partial(model.make_cache, *sizes)) for sizes in ((1, 1), (2, 1), (1, 2))]
 
   def take(leaf: Array, single: Any, two_inputs: Any, two_slots: Any) -> Array:
@@ -174,6 +199,6 @@ def _differing_axis(single: Any, double: Any) -> int:
   if len(axes) != 1:
     raise ValueError(
       "each array of a cache needs one axis of the inputs and one of the slots, but make_cache "
-      f"makes {single.shape} for one of each and {double.shape} for one more"
+      f"returns {single.shape} for one of each and {double.shape} for one more"
     )
   return axes[0]

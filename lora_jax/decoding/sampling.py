@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from lora_jax.decoding.cached_model import CachedModel, grow_cache, make_batches, read_prompts
+from lora_jax.decoding.beam_config import NewTokens, TokenId, as_token_ids
+from lora_jax.decoding.cached_model import (
+  CachedModel,
+  grow_cache,
+  longest_prompt,
+  make_batches,
+  read_prompts,
+)
+from lora_jax.fields import Within, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,25 +29,23 @@ class SamplingConfig:
   Attributes:
     eos_ids: tokens that end an output.
     temperature: divides the logits; 0 takes the likeliest token (greedy decoding).
-    top_p: samples among the likeliest tokens alone whose probabilities first sum to this.
-    max_new_tokens: at most so many generated tokens, the end token included.
+    top_p: samples only from the smallest set of likeliest tokens whose probabilities sum to this.
+    max_new_tokens: the most generated tokens, the end token included.
     pad_id: fills the output after its end.
+
+  Raises:
+    ValueError: naming a field that has another type or is out of bounds.
   """
 
-  eos_ids: tuple[int, ...]
-  temperature: float = 1.0
-  top_p: float = 1.0
-  max_new_tokens: int = 64
-  pad_id: int = 0
+  eos_ids: tuple[TokenId, ...]
+  temperature: Annotated[float, Within("[0, 1_000]")] = 1.0
+  top_p: Annotated[float, Within("(0, 1]")] = 1.0
+  max_new_tokens: NewTokens = 64
+  pad_id: TokenId = 0
 
   def __post_init__(self):
-    object.__setattr__(self, "eos_ids", tuple(int(token) for token in self.eos_ids))
-    if self.temperature < 0:
-      raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+    object.__setattr__(self, "eos_ids", as_token_ids(self.eos_ids))
+    check_fields(self)
 
 
 class _State(NamedTuple):
@@ -70,18 +76,19 @@ def generate(
     prompts: token ids of each input; no padding, any lengths.
     config: how to sample.
     key: for temperatures above 0; prompt i samples with `fold_in(key, i)`, so that its tokens
-      do not depend on the batch it falls in.
+      do not depend on its batch.
     batch_size: inputs that are decoded at once.
     length_multiple: prompts are padded to a multiple of it; each length compiles a program.
-    mesh: spreads the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
+    mesh: shards the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
   Raises:
-    ValueError: if there is temperature and no key, or a prompt is empty or too long.
+    ValueError: if a temperature above 0 has no key, a prompt is empty, too long or not token ids,
+      or the new tokens exceed the model's positions.
   """
   if key is None:
     if config.temperature > 0:
       raise ValueError("a temperature above 0 samples and needs a key; or set temperature=0")
-    key = jax.random.key(0)  # is not used
-  longest = model.max_positions - config.max_new_tokens + 1  # the last token is not read again
+    key = jax.random.key(0)  # unused
+  longest = longest_prompt(model, config.max_new_tokens)
   outputs: list[list[int]] = [[] for _ in prompts]
   for batch in make_batches(prompts, batch_size, length_multiple, longest, mesh):
     rows = np.pad(batch.rows, (0, len(batch.lengths) - len(batch.rows)))
@@ -148,10 +155,10 @@ def next_tokens(
 
 
 def in_nucleus(logits: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
-  """Tells which tokens are among the likeliest that first sum to `top_p`.
+  """Returns the mask of the smallest set of likeliest tokens whose probabilities sum to `top_p`.
 
-  A token is if those before it, in the order of probability, sum to less than `top_p`; so the
-  likeliest always is. Of equal logits the lower token id comes first.
+  A token belongs to it if the more likely ones sum to less than `top_p`; so the likeliest always
+  does. Among equal logits, the lower token id comes first.
   """
   order = jnp.argsort(-logits, axis=-1, stable=True)
   probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)

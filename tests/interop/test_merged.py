@@ -1,4 +1,4 @@
-"""Merged folders: the base's dtype, shards and other files, and never whole in memory."""
+"""Merged folders keep the base model's dtype, shards and files, and little is in memory."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def run(module, params, tokens):
 
 
 def adapt(model, **settings):
-  """Returns an adapted model, its config and factors that change much."""
+  """Returns an adapted model, its config, and factors that change its outputs much."""
   config = lj.LoraConfig(**{"rank": 3, "alpha": 6.0, "target": ALL} | settings)
   adapted = lj.lora(functools.partial(run, model.module), config)
   start = (jax.random.key(0), model.params, TOKENS)
@@ -56,7 +56,7 @@ def files_of(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-  """A Llama in several shards, with files of all kinds beside them."""
+  """A Llama in several shards, with files of all kinds."""
   model = load_causal_lm(GOLDEN / "llama" / "llama_biased")
   model.save(tmp_path / "base", model.params, max_shard_bytes=20_000)
   for name in ("tokenizer.json", "generation_config.json", "tokenizer.model", "LICENSE.txt"):
@@ -79,12 +79,19 @@ CASES = {
   "extra of a stack": {"scan_layers": True, "extra": [r".*/query/bias"]},
 }
 
+LONG_CASES = ("all", "some layers", "stack")  # parts of others
+
 
 @pytest.mark.parametrize(
   ("name", "scan_layers"),
-  [("mixtral", False), ("mixtral", True), ("mixtral_fused", False), ("mixtral_fused", True)],
+  [
+    ("mixtral", False),
+    pytest.param("mixtral", True, marks=pytest.mark.long),
+    pytest.param("mixtral_fused", False, marks=pytest.mark.long),
+    ("mixtral_fused", True),
+  ],
 )
-def test_experts_are_merged_in_the_form_of_their_folder(name, scan_layers, tmp_path):
+def test_experts_are_merged_in_the_format_of_their_folder(name, scan_layers, tmp_path):
   model = load_causal_lm(GOLDEN / "llama" / name, scan_layers=scan_layers)
   published = not name.endswith("_fused")
   stored = llama_folder.stored_tensors(model.module.config, published=published)
@@ -98,7 +105,11 @@ def test_experts_are_merged_in_the_form_of_their_folder(name, scan_layers, tmp_p
 
 @pytest.mark.parametrize(
   ("name", "case"),
-  [("gpt2/tied", case) for case in CASES] + [("llama/llama_biased", "part of a stack")],
+  [
+    *(("gpt2/tied", case) for case in CASES if case not in LONG_CASES),
+    *(pytest.param("gpt2/tied", case, marks=pytest.mark.long) for case in LONG_CASES),
+    ("llama/llama_biased", "part of a stack"),
+  ],
 )
 def test_a_merged_folder_computes_what_the_adapted_model_does(name, case, tmp_path):
   settings = dict(CASES[case])
@@ -158,7 +169,7 @@ def test_the_bases_dtype_is_kept_and_rounding_reported(folder, dtype, tmp_path):
     assert 0 < error < jnp.finfo(dtype).eps
 
 
-def test_parts_of_a_fused_tensor_are_changed_alone(tmp_path):
+def test_only_adapted_parts_of_a_fused_tensor_change(tmp_path):
   model = load_causal_lm(GOLDEN / "gpt2" / "tied")
   _, config, trainable = adapt(model, target="h_0/attn/value/kernel", extra="h_0/attn/key/bias")
   save(tmp_path / "new", model, config, trainable)
@@ -186,7 +197,7 @@ def test_old_names_and_a_tied_head_that_is_written_out(tmp_path):
 
 
 def test_an_encoder_without_its_head_from_a_folder_with_another(tmp_path):
-  """Its names have a prefix there, and norms may have their old ones."""
+  """The names there have a prefix, and those of norms may be old."""
   base = Path(shutil.copytree(GOLDEN / "bert" / "bert_masked", tmp_path / "base"))
   arrays = load_file(base / "model.safetensors")
   old = {name.replace("LayerNorm.bias", "LayerNorm.beta"): x for name, x in arrays.items()}

@@ -79,7 +79,7 @@ def test_logits_are_pefts_with_stacked_layers(name):
     assert relative_difference(got, expected(name)) < 1e-5
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
   "name",
   [
@@ -89,7 +89,7 @@ def test_logits_are_pefts_with_stacked_layers(name):
   ],
 )
 def test_there_and_back(name, scan_layers, tmp_path):
-  """Parts of a fused weight that share A become one again: PEFT's own file."""
+  """Parts of a fused weight that share A become one again, as in PEFT's own file."""
   of, _ = golden.ADAPTERS[name]
   _, params, tensors = base(of, scan_layers)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
@@ -107,7 +107,7 @@ def test_there_and_back(name, scan_layers, tmp_path):
 
 
 def ours(name="gpt2/tied", scan_layers=False, **settings):
-  """Returns an adapter made here, of q and v by default, whose factors are all different."""
+  """Returns an adapter made here, of q and v by default, with different factors everywhere."""
   config, params, _ = base(name, scan_layers)
   settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings
   lora_config = lj.LoraConfig(**settings)
@@ -168,10 +168,17 @@ def test_peft_itself_agrees(case, tmp_path):
 EXPERTS = {"alpha": 6.0, "target": r".*(/experts/\w+|/attn/query/kernel)"}
 
 
-@pytest.mark.parametrize("published", [False, True])
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(
+  ("scan_layers", "published"),
+  [
+    (False, False),
+    pytest.param(False, True, marks=pytest.mark.long),
+    pytest.param(True, False, marks=pytest.mark.long),
+    (True, True),
+  ],
+)
 def test_experts_there_and_back(scan_layers, published, tmp_path):
-  """Gate and up stand in PEFT's fused parameter, or by the names of published folders alone."""
+  """Gate and up are in PEFT's fused parameter, or have the names of published folders."""
   name = "llama/mixtral"
   config, params, _ = base(name, scan_layers)
   adapter = ours(name, scan_layers, rules=[lj.LoraRule(".*/up", rank=3)], **EXPERTS)
@@ -228,8 +235,8 @@ def test_peft_itself_agrees_about_experts(published, tmp_path):
     assert relative_difference(got, logits(name, adapter)[0]) < 1e-5
 
 
-def test_the_form_for_servers(tmp_path):
-  """One rank and one alpha, and the fields of the published form alone."""
+def test_the_format_for_servers(tmp_path):
+  """It has one rank and one alpha, and only the published fields."""
   _, params, tensors = base("gpt2/tied")
   adapter = ours(**CASES["rules"])
   save_peft(tmp_path / "new", *adapter, tensors, params, for_server=True)
@@ -275,7 +282,7 @@ def test_alpha_is_not_folded_into_b(name, settings, rank, alpha, tmp_path):
 
 
 def test_the_keys_that_servers_read(tmp_path):
-  """Of a Llama: those of its modules in `transformers`, each with an A and a B, and no others."""
+  """A Llama's are those of its modules in `transformers`, each with an A and a B."""
   config, params, tensors = base("llama/llama3")
   save_peft(
     tmp_path / "new",
@@ -303,7 +310,7 @@ def test_the_keys_that_servers_read(tmp_path):
   )
 
 
-def test_what_peft_has_no_form_for(tmp_path):
+def test_what_peft_has_no_format_for(tmp_path):
   _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=r"PEFT trains all biases, .* has transformer\.h\.0\.attn"):
     save_peft(tmp_path / "new", *ours(extra="h_0/attn/out/bias"), tensors, params)
@@ -464,7 +471,7 @@ def test_the_docs_examples_run(adapter):
   assert relative_difference(got, expected("fused")) < 1e-5
 
 
-def test_the_adapter_is_read_where_its_base_is_not_needed():
+def test_an_adapter_is_read_with_only_the_base_models_shapes():
   """Shapes alone do, unless biases of B are to be added to the base's."""
   _, params, tensors = base("gpt2/tied")
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
