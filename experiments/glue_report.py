@@ -1,10 +1,10 @@
-"""Sets finished runs of `experiments.glue` beside each other and beside the paper's Table 2.
+"""Compares finished runs of `experiments.glue` with each other and with the paper's Table 2.
 
     python -m experiments.glue_report FOLDERS... [--out=glue.md]
 
-Runs that differ in their seed alone are one cell: the median over the seeds of the best epoch's
-score, as the paper has it, and in brackets that of the last epoch's. Runs that tune are a table of
-their own. Every figure is read from the runs' folders.
+Runs that differ only in their seed are one cell: the median over the seeds of the best epoch's
+score, as in the paper, and in brackets that of the last epoch. Tuning runs have their own table.
+Every number is read from the runs' folders.
 
 Time: seconds.
 Expect: the tables of docs/glue.md, from the runs that are listed there.
@@ -51,7 +51,7 @@ def _results(runs: Sequence[Run]) -> str:
     cells[run.result["model"], run.method.label][run.result["task"]].append(run)
   tasks = list(dict.fromkeys(run.result["task"] for run in runs))
   heads = {run.result["task"]: f"{run.result['task']}, {_metric(run)}" for run in runs}
-  rows = [["what", "trained", *(heads[task] for task in tasks)]]
+  rows = [["run", "trained", *(heads[task] for task in tasks)]]
   models = list(dict.fromkeys(model for model, _ in cells))
   for model in models:
     for (name, method), by_task in cells.items():
@@ -64,9 +64,10 @@ def _results(runs: Sequence[Run]) -> str:
         scores = [_printed(row.scores.get(task)) for task in tasks]
         rows.append([f"the paper, {row.label}", row.trainable, *scores])
   note = (
-    "Dev sets, percent. The median over the seeds of each one's best epoch, which the dev set "
-    "chooses, as the paper does; in brackets the median of the last epoch; then the number of "
-    "seeds. Trained: without the head, which all methods train."
+    "Dev sets, percent. The median over the seeds of the best epoch, which the dev set chooses, as "
+    "in the paper; in brackets the median of the last epoch; then the number of seeds. Trained: "
+    "without the head, which all methods train. The order of the rows is no ranking: other seeds "
+    "and machines change a score."
   )
   return f"## Results\n\n{table.aligned(rows)}\n\n{note}"
 
@@ -102,7 +103,7 @@ def _check_alike(runs: Sequence[Run]) -> None:
     if names := sorted(k for k in first | other if first.get(k) != other.get(k)):
       raise ValueError(
         f"{runs[0].folder} and {run.folder} differ in more than their seed: {', '.join(names)}. "
-        "Give them to two reports"
+        "Write a report for each"
       )
 
 
@@ -133,8 +134,8 @@ def _origin(runs: Sequence[Run]) -> str:
   devices, versions, commits = (joined_values(runs, n) for n in ("device", "jax", "commit"))
   hours = sum(run.result["seconds"] for run in runs) / 3600
   return (
-    "## How they were made\n\n"
-    f"- {len(runs)} runs, {hours:.2f} hours in all\n"
+    "## Provenance\n\n"
+    f"- {len(runs)} runs, {hours:.2f} hours in total\n"
     f"- devices: {devices}; JAX {versions}; commits {commits}"
   )
 
@@ -142,7 +143,7 @@ def _origin(runs: Sequence[Run]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("glue_report", __doc__)
-  parser.add_argument("folders", nargs="+", help="of runs, as runs/glue/cola/*")
+  parser.add_argument("folders", nargs="+", help="the runs' folders, such as runs/glue/cola/*")
   parser.add_argument("--out", help="a file to write the report to as well")
   options = parser.parse_args(arguments)
   with explained():

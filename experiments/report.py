@@ -1,11 +1,11 @@
-"""Sets finished runs beside each other and beside the paper: a table, a CSV file and a plot.
+"""Compares finished runs with each other and with the paper: a table, a CSV file and a plot.
 
     python -m experiments.report FOLDERS... [--out=report] [--against=FOLDER]
 
-Runs that differ in their seed alone are one row. Every figure is read from the runs' folders;
-those that are not finished are named as such. OUT.md, OUT.csv and OUT.png are written.
+Runs that differ only in their seed are one row. Every number is read from the runs' folders;
+unfinished runs are listed. Writes OUT.md, OUT.csv and OUT.png.
 
-Time: seconds, and with Java some more to compare texts by METEOR.
+Time: seconds; with Java a few more for METEOR.
 Expect: the tables of docs/gpt2_e2e.md, from the runs that are listed there.
 """
 
@@ -37,10 +37,10 @@ def report(
   """Writes the report of some runs; returns its text.
 
   Args:
-    folders: of runs.
-    out: the files' path without their ending.
+    folders: the runs' folders.
+    out: the files' path without the ending.
     against: the run that the others are compared with; None is the first seed of the group with
-      the smallest validation loss among those of LoRA and its variants.
+      the smallest validation loss among LoRA and its variants.
   Raises:
     FileNotFoundError: if a folder is not the folder of a run.
     ValueError: if no run is finished, two are the same, `against` is none of them, or the files
@@ -58,7 +58,7 @@ def report(
   if any(group.first.is_decoded for group in groups):
     parts += [_over_inputs(groups), _compared(groups, runs, against), _paper()]
   elif against is not None:
-    raise ValueError("--against compares decoded texts, and none of the runs has any")
+    raise ValueError("--against compares decoded texts, and none of the runs has decoded any")
   parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
   parts += [_budgets(budgets) if budgets else "", _origin(runs)]
   text = "\n\n".join(part for part in parts if part) + "\n"
@@ -71,7 +71,8 @@ def report(
 
 def _results(groups: Sequence[Group]) -> str:
   shown = HEADS if any(group.first.is_decoded for group in groups) else ["valid_loss"]
-  head = ["what", "trainable", "lines", "learning rate", "seeds", *(HEADS[name] for name in shown)]
+  head = ["run", "trainable", "examples", "learning rate", "seeds"]
+  head += [HEADS[name] for name in shown]
   rows = [
     [
       group.label,
@@ -84,8 +85,9 @@ def _results(groups: Sequence[Group]) -> str:
     for group in groups
   ]
   note = (
-    "Means over the seeds, ± their sample standard deviation where there are several. Validation "
-    "loss in nats a token."
+    "Means over the seeds, ± their sample standard deviation if there are several. Validation loss "
+    "in nats/token. The order of the rows is no ranking: another machine changes a run's scores as "
+    "another seed does (docs/gpt2_e2e.md: BLEU 43.2 to 49.6 for one config)."
   )
   return f"## Results\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -101,7 +103,7 @@ def _statistic(group: Group, name: str) -> str:
 
 
 def _over_inputs(groups: Sequence[Group]) -> str:
-  head = ["what", "seed", "inputs", *METRICS.values()]
+  head = ["run", "seed", "inputs", *METRICS.values()]
   rows = [
     [
       group.label,
@@ -113,8 +115,8 @@ def _over_inputs(groups: Sequence[Group]) -> str:
     if group.first.is_decoded
   ]
   note = (
-    "Of each group's first seed alone: its score and the 95 % bootstrap interval over the inputs. "
-    "It says how much depends on which inputs were drawn, and nothing about another seed."
+    "The first seed of each group: its score and the 95 % bootstrap interval over the inputs, "
+    "which does not cover other seeds or machines."
   )
   return f"## Over the inputs\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -141,17 +143,18 @@ def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path 
   if not others:
     return ""
   labels = {run.folder: group.label for group in decoded for run in group.runs}
-  head = ["what", *METRICS.values()]
+  head = ["run", *METRICS.values()]
   rows = [
     [labels[run.folder], *(_difference(name, by_name[name]) for name in METRICS)]
     for run, by_name in zip(others, compare(others, reference), strict=True)
   ]
   note = (
-    "Differences from it on the same inputs, first seeds, with their 95 % paired bootstrap "
-    "intervals; ° marks those that hold zero."
+    "Differences from it on the same inputs, first seeds, with 95 % paired bootstrap intervals "
+    "over the inputs; ° marks those that contain zero. The intervals do not cover other seeds or "
+    "machines, so a difference without ° may be noise too."
   )
   if left_out:
-    note += f" Decoded on other inputs, and left out: {'; '.join(left_out)}."
+    note += f" Left out, since they decoded other inputs: {'; '.join(left_out)}."
   title = f"## Against {label}, seed {reference.seed}"
   return f"{title}\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -180,7 +183,9 @@ def _reference(
       if run.folder.resolve() == path:
         return group.label, run
   known = ", ".join(str(run.folder) for run in runs if run.is_decoded)
-  raise ValueError(f"--against={against} is none of the given runs with decoded texts: {known}")
+  raise ValueError(
+    f"--against={against} must be one of the runs that decoded texts: {known or 'none has'}"
+  )
 
 
 def _inputs(run: Run) -> tuple[Any, ...]:
@@ -191,7 +196,7 @@ def _texts(run: Run, count: int) -> list[str]:
   path = run.folder / "predictions.txt"
   texts = path.read_text("utf-8").removesuffix("\n").split("\n")
   if len(texts) != count:
-    raise ValueError(f"{path}: expected {count} lines, one for each input, got {len(texts)}")
+    raise ValueError(f"{path}: expected {count} lines, one per input, got {len(texts)}")
   return texts
 
 
@@ -210,8 +215,8 @@ def _paper() -> str:
   ]
   note = (
     f"Table 3 of the paper ({PAPER}): GPT-2 medium (355 M parameters) and large (774 M), trained "
-    "on all lines for 5 epochs. Other models than those above, set here as a landmark alone. "
-    "* was taken by the paper from earlier work."
+    "on all examples for 5 epochs. These are other models than those above. "
+    "* is from earlier work."
   )
   return f"## The paper's Table 3\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -248,8 +253,8 @@ def _ranks(sweep: Sequence[Group]) -> str:
       cells += [_statistic(group, name), number(name, paper.get(name))]
     rows.append(cells)
   note = (
-    f"(paper): Table 18 of {PAPER}: GPT-2 medium, LoRA on q and v, 26,000 steps. Another model: "
-    "what can be compared is how the values move with the rank, not the values."
+    f"(paper): Table 18 of {PAPER}: GPT-2 medium, LoRA on q and v, 26,000 steps. It is another "
+    "model: compare how the values change with the rank, not the values."
   )
   return f"## By rank: {sweep[0].method.label}\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -274,7 +279,7 @@ def _budgets(families: Mapping[str, Mapping[int, Group]]) -> str:
 
 
 def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -> str:
-  """Returns full fine-tuning less the other methods on each base, over the inputs."""
+  """Returns a table: BLEU of full fine-tuning minus that of the other methods, by base model."""
   full: Mapping[int, Group] = next(
     (
       members
@@ -284,7 +289,7 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
     {},
   )
   others = {label: members for label, members in families.items() if members is not full}
-  rows = [["BLEU of full fine-tuning less that of", *others]]
+  rows = [["BLEU of full fine-tuning minus that of", *others]]
   for tokens in budgets:
     if tokens not in full or not full[tokens].first.is_decoded:
       continue
@@ -296,7 +301,10 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
       else:
         cells.append(_difference("bleu", compare([run], other)[0]["bleu"]))
     rows.append([f"{tokens:,} tokens", *cells])
-  note = "First seeds, with 95 % paired bootstrap intervals over the inputs; ° holds zero."
+  note = (
+    "First seeds, with 95 % paired bootstrap intervals over the inputs, which do not cover other "
+    "seeds or machines; ° contains zero."
+  )
   title = "## Full fine-tuning against the other methods, by pretraining"
   return f"{title}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and others else ""
 
@@ -306,21 +314,21 @@ def _origin(runs: Sequence[Run]) -> str:
   hours = sum(run.result.get("seconds", 0.0) for run in runs) / 3600
   lines = [
     f"- devices: {devices}; JAX {versions}; commits {commits}",
-    f"- {hours:.2f} hours in all",
+    f"- {hours:.2f} hours in total",
   ]
   missing = {
     f"- no {METRICS[name]}: {reason}"
     for run in runs
     for name, reason in run.result.get("scores", {}).get("missing", {}).items()
   }
-  return "## How they were made\n\n" + "\n".join([*lines, *sorted(missing)])
+  return "## Provenance\n\n" + "\n".join([*lines, *sorted(missing)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("report", __doc__)
-  parser.add_argument("folders", nargs="+", help="of runs, as runs/e2e_budgets/*")
-  parser.add_argument("--out", default="report", help="the files to write, without their ending")
+  parser.add_argument("folders", nargs="+", help="the runs' folders, such as runs/e2e_budgets/*")
+  parser.add_argument("--out", default="report", help="the files to write, without the ending")
   parser.add_argument("--against", help="the run that the others are compared with")
   options = parser.parse_args(arguments)
   with explained():

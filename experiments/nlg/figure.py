@@ -12,7 +12,7 @@ from experiments.harness import paper as paper_tables
 from experiments.nlg.groups import Group
 from experiments.nlg.scores import METRICS
 
-VALUES = {"valid_loss": "validation loss, nats a token", **METRICS}
+VALUES = {"valid_loss": "validation loss, nats/token", **METRICS}
 OURS, PAPER = "tab:blue", "tab:orange"
 
 

@@ -119,7 +119,7 @@ def load_generator(folder: str | Path, chat: bool = False) -> Generator:
     FileNotFoundError: if the folder is not a run's, or what was trained is missing.
     ValueError: if the run is not finished, generates no text, or has no chat template.
   """
-  experiment = stored_config(folder).get("experiment")
+  experiment = str(stored_config(folder).get("experiment"))
   if experiment not in LOADERS:
     raise ValueError(
       f"{folder} is a run of {experiment}, which generates no text; expected a run of "

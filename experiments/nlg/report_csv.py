@@ -9,12 +9,12 @@ from experiments.nlg.groups import RATE, Group
 from experiments.nlg.scores import METRICS
 
 VALUES = ("valid_loss", *METRICS)
-LABELS = ("source", "what", "trainable", "lines", "learning_rate", "rank", "seeds")
+LABELS = ("source", "run", "trainable", "lines", "learning_rate", "rank", "seeds")
 PARTS = ("", "_deviation", "_low", "_high")  # over the seeds; of the first seed's interval
 
 
 def write_csv(path: Path, groups: Sequence[Group]) -> None:
-  """Writes the groups' and the paper's figures in full; what is missing is an empty cell."""
+  """Writes all numbers of the groups and the paper; a missing one is an empty cell."""
   names = [*LABELS, *(name + part for name in VALUES for part in PARTS)]
   with path.open("w", encoding="utf-8", newline="") as file:
     writer = csv.DictWriter(file, names, restval="")
@@ -26,7 +26,7 @@ def write_csv(path: Path, groups: Sequence[Group]) -> None:
 def _ours(group: Group) -> dict[str, object]:
   row: dict[str, object] = {
     "source": "runs",
-    "what": group.label,
+    "run": group.label,
     "trainable": group.first.result["trainable_parameters"],
     "lines": group.first.result["num_train_records"],
     "learning_rate": group.settings.get(RATE),
@@ -43,10 +43,10 @@ def _ours(group: Group) -> dict[str, object]:
 
 def _paper() -> Iterator[dict[str, object]]:
   for row in paper_tables.TABLE_3:
-    cells: dict[str, object] = {"source": "paper, Table 3", "what": row.label}
+    cells: dict[str, object] = {"source": "paper, Table 3", "run": row.label}
     cells["trainable"] = row.trainable
     for name, value in zip(METRICS, row[2:], strict=True):
       cells |= {name: value.mean, f"{name}_deviation": value.deviation}
     yield cells
   for rank, values in paper_tables.TABLE_18.items():
-    yield {"source": "paper, Table 18", "what": "GPT-2 M, LoRA", "rank": rank, **values}
+    yield {"source": "paper, Table 18", "run": "GPT-2 M, LoRA", "rank": rank, **values}

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments import e2e_template, evaluate, glue_report
+from experiments import e2e_template, evaluate, generate, glue_report
 from experiments import report as reports
 from experiments.classification.config import GlueConfig
 from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
@@ -357,6 +357,65 @@ REPORTS = [
 ]
 
 
+def generated(name: str, arguments: tuple[str, ...], *words: str, **changes: Any) -> BadInput:
+  return BadInput(
+    f"generate: {name}",
+    lambda folder: generate.main([str(finished(folder, **changes)), *arguments]),
+    words,
+    SystemExit,
+  )
+
+
+def unfinished(folder: Path) -> Path:
+  (finished(folder) / "result.json").unlink()
+  return folder
+
+
+GENERATE = [
+  generated("negative temperature", ("Hi", "--temperature=-1"), "--temperature", "[0, 100]"),
+  generated("temperature nan", ("Hi", "--temperature=nan"), "--temperature", "got nan"),
+  generated("temperature inf", ("Hi", "--temperature=inf"), "--temperature", "got inf"),
+  generated("top_p 0", ("Hi", "--top_p=0", "--temperature=1"), "--top_p", "(0, 1]", "got 0.0"),
+  generated("top_p 1.5", ("Hi", "--top_p=1.5", "--temperature=1"), "--top_p", "got 1.5"),
+  generated("top_p of greedy decoding", ("Hi", "--top_p=0.5"), "--top_p=0.5 has no effect"),
+  generated("no new tokens", ("Hi", "--max_new_tokens=0"), "--max_new_tokens", "[1, 65_536]"),
+  generated("endless", ("Hi", "--max_new_tokens=10000000"), "--max_new_tokens", "got 10000000"),
+  generated("negative seed", ("Hi", "--seed=-1"), "--seed", "[0, 4_294_967_295]", "got -1"),
+  generated("no batch", ("Hi", "--batch_size=0"), "--batch_size", "[1, ", "got 0"),
+  generated("an empty prompt", ("Hi", " "), "prompt 2 must not be empty"),
+  generated("a prompt that is not text", ("\udcff",), "prompt 1 must be text in UTF-8"),
+  generated("a chat with GPT-2", ("Hi", "--chat"), "has no chat template; leave out --chat"),
+  generated(
+    "a classifier", ("Hi",), "is a run of glue, which generates no text", experiment="glue"
+  ),
+  generated("no experiment", ("Hi",), "is a run of [1]", experiment=[1]),
+  BadInput(
+    "generate: an empty folder",
+    lambda folder: generate.main(["", "Hi"]),
+    ("the folder of a run must not be empty",),
+    SystemExit,
+  ),
+  BadInput(
+    "generate: a folder that is a bucket's",
+    lambda folder: generate.main(["s3://bucket/run", "Hi"]),
+    ("s3:// address",),
+    SystemExit,
+  ),
+  BadInput(
+    "generate: a folder that is not a run's",
+    lambda folder: generate.main([str(folder), "Hi"]),
+    ("is not the folder of a run",),
+    SystemExit,
+  ),
+  BadInput(
+    "generate: a run that is not finished",
+    lambda folder: generate.main([str(unfinished(folder)), "Hi"]),
+    ("is not finished: rerun its command",),
+    SystemExit,
+  ),
+]
+
+
 # ---- sweeps and variants -------------------------------------------------------------------
 
 
@@ -418,6 +477,7 @@ ROWS = [
   *RUN,
   *DECODING,
   *EVALUATE,
+  *GENERATE,
   *REPORTS,
   *SWEEPS,
 ]

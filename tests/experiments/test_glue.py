@@ -430,7 +430,7 @@ def test_the_report_has_medians_and_the_papers_rows(tmp_path):
     folders.append(made(tmp_path, f"t{rate}", tuning=True, learning_rate=rate, score=score))
   text = glue_report.report(folders)
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-  assert ["what", "trained", "cola, Matthews", "rte, accuracy"] in rows
+  assert ["run", "trained", "cola, Matthews", "rte, accuracy"] in rows
   assert ["minilm, LoRA", "1,000", "62.0 [40.0] 3", ""] in rows
   assert ["minilm, full fine-tuning", "1,200", "50.0 [40.0] 1", ""] in rows
   assert ["the paper, LoRA", "0.3M", "63.4 ± 1.2", "86.6 ± 0.7"] in rows

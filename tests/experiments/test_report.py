@@ -160,7 +160,7 @@ def test_against_a_named_run(runs, tmp_path):
   assert list(found) == ["LoRA, rank 4", "LoRA, rank 8", "frozen base"]
   assert found["LoRA, rank 4"]["BLEU"] == "+0.00 [+0.00, +0.00]°"  # neither has a 4-gram right
   assert not found["LoRA, rank 8"]["BLEU"].endswith("°")
-  with pytest.raises(ValueError, match="is none of the given runs"):
+  with pytest.raises(ValueError, match="must be one of the runs that decoded texts"):
     report(folders(runs, "lora1", "lora2"), tmp_path / "r", against=runs / "full")
 
 
@@ -342,7 +342,7 @@ def test_csv_and_plot(runs, tmp_path):
   with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
     found = list(csv.DictReader(file))
   ours = [row for row in found if row["source"] == "runs"]
-  assert ours[0]["what"] == "LoRA, rank 4"
+  assert ours[0]["run"] == "LoRA, rank 4"
   values = [result(runs, name)["valid_loss"] for name in ("lora1", "lora2")]
   assert float(ours[0]["valid_loss"]) == np.mean(values)
   assert float(ours[0]["valid_loss_deviation"]) == pytest.approx(np.std(values, ddof=1))
