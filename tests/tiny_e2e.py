@@ -32,6 +32,7 @@ def tiny_config(workdir: str | Path):
   config.model.folder = str(tiny_folder())
   config.data.update({"num_train_records": 60, "num_valid_records": 20, "batch_size": 4})
   config.fit.update({"eval_every_steps": 3, "checkpoint_every_steps": 2, "log_every_steps": 1})
+  config.fit.checkpoint_every_seconds = 0.0  # a slow machine changes nothing
   config.lora.rank = 4
   config.optimizer.warmup_steps = 2
   config.decoding.update({"num_inputs": 4, "num_beams": 2, "max_new_tokens": 8, "batch_size": 4})

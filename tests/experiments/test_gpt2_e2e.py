@@ -249,7 +249,7 @@ def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
   workdir = tmp_path / "run"
   # -B: Python puts a .pyc file that it could write in part alone in place of the whole one
   command = [sys.executable, "-B", "-c", FULL_DISK, workdir, tiny_folder()]
-  run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  run = subprocess.run(command, capture_output=True, text=True)
   assert run.returncode == 1, run.stderr
   assert "error: the checkpoint of step 3 could not be written" in run.stderr, run.stderr
   assert "Those of steps [2] are untouched. Make room" in run.stderr

@@ -18,6 +18,12 @@ from experiments.nlg.config import E2EConfig, TemplateConfig
 from tests.paths import ROOT
 
 EXPERIMENT = """
+import ctypes
+import os
+import signal
+import threading
+import time
+
 import experiments.harness.launch
 from experiments.harness.config import read_config
 from experiments.harness.launch import launch
@@ -38,6 +44,16 @@ def run(config):
       logging.getLogger("lora_jax.training").warning("a checkpoint is damaged")
     if config.lora.rank == 9:
       (workdir / "nothere").read_text()
+    if config.lora.rank in (11, 12, 13):  # signals, the last one where Python cannot react
+      number = signal.SIGINT if config.lora.rank == 11 else signal.SIGTERM
+      if config.lora.rank == 13:
+        (workdir / "checkpoints" / "6").mkdir(parents=True)
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        ctypes.CDLL(None).usleep(10**7)
+        ctypes.CDLL(None).usleep(10**7)
+      os.kill(os.getpid(), number)
+      os.kill(os.getpid(), number)
+      time.sleep(10)
     print("ran", config.lora.rank, workdir)
     print("learning rate", config.optimizer.learning_rate)
     write_json(workdir / "result.json", {"rank": config.lora.rank})
@@ -45,6 +61,38 @@ def run(config):
 
 if __name__ == "__main__":
   launch(run, "gpt2_e2e.py")
+"""
+
+
+FORKS = """
+import json, os, runpy, sys, traceback
+import experiments.harness.launch, experiments.harness.workdir, experiments.nlg.config
+
+def run(arguments):
+  sys.argv = ["small.py", *arguments]
+  sys.orig_argv = [sys.executable, "-m", "experiments.small", *arguments]
+  try:
+    runpy.run_module("experiments.small", run_name="__main__", alter_sys=True)
+  except SystemExit as error:
+    if isinstance(error.code, str):
+      print(error.code, file=sys.stderr)
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+  except BaseException:
+    traceback.print_exc()
+    return 1
+  return 0
+
+for line in sys.stdin:
+  request = json.loads(line)
+  process = os.fork()
+  if not process:
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    os.environ.update(request["environment"])
+    code = run(request["arguments"])
+    sys.stdout.flush()
+    os._exit(code)
+  print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 
 
@@ -73,17 +121,31 @@ def package(tmp_path_factory):
   return folder
 
 
-def launched(package, *arguments, code=0):
+@pytest.fixture(scope="module")
+def forking(package):
+  """A process that has imported everything, and forks once for each command."""
+  environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": f"{package}:{ROOT}"}
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  command = [sys.executable, "-c", FORKS]
+  with subprocess.Popen(command, cwd=package, env=environment, **pipes) as process:
+    yield process
+    process.stdin.close()
+
+
+@pytest.fixture
+def launched(package, forking):
   """Runs the small experiment in a process of its own; returns what it wrote."""
-  run = subprocess.run(
-    [sys.executable, "-m", "experiments.small", *arguments],
-    cwd=package,
-    env=os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": f"{package}:{ROOT}"},
-    capture_output=True,
-    text=True,
-  )
-  assert run.returncode == code, run.stdout + run.stderr
-  return run.stdout + run.stderr
+
+  def launch(*arguments, code=0, **environment):
+    output = package / "output"
+    request = {"arguments": arguments, "environment": environment, "output": str(output)}
+    forking.stdin.write(json.dumps(request) + "\n")
+    forking.stdin.flush()
+    returned = int(forking.stdout.readline())
+    assert returned == code, output.read_text()
+    return output.read_text()
+
+  return launch
 
 
 @pytest.mark.parametrize(
@@ -99,91 +161,106 @@ def launched(package, *arguments, code=0):
     ("--config.lora.rank=9", "error: [Errno 2] No such file or directory"),
   ],
 )
-def test_mistakes_end_with_a_message(package, argument, message):
-  written = launched(package, argument, code=1)
+def test_mistakes_end_with_a_message(launched, argument, message):
+  written = launched(argument, code=1)
   assert message in written
   assert "Traceback" not in written
 
 
 @pytest.mark.parametrize(("kept", "platforms"), [(True, "cpu"), (False, "cpu"), (True, "")])
-def test_memory_is_kept_on_cpus_where_the_config_says_so(package, kept, platforms, monkeypatch):
-  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+def test_memory_is_kept_on_cpus_where_the_config_says_so(package, launched, kept, platforms):
   if not platforms:  # as where a GPU's plugin is installed
     (package / "libtpu").mkdir()
-  written = launched(package, f"--config.keep_freed_memory={kept}", "--config.lora.rank=2")
+  flags = (f"--config.keep_freed_memory={kept}", "--config.lora.rank=2")
+  written = launched(*flags, JAX_PLATFORMS=platforms)
   assert ("memory is kept" in written) == (kept and platforms == "cpu")
 
 
-def test_bugs_keep_their_traceback(package):
-  written = launched(package, "--config.lora.rank=5", code=1)
+def test_bugs_keep_their_traceback(launched):
+  written = launched("--config.lora.rank=5", code=1)
   assert "Traceback" in written
   assert 'int("a bug")' in written
-  written = launched(package, "--config.lora.rank=3", "--traceback", code=1)
+  written = launched("--config.lora.rank=3", "--traceback", code=1)
   assert "Traceback" in written
 
 
-def test_the_folder_is_named_by_what_the_flags_change(package):
-  assert "ran 7 runs/gpt2_e2e/mini,lora.rank=7\n" in launched(package, "--config.lora.rank=7")
+@pytest.mark.parametrize(("rank", "code"), [(11, 130), (12, 143), (13, 143)])
+def test_a_signal_ends_with_one_line(launched, rank, code):
+  """It says what is saved, and the command that resumes, as it was typed."""
+  arguments = (f"--config.lora.rank={rank}", f"--config.workdir=a folder/{rank}")
+  written = launched(*arguments, code=code)
+  kept = f"no checkpoint was saved in a folder/{rank} yet"
+  if rank == 13:
+    kept = f"a folder/{rank} is saved up to step 6 (a folder/{rank}/checkpoints/6)"
+  command = f"{sys.executable} -m experiments.small {arguments[0]} '{arguments[1]}'"
+  assert written.splitlines() == [
+    "memory is kept",  # from before the run
+    f"interrupted: {kept}. To resume: {command}",
+  ]
+
+
+def test_the_folder_is_named_by_what_the_flags_change(launched):
+  assert "ran 7 runs/gpt2_e2e/mini,lora.rank=7\n" in launched("--config.lora.rank=7")
   written = launched(
-    package, "--config.lora.rank=7", "--config.lora.target=.*/kernel", "--config.workdir=own"
+    "--config.lora.rank=7", "--config.lora.target=.*/kernel", "--config.workdir=own"
   )
   assert "ran 7 own\n" in written
   assert "WARNING: a checkpoint is damaged" in written
   written = launched(
-    package, "--config=experiments/configs/gpt2_e2e.py:small", "--config.lora.target=.*/kernel"
+    "--config=experiments/configs/gpt2_e2e.py:small", "--config.lora.target=.*/kernel"
   )
   assert "ran 4 runs/gpt2_e2e/small,lora.target=" in written
 
 
-def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(package):
+def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(launched):
   arguments = ("--sweep", "--config=ranks.py", "--config.workdir=ranks")
-  written = launched(package, *arguments, "--sweep_shard=1/2", code=1)  # ranks 3 and 4
+  written = launched(*arguments, "--sweep_shard=1/2", code=1)  # ranks 3 and 4
   assert "failed: rank 3 is no good" in written
   assert "ran 4 ranks/lora.rank=4" in written
   assert "error: 1 of 2 runs failed: ranks/lora.rank=3" in written
   assert "Traceback" not in written
-  written = launched(package, *arguments, code=1)
+  written = launched(*arguments, code=1)
   assert written.count("finished before") == 1
   assert "ran 1 " in written
   assert "ran 2 " in written
-  written = launched(package, *arguments, "--config.seed=5", code=1)
+  written = launched(*arguments, "--config.seed=5", code=1)
   assert "belongs to a run with another config: seed=110 there, 5 now" in written
-  written = launched(package, "--sweep", "--sweep_shard=2/2", code=1)
+  written = launched("--sweep", "--sweep_shard=2/2", code=1)
   assert "error: --sweep_shard must be i/n with 0 <= i < n, got '2/2'" in written
 
 
-def test_a_method_has_its_own_learning_rate_unless_one_is_named(package):
+def test_a_method_has_its_own_learning_rate_unless_one_is_named(package, launched):
   rate = "--config.optimizer.learning_rate"
-  written = launched(package, "--config.method=full_finetuning")
+  written = launched("--config.method=full_finetuning")
   assert written.count("optimizer.learning_rate=0.001, the default for full fine-tuning\n") == 1
   assert "runs/gpt2_e2e/mini,method=full_finetuning\nlearning rate 0.001\n" in written
   folder = package / "runs" / "gpt2_e2e" / "mini,method=full_finetuning"
   assert json.loads((folder / "config.json").read_text())["optimizer"]["learning_rate"] == 0.001
-  written = launched(package, "--config.method=full_finetuning", f"{rate}=0.01")
+  written = launched("--config.method=full_finetuning", f"{rate}=0.01")
   assert "method=full_finetuning,optimizer.learning_rate=0.01\nlearning rate 0.01\n" in written
   assert "the default for" not in written
-  assert "learning rate 0.01\n" in launched(package, "--config.lora.rank=2")
+  assert "learning rate 0.01\n" in launched("--config.lora.rank=2")
 
 
-def test_a_changed_field_that_the_method_ignores_is_an_error(package):
+def test_a_changed_field_that_the_method_ignores_is_an_error(launched):
   arguments = ("--config.method=full_finetuning", "--config.lora.rank=8")
   message = "error: lora.rank=8 has no effect with method=full_finetuning: leave it out, or choose"
-  assert message in launched(package, *arguments, code=1)
+  assert message in launched(*arguments, code=1)
   arguments = ("--config.method=frozen_base", "--config.optimizer.weight_decay=0.5")
-  assert "optimizer.weight_decay=0.5 has no effect" in launched(package, *arguments, code=1)
+  assert "optimizer.weight_decay=0.5 has no effect" in launched(*arguments, code=1)
   assert message in launched(
-    package, "--sweep", "--config=ranks.py", "--config.method=full_finetuning", code=1
+    "--sweep", "--config=ranks.py", "--config.method=full_finetuning", code=1
   ).replace("rank=1 ", "rank=8 ")
   arguments = ("--sweep", "--config=methods.py", "--config.workdir=methods")
-  written = launched(package, *arguments, "--config.lora.rank=2")  # LoRA's run uses it
+  written = launched(*arguments, "--config.lora.rank=2")  # LoRA's run uses it
   assert [line for line in written.splitlines() if line.startswith("learning rate")] == [
     "learning rate 0.01",
     "learning rate 0.001",
     "learning rate 0.5",
   ]
-  written = launched(package, "--sweep", "--config=full.py", "--config.lora.rank=2", code=1)
+  written = launched("--sweep", "--config=full.py", "--config.lora.rank=2", code=1)
   assert "error: lora.rank=2 has no effect with method=full_finetuning" in written
-  assert ", frozen_base, got 'dora_plus'" in launched(package, "--config.method=dora_plus", code=1)
+  assert ", frozen_base, got 'dora_plus'" in launched("--config.method=dora_plus", code=1)
 
 
 def test_apply_changes_a_copy():
