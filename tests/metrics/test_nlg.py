@@ -110,6 +110,7 @@ def test_a_java_program_that_fails_says_why(tmp_path, monkeypatch):
     java.run_java(["-jar", "x.jar"], ["text"])
 
 
+@pytest.mark.long
 def test_awkward_texts_on_a_turkish_machine(with_java, monkeypatch):
   monkeypatch.setenv("LC_ALL", "C")
   monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr -Dfile.encoding=ISO-8859-1")
