@@ -1,36 +1,42 @@
-"""A finished run in the formats of other packages.
+"""Exports a finished run to the formats of other packages.
 
-    python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, as PEFT has it
-    python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # as adapter servers read it
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, for PEFT
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # the adapter, for servers
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --merged   # a model for `transformers`
 
-The adapter of separate query, key and value goes onto GPT-2's fused c_attn exactly; ranks add up
-there. A merged model works without any adapter, and without LoRA: its method may be any. Of a LoRA
-run it is the base's own folder, with its dtype, and what rounding to that has cost is printed.
+An adapter of separate query, key and value is written for GPT-2's fused c_attn exactly; their ranks
+add up. A merged model needs no adapter and no LoRA: the run's method may be any. It has the files
+and the dtype of the base model's folder, and the error of rounding to that dtype is printed.
 
-A run of `experiments.finetune` has its adapter in PEFT's format already, for servers too, in
-`peft/`, and its model in `model/` if that was fully trained. Of a run of `experiments.glue` the new
-head goes along, which the format for servers has no place for.
+Tokenizer, chat template and end tokens are exported too, as they were in training.
 
-Time: seconds for the embedded base; a merged model is read and written one weight at a time.
-Expect: a folder whose model computes what the run's own does.
+A run of `experiments.finetune` has written its adapter in PEFT's format, for servers too, to
+`peft/`, or its fully trained model to `model/`. A run of `experiments.glue` exports its new head
+too, which the format for servers does not have.
+
+Time: seconds for the embedded base model; a merged model is read and written one weight at a time.
+Expect: a folder whose model computes the same as the run's.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.classification.config import GlueConfig
+from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import export_folder, weights_digests
-from experiments.nlg.gpt2 import load_base, model_folder
+from experiments.nlg.gpt2 import Base, load_base, model_folder
 from experiments.nlg.restore import load_adapter, load_run
+from experiments.nlg.text_files import exported_text_files, text_files, write_with
 from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.gpt2.folder import save_gpt2, stored_tensors
+from lora_jax.models.text.tokenizer import tokenizer_files
 from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
@@ -49,28 +55,32 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
   if isinstance(config, FinetuneConfig):
     raise ValueError(_written_already(config))
   if isinstance(config, GlueConfig):
-    load_encoder(folder).save_adapter(out, base_model, for_server)
+    run, source = load_encoder(folder), encoder_folder(config)
+    files = {path.name: path.read_bytes() for path in tokenizer_files(source)}
+    write_with(files, out, lambda path: run.save_adapter(path, base_model, for_server))
     return
   if config.model.start == "random":
-    raise ValueError(f"{folder} adapts new weights, which no one else has. Export it with --merged")
+    raise ValueError(f"{folder} adapts random weights, which no one else has. Export it --merged")
   base = load_base(config, make_mesh())
-  save_peft(
-    out,
-    lora_config(config),
+  adapter, stored, lora = (
     load_adapter(config, base),
     stored_tensors(base.config),
-    base.params,
-    base_model=base_model,
-    for_server=for_server,
+    lora_config(config),
+  )
+  options: dict[str, Any] = {"base_model": base_model, "for_server": for_server}
+  write_with(
+    _text_files(config, base),
+    out,
+    lambda path: save_peft(path, lora, adapter, stored, base.params, **options),
   )
 
 
 def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
-  """Writes a finished run's model, what was trained merged into it, for `transformers`.
+  """Writes a finished run's model for `transformers`, with its adapter merged.
 
   Returns:
-    What rounding to the base's dtype cost each leaf, as `save_merged` has it; of runs without
-    an adapter or a base's folder nothing: their weights are written as they are.
+    The error of rounding each leaf to the base model's dtype, as of `save_merged`; empty for runs
+    without an adapter or a base model's folder, whose weights are not rounded.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
@@ -83,21 +93,30 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   if find_method(config.method).exports_adapter and config.model.start != "random":
     base = load_base(config, make_mesh())
     adapter, stored = load_adapter(config, base), stored_tensors(base.config)
-    lora = lora_config(config)
-    return save_merged(out, model_folder(config), lora, adapter, stored, base.params)
+    lora, source = lora_config(config), model_folder(config)
+    return write_with(
+      _text_files(config, base),
+      out,
+      lambda path: save_merged(path, source, lora, adapter, stored, base.params),
+    )
   run = load_run(folder)
-  source, end = model_folder(run.config), run.base.end_of_text
-  save_gpt2(out, run.base.config, run.params, tokenizer_from=source, end_of_text_id=end)
+  model, end_id = run.base.config, run.base.end_of_text
+  write_with(
+    _text_files(config, run.base),
+    out,
+    lambda path: save_gpt2(path, model, run.params, end_of_text_id=end_id),
+  )
   return {}
+
+
+def _text_files(config: E2EConfig, base: Base) -> dict[str, bytes]:
+  return text_files(model_folder(config), base.tokenizer, [base.end_of_text])
 
 
 def _config_of(folder: str | Path) -> E2EConfig | GlueConfig | FinetuneConfig:
   experiment = stored_config(folder)["experiment"]
   if experiment not in EXPORTED:
-    raise ValueError(
-      f"{folder} is a run of {experiment!r}; those that can be exported are of "
-      f"{', '.join(EXPORTED)}"
-    )
+    raise ValueError(f"{folder} is a run of {experiment!r}, expected one of {', '.join(EXPORTED)}")
   return read_run(EXPORTED[experiment], folder)
 
 
@@ -108,7 +127,7 @@ def _written_already(config: FinetuneConfig) -> str:
 def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float]:
   """Writes the merged model of a run of `experiments.finetune`, one weight after another.
 
-  LoRA needs of the base no more than its shapes to read an adapter; its variants need the weights.
+  Reading an adapter of LoRA needs only the base model's shapes; its variants need the weights.
   """
   result, method = read_finished(config.workdir), find_method(config.method)
   if not method.exports_adapter:
@@ -119,11 +138,20 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
   changed = result.get("weights", {}).items() - weights_digests(base).items()
   if changed:
     raise ValueError(
-      f"{config.workdir} was trained on other weights than {base} has by now: "
-      f"{', '.join(sorted(name for name, _ in changed))}. Restore them; on others the adapter "
-      "means nothing"
+      f"{config.workdir} was trained on other weights than are in {base} now: "
+      f"{', '.join(sorted(name for name, _ in changed))}. Restore them, since the adapter fits no "
+      "others"
     )
-  return save_merged(out, base, lora, adapter, model.stored_in_folder(), model.params)
+  files = exported_text_files(export_folder(config))
+  if config.data.chat_template and "chat_template.jinja" not in files:
+    raise ValueError(
+      f"{export_folder(config)} lacks chat_template.jinja, with which the run was trained "
+      f"({config.data.chat_template}). Copy it there"
+    )
+  stored = model.stored_in_folder()
+  return write_with(
+    files, out, lambda path: save_merged(path, base, lora, adapter, stored, model.params)
+  )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -131,9 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = make_parser("export", __doc__)
   parser.add_argument("folder", help="of a finished run")
   parser.add_argument("out", help="the folder to make")
-  form = parser.add_mutually_exclusive_group()
-  form.add_argument("--merged", action="store_true", help="the whole model, for transformers")
-  form.add_argument("--server", action="store_true", help="one rank and one alpha for all")
+  formats = parser.add_mutually_exclusive_group()
+  formats.add_argument("--merged", action="store_true", help="the whole model, for transformers")
+  formats.add_argument("--server", action="store_true", help="one rank and one alpha for all")
   options = parser.parse_args(arguments)
   errors: dict[str, float] = {}
   with explained():
@@ -144,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   print(f"wrote {options.out}")
   if errors:
     worst = max(errors, key=lambda path: errors[path])
-    print(f"rounding to the base's dtype changed {len(errors)} weights by at most")
+    print(f"rounding to the base model's dtype changed {len(errors)} weights by at most")
     print(f"{errors[worst]:.1e} of their largest element ({worst})")
 
 

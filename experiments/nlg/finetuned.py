@@ -1,4 +1,4 @@
-"""A user's model under a method: its batches' loss, its answers, and the files that it leaves."""
+"""Fine-tunes a user's model: the adapted loss, answers to prompts, and exported files."""
 
 import tempfile
 from pathlib import Path
@@ -13,6 +13,7 @@ from experiments.harness.methods import adapt, find_method, lora_config
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest
 from experiments.nlg.config import FinetuneConfig
+from experiments.nlg.text_files import text_files, write_with
 from experiments.nlg.user_data import Data, Text
 from lora_jax.adapters.delta import adapter_weights
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
@@ -42,30 +43,36 @@ def adapted_loss(config: FinetuneConfig, model: LanguageModel) -> lj.Adaptation:
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-  """Returns the SHA-256 of each of the base's weight files, by name."""
+  """Returns the SHA-256 of each of the base model's weight files, by name."""
   return {name: file_digest(folder / name) for name in weight_files(folder)[0]}
 
 
 def export_folder(config: FinetuneConfig) -> Path:
-  """Returns where a run's adapter is, in PEFT's format, or its fully trained model."""
+  """Returns the folder of a run's adapter in PEFT's format, or of its fully trained model."""
   adapter = find_method(config.method).exports_adapter
   return Path(config.workdir) / ("peft" if adapter else "model")
 
 
 def export(config: FinetuneConfig, model: LanguageModel, text: Text, trained: PyTree) -> None:
-  """Writes what was trained, unless it is there."""
+  """Writes the trained adapter or model, with its tokenizer, chat template and end tokens.
+
+  A folder that exists is kept.
+  """
   folder = export_folder(config)
   if folder.exists():
     return
+  own_template = text.template.source if text.template and config.data.chat_template else None
+  end_ids = (text.end_id, *text.end_ids)
+  files = text_files(model.folder, text.tokenizer, end_ids, own_template)
   if find_method(config.method).exports_adapter:
-    _write_peft(config, model, trained, folder)
-  else:
-    params = adapted_loss(config, model).merge(model.params, trained)
-    model.save(folder, params, tokenizer_from=model.folder, end_of_text_id=text.end_id)
+    write_with(files, folder, lambda path: _write_peft(config, model, trained, path))
+    return
+  params = adapted_loss(config, model).merge(model.params, trained)
+  write_with(files, folder, lambda path: model.save(path, params, end_of_text_id=text.end_id))
 
 
 def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree) -> None:
-  """Raises ValueError, before anything is trained, if PEFT has no format for the adapter."""
+  """Raises ValueError if PEFT has no format for the adapter; to be called before training."""
   if find_method(config.method).exports_adapter:
     with tempfile.TemporaryDirectory() as folder:
       _write_peft(config, model, trainable, Path(folder) / "peft")
@@ -74,7 +81,7 @@ def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree
 def _write_peft(
   config: FinetuneConfig, model: LanguageModel, adapter: PyTree, folder: Path
 ) -> None:
-  """Writes the adapter as PEFT reads it; and servers, if they can read the method and weights."""
+  """Writes the adapter in PEFT's format, and in that of servers if they read such adapters."""
   adapted = set(adapter_weights(adapter))
   fused = any(tensor.is_parameter and adapted & set(tensor.paths) for tensor in model.stored)
   save_peft(
@@ -96,7 +103,7 @@ def samples(
   trained: PyTree,
   mesh: Mesh,
 ) -> list[dict[str, str]]:
-  """Returns the adapted model's answers to held-out prompts, and those of their lines."""
+  """Returns the adapted model's answers to held-out prompts, and the answers in the data."""
   room = model.num_slots - config.samples.max_new_tokens
   if not data.prompts or room < 1:
     return []
@@ -106,11 +113,11 @@ def samples(
   )
   prompts = [ids[-room:] for ids in data.prompts]
   answers = generate(
-    _cached_model(config, model),
+    cached_model(config, model),
     {"base": base, "adapter": trained},
     prompts,
     search,
-    batch_size=mesh.shape["data"] * mesh.shape["fsdp"],  # a prompt each
+    batch_size=8 * mesh.shape["data"] * mesh.shape["fsdp"],
     mesh=mesh,
   )
   decode = text.tokenizer.decode
@@ -120,8 +127,8 @@ def samples(
   ]
 
 
-def _cached_model(config: FinetuneConfig, model: LanguageModel) -> CachedModel:
-  """Returns the adapted model as decoding sees it: nothing is merged, the base is not copied."""
+def cached_model(config: FinetuneConfig, model: LanguageModel) -> CachedModel:
+  """Returns the adapted model for decoding, without merging or copying the base model."""
 
   def adapted(name: str) -> Any:
     def call(params: PyTree, *args: Any) -> Any:
