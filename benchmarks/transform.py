@@ -142,7 +142,7 @@ def gpt(
   remat: bool = False,
 ) -> jax.Array:
   """Returns the logits; the layers are either `h_0`, `h_1`, ... or stacked under `h`."""
-  adapters = adapters or {}
+  layer_adapters = adapters or {}
   x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][: ids.shape[1]]
 
   def body(x, layer_and_adapter):
@@ -150,9 +150,9 @@ def gpt(
 
   if "h" in params:
     scanned = jax.checkpoint(body) if remat else body
-    x, _ = jax.lax.scan(scanned, x, (params["h"], adapters.get("h", {})))
+    x, _ = jax.lax.scan(scanned, x, (params["h"], layer_adapters.get("h", {})))
   for i in range(sum(name.startswith("h_") for name in params)):
-    x, _ = body(x, (params[f"h_{i}"], adapters.get(f"h_{i}", {})))
+    x, _ = body(x, (params[f"h_{i}"], layer_adapters.get(f"h_{i}", {})))
   return layer_norm(params["ln_f"], x) @ params["wte"]["embedding"].T
 
 
