@@ -19,14 +19,14 @@ EMBEDDED = Path(lora_jax.__file__).parent / "assets" / "gpt2"
 def tiny_folder() -> Path:
   """Returns a Hugging Face folder of a random GPT-2, 2 layers x 32, with the embedded tokenizer."""
   config = GPT2Config(vocab_size=8192, num_positions=256, embed_dim=32, num_layers=2, num_heads=2)
-  params = GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   folder = Path(tempfile.mkdtemp(prefix="tiny-gpt2-")) / "model"
   save_gpt2(folder, config, params, tokenizer_from=EMBEDDED, end_of_text_id=0)
   return folder
 
 
 def tiny_config(workdir: str | Path):
-  """Returns a config of `experiments.gpt2_e2e`: 60 lines, 4 inputs, beam 2."""
+  """Returns a config of `experiments.gpt2_e2e`: 60 examples, 4 inputs, beam 2."""
   config = gpt2_e2e.get_config("mini")
   config.workdir = str(workdir)
   config.model.folder = str(tiny_folder())

@@ -40,7 +40,7 @@ def tiny_folder(kind: str = "bert") -> Path:
   else:
     own = {"num_token_types": 1, "pad_id": 0} if kind == "roberta" else {}
     model, save = Bert(BertConfig(**shape, kind=kind, **own)), save_bert
-  params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+  params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   folder = Path(tempfile.mkdtemp(prefix=f"tiny-{kind}-")) / "model"
   save(folder, model.config, params)
   tokenizer.save(str(folder / "tokenizer.json"))

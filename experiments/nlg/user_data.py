@@ -78,7 +78,7 @@ class Text(NamedTuple):
 
 
 def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]:
-  """Returns the model's tokenizer and the batches of both parts of the data."""
+  """Returns the model's tokenizer, and the batches to train on and held out."""
   options = config.data
   records: Sequence[Any] = read_jsonl(options.file, options.ignored_fields)
   if options.valid_file:
@@ -91,11 +91,6 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
   else:
     records, held_out = _hold_out(config, records)
   text = load_text(config, model, isinstance(records[0], Conversation))
-  if options.row_length > model.num_positions:
-    raise ValueError(
-      f"data.row_length must be at most the model's {model.num_positions:,} positions, got "
-      f"{options.row_length:,}"
-    )
   limit = options.row_length or model.num_positions
   train, valid = (encode(text, part, limit, options.truncate) for part in (records, held_out))
   longest = max(len(example.tokens) for example in (*train, *valid))
