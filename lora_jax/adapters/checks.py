@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from lora_jax.adapters.copies import wide_dtype
@@ -76,7 +77,7 @@ def check_number(name: str, value: Any, kind: Any) -> None:
   if isinstance(value, jax.Array | np.ndarray | np.generic):
     if value.shape:
       raise ValueError(f"{name} must be one number, got an array of shape {value.shape}")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
       return
     value = value.item()
   read_value(kind, value, name)

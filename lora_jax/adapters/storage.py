@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from lora_jax.adapters.copies import is_float
@@ -226,7 +227,7 @@ def _unusable(arrays: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _has_values(array: Any) -> bool:
-  return not isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer)
+  return not isinstance(array, jax.ShapeDtypeStruct | Tracer)
 
 
 def _differences(trainable: PyTree, like: PyTree) -> Iterable[str]:

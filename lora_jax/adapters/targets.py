@@ -185,7 +185,7 @@ def _target(config: LoraConfig, path: str, keys: tuple[str, ...], leaf: Any) -> 
 
 
 def _is_signed_float(dtype: Any) -> bool:
-  return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).min < 0  # not float8_e8m0fnu
+  return jnp.issubdtype(dtype, jnp.floating) and bool(jnp.finfo(dtype).min < 0)  # not e8m0fnu
 
 
 def layer_number(path: str) -> int | None:

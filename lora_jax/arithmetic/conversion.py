@@ -20,6 +20,8 @@ from lora_jax.fields import Count, Within, read_value
 from lora_jax.trees import nest
 from lora_jax.variants.lora import LORA
 
+Energy = Annotated[float, Within("(0, 1]")]
+
 
 def convert(
   config: LoraConfig,
@@ -54,7 +56,7 @@ def convert(
   if (rank is None) == (energy is None):
     raise ValueError(f"expected rank or energy, one of them; got rank={rank}, energy={energy}")
   read_value(Count | None, rank, "rank")
-  read_value(Annotated[float, Within("(0, 1]")] | None, energy, "energy")
+  read_value(Energy | None, energy, "energy")
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
   rules: dict[str, LoraRule] = {}

@@ -1,6 +1,7 @@
 """Weights and fully trained leaves of every dtype: adapted, merged, stored, or refused."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def test_a_leaf_of_a_narrow_dtype_is_trained_in_float32(name, dtype):
 
 def test_the_copy_is_trained_as_by_hand():
   params = make_params("bfloat16")
-  by_hand, state = jnp.ones(6), optax.adam(1e-4).init(jnp.ones(6))
+  by_hand: Any = jnp.ones(6)
+  state = optax.adam(1e-4).init(jnp.ones(6))
 
   @jax.jit
   @jax.grad
