@@ -1,14 +1,14 @@
-"""An encoder on a task of GLUE or SuperGLUE: train, evaluate, and one cell of the paper's Table 2.
+"""An encoder on a GLUE or SuperGLUE task: trains and evaluates one cell of the paper's Table 2.
 
     python -m experiments.glue --config=experiments/configs/glue.py:MODEL,TASK \\
       --config.data.source=FOLDER
 
-Time: 5 hours on 2 CPU cores for all of MiniLM's table in docs/glue.md, which is 4 tasks with 3
-methods each, 3 seeds and the tuning of learning rates. The sweeps have DoRA too by now, a fourth
-method, which the 5 hours are without; the paper's models have not been run here.
-Expect: MiniLM on CoLA, Matthews 28.0 by LoRA, 29.8 by full fine-tuning, 7.4 by the head only.
+Time: 5 hours on 2 CPU cores for MiniLM's table in docs/glue.md: 4 tasks, 3 methods, 3 seeds and the
+tuning of learning rates, without DoRA, which the sweeps now include. We have not run the paper's
+models.
+Expect: MiniLM on CoLA: Matthews 28.0 with LoRA, 29.8 with full fine-tuning, 7.4 with the head only.
 
-`run` is the whole of it: data -> model -> method -> fit -> metrics -> result.json.
+`run` does it all: data -> model -> method -> fit -> metrics -> result.json.
 """
 
 import math
@@ -37,7 +37,7 @@ from lora_jax.trees import leaves_with_path, matches
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Trains and evaluates one run; returns what `result.json` holds.
+  """Trains and evaluates one run; returns the content of `result.json`.
 
   A finished run is not repeated, and an interrupted one is resumed.
   """
@@ -76,7 +76,7 @@ def _run(config: GlueConfig, workdir: Path) -> dict[str, Any]:
 
 
 def train(config: GlueConfig, base: Base, data: Data, mesh: Mesh) -> dict[str, Any]:
-  """Adapts the base and trains the head; returns what the result holds about it."""
+  """Adapts the base model and trains the head; returns the fields of the result."""
   loss, method = adapt(config)(classification_loss(base.module)), find_method(config.method)
   trainable = initialize(config, loss, base.params, data.train[0])
   if config.lora.start and method.uses("lora"):
@@ -104,7 +104,7 @@ def train(config: GlueConfig, base: Base, data: Data, mesh: Mesh) -> dict[str, A
 
 
 def _with_steps(config: GlueConfig, data: Data) -> GlueConfig:
-  """Returns the config with those steps that it has as a share of all, or by the epoch."""
+  """Returns the config with numbers of steps in place of shares and epochs."""
   optimizer = config.optimizer
   warmup = math.ceil(optimizer.warmup_ratio * len(data.train)) or optimizer.warmup_steps
   every = config.fit.eval_every_steps or data.train.epoch_ends[0]
@@ -113,7 +113,7 @@ def _with_steps(config: GlueConfig, data: Data) -> GlueConfig:
 
 
 def _head_parameters(config: GlueConfig, trainable: PyTree) -> int:
-  """Returns the trained parameters of the head, which the paper does not count."""
+  """Returns the number of the head's trained parameters, which the paper does not count."""
   paths = leaves_with_path(trainable)
   return count([leaf for path, leaf in paths if matches(config.head, path)])
 
@@ -125,6 +125,12 @@ def _scores(config: GlueConfig, best_step: int, last_step: int) -> dict[str, Any
     values = {n.removeprefix("valid/"): v for n, v in line.items() if n.startswith("valid/")}
     if values:
       by_step[line["step"]] = values
+  for step in (best_step, last_step):
+    if step not in by_step:
+      raise ValueError(
+        f"{config.workdir}/metrics.jsonl lacks the evaluation of step {step}. Restore the file, or "
+        "give another --config.workdir"
+      )
   main = metrics.main_metric(config.data.task)
   best, last = by_step[best_step], by_step[last_step]
   return {
@@ -160,13 +166,13 @@ def _check(config: GlueConfig) -> None:
   method = find_method(config.method, config.NAME)
   if not config.data.source:
     raise ValueError(
-      "data.source must name the folder of the original files, which holds "
-      f"{config.data.task}'s own; or tfds. Give --config.data.source=FOLDER"
+      f"data.source must name the folder with {config.data.task}'s original files, or be tfds. Give "
+      "--config.data.source=FOLDER"
     )
   if method.uses("lora") and config.lora.start == "required":
     raise ValueError(
       f"the paper's {config.data.task} run starts from the adapter of an MNLI run: give "
-      "--config.lora.start=<the folder of one>, or --config.lora.start= for new factors"
+      "--config.lora.start=FOLDER, or --config.lora.start= for random A"
     )
 
 

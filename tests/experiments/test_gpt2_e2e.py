@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,24 @@ def test_a_finished_run_is_not_done_again(finished, capsys):
   assert gpt2_e2e.run(tiny_config(workdir)) == result
   assert (workdir / "result.json").stat().st_mtime_ns == before
   assert "is finished" in capsys.readouterr().out
+
+
+def test_other_decoding_is_done_again_without_training(finished, tmp_path, monkeypatch):
+  shutil.copytree(finished[0], tmp_path / "run")
+  metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+  monkeypatch.setattr(
+    gpt2_e2e,
+    "decode_and_score",
+    lambda config, base, params, mesh: {"decoded": config.decoding.num_inputs},
+  )
+  config = tiny_config(tmp_path / "run")
+  config.decoding.num_inputs = 2
+  result = gpt2_e2e.run(config)
+  assert result["decoded"] == 2
+  for name in ("train_seconds", "train_tokens", "best_step", "valid_loss", "base"):
+    assert result[name] == finished[1][name]
+  assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+  assert read_run(E2EConfig, tmp_path / "run").decoding.num_inputs == 2
 
 
 def test_a_finished_adapter_generates_the_runs_predictions(finished):
@@ -175,7 +194,7 @@ def test_bad_input(tmp_path, monkeypatch):
   _fails(apply(config, {"experiment": "glue"}), "config of 'glue'.*python -m experiments.glue")
   _fails(apply(config, {"method": "lora_plus"}), "one of lora, .*full_finetuning, frozen_base")
   _fails(apply(config, {"optimizer.schedule": "step"}), "optimizer.schedule must be one of linear")
-  _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* Near names: ")
+  _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* did you mean ")
   _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller side")
   _fails(
     apply(config, {"data.num_train_records": 99_999}), "=99999 must be at most the 42061 records"

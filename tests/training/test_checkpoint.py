@@ -42,7 +42,7 @@ def test_there_and_back(tmp_path):
   assert restored(tmp_path / "none") is None
 
 
-def test_the_last_two_and_the_best_are_kept_by_all_sittings(tmp_path):
+def test_the_last_two_and_the_best_are_kept_across_sessions(tmp_path):
   saved(tmp_path, {1: 3.0, 2: 1.0, 3: None, 4: 2.0})
   saved(tmp_path, {5: None, 6: 1.0, 7: None})
   with Checkpoints(tmp_path) as checkpoints:
@@ -158,6 +158,21 @@ def test_another_base_and_another_state_are_refused(tmp_path):
     ):
       checkpoints.restore_last(smaller, BASE)
     assert checkpoints.steps() == [1]
+
+
+def test_a_renamed_checkpoint_is_set_aside(tmp_path, caplog):
+  """Its step would be counted wrong. One of before the step was stored is still read."""
+  saved(tmp_path, {1: 3.0, 2: 1.0})
+  (tmp_path / "2").rename(tmp_path / "7")
+  got = restored(tmp_path)
+  assert got.step == 1
+  assert "the checkpoint of step 7" in caplog.text
+  assert "is that of step 2: its folder was renamed or copied" in caplog.text
+  stored = files(tmp_path / "1")["about/metadata"]
+  content = json.loads(stored.read_text())["content"]
+  assert content.pop("step") == 1
+  stored.write_text(json.dumps({"content": content, "digest": checkpoint._digest(content)}))
+  assert restored(tmp_path).step == 1
 
 
 def test_a_later_version_is_refused_and_not_set_aside(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The train step: what it updates, what it leaves alone, what it compiles."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from lora_jax.training.step import (
   start,
   trainable_tree,
 )
+from lora_jax.trees import leaves_with_path
 
 from tests.toy_models import relative_difference
 
@@ -353,6 +355,29 @@ def test_one_compilation_serves_all_steps_and_a_resumed_run(axes, parts, tmp_pat
       x if x.dtype != KEY.dtype else jax.random.key_data(x) for x in (got, reference)
     )
     np.testing.assert_array_equal(got, reference)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_bfloat16_base_is_trained_in_float32_and_resumed(method, tmp_path):
+  adaptation = lora() if method == "lora" else lj.full_finetuning(squares)
+  params = {name: jnp.asarray(array, jnp.bfloat16) for name, array in PARAMS.items()}
+  trainable = adaptation.init(jax.random.key(1), params, BATCH)
+  state, frozen, optimizer = start(params, trainable, optax.adamw(1e-3), KEY, make_mesh())
+  step, batch = make_train_step(adaptation, optimizer, state), place_batch(make_mesh(), BATCH)
+  before = host(state.part)
+  state, _ = step(state, frozen, batch)
+  assert {x.dtype for x in jax.tree.leaves(state.part)} == {jnp.dtype("float32")}
+  assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.part, before)
+  assert all(move for path, move in leaves_with_path(moved) if not path.endswith("lora_a"))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, None, "base")
+    restored = checkpoints.restore_last(state, "base").state
+    narrow = dataclasses.replace(state, part=jax.tree.map(jnp.bfloat16, state.part))
+    with pytest.raises(ValueError, match=r": float32\[10\], expected bfloat16\[10\].* Resume with"):
+      checkpoints.restore_last(narrow, "base")
+  results = [host(step(x, frozen, batch)[0].part) for x in (restored, state)]
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_all_finite():

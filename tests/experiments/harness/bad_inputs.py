@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from experiments.classification.config import GlueConfig
+from experiments.configs.glue import get_config
+from experiments.glue import _scores
+from experiments.harness.config import read_config, replace_fields
 from experiments.harness.restore import check_base
 from experiments.harness.runs import read_runs
 from experiments.harness.workdir import (
@@ -96,7 +100,13 @@ def folder_as(name: str, read: Any) -> Any:
   return call
 
 
+def lost_log(folder: Path) -> None:
+  config = replace_fields(read_config(GlueConfig, get_config()), {"workdir": str(folder)})
+  _scores(config, 2, 4)
+
+
 ROWS = [
+  BadInput("a log without the best step", lost_log, ("metrics.jsonl", "evaluation of step 2")),
   *(
     BadInput(f"{name}: {kind}", of_file(name, content, read), (name, remedy, *words))
     for name, (read, remedy) in REMEDIES.items()
