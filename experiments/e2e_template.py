@@ -1,11 +1,11 @@
-"""A baseline that learns nothing: E2E texts by a fixed rule, scored as a run's are.
+"""Scores a baseline without training: E2E texts by a fixed template.
 
     python -m experiments.e2e_template [--workdir=runs/e2e_template]
 
-The rule was written from the meaning of the slots and the wording of the training lines. Nothing
-in it was chosen by a score on the test set.
+The template follows the meaning of the slots and the wording of the training texts; it was not
+tuned on the test set.
 
-Time: 31 s on 2 CPU cores beside other work, most of it for the metrics.
+Time: 31 s on 2 busy CPU cores, most of it for the metrics.
 Expect: BLEU 63.34 on the 630 test inputs.
 """
 
@@ -25,7 +25,7 @@ PRICES = {"less than £ 20", "£ 20 - 25", "more than £ 30"}
 
 
 def parse(context: str) -> dict[str, str]:
-  """Returns the slots of an input of the reference form.
+  """Returns the slots of an input in the reference format.
 
   >>> parse("name : The Vaults | Type : pub")
   {'name': 'The Vaults', 'Type': 'pub'}
@@ -38,7 +38,7 @@ def parse(context: str) -> dict[str, str]:
     name, colon, value = (piece.strip() for piece in part.partition(":"))
     if name not in SLOTS or name in slots or not colon or not value:
       raise ValueError(
-        f"expected 'slot : value | ...' with each of {', '.join(SLOTS)} once at most, got "
+        f"expected 'slot : value | ...' with each of {', '.join(SLOTS)} at most once, got "
         f"{part.strip()!r} in {context!r}"
       )
     slots[name] = value
@@ -48,7 +48,7 @@ def parse(context: str) -> dict[str, str]:
 
 
 def describe(slots: Mapping[str, str]) -> str:
-  """Returns a text for the slots of an input, its punctuation set off as in the data.
+  """Returns a text for the slots of an input, with spaces around punctuation as in the data.
 
   >>> describe({"name": "The Vaults", "Type": "pub", "price": "more than £ 30"})
   'The Vaults is a pub with a price range of more than £ 30 .'
@@ -84,7 +84,7 @@ def _a(noun: str) -> str:
 
 
 def run(config: TemplateConfig) -> dict[str, Any]:
-  """Writes and scores one text for each input; a finished run is not repeated."""
+  """Writes and scores one text for each input. A finished run is not repeated."""
   result = run_once(config, lambda workdir: _run(config, workdir))
   print(markdown([result]))
   return result

@@ -1,12 +1,12 @@
-"""Decodes and scores a finished run of `experiments.gpt2_e2e` anew; nothing is trained.
+"""Decodes and scores a finished run of `experiments.gpt2_e2e` again, without training.
 
     python -m experiments.evaluate FOLDER --num_beams=4 --length_penalty=0.8
 
-What is not given stays as it was in the run. The results are written to
-FOLDER/evaluations/<what differs>/, which `experiments.report` reads like the folder of a run.
+Other settings are the run's own. Results are written to FOLDER/evaluations/<changed settings>/,
+which `experiments.report` reads like the folder of a run.
 
-Time: 41 s for 630 inputs on the embedded base with a beam of 10 on 2 CPU cores, and the metrics.
-Expect: with no settings the texts and scores of the run itself.
+Time: 41 s for 630 inputs with the embedded base model and 10 beams on 2 CPU cores, and the metrics.
+Expect: without settings, the texts and scores of the run itself.
 """
 
 import argparse
@@ -41,21 +41,21 @@ KEPT += ("trainable_parameters", "num_train_steps", "best_step")
 
 
 def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
-  """Decodes and scores a finished run; returns what the evaluation's `result.json` holds.
+  """Decodes and scores a finished run; returns the content of the evaluation's `result.json`.
 
   Args:
-    folder: of the run.
+    folder: the run's folder.
     settings: values by the names in `SETTINGS`.
   Raises:
-    FileNotFoundError: if the folder is no run's, or what was trained is not there any more.
-    ValueError: if the run is of another experiment, not finished, or a setting does not fit or
-      has no effect on the run's method.
+    FileNotFoundError: if the folder is not a run's, or the trained weights are missing.
+    ValueError: before any folder is made, if the run is of another experiment or not finished, or
+      a setting is out of bounds or has no effect on the run's method.
   """
   stored, result = read_run(E2EConfig, folder), read_finished(folder)
   config = replace_fields(stored, {SETTINGS[name]: value for name, value in settings.items()})
   check_used(config.method, _changed(stored, config), config.experiment)
   if not config.decoding.num_inputs:
-    raise ValueError("the run decoded nothing; say how many inputs, as --num_inputs=630")
+    raise ValueError("the run decoded nothing; give the number of inputs: --num_inputs=630")
   workdir = Path(folder) / "evaluations" / _name(stored, config)
   config = dataclasses.replace(config, workdir=str(workdir))
   evaluation = run_once(config, lambda _: _evaluate(config, stored, result))
@@ -80,13 +80,13 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
 
 
 def _changed(stored: E2EConfig, config: E2EConfig) -> dict[str, Any]:
-  """Returns the settings that differ from the run's, by their field in the config."""
+  """Returns the settings that differ from the run's, by config field."""
   before, now = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
   return {field: now[field] for field in SETTINGS.values() if before[field] != now[field]}
 
 
 def _name(stored: E2EConfig, config: E2EConfig) -> str:
-  """Returns the folder's name for what differs from the run."""
+  """Returns the folder's name, made of the changed settings."""
   changed = _changed(stored, config)
   parts = [f"{name}={changed[field]}" for name, field in SETTINGS.items() if field in changed]
   return ",".join(parts) or "unchanged"
@@ -95,14 +95,14 @@ def _name(stored: E2EConfig, config: E2EConfig) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("evaluate", __doc__, argument_default=argparse.SUPPRESS)
-  parser.add_argument("folder", help="of a finished run")
+  parser.add_argument("folder", help="the folder of a finished run")
   parser.add_argument("--num_beams", type=int, help="1 is greedy")
-  parser.add_argument("--length_penalty", type=float, help="the exponent of the length")
-  parser.add_argument("--no_repeat_ngram_size", type=int, help="0 allows every repetition")
-  parser.add_argument("--max_new_tokens", type=int, help="of a text")
-  parser.add_argument("--scoring", help="transformers, or reference: the paper's code's rules")
-  parser.add_argument("--num_inputs", type=int, help="the first of the distinct inputs")
-  parser.add_argument("--split", choices=("train", "valid", "test"), help="of the inputs")
+  parser.add_argument("--length_penalty", type=float, help="the exponent of a text's length")
+  parser.add_argument("--no_repeat_ngram_size", type=int, help="0 allows all repetitions")
+  parser.add_argument("--max_new_tokens", type=int, help="the longest text")
+  parser.add_argument("--scoring", help="the rules: transformers, or reference (the paper's)")
+  parser.add_argument("--num_inputs", type=int, help="decodes the first distinct inputs")
+  parser.add_argument("--split", choices=("train", "valid", "test"), help="the split of the inputs")
   parser.add_argument(
     "--checkpoint", choices=("best", "last"), help="the best by validation loss, or the last"
   )

@@ -1,11 +1,11 @@
-"""Your model, your data: by LoRA an adapter for this project, PEFT and servers.
+"""Fine-tunes your model on your data, and writes an adapter for this project, PEFT and servers.
 
     python -m experiments.finetune --model=FOLDER_OR_REPOSITORY --data=mine.jsonl [--dry_run]
 
-Time: by your model and data; `--dry_run` says the steps and the memory of one.
+Time: depends on your model and data; `--dry_run` prints the steps and a step's memory.
 Expect: a falling loss, some answers, and the lines of Python that load the adapter.
 
-`run` is the whole of it: lines -> model -> method -> fit -> samples -> files for other packages.
+`run` does it all: data -> model -> method -> fit -> samples -> files for other packages.
 """
 
 import json
@@ -82,7 +82,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
     trainable,
     data.train,
     mesh,
-    examples=f"{data.num_train:,} lines",
+    examples=f"{data.num_train:,} examples",
     keep=config.fit.keep,
     eval_loss=loss,
     eval_batches=lambda: iter(data.valid),
@@ -107,7 +107,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
 
 
 def _checked(config: ConfigDict) -> FinetuneConfig:
-  """Returns the config; raises ValueError if it lacks something, or has values that do not fit."""
+  """Returns the config; raises ValueError if the model or the data is missing."""
   settings = read_config(FinetuneConfig, config)
   find_method(settings.method, settings.NAME)
   if not settings.model.folder:
@@ -132,7 +132,7 @@ def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Tex
 
 
 def _check_data(config: FinetuneConfig) -> None:
-  """Raises ValueError if the run in this folder was trained with other lines, or another form."""
+  """Raises ValueError if the run in this folder was trained on other data or another template."""
   files = [config.data.file, config.data.valid_file, config.data.chat_template]
   digests = [file_digest(file) for file in files if file]
   check_same(Path(config.workdir) / "data.json", digests, "data")
@@ -174,9 +174,9 @@ def plan(config: ConfigDict, all_rows: bool = False) -> None:
   memory = step.lower(state, frozen, batch).compile().memory_analysis()
   held, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   print(
-    f"memory     {_gigabytes(held + temporary)} a device by the compiler's estimate: "
-    f"{_gigabytes(held)} of weights, adapter, optimizer and batch, {_gigabytes(temporary)} of "
-    "temporaries of a step\n"
+    f"memory     {_gigabytes(held + temporary)} per device by the compiler's estimate: "
+    f"{_gigabytes(held)} for weights, adapter, optimizer and batch, {_gigabytes(temporary)} for "
+    "a step's temporaries\n"
     f"folder     {settings.workdir}\n"
     "nothing was trained (--dry_run)"
   )
@@ -187,14 +187,14 @@ def _gigabytes(size: int) -> str:
 
 
 def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable: PyTree) -> str:
-  """Returns what is trained on what."""
+  """Returns the model, the method, the data and the steps as text."""
   base, size, method = count(model.params), count_trained(trainable), find_method(config.method)
   rank = f", rank {config.lora.rank}" if method.uses("lora") else ""
   return "\n".join(
     [
       f"model      {config.model.folder}: {model.model_type}, {base:,} parameters",
       f"method     {method.label}{rank}, {size:,} parameters ({100 * size / base:.2f} %)",
-      f"data       {config.data.file}: {data.num_train:,} lines, and {data.num_valid:,} held out",
+      f"data       {config.data.file}: {data.num_train:,} examples, {data.num_valid:,} held out",
       f"steps      {len(data.train):,} in {config.data.num_epochs} epochs, each of "
       f"{config.data.batch_size} rows of {data.train.row_lengths[-1]} tokens"
       f"{', packed' if config.data.packing else ''}",
@@ -211,7 +211,7 @@ def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
   kept = result["best_step"] if config.fit.keep == "best" else result["num_train_steps"]
   lines += [
     f"loss       {result['valid_loss']:.4f} nats/token on {result['num_valid_records']:,} "
-    f"held-out lines, after step {kept:,} of {result['num_train_steps']:,}",
+    f"held-out examples, after step {kept:,} of {result['num_train_steps']:,}",
     f"time       {result['seconds']:.0f} s on {result['device']}",
     f"wrote      {export_folder(config)}",
     "",
@@ -220,7 +220,7 @@ def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
 
 
 def how_to_load(config: FinetuneConfig) -> list[str]:
-  """Returns lines that load what was trained here, in PEFT or transformers, and in a server."""
+  """Returns lines that load the adapter or model here, in PEFT or transformers, in a server."""
   model, folder = config.model.folder, export_folder(config)
   if not find_method(config.method).exports_adapter:
     return [
@@ -249,7 +249,7 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   rank = next((rank for rank in ranks if rank >= written["r"]), None)
   served = find_method(config.method).has_servers and "target_parameters" not in written
   if rank is not None and served:
-    lines += ["", "# a server that has LoRA for models of this type"]
+    lines += ["", "# in a server that supports LoRA for models of this type"]
     lines += [f"# vllm serve {model} --enable-lora --max-lora-rank {rank} \\"]
     lines += [f"#   --lora-modules mine={folder}"]
   return lines

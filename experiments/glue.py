@@ -166,8 +166,8 @@ def _check(config: GlueConfig) -> None:
   method = find_method(config.method, config.NAME)
   if not config.data.source:
     raise ValueError(
-      f"data.source must name the folder with {config.data.task}'s original files, or be tfds. Give "
-      "--config.data.source=FOLDER"
+      f"data.source must name the folder with {config.data.task}'s original files, or be tfds. "
+      "Give --config.data.source=FOLDER"
     )
   if method.uses("lora") and config.lora.start == "required":
     raise ValueError(

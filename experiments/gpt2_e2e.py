@@ -39,7 +39,7 @@ from lora_jax.training.step import make_eval_step
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Trains, decodes and scores one run; returns what `result.json` holds.
+  """Trains, decodes and scores one run; returns the content of `result.json`.
 
   A finished run is not repeated, and an interrupted one is resumed.
   """
@@ -79,7 +79,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
 
 
 def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
-  """Adapts the base; returns the merged params, and what the result holds about training."""
+  """Adapts the base model; returns the merged params, and the result's fields about training."""
   adapted = adapt(config)
   eval_loss = adapted(language_model_loss(base.module))
   loss = adapted(
@@ -95,7 +95,7 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
     initialize(config, loss, base.params, data.train[0]),
     data.train,
     mesh,
-    examples=f"{data.num_train_records:,} lines",
+    examples=f"{data.num_train_records:,} examples",
     num_train_steps=config.fit.num_train_steps,
     keep=config.fit.keep,
     eval_loss=eval_loss,
@@ -106,7 +106,7 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
 
 
 def measure(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
-  """Returns the base's own params and their validation loss, where nothing is trained."""
+  """Returns the base params and their validation loss, for methods that do not train."""
   del config
   loss = lj.full_finetuning(language_model_loss(base.module))
   valid_loss = evaluate_loss(make_eval_step(loss), base.params, base.params, iter(data.valid), mesh)
@@ -130,7 +130,7 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
     f"trainable  {result['trainable_parameters']:,} of {result['base_parameters']:,} parameters "
     f"({share:.2f} %)",
     f"loss       {result['valid_loss']:.4f} nats/token on {config.data.num_valid_records or 'all'} "
-    "validation lines",
+    "validation examples",
     f"time       {result['seconds']:.0f} s on {result['device']}",
   ]
   for name, reason in result.get("scores", {}).get("missing", {}).items():

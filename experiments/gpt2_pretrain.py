@@ -3,7 +3,7 @@
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT
 
 Time: 1.6 hours on 2 CPU cores at the 3,495 tokens/s of docs/gpt2_pretrain.md, and the tokenizer.
-Expect: 4.287 nats a held-out token, on the Wikipedia text of lora_jax/assets/gpt2/README.md.
+Expect: 4.287 nats/token held out, on the Wikipedia text of lora_jax/assets/gpt2/README.md.
 
 text -> tokenizer and tokens -> fit -> held-out loss -> a Hugging Face folder with a model card.
 """
@@ -56,7 +56,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     raise ValueError("no text is given: add --config.data.folder=FOLDER, with *.txt or *.txt.xz")
   before = flat(get_config())
   changes = {n: value for n, value in flat(config).items() if before.get(n) != value}
-  for folder in ("workdir", "data.folder", "data.prepared"):  # which are no one else's
+  for folder in ("workdir", "data.folder", "data.prepared"):  # these differ between users
     changes.pop(folder, None)
   result = run_once(settings, lambda workdir: _run(settings, workdir, changes))
   print((Path(settings.workdir) / "base" / "README.md").read_text("utf-8"))
@@ -140,7 +140,7 @@ def _export(
     "held_out_loss": evaluate_loss(step, widened, widened, rows, mesh),
     "held_out_loss_float32": evaluate_loss(step, params, params, rows, mesh),
   }
-  shutil.rmtree(workdir / "base", ignore_errors=True)  # of a session that was interrupted here
+  shutil.rmtree(workdir / "base", ignore_errors=True)  # an interrupted session may have left it
   save_gpt2(workdir / "base", model, rounded, text.folder, END_OF_TEXT_ID)
   return losses
 

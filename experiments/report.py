@@ -86,8 +86,8 @@ def _results(groups: Sequence[Group]) -> str:
   ]
   note = (
     "Means over the seeds, ± their sample standard deviation if there are several. Validation loss "
-    "in nats/token. The order of the rows is no ranking: another machine changes a run's scores as "
-    "another seed does (docs/gpt2_e2e.md: BLEU 43.2 to 49.6 for one config)."
+    "in nats/token. The order of the rows is no ranking; other machines change values as other "
+    "seeds do (docs/gpt2_e2e.md)."
   )
   return f"## Results\n\n{table.aligned([head, *rows])}\n\n{note}"
 

@@ -1,4 +1,4 @@
-"""The config of `experiments.glue`; `configs/glue.py` comments each field."""
+"""The config of `experiments.glue`; `configs/glue.py` explains each field."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal

@@ -1,4 +1,4 @@
-"""The batches of a task of GLUE or SuperGLUE."""
+"""Batches of a GLUE or SuperGLUE task."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from lora_jax.data.sets.glue_tfds import load
 
 
 class Data(NamedTuple):
-  """The batches of a run, in full, and the records that it is evaluated on."""
+  """All batches of a run, and the records that it is evaluated on."""
 
   train: Batches
   valid: Batches
   num_train_records: int
   valid_records: list[Record]
-  num_matched: int  # of MNLI: the records of its matched part, which come first
+  num_matched: int  # records of MNLI's matched part, which come first; 0 for other tasks
   digest: str  # of the examples
 
 
 def load_data(config: GlueConfig, base: Base) -> Data:
   """Returns the batches of training and evaluation.
 
-  With `data.tuning` both are parts of the training set, and the dev set is not looked at.
+  With `data.tuning` both are parts of the training set, and the dev set is not read.
   """
   data = config.data
   train, valid, num_matched = _records(config)
@@ -63,7 +63,7 @@ def load_data(config: GlueConfig, base: Base) -> Data:
 
 
 def _records(config: GlueConfig) -> tuple[list[Record], list[Record], int]:
-  """Returns the records of training and evaluation, and of MNLI how many are matched."""
+  """Returns the records of training and evaluation, and the number of MNLI's matched ones."""
   data = config.data
 
   def records(split: str) -> list[Record]:
@@ -87,7 +87,7 @@ def _records(config: GlueConfig) -> tuple[list[Record], list[Record], int]:
 
 
 def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
-  """Splits records, the same way whatever the seed; those of one question stay together."""
+  """Splits records, the same way for every seed; those of one question stay together."""
   by_question: dict[int, list[Record]] = defaultdict(list)
   for i, record in enumerate(records):
     by_question[i if record.group is None else record.group].append(record)

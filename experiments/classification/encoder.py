@@ -1,4 +1,4 @@
-"""The BERT, RoBERTa or DeBERTa that is adapted: its weights, a new head, its tokenizer."""
+"""Loads the BERT, RoBERTa or DeBERTa that is adapted, with a new head and its tokenizer."""
 
 import dataclasses
 import importlib.util
@@ -39,16 +39,16 @@ class Base(NamedTuple):
 
 
 def num_labels(config: GlueConfig) -> int:
-  """Returns the outputs that a task's head has: one for each class, or one for a regression."""
+  """Returns the number of a head's outputs: one for each class, or one for a regression."""
   if _asks_of_choices(config):
     return 2
   return len(_labels(config)) or 1
 
 
 def label_names(config: GlueConfig) -> tuple[str, ...] | None:
-  """Returns the names of a task's classes; None if they have none, or it is a regression.
+  """Returns the names of a task's classes; None for a regression, or if they have no names.
 
-  COPA and ReCoRD ask of each choice whether it is the right one, which has no published names.
+  COPA and ReCoRD classify each choice as right or wrong, without published names.
   """
   return None if _asks_of_choices(config) else _labels(config) or None
 
@@ -63,12 +63,12 @@ def _labels(config: GlueConfig) -> tuple[str, ...]:
 
 
 def load_base(config: GlueConfig, mesh: Mesh) -> Base:
-  """Loads the model that is adapted, placed on the mesh, a new head, and its tokenizer.
+  """Loads the model that is adapted, placed on the mesh, and its tokenizer.
 
-  The head is drawn from the run's seed.
+  Its new head is drawn from the run's seed.
 
   Raises:
-    ValueError: before any weights are read, if the model is no encoder, or the rows are too long.
+    ValueError: before any weights are read, if the model is not an encoder, or rows are too long.
   """
   folder = model_folder(config)
   model = config.model
@@ -93,7 +93,9 @@ def load_base(config: GlueConfig, mesh: Mesh) -> Base:
   if model_type != "deberta-v2":  # whose positions are relative
     bert = read_bert_config(folder)
     positions = bert.num_positions - bert.first_position
-    check_at_most("data.row_lengths[-1]", config.data.row_lengths[-1], "its positions", positions)
+    check_at_most(
+      "data.row_lengths[-1]", config.data.row_lengths[-1], "the model's positions", positions
+    )
   if model_type == "deberta-v2":
     shape, params = load_deberta(folder, **options)
     module = Deberta(shape)
@@ -104,7 +106,7 @@ def load_base(config: GlueConfig, mesh: Mesh) -> Base:
 
 
 def model_folder(config: GlueConfig) -> Path:
-  """Returns the folder of the base; of `minilm` the one in its package, if the config names none.
+  """Returns the base model's folder; for `minilm` without a folder, the one in its package.
 
   Raises:
     FileNotFoundError: if the package is not installed.
@@ -121,15 +123,15 @@ def model_folder(config: GlueConfig) -> Path:
 
 
 def start_from(config: GlueConfig, trainable: PyTree) -> PyTree:
-  """Returns the trainable tree with the factors of a finished run; the head stays new.
+  """Returns the trainable tree with A and B of a finished run and its own new head.
 
-  As the paper's code does for MRPC, RTE and STS-B, which start from the adapter of MNLI.
+  The paper's code initializes MRPC, RTE and STS-B from the adapter of MNLI in this way.
 
   Args:
-    config: of the run; `config.lora.start` is the folder of the other.
+    config: the run's config; `config.lora.start` is the folder of the finished run.
     trainable: as the method's `init` returns it.
   Raises:
-    ValueError: if that is not a finished run of the same method, model and adapter.
+    ValueError: if it is not a finished run of the same method, model and adapter.
   """
   folder = Path(config.lora.start)
   other = read_run(GlueConfig, folder)
@@ -159,7 +161,7 @@ def start_from(config: GlueConfig, trainable: PyTree) -> PyTree:
 def _resized(
   path: str, shape: tuple[int, ...], outputs: int, other_outputs: int
 ) -> tuple[int, ...]:
-  """Returns the shape of a head's leaf with another number of outputs."""
+  """Returns the shape of a head's leaf for another number of outputs."""
   last = path.startswith("head/out/")
   assert not last or shape[-1] == outputs, "the head's last layer has an output for each label"
   return (*shape[:-1], other_outputs) if last else shape

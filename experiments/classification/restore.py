@@ -1,4 +1,4 @@
-"""Finished runs of `experiments.glue`: their weights, ready for use."""
+"""Loads the trained weights of finished runs of `experiments.glue`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +35,10 @@ class FinishedEncoder(NamedTuple):
   """A finished run: `load_encoder(folder).classify([("A text.", None)])`.
 
   Attributes:
-    config: of the run.
-    base: that it adapted, with the head as it began.
-    trainable: what it trained, as it was at the run's best step.
-    params: the base's, with that merged into them.
+    config: the run's config.
+    base: the model that it adapted, with the initial head.
+    trainable: the trained tree of the run's best step.
+    params: the base model's params with the trained tree merged.
   """
 
   config: GlueConfig
@@ -47,7 +47,7 @@ class FinishedEncoder(NamedTuple):
   params: PyTree
 
   def classify(self, texts: Sequence[tuple[str, str | None]]) -> Float[np.ndarray, "N L"]:
-    """Returns the head's outputs for texts, or pairs of them; the second is None of single ones."""
+    """Returns the head's outputs for pairs of texts; the second of a single text is None."""
     records = [Record(first, second, None) for first, second in texts]
     examples = encode(self.base.tokenizer, records, max(self.config.data.row_lengths))
     batch = fill(examples, len(examples), max(len(example.tokens) for example in examples))
@@ -56,7 +56,7 @@ class FinishedEncoder(NamedTuple):
   def save_adapter(
     self, folder: str | Path, base_model: str | None = None, for_server: bool = False
   ) -> None:
-    """Writes the adapter and the head in PEFT's format; arguments and errors as of `save_peft`.
+    """Writes the adapter and the head in PEFT's format, with the arguments of `save_peft`.
 
     Raises:
       ValueError: if PEFT has no format for the run's method.
@@ -82,8 +82,8 @@ class FinishedEncoder(NamedTuple):
     """Writes the whole model as a folder for `transformers`, with the names of its labels.
 
     Returns:
-      Of a run with an adapter, which is written in the dtype of its base's folder, what rounding
-      cost each leaf that was trained; of others nothing: their weights are written as they are.
+      The rounding error of each merged leaf, if the run has an adapter: the model then has the
+      dtype of its base model's folder. Other weights are written as they are.
     """
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
@@ -102,8 +102,8 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
   """Loads a finished run of `experiments.glue`, whatever its method, on one device.
 
   Raises:
-    FileNotFoundError: if the folder is no run's, or what was trained is not there.
-    ValueError: if the run is not finished, or its base is another by now.
+    FileNotFoundError: if the folder is not a run's, or the trained weights are missing.
+    ValueError: if the run is not finished, or its base model has changed.
   """
   config, mesh = read_run(GlueConfig, folder), make_mesh()
   read_finished(folder)

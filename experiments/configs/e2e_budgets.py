@@ -1,13 +1,13 @@
-"""Bases of several pretraining budgets: does LoRA come closer to full fine-tuning with better ones?
+"""Compares LoRA with full fine-tuning on base models of several pretraining budgets.
 
     python -m experiments.gpt2_pretrain --sweep --config.workdir=runs/bases ...
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/e2e_budgets.py:rates
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/e2e_budgets.py:seeds
 
-The first makes the bases (docs/gpt2_pretrain.md). `rates` trains every method on each of them, and
-on new weights, with four learning rates, half a decade apart, on 2,000 lines and decodes nothing;
-the best by validation loss stands in `BEST`. `seeds` is the table: 4,000 lines, one epoch, the 630
-test inputs.
+The first command pretrains the base models (docs/gpt2_pretrain.md). `rates` trains every method on
+each of them, and on random weights, with four learning rates, half a decade apart, on 2,000
+examples, and decodes nothing; `BEST` has the best by validation loss. `seeds` is the table of
+docs/gpt2_e2e.md: 4,000 examples, one epoch, the 630 test inputs.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ def get_config(sweep: str = "seeds") -> Config:
     raise ValueError(f"expected e2e_budgets.py:rates or :seeds, got {sweep!r}")
   config = gpt2_e2e.get_config("mini")
   config.seed = SEEDS[0]
-  config.fit.eval_every_steps = 1_000_000  # at the end alone
+  config.fit.eval_every_steps = 1_000_000  # only at the end
   if sweep == "rates":
     config.data.num_train_records = 2000
     config.decoding.num_inputs = 0
@@ -58,7 +58,7 @@ def get_config(sweep: str = "seeds") -> Config:
 
 
 def sweep(config: Config) -> Iterator[Changes]:
-  """Yields what each run changes."""
+  """Yields the changed fields of each run."""
   read_config(E2EConfig, config)
   if not config.decoding.num_inputs:
     for arm, changes in ARMS.items():

@@ -6,11 +6,12 @@
     ... --config.data.tuning=True --sweep             # learning rates, on part of train
     ... --config.optimizer.tuned_in=FOLDER --sweep    # methods and seeds at the best of these
 
-MODEL is `minilm`, from the package of the extra `minilm`, for CPUs; or one of the
-paper's, from the hub or a folder (`--config.model.folder=`): `roberta_base`, `roberta_large`,
-`deberta_xxl`. TASK is cola, sst2, mrpc, stsb, rte, wnli, qnli, qqp, mnli; or of SuperGLUE boolq,
-cb, copa, multirc, record, super_rte, wic, wsc. RECIPE, of the paper's models: `paper`, its tables;
-`scripts`, its code's; `dagger`, the rows of RoBERTa large that are marked so.
+MODEL is `minilm`, from the package of the extra `minilm`, for CPUs; or one of the paper's, from the
+hub or a folder (`--config.model.folder=`): `roberta_base`, `roberta_large`, `deberta_xxl`. TASK is
+cola, sst2, mrpc, stsb, rte, wnli, qnli, qqp, mnli; or of SuperGLUE boolq, cb, copa, multirc,
+record, super_rte, wic, wsc. RECIPE, for the paper's models: `paper` follows its tables, `scripts`
+its code, `dagger` the rows of RoBERTa large with a dagger. docs/glue.md has the expected scores and
+times.
 """
 
 from collections.abc import Iterator
@@ -27,11 +28,11 @@ from experiments.harness.workdir import read_result, stored_config
 from lora_jax.data.sets import glue, superglue
 
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
-TUNED_RATE = 1e-3  # whose multiples each method tries, by harness/methods.py
+TUNED_RATE = 1e-3  # each method tries multiples of it, by harness/methods.py
 PAPER_TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 FROM_MNLI = ("mrpc", "rte", "stsb")
 FOLDERS = {
-  "minilm": "",  # that of the package
+  "minilm": "",  # the package's folder
   "roberta_base": "FacebookAI/roberta-base",
   "roberta_large": "FacebookAI/roberta-large",
   "deberta_xxl": "microsoft/deberta-v2-xxlarge",
@@ -76,17 +77,17 @@ PAPER = {  # Tables 9 and 10
     (256, 128, 128, 64, 512, 320, 320, 128),
   ),
 }
-DAGGER = _table(  # Table 9, the rows of RoBERTa large with a dagger: no start from MNLI
+DAGGER = _table(  # Table 9, the rows of RoBERTa large with a dagger: not initialized from MNLI
   (4,) * 8,
   (10, 10, 20, 20, 10, 20, 20, 10),
   (3e-4, 4e-4, 3e-4, 2e-4, 2e-4, 3e-4, 4e-4, 2e-4),
   (128,) * 8,
 )
-SCRIPTS: dict[str, dict[str, dict[str, float]]] = {  # where the code's shell scripts differ
+SCRIPTS: dict[str, dict[str, dict[str, float]]] = {  # values of the code's scripts that differ
   "roberta_base": {},
   "roberta_large": {
     "sst2": {"batch_size": 8, "max_length": 512},
-    "cola": {"learning_rate": 3e-4},  # which collapses, by the code's issue 149; 2e-4 does not
+    "cola": {"learning_rate": 3e-4},  # collapses, by the code's issue 149; 2e-4 does not
     "stsb": {"batch_size": 4, "num_epochs": 10, "learning_rate": 3e-4, "max_length": 128},
   },
   "deberta_xxl": {"cola": {"learning_rate": 1.3e-4}, "rte": {"learning_rate": 2.6e-4}},
@@ -94,7 +95,7 @@ SCRIPTS: dict[str, dict[str, dict[str, float]]] = {  # where the code's shell sc
 RANK_AND_ALPHA = {  # (paper, scripts)
   "roberta_base": ((8, 8.0), (8, 16.0)),  # the released adapters need 16 (issue 151)
   "roberta_large": ((8, 16.0), (8, 16.0)),
-  "deberta_xxl": ((8, 8.0), (16, 32.0)),  # the paper's own count, 4.7 M, is rank 16's
+  "deberta_xxl": ((8, 8.0), (16, 32.0)),  # the paper's count of 4.7 M is rank 16's
 }
 DEBERTA = {  # Table 10 and the scripts: (weight decay, dropout of the head, warmup steps)
   "mnli": (0.0, 0.15, 1000),
@@ -115,7 +116,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.experiment = "glue"
   config.variant = variant
   config.workdir = ""  # "" is runs/glue/<variant and what differs from this file>
-  config.seed = 0  # of the head, the factors, the order of the data and dropout; the scripts have 0
+  config.seed = 0  # of the head, A and B, the order of the data and dropout; the scripts have 0
   config.keep_freed_memory = True  # on CPUs: faster, and more memory
   config.method = "lora"  # of harness/methods.py: full_finetuning, head_only, ...
 
@@ -124,13 +125,13 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.model.folder = FOLDERS[model]  # a folder, or a hub repository
   config.model.dtype = "float32"  # of the computation; bfloat16 on GPUs and TPUs
   config.model.param_dtype = "float32"  # of the frozen weights
-  config.model.scan_layers = False  # compiles deep models faster
-  config.model.remat = ""  # or a policy, as nothing_saveable: less memory, more time
-  config.model.hidden_dropout = 0.1  # the models' own, in training alone
+  config.model.scan_layers = False  # True compiles deep models faster
+  config.model.remat = ""  # a policy such as nothing_saveable: less memory, more time
+  config.model.hidden_dropout = 0.1  # the models' own dropout, only in training
   config.model.attention_dropout = 0.1
   config.model.head_dropout = 0.1
-  # What is fully trained beside the factors: all that is not the encoder. BERT's pooler is a part
-  # of the head here, as DeBERTa's is in the paper's code; RoBERTa has none.
+  # Fully trained with every method: everything outside the encoder. BERT's pooler counts as part
+  # of the head, as DeBERTa's does in the paper's code; RoBERTa has none.
   config.model.head = r"(pooler|head)/.*"
 
   config.lora = ConfigDict()
@@ -139,32 +140,32 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.lora.dropout = 0.0
   config.lora.target = QUERY_AND_VALUE
   config.lora.init = "kaiming_uniform"  # A random, B zero; see gpt2_e2e.py for the others
-  config.lora.start = ""  # the folder of a finished run whose factors are taken
+  config.lora.start = ""  # the folder of a finished run, whose A and B are the initial ones
 
   config.data = ConfigDict()
   config.data.suite = "glue" if task in glue.TASKS else "super_glue"
   config.data.task = task.removeprefix("super_")
   config.data.source = ""  # the folder of the benchmark's original files; or tfds
   config.data.tfds_dir = ""  # where TFDS keeps what it prepares; "" is its default
-  config.data.skip_malformed = task == "qqp"  # whose files have lines that are broken
-  config.data.any_size = False  # True takes files of another number of rows than was published
+  config.data.skip_malformed = task == "qqp"  # QQP's files have malformed lines
+  config.data.any_size = False  # True accepts files with another number of rows than published
   config.data.tuning = False  # True evaluates on a part of train, and trains on the rest
   config.data.tuning_share = 0.1
-  config.data.num_train_records = 0  # the first; 0 is all
-  config.data.batch_size = 32  # records; the scripts' is that of each of 8 devices (Table 9's too?)
+  config.data.num_train_records = 0  # the first ones; 0 is all
+  config.data.batch_size = 32  # examples; in the scripts per device, of 8 (in Table 9 too?)
   config.data.eval_batch_size = 64
-  config.data.row_lengths = (32, 64, 128)  # tokens that batches are padded to; the last cuts
-  config.data.window = 50  # batches that are sorted by length together; 1 is none, as the paper
+  config.data.row_lengths = (32, 64, 128)  # tokens that batches are padded to; the last truncates
+  config.data.window = 50  # batches that are sorted by length together; 1, the paper's, is none
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.tuned_in = ""  # of --sweep: the folder of the tuning sweep
-  config.optimizer.weight_decay = 0.1  # of RoBERTa's scripts; not of biases
+  config.optimizer.tuned_in = ""  # for --sweep: the folder of the tuning sweep
+  config.optimizer.weight_decay = 0.1  # as in RoBERTa's scripts; not of biases
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.999
-  config.optimizer.eps = 1e-8  # this and clip_norm: the defaults of the Trainer that they use
-  config.optimizer.schedule = "linear"  # after the warmup down to 0; or cosine, or constant
-  config.optimizer.warmup_ratio = 0.06  # of the steps; if 0, warmup_steps counts
+  config.optimizer.eps = 1e-8  # this and clip_norm are defaults of the scripts' Trainer
+  config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
+  config.optimizer.warmup_ratio = 0.06  # of the steps; 0 uses warmup_steps
   config.optimizer.warmup_steps = 0
   config.optimizer.clip_norm = 1.0  # of the gradient; 0 is no clipping
 
@@ -207,11 +208,11 @@ def _parts(variant: str) -> tuple[str, str, str]:
         f"{', '.join(known)}"
       )
   if recipe == "dagger" and model != "roberta_large":
-    raise ValueError(f"{variant!r}: the dagger's rows are of roberta_large,TASK,dagger alone")
+    raise ValueError(f"{variant!r}: only roberta_large has rows with a dagger")
   return model, task, recipe
 
 
-MINILM = {  # epochs, records, lengths of rows that hold the task's texts with little padding
+MINILM = {  # epochs, examples, row lengths that hold the task's texts with little padding
   "cola": (3, 0, (16, 48)),
   "mrpc": (2, 0, (48, 80, 128)),
   "rte": (2, 0, (64, 128)),
@@ -220,7 +221,7 @@ MINILM = {  # epochs, records, lengths of rows that hold the task's texts with l
 
 
 def _minilm(config: Config, task: str) -> None:
-  """Budgets for 2 CPU cores: docs/glue.md has what all tasks, rates and seeds take."""
+  """Sets budgets for 2 CPU cores; docs/glue.md has the times."""
   epochs, records, lengths = MINILM.get(task, (2, 8000, (32, 64, 128)))
   config.model.update({"hidden_dropout": 0.0, "attention_dropout": 0.0})  # for speed
   config.fit.num_epochs = epochs
@@ -230,9 +231,9 @@ def _minilm(config: Config, task: str) -> None:
 
 
 def _paper(config: Config, model: str, task: str, recipe: str) -> None:
-  """The recipes of the paper's Tables 9 and 10, or of its code's scripts.
+  """Sets the recipe of the paper's Tables 9 and 10, or of its code's scripts.
 
-  Tasks that they do not have take RTE's.
+  Tasks without a recipe use RTE's.
   """
   column = task if task in PAPER_TASKS else "rte"
   chosen = (DAGGER if recipe == "dagger" else PAPER[model])[column]
@@ -253,16 +254,17 @@ def _paper(config: Config, model: str, task: str, recipe: str) -> None:
   if model == "deberta_xxl":
     decay, head_dropout, warmup = DEBERTA[column]
     config.optimizer.weight_decay, config.model.head_dropout = decay, head_dropout
-    config.optimizer.warmup_ratio = 0.1  # of the paper; the scripts give steps
+    config.optimizer.warmup_ratio = 0.1  # as in the paper; the scripts give steps
     if recipe == "scripts" and warmup:
       config.optimizer.update({"warmup_ratio": 0.0, "warmup_steps": warmup})
 
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
-  """Yields what each run changes: with `data.tuning` each method's rates, else seeds.
+  """Yields the changed fields of each run.
 
-  Of the paper's models these are five, of the recipe's method and rate; with
-  `optimizer.tuned_in`, and of `minilm`, of each method at its best rate.
+  With `data.tuning` these are each method's learning rates. Otherwise they are seeds: for the
+  paper's models five, with the recipe's method and learning rate; with `optimizer.tuned_in`, and
+  for `minilm`, with each method at its best learning rate.
   """
   read_config(GlueConfig, config)
   if config.data.tuning:
@@ -282,14 +284,14 @@ def sweep(config: Config) -> Iterator[dict[str, object]]:
 
 
 def tuned_rates(method: str) -> list[float]:
-  """Returns the learning rates that the tuning sweep tries: as many for each method."""
+  """Returns the learning rates that the tuning sweep tries, equally many for each method."""
   return multiples(TUNED_RATE, METHODS[method].tried_learning_rates)
 
 
 def best_rates(config: Config) -> dict[str, float]:
-  """Returns the best learning rate of each method that the tuning sweep has runs of.
+  """Returns the best learning rate of each method in the tuning sweep.
 
-  Others are left out, with a printed line: the sweep may be older than a method.
+  Prints the methods that the sweep lacks: it may be older than a method.
 
   Raises:
     ValueError: if there are no runs, or as of `best_rate`.
@@ -316,16 +318,16 @@ def _stored(folder: Path) -> Config:
 
 
 def best_rate(config: Config, method: str) -> float:
-  """Returns the learning rate with the best score in the tuning sweep of a method.
+  """Returns a method's learning rate with the best score in the tuning sweep.
 
-  Rates that were tuned there as well, beyond an end of the sweep's, count too.
+  Further learning rates in its folder count too.
 
   Raises:
-    ValueError: if a run of it is not finished or not there, or has another model or recipe.
+    ValueError: if a run is missing or not finished, or has another model or recipe.
   """
   if not config.optimizer.tuned_in:
     raise ValueError(
-      "the learning rates are not tuned yet. First run --sweep --config.data.tuning=True "
+      "the learning rates are not tuned. First run --sweep --config.data.tuning=True "
       "--config.workdir=FOLDER, then give --config.optimizer.tuned_in=FOLDER"
     )
   folder = Path(config.optimizer.tuned_in)
@@ -338,17 +340,18 @@ def best_rate(config: Config, method: str) -> float:
   missing = [rate for rate in tuned_rates(method) if rate not in scores]
   if missing:
     raise ValueError(
-      f"{folder} has no finished tuning runs of {config.variant}, {method} with the rates "
-      f"{', '.join(f'{rate:g}' for rate in missing)}. First run --sweep --config.data.tuning=True "
-      "--config.workdir=<a folder>, then give it as --config.optimizer.tuned_in"
+      f"{folder} has no finished tuning runs of {config.variant}, {method} with the learning "
+      f"rates {', '.join(f'{rate:g}' for rate in missing)}. First run --sweep "
+      "--config.data.tuning=True --config.workdir=FOLDER, then give it as "
+      "--config.optimizer.tuned_in=FOLDER"
     )
   return max(sorted(scores), key=scores.__getitem__)
 
 
 def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
-  """Raises ValueError if a tuning run has another model or recipe; it may have less data.
+  """Raises ValueError if a tuning run has another model or recipe.
 
-  Fields that its method ignores may differ.
+  The amount of data and the fields that its method ignores may differ.
   """
   config = ConfigDict(with_pattern(config.to_dict()))
   for section in ("model", "lora", "optimizer", "data"):
@@ -357,6 +360,6 @@ def _check_same_recipe(config: Config, tuned: Config, folder: Path) -> None:
       stored, current = tuned[section][name], config[section][name]
       if stored != current and METHODS[tuned.method].uses(f"{section}.{name}"):
         raise ValueError(
-          f"{folder} was tuned with {section}.{name}={stored!r}, and this sweep has {current!r}, "
-          "which may want another learning rate. Give both the same, or tune in another folder"
+          f"{folder} was tuned with {section}.{name}={stored!r}, but this sweep has {current!r}, "
+          "which may need another learning rate. Use the same value, or tune in another folder"
         )

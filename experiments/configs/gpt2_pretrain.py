@@ -1,9 +1,9 @@
-"""A small GPT-2 from scratch on plain text: a base to adapt.
+"""Pretrains a small GPT-2 from scratch on plain text, to adapt it later.
 
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT
     python -m experiments.gpt2_pretrain --config.data.folder=FOLDER_OF_TEXT --sweep  # budgets
 
-The default is 20 M tokens, hours on 2 CPU cores; an interrupted run is resumed by the same command.
+The default is 20 M tokens, hours on 2 CPU cores. Rerun the command to resume an interrupted run.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from experiments.nlg.config import PretrainConfig
 
 
 def get_config() -> Config:
-  """Returns the config of a base of 6.9 M parameters."""
+  """Returns the config of a model of 6.9 M parameters."""
   config: Config = ConfigDict()
   config.experiment = "gpt2_pretrain"
   config.variant = "base"
@@ -26,10 +26,10 @@ def get_config() -> Config:
 
   config.data = ConfigDict()
   config.data.folder = ""  # text files: *.txt, *.txt.xz or *.txt.gz
-  config.data.prepared = "runs/gpt2_pretrain"  # where tokenizer and tokens are kept for all runs
-  config.data.vocab_size = 8192  # of the byte-level BPE that is made from them
-  config.data.held_out_every = 200  # one document in so many
-  config.data.num_valid_rows = 256  # of the held-out ones, during training; all at the end
+  config.data.prepared = "runs/gpt2_pretrain"  # the folder of tokenizers and tokens, for all runs
+  config.data.vocab_size = 8192  # of the byte-level BPE that is trained on the text
+  config.data.held_out_every = 200  # holds out one document in 200
+  config.data.num_valid_rows = 256  # held-out rows evaluated during training; all at the end
   config.data.num_train_tokens = 20_000_000
   config.data.batch_size = 32  # rows
   config.data.row_length = 256  # tokens
@@ -39,9 +39,9 @@ def get_config() -> Config:
   config.model.num_layers = 6
   config.model.num_heads = 4
   config.model.num_positions = 256
-  config.model.dtype = "auto"  # of the computation: bfloat16, on CPUs float32
+  config.model.dtype = "auto"  # of the computation; auto is bfloat16, or float32 on CPUs
   config.model.scan_layers = False
-  config.model.attention = "compact"  # or cudnn, on a GPU with bfloat16; or xla
+  config.model.attention = "compact"  # or xla, or cudnn (on a GPU, with bfloat16)
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 2e-3
@@ -58,7 +58,7 @@ def get_config() -> Config:
   config.fit.checkpoint_every_steps = 50
   config.fit.checkpoint_every_seconds = 300.0  # at a line of the log; 0 saves by steps only
   config.fit.log_every_steps = 10
-  config.fit.accumulation_steps = 4  # on CPUs, less memory that is touched anew is faster
+  config.fit.accumulation_steps = 4  # parts of a batch; on CPUs less memory is faster
   config.fit.loss_chunk = 0
 
   config.mesh = ConfigDict()
@@ -69,7 +69,7 @@ def get_config() -> Config:
 
 
 def sweep(config: Config) -> Iterator[dict[str, object]]:
-  """Yields the budgets: 1 %, 10 % and all of the config's, each with a schedule of its own."""
+  """Yields the budgets: 1 %, 10 % and 100 % of the config's, each with its own schedule."""
   read_config(PretrainConfig, config)
   for part in (100, 10, 1):
     yield {

@@ -1,6 +1,6 @@
-"""The sections that experiments' configs share, as frozen dataclasses, and their strict reading.
+"""Defines the sections that experiments' configs share, with their bounds, and reads them strictly.
 
-A ConfigDict ends where an experiment begins, at the top of its `run`:
+Each experiment turns its ConfigDict into a dataclass at the top of its `run`:
 
     config = read_config(E2EConfig, config)  # from here on pyright knows the fields
 """
@@ -30,8 +30,8 @@ from lora_jax.fields import (
 )
 from lora_jax.training.mesh import make_mesh
 
-# The linear layers of the zoo's blocks, as PEFT's all-linear has them: not the heads, embeddings
-# and routers, nor the experts of a mixture, which are single three-dimensional weights.
+# The linear layers of the zoo's blocks, like PEFT's all-linear: no heads, embeddings or routers,
+# and no experts of a mixture, which are single three-dimensional weights.
 ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kernel"
 
 Config = TypeVar("Config", bound="RunConfig")
@@ -168,7 +168,7 @@ class TrainingConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptationConfig(TrainingConfig):
-  """The config of a run that adapts a base by one of `harness.methods`."""
+  """The config of a run that adapts a base model by one of `harness.methods`."""
 
   method: str
   lora: Lora
@@ -236,7 +236,7 @@ def read_config(kind: type[Config], source: ConfigDict | Mapping[str, Any]) -> C
 
 
 def with_pattern(values: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns a nested config with the pattern that `lora.target=all-linear` stands for."""
+  """Returns a nested config, with `lora.target=all-linear` replaced by its pattern."""
   lora = values.get("lora")
   if not isinstance(lora, Mapping) or lora.get("target") != "all-linear":
     return values

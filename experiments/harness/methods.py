@@ -1,7 +1,7 @@
-"""The methods of adaptation that experiments can run: one table, and the only place with names.
+"""The methods of adaptation that experiments can run, in one table; no other code has their names.
 
-A new method is one row. Everything else asks a row for its fields: how results are labelled, which
-fields of a config matter, what is saved and exported.
+A new method is one row. Other code reads its fields: the label of results, the config fields that
+matter, what is saved and exported.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ class Method:
   """A row of the table.
 
   Attributes:
-    label: in tables and plots.
-    make: returns from a run's config what adapts a function; None trains nothing.
+    label: the name in tables and plots.
+    make: returns, for a run's config, a function that adapts a function; None trains nothing.
     ignores: config fields, or whole sections, that have no effect on its runs.
-    owns_base: the trainable tree is the base itself, which training donates.
+    owns_base: the trainable tree is the base model itself, whose arrays training donates.
     variant: the variant of LoRA; None is LoRA itself.
-    exports_adapter: PEFT has a format for its adapters.
-    has_servers: adapter servers such as vLLM read that format.
+    exports_adapter: whether PEFT has a format for its adapters.
+    has_servers: whether adapter servers such as vLLM read that format.
     learning_rate: the default, as a multiple of the config file's.
-    tried_learning_rates: those of tuning sweeps, as multiples of one rate for all methods.
-    experiments: the experiments that have it; None is all that adapt a base.
+    tried_learning_rates: those of tuning sweeps, as multiples of one that all methods share.
+    experiments: the experiments that have it; None is all that adapt a base model.
   """
 
   label: str
@@ -51,7 +51,7 @@ class Method:
 
   @property
   def saves_adapter(self) -> bool:
-    """Whether a run's `adapter/` holds what it trained; otherwise its checkpoints do."""
+    """Whether a run's `adapter/` holds the trained tree; otherwise its checkpoints do."""
     return self.trains and not self.owns_base
 
   def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:
@@ -66,7 +66,7 @@ class Method:
 
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
-  """Returns a config's LoRA or variant of LoRA, with the head that is trained with it."""
+  """Returns the `LoraConfig` of a run, with its variant and its fully trained head."""
   lora = config.lora
   return lj.LoraConfig(
     lora.rank,
@@ -113,7 +113,7 @@ METHODS: Mapping[str, Method] = {
 
 
 def names(experiment: str | None = None, trains: bool = False) -> list[str]:
-  """Returns the methods of an experiment, or all; with `trains` those that train something."""
+  """Returns the methods of an experiment, or all; with `trains` only those that train."""
   return [
     name
     for name, method in METHODS.items()
@@ -131,7 +131,7 @@ def find_method(name: str, experiment: str | None = None) -> Method:
 
 
 def adapt(config: AdaptationConfig) -> Adapt:
-  """Returns the config's method, for any function of the params.
+  """Returns a function that adapts any function of the params by the config's method.
 
   Raises:
     ValueError: if the experiment does not have it, or it trains nothing.
@@ -160,7 +160,7 @@ def check_used(name: str, changed: Mapping[str, Any], experiment: str) -> None:
 
 
 def default_learning_rate(learning_rate: float, tuned_for: str, name: str) -> float:
-  """Returns the default learning rate of a method, from that of another one."""
+  """Returns a method's default learning rate, given that of another method."""
   ratio = find_method(name).learning_rate / find_method(tuned_for).learning_rate
   return multiples(learning_rate, [ratio])[0]
 

@@ -1,4 +1,4 @@
-"""The configs of the experiments that generate text; the files in `configs/` comment each field."""
+"""Configs of the experiments that generate text; the files in `configs/` explain each field."""
 
 import dataclasses
 from datetime import datetime

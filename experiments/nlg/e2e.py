@@ -1,4 +1,4 @@
-"""The E2E NLG Challenge as an experiment has it: batches, inputs to decode, texts and scores."""
+"""The E2E NLG Challenge: batches, inputs to decode, generated texts and their scores."""
 
 import dataclasses
 import time
@@ -22,7 +22,7 @@ from lora_jax.metrics import intervals, measure
 
 
 class Data(NamedTuple):
-  """The batches of a run, in full."""
+  """All batches of a run."""
 
   train: Batches
   valid: Batches
@@ -64,7 +64,7 @@ def load_data(config: E2EConfig, base: Base) -> Data:
 
 
 def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.Record]:
-  """Returns some records, the same ones whatever the run's seed; with a count of 0 all."""
+  """Returns `count` records, the same ones for every seed; 0 is all."""
   if count > len(records):
     raise ValueError(
       f"data.num_{split}_records={count} must be at most the {len(records)} records of the {split} "
@@ -96,7 +96,7 @@ def inputs_of(config: E2EConfig) -> list[e2e.Group]:
 
 
 def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) -> dict[str, Any]:
-  """Decodes the inputs of a run with some params; returns what `result.json` holds about it."""
+  """Decodes the inputs of a run with some params; returns its fields of `result.json`."""
   groups = inputs_of(config)
   start = time.perf_counter()
   print(f"decoding {len(groups)} inputs, beam {config.decoding.num_beams} ...", flush=True)
@@ -114,7 +114,7 @@ def end_ids(base: Base) -> tuple[int, ...]:
 def generate(
   config: E2EConfig, base: Base, params: PyTree, contexts: Sequence[str], mesh: Mesh
 ) -> list[str]:
-  """Returns one text for each context, by beam search; each is one line."""
+  """Returns one text for each context, in one line, by beam search."""
   decoding = config.decoding
   search = BeamConfig(
     eos_ids=end_ids(base),
@@ -140,12 +140,12 @@ def generate(
 
 
 def score(texts: Sequence[str], groups: Sequence[e2e.Group], folder: Path) -> dict[str, Any]:
-  """Writes predictions.txt and returns what `result.json` holds about the scores.
+  """Writes predictions.txt and returns the scores' fields of `result.json`.
 
   Args:
     texts: one for each input.
     groups: the inputs with their references.
-    folder: of the run.
+    folder: the run's folder.
   """
   (folder / "predictions.txt").write_text("".join(f"{line}\n" for line in texts), "utf-8")
   print("scoring ...", flush=True)

@@ -1,4 +1,4 @@
-"""The report's plot: scores by group, loss by learning rate, and all of them by rank."""
+"""Draws the report's plot: scores by group, loss by learning rate, and all values by rank."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def draw(
   sweeps: Sequence[Sequence[Group]],
   budgets: Mapping[str, Mapping[int, Group]],
 ) -> None:
-  """Writes a PNG file with one row of panels for each view of the groups that there is."""
+  """Writes a PNG file with one row of panels for each view of the groups."""
   rows: list[tuple[float, Callable[[SubFigure], None]]] = []
   if any(group.first.is_decoded for group in groups) or not (rates or sweeps):
     rows.append((1.6 + 0.35 * len(groups), partial(_by_group, groups)))
@@ -41,7 +41,7 @@ def draw(
 
 
 def _panels(figure: SubFigure, groups: Sequence[Group], share: bool) -> dict[str, Axes]:
-  """Returns axes for each value that any of the groups has."""
+  """Returns the axes of each value that some group has."""
   names = [name for name in VALUES if any(group.statistic(name) for group in groups)]
   axes = figure.subplots(1, len(names), sharey=share, squeeze=False)[0]
   return dict(zip(names, axes, strict=True))
@@ -71,7 +71,7 @@ def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
     known = [(rate, loss.mean) for rate, loss in losses if rate and loss]
     axes.plot([rate for rate, _ in known], [loss for _, loss in known], "o-", label=label)
   axes.set_xscale("log")
-  axes.set_yscale("log")  # a rate that is too high would hide the others
+  axes.set_yscale("log")  # a diverged run would hide the others
   axes.yaxis.set_major_formatter(ScalarFormatter())
   axes.yaxis.set_minor_formatter(ScalarFormatter())
   axes.set_xlabel("learning rate")
@@ -103,14 +103,14 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
     axes.set_xlabel("rank")
     axes.set_title(VALUES[name], fontsize="medium")
     axes.tick_params(axis="y", labelcolor=OURS)
-    beside = axes.twinx()
+    right = axes.twinx()
     paper = {rank: row[name] for rank, row in paper_tables.TABLE_18.items() if rank <= max(ranks)}
-    beside.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)
-    beside.tick_params(axis="y", labelcolor=PAPER)
+    right.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)
+    right.tick_params(axis="y", labelcolor=PAPER)
 
 
 def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) -> None:
-  figure.suptitle("By the base's pretraining; left, new weights")
+  figure.suptitle("By the base model's pretraining; leftmost: random weights")
   groups = [group for members in budgets.values() for group in members.values()]
   known = sorted({tokens for members in budgets.values() for tokens in members if tokens})
   panels = _panels(figure, groups, share=False)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.harness.config import Rows, Seed
+from experiments.harness.config import Rows, Seed, replace_fields
 from experiments.harness.fit import initialize
 from experiments.harness.methods import find_method
 from experiments.harness.restore import restore_trained
@@ -153,7 +153,7 @@ def _load_pretrained(folder: str | Path, chat: bool) -> Generator:
   tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
   end = end_of_text_id(tokenizer)
   return Generator(
-    from_linen(model.module, model.init_cache, model.num_slots),
+    _decoder(model),
     model.params,
     tokenizer,
     (end,),
@@ -164,26 +164,29 @@ def _load_pretrained(folder: str | Path, chat: bool) -> Generator:
 
 def _load_finetuned(folder: str | Path, chat: bool) -> Generator:
   config, mesh = read_run(FinetuneConfig, folder), make_mesh()
-  saves_adapter = find_method(config.method).saves_adapter
-  source = config.model.folder if saves_adapter else export_folder(config)
-  model = load_causal_lm(source, **loading_options(config, mesh))
+  exported = export_folder(config)
+  if (exported / "chat_template.jinja").is_file():  # the file that was given may have changed since
+    template = str(exported / "chat_template.jinja")
+    config = replace_fields(config, {"data.chat_template": template})
+  if find_method(config.method).saves_adapter:
+    model = load_causal_lm(config.model.folder, **loading_options(config, mesh))
+    decoder = cached_model(config, model)
+    params = {"base": model.params, "adapter": _adapter(config, model, mesh)}
+  else:
+    model = load_causal_lm(exported, **loading_options(config, mesh))
+    decoder, params = _decoder(model), model.params
   text = load_text(config, model, chat)
-  trained = _adapter(config, model, mesh) if saves_adapter else model.params
-  base = find_method(config.method).remaining_base(model.params, trained)
 
   def encode(prompts: Sequence[str]) -> list[list[int]]:
     if chat:
       return chat_prompts(text, [[{"role": "user", "content": prompt}] for prompt in prompts])
     return encode_prompts(text.tokenizer, list(prompts), text.end_id)
 
-  return Generator(
-    cached_model(config, model),
-    {"base": base, "adapter": trained},
-    text.tokenizer,
-    text.end_ids,
-    encode,
-    mesh,
-  )
+  return Generator(decoder, params, text.tokenizer, text.end_ids, encode, mesh)
+
+
+def _decoder(model: LanguageModel) -> CachedModel:
+  return from_linen(model.module, model.init_cache, model.num_slots)
 
 
 def _adapter(config: FinetuneConfig, model: LanguageModel, mesh: Mesh) -> PyTree:

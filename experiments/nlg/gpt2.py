@@ -1,4 +1,4 @@
-"""The GPT-2 that is adapted: its weights, its tokenizer, its decoder."""
+"""Loads the GPT-2 that is adapted: its weights, tokenizer and decoder."""
 
 import dataclasses
 import functools
@@ -21,11 +21,11 @@ from lora_jax.models.gpt2.folder import read_config as read_gpt2_config
 from lora_jax.models.gpt2.model import GPT2, GPT2Config, init_cache
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 
-PRETRAINING = "pretraining.json"  # of a base that `experiments.gpt2_pretrain` has made
+PRETRAINING = "pretraining.json"  # written by `experiments.gpt2_pretrain`
 
 
 class Base(NamedTuple):
-  """A pretrained model as it was found."""
+  """A pretrained model with its tokenizer."""
 
   module: GPT2
   params: PyTree
@@ -62,7 +62,7 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
 
 
 def pretrained_config(config: PretrainConfig) -> GPT2Config:
-  """Returns the shape of a base to pretrain; `auto` computes in bfloat16, on CPUs in float32."""
+  """Returns the model's shape; dtype `auto` is bfloat16, or float32 on CPUs."""
   shape = dataclasses.asdict(config.model)
   if shape["dtype"] == "auto":
     shape["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -70,7 +70,7 @@ def pretrained_config(config: PretrainConfig) -> GPT2Config:
 
 
 def random_params(model: GPT2Config, mesh: Mesh, key: jax.Array) -> PyTree:
-  """Returns random weights, each device making its part of them."""
+  """Returns random weights; each device initializes its part of them."""
   init = jax.jit(
     lambda key: GPT2(model).init(key, jnp.zeros((1, 1), jnp.int32))["params"],
     out_shardings=sharding_of(mesh)(params_shapes(model)),
@@ -79,14 +79,14 @@ def random_params(model: GPT2Config, mesh: Mesh, key: jax.Array) -> PyTree:
 
 
 def model_folder(config: E2EConfig) -> Path:
-  """Returns the folder of the base; the embedded one if the config names none."""
+  """Returns the base model's folder; the embedded one if the config names none."""
   if config.model.folder:
     return find_folder(config.model.folder)
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
 
 
 def pretraining_tokens(config: E2EConfig) -> int | None:
-  """Returns the tokens that the base was trained on, 0 for new weights; None if it does not say."""
+  """Returns the number of tokens of the base model's pretraining; None if it is unknown."""
   if config.model.start == "random":
     return 0
   path = model_folder(config) / PRETRAINING
@@ -95,5 +95,5 @@ def pretraining_tokens(config: E2EConfig) -> int | None:
 
 @functools.cache
 def cached_model(config: GPT2Config) -> CachedModel:
-  """Returns a GPT-2 as decoding sees it."""
+  """Returns a GPT-2 for decoding."""
   return from_linen(GPT2(config), functools.partial(init_cache, config), config.num_positions)

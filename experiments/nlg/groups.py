@@ -1,4 +1,4 @@
-"""Finished runs, grouped by what they are: runs that differ in their seed alone are one group."""
+"""Groups finished runs: runs that differ only in their seed are one group."""
 
 import dataclasses
 import itertools
@@ -115,7 +115,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
-  """Returns the groups that differ in their learning rate alone, by label, from the lowest."""
+  """Returns the groups that differ only in their learning rate, by label, in ascending order."""
   families: dict[str, list[Group]] = defaultdict(list)
   for group in groups:
     if group.rate is not None:
@@ -128,10 +128,10 @@ def by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def by_rank(groups: Sequence[Group]) -> list[list[Group]]:
-  """Returns the sets of groups of one method that differ in their rank, from the lowest.
+  """Returns the sets of groups of one method that differ in their rank, in ascending order.
 
-  Either alpha is the same in all of a set, or alpha / rank. Of several learning rates, a rank has
-  the one with the smallest validation loss.
+  All groups of a set have the same alpha, or the same alpha / rank. A rank with several learning
+  rates has the one with the smallest validation loss.
   """
   sweeps: dict[str, dict[int, Group]] = defaultdict(dict)
   for group in sorted(groups, key=lambda group: group.loss, reverse=True):  # the best comes last
@@ -145,10 +145,10 @@ def by_rank(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
-  """Returns the groups that differ in their base alone, by method and pretraining tokens.
+  """Returns the groups that differ only in their base model, by method and pretraining tokens.
 
-  Groups whose base does not say how many these were are left out, and methods with one base
-  alone. Of several learning rates, a base has the one with the smallest validation loss.
+  Left out are base models whose number of tokens is unknown, and methods with a single base model.
+  Of several learning rates, a base model has the one with the smallest validation loss.
   """
   families: dict[tuple[str, str], dict[int, Group]] = defaultdict(dict)
   for group in sorted(groups, key=lambda group: group.loss, reverse=True):  # the best comes last
@@ -163,15 +163,15 @@ def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
   counts = Counter(label for (label, _), _ in several)
   budgets: dict[str, dict[int, Group]] = {}
   for (label, _), members in several:
-    lines = next(iter(members.values())).first.result["num_train_records"]
-    name = label + (f", {lines:,} lines" if counts[label] > 1 else "")
+    examples = next(iter(members.values())).first.result["num_train_records"]
+    name = label + (f", {examples:,} examples" if counts[label] > 1 else "")
     same = sum(other.startswith(name) for other in budgets)
     budgets[name + (f" ({same + 1})" if same else "")] = dict(sorted(members.items()))
   return budgets
 
 
 def _settings(run: Run) -> dict[str, Any]:
-  """Returns the fields that matter to a run's method, without what tells its group's runs apart."""
+  """Returns the fields that the run's method uses, except those that differ within a group."""
   settings = {name: value for name, value in run.settings.items() if run.method.uses(name)}
   settings |= {"method": run.result["method"]}
   for name in ("seed", "workdir"):
@@ -186,7 +186,7 @@ def _settings(run: Run) -> dict[str, Any]:
 def _labels(
   methods: Sequence[str], shared: Sequence[dict[str, Any]], leave_out: Iterable[str] = ()
 ) -> list[str]:
-  """Returns a label for each group: its method and those settings in which the groups differ."""
+  """Returns a label for each group: its method, and the settings that differ between groups."""
   fields = _differing(shared) - {"method"} - HAVE_COLUMNS
   if TOKENS in fields:
     fields -= BASE
@@ -233,7 +233,7 @@ def _setting(name: str, value: Any) -> str:
     case "pretraining_tokens":
       return f"base of {value:,} tokens"
     case "data.num_train_records":
-      return f"{value} lines"
+      return f"{value} examples"
   return f"{name.rpartition('.')[2]} {value}"
 
 

@@ -1,4 +1,4 @@
-"""A base's pretraining: the tokens of its text, made once for all runs, and its model card."""
+"""Prepares the tokens of a pretraining, once for all runs, and writes its model card."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ class Text(NamedTuple):
 
 
 def prepare(config: PretrainConfig) -> Text:
-  """Makes the tokenizer and the tokens of the text, or finds those that another run has made.
+  """Trains the tokenizer and encodes the text, or reuses those of another run.
 
   Their folder is `text-<hash of the files and settings>` in `config.data.prepared`.
   """
@@ -72,16 +72,16 @@ def _prepare(files: list[Path], about: dict[str, Any], folder: Path) -> None:
 
 
 def flops_per_token(model: GPT2Config, row_length: int) -> float:
-  """Returns the operations of training on one token: three times those of a forward pass."""
+  """Returns the FLOPs of training on one token: three times those of a forward pass."""
   mlp = model.mlp_dim or 4 * model.embed_dim
   layer = 4 * model.embed_dim**2 + 2 * model.embed_dim * mlp
   dense = model.num_layers * layer + model.vocab_size * model.embed_dim
-  attention = 2 * model.num_layers * row_length * model.embed_dim  # Q K^T and P V, all places
+  attention = 2 * model.num_layers * row_length * model.embed_dim  # Q K^T and P V, unmasked
   return 3 * 2 * (dense + attention)
 
 
 def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
-  """Returns the machine's speed in a square matmul in float32, the best of some."""
+  """Returns the GFLOP/s of a square float32 matmul, the best of several repeats."""
   x = jnp.ones((size, size))
   product = jax.jit(jnp.matmul)
   seconds = []
@@ -99,7 +99,7 @@ def model_card(
   result: Mapping[str, Any],
   changes: Mapping[str, Any],
 ) -> str:
-  """Returns the model card, every figure of it from the run; `changes` is for its command."""
+  """Returns the model card, with numbers from the run; `changes` are its command's flags."""
   loss, optimizer = result["held_out_loss"], config.optimizer
   flags = "".join(f" --config.{name}={value}" for name, value in changes.items())
   rows = {
@@ -117,10 +117,10 @@ def model_card(
     "training": f"AdamW, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, "
     f"{result['num_train_steps']:,} steps of {config.data.batch_size} x {config.data.row_length}",
     "speed": f"{result['tokens_per_second']:,.0f} tokens/s, {result['gflops']:.0f} GFLOP/s; a "
-    f"product of 2048 x 2048 matrices: {result['matmul_gflops']:.0f} GFLOP/s",
+    f"2048 x 2048 matmul: {result['matmul_gflops']:.0f} GFLOP/s",
     "hardware": f"{result['device']}, {os.cpu_count()} CPU cores, JAX {result['jax']}",
     "command": f"`python -m experiments.gpt2_pretrain --config.data.folder=TEXT{flags}`",
-    "form": "Hugging Face folder; weights in bfloat16, rounded from float32",
+    "format": "Hugging Face folder; weights in bfloat16, rounded from float32",
   }
   lines = ["# A small GPT-2", "", "| | |", "|---|---|"]
   return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"

@@ -9,8 +9,8 @@ from experiments.nlg.groups import RATE, Group
 from experiments.nlg.scores import METRICS
 
 VALUES = ("valid_loss", *METRICS)
-LABELS = ("source", "run", "trainable", "lines", "learning_rate", "rank", "seeds")
-PARTS = ("", "_deviation", "_low", "_high")  # over the seeds; of the first seed's interval
+LABELS = ("source", "run", "trainable", "examples", "learning_rate", "rank", "seeds")
+PARTS = ("", "_deviation", "_low", "_high")  # deviation over seeds; the first seed's interval
 
 
 def write_csv(path: Path, groups: Sequence[Group]) -> None:
@@ -28,7 +28,7 @@ def _ours(group: Group) -> dict[str, object]:
     "source": "runs",
     "run": group.label,
     "trainable": group.first.result["trainable_parameters"],
-    "lines": group.first.result["num_train_records"],
+    "examples": group.first.result["num_train_records"],
     "learning_rate": group.settings.get(RATE),
     "rank": group.settings.get("lora.rank"),
     "seeds": len(group.runs),

@@ -1,4 +1,4 @@
-"""Finished runs of `experiments.gpt2_e2e`: their weights, ready for use."""
+"""Loads the trained weights of finished runs of `experiments.gpt2_e2e`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +24,10 @@ class Finished(NamedTuple):
   """A finished run: `load_run(folder).generate([...])`.
 
   Attributes:
-    config: of the run.
-    base: that it adapted.
-    params: the base's, with what was trained merged into them.
-    mesh: that they are placed on.
+    config: the run's config.
+    base: the model that it adapted.
+    params: the base model's params with the adapter merged, or the fully trained ones.
+    mesh: the devices of the params.
   """
 
   config: E2EConfig
@@ -44,7 +44,7 @@ def load_run(folder: str | Path) -> Finished:
   """Loads a finished run, whatever its method, on one device.
 
   Raises:
-    FileNotFoundError: if the folder is no run's, or what was trained is not there.
+    FileNotFoundError: if the folder is not a run's, or the trained weights are missing.
     ValueError: if the run is not finished.
   """
   config, mesh = read_run(E2EConfig, folder), make_mesh()
@@ -56,16 +56,16 @@ def load_run(folder: str | Path) -> Finished:
 def restore_params(
   config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh
 ) -> tuple[PyTree, float | None]:
-  """Returns what a finished run trained, merged into its base, and its validation loss.
+  """Returns a finished run's params, with its adapter merged, and its validation loss.
 
   Args:
-    config: of the run, whatever its method.
+    config: the run's config; any method.
     checkpoint: best or last.
-    base: that the run adapted, as `load_base` returns it.
-    mesh: that the base is placed on.
+    base: the run's base model, as `load_base` returns it.
+    mesh: the devices of the base model.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
-    ValueError: if they are of another base or another method.
+    ValueError: if they belong to another base model or another method.
   """
   result = read_finished(config.workdir)
   if not find_method(config.method).trains:
@@ -82,7 +82,7 @@ def load_adapter(config: E2EConfig, base: Base) -> PyTree:
 
   Raises:
     FileNotFoundError: if there is no adapter.
-    ValueError: if the run's method has none, or its base is another one.
+    ValueError: if the run's method has none, or it belongs to another base model.
   """
   if not find_method(config.method).exports_adapter:
     raise ValueError(f"{config.workdir} is a run of {config.method}, which has no adapter")
@@ -91,7 +91,7 @@ def load_adapter(config: E2EConfig, base: Base) -> PyTree:
 
 
 def _initial(config: E2EConfig, base: Base) -> tuple[Adaptation, PyTree]:
-  """Returns a run's method, applied to the loss, and a trainable tree as it starts with."""
+  """Returns a run's method, applied to the loss, and its initial trainable tree."""
   adaptation = adapt(config)(language_model_loss(base.module))
   batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
   return adaptation, adaptation.init(jax.random.key(0), base.params, batch)

@@ -1,4 +1,4 @@
-"""Scores of generated texts, in the form of the paper's Table 3."""
+"""Formats scores of generated texts like the paper's Table 3."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def number(name: str, value: float | None) -> str:
-  """Returns a metric's value with its digits; what is missing is an empty cell."""
+  """Returns a metric's value with its digits, or an empty cell if it is missing."""
   return "" if value is None else f"{value:.{DIGITS[name]}f}"
 
 

@@ -94,6 +94,6 @@ def test_the_run_and_its_scores(tmp_path, without_java, capsys):
   assert row.startswith("| template ")
   assert f"{result['scores']['bleu']:.2f}" in row
   text = report([folder], tmp_path / "r")
-  assert f"| template | {0:>9} | {0:>5} |" in text
+  assert f"| template | {0:>9} | {0:>8} |" in text
   assert "`--against=FOLDER` names a run" in text
   assert run(TemplateConfig(workdir=str(folder))) == result  # not done again

@@ -115,7 +115,7 @@ def of(tree, keys):
 
 def test_full_finetuning_from_its_checkpoint(runs):
   """A run that decoded nothing is decoded, with what it trained: its loss on its own data."""
-  with pytest.raises(ValueError, match="as --num_inputs=630"):
+  with pytest.raises(ValueError, match="--num_inputs=630"):
     evaluate_run(runs / "full", {})
   found = evaluate_run(runs / "full", {"num_inputs": 2})
   assert found["num_inputs"] == 2

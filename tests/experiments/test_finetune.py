@@ -338,7 +338,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     r"model +/.*model: gpt2, 295,808 parameters",
     r"method +LoRA, rank 16, 18,432 parameters \(\d+\.\d\d %\)",
     r"steps +\d+ in 3 epochs, each of 8 rows of \d+ tokens, packed",
-    r"memory +0\.\d\d GB a device by the compiler's estimate",
+    r"memory +0\.\d\d GB per device by the compiler's estimate",
     r"nothing was trained",
   ):
     assert re.search(line, done.stdout), (line, done.stdout)

@@ -100,12 +100,12 @@ def test_a_report_of_methods(runs, tmp_path):
   values = [result(runs, name)["valid_loss"] for name in ("lora1", "lora2")]
   assert ours["valid loss"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
   assert ours["seeds"] == "2"
-  assert ours["lines"] == "60"
+  assert ours["examples"] == "60"
   assert ours["trainable"] == f"{result(runs, 'lora1')['trainable_parameters']:,}"
   assert ours["METEOR"] == ours["CIDEr"] == ""
   assert found["LoRA, rank 8"]["valid loss"] == f"{result(runs, 'rank8')['valid_loss']:.3f}"
   assert found["frozen base"]["learning rate"] == ""
-  assert found["frozen base"]["lines"] == found["frozen base"]["trainable"] == "0"
+  assert found["frozen base"]["examples"] == found["frozen base"]["trainable"] == "0"
   assert "no METEOR: Java was not found" in text
 
 
@@ -127,7 +127,7 @@ def test_the_papers_values_stand_apart(runs, tmp_path):
   assert paper["GPT-2 M, LoRA"]["CIDEr"] == "2.53 ± 0.02"
   assert paper["GPT-2 M, FT*"]["ROUGE-L"] == "71.0"
   assert not set(paper) & set(rows(text, "Results"))
-  assert "Other models than those above" in text
+  assert "These are other models than those above" in text
 
 
 def test_differences_are_the_paired_bootstraps(runs, tmp_path):
@@ -168,7 +168,7 @@ def test_other_inputs_are_not_compared(runs, tmp_path):
   other = changed(runs / "full", tmp_path / "other", {"decoding.split": "valid"}, {})
   text = report([*folders(runs, "lora1", "frozen"), other], tmp_path / "r")
   assert list(rows(text, "Against LoRA, split test, seed 1")) == ["frozen base, split test"]
-  assert "left out: full fine-tuning, split valid." in text
+  assert "Left out, since they decoded other inputs: full fine-tuning, split valid." in text
 
 
 def test_predictions_that_do_not_fit_the_inputs(runs, tmp_path):
