@@ -43,7 +43,8 @@ def expected(name):
 @pytest.mark.parametrize(
   ("name", "computation"),
   [(name, "unrolled") for name in golden.MODELS]
-  + [("v2_regression", other) for other in COMPUTATIONS if other != "unrolled"],
+  + [("v2_regression", "scanned_remat")]
+  + [pytest.param("v2_regression", name, marks=pytest.mark.long) for name in ("scanned", "remat")],
 )
 def test_outputs_are_those_of_transformers(name, computation):
   config, params = load_deberta(golden.GOLDEN / name, **COMPUTATIONS[computation])

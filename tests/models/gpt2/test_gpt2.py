@@ -55,8 +55,11 @@ def tokens_of(rows=2, time=9, seed=0):
 
 @pytest.mark.parametrize(
   ("name", "computation"),
-  [("untied", "unrolled"), ("untied", "scanned"), ("relu", "unrolled")]
-  + [("tied", computation) for computation in COMPUTATIONS],
+  [("untied", "unrolled"), ("relu", "unrolled"), ("tied", "unrolled"), ("tied", "scanned_remat")]
+  + [
+    pytest.param(name, computation, marks=pytest.mark.long)
+    for name, computation in [("untied", "scanned"), ("tied", "remat"), ("tied", "scanned")]
+  ],
 )
 def test_logits_are_those_of_transformers(name, computation):
   config, params = load_gpt2(golden.GOLDEN / name, **COMPUTATIONS[computation])
@@ -242,9 +245,9 @@ ALL_LINEAR = r"h(_\d+)?/(attn|mlp)/\w+/kernel"
   ("target", "name", "computation"),
   [
     (QUERY_VALUE, "tied", "unrolled"),
-    (QUERY_VALUE, "tied", "scanned"),
-    (ALL_LINEAR, "untied", "remat"),
     (ALL_LINEAR, "tied", "scanned_remat"),
+    pytest.param(QUERY_VALUE, "tied", "scanned", marks=pytest.mark.long),
+    pytest.param(ALL_LINEAR, "untied", "remat", marks=pytest.mark.long),
   ],
 )
 def test_lora_starts_at_the_base_and_trains(target, name, computation):

@@ -45,8 +45,14 @@ def expected(name):
 @pytest.mark.parametrize(
   ("name", "computation"),
   [(name, "unrolled") for name in golden.MODELS]
-  + [("llama3", other) for other in COMPUTATIONS]
-  + [("mixtral", "scanned_remat"), ("mixtral_fused", "scanned"), ("qwen2_moe", "remat")],
+  + [("llama3", "scanned"), ("llama3", "xla"), ("mixtral", "scanned_remat")]
+  + [
+    pytest.param(name, computation, marks=pytest.mark.long)
+    for name, computation in [
+      *(("llama3", "remat"), ("llama3", "scanned_remat")),
+      *(("mixtral_fused", "scanned"), ("qwen2_moe", "remat")),
+    ]
+  ],
 )
 def test_logits_are_those_of_transformers(name, computation):
   config, params = load_llama(golden.GOLDEN / name, **COMPUTATIONS[computation])
