@@ -1,4 +1,4 @@
-"""The training that all experiments share, from an adapted loss to the run's result."""
+"""The training shared by all experiments, from an adapted loss to the run's result."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,7 +25,7 @@ class Trained(NamedTuple):
     fitted: the result of `fit`.
     kept: the trainable tree of the best step or of the last one, as the config chooses.
     loss: its validation loss, nats per token; or the evaluation's criterion.
-    fields: the part of `result.json` about training.
+    fields: the fields of `result.json` about training.
   """
 
   fitted: Fitted
@@ -40,13 +40,13 @@ def count(tree: PyTree) -> int:
 
 
 def count_trained(trainable: PyTree) -> int:
-  """Returns the number of trained parameters; arrays that a variant keeps frozen do not count."""
+  """Returns the number of trained parameters, without arrays that a variant keeps frozen."""
   tree = {"base": None, "adapter": trainable}
   return count(partition(tree, trainable_mask(tree))[0])
 
 
 def initialize(config: TrainingConfig, loss: Adaptation, params: PyTree, batch: Any) -> PyTree:
-  """Returns the trainable tree that a run starts with, drawn from its seed."""
+  """Returns a run's initial trainable tree, drawn from its seed."""
   key, _ = jax.random.split(jax.random.key(config.seed))
   trainable = loss.init(key, params, batch)
   jax.block_until_ready(trainable)  # so that its time is not that of the first step
@@ -74,13 +74,13 @@ def fit_run(
 
   Args:
     config: the run's config.
-    method: the row of `harness.methods`.
+    method: a row of `harness.methods`.
     loss: the method applied to a function `fn(params, batch) -> LossSum`.
     params: the base params, placed on `mesh`.
     trainable: as `initialize` returns it. It is donated.
     batches: the training batches.
     mesh: as `make_mesh` returns it.
-    examples: the amount of training data, for the printed line: "4,000 lines".
+    examples: the amount of training data for the printed line, such as "4,000 lines".
     num_train_steps: number of updates; 0 means one for each batch.
     keep: the checkpoint that is kept.
     decays: as in `make_optimizer`.

@@ -1,10 +1,10 @@
 """From the command line to runs: flags, a config file, and its sweep.
 
 --config=FILE.py:VARIANT   the config; --config.a.b=1 overrides one field
---sweep                    one run for each of the config file's sweep(config)
---sweep_shard=0/4          the first of four machines' shares of these runs
---traceback                where an error was raised
---dry_run                  prints what a run would do, where the experiment supports it
+--sweep                    does the runs of the config file's sweep(config)
+--sweep_shard=0/4          does the first quarter of these runs, as one of four machines
+--traceback                shows where an error was raised
+--dry_run                  prints what a run would do, if the experiment supports it
 --all_rows                 with --dry_run: a row for each weight, not for each kind of weight
 """
 
@@ -49,12 +49,12 @@ def launch(
 ) -> None:
   """Runs an experiment by its command line.
 
-  An error that was raised on purpose ends the program with only its message, and exit code 1.
+  An error meant for the user ends the program with its message only, and exit code 1.
 
   Args:
     run: the experiment.
     config_file: the file of its default config.
-    shorthands: flags that stand for a field of the config: `{"model": "model.folder"}`.
+    shorthands: short flags for fields of the config: `{"model": "model.folder"}`.
     plan: prints what `run` would do, for `--dry_run`; with True a row for each weight.
   """
   path = str(Path(__file__).parents[1] / "configs" / config_file)
@@ -105,14 +105,14 @@ def make_parser(name: str, description: str | None, **options: Any) -> argparse.
 
 
 def _only_cpus() -> bool:
-  """Tells whether JAX will find no accelerator, without starting it."""
+  """Tells whether JAX will find no accelerator, without initializing JAX."""
   plugins = importlib.metadata.entry_points(group="jax_plugins")
   accelerators = bool(plugins) or importlib.util.find_spec("libtpu") is not None
   return os.environ.get("JAX_PLATFORMS") == "cpu" or not accelerators
 
 
 def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, Config]:
-  """Returns the config file's module and its config, before the fields that flags change.
+  """Returns the config file's module, and its config before any flag changes it.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -169,8 +169,8 @@ def explained() -> Iterator[None]:
 def _says_all(error: Exception) -> bool:
   """Tells whether an error's message is meant for the user.
 
-  It is if a `raise` in this project raised it with one of the types below, or if it is of the
-  operating system. All others are mistakes in the code, which need their traceback.
+  It is if a `raise` statement of this project raised it with one of the types below, or if it comes
+  from the operating system. All others are bugs, which need their traceback.
   """
   if "--traceback" in sys.argv:
     return False
@@ -203,8 +203,8 @@ def settle(
 ) -> tuple[Config, dict[str, Any]]:
   """Returns a config with its method's learning rate, and the fields that differ from the defaults.
 
-  A config file's learning rate is that of its own method. Another method's default is a multiple
-  of it, by `harness.methods`, and applies unless `named` has the learning rate's field.
+  A config file's learning rate is for its own method. Another method's default is a multiple of it,
+  from `harness.methods`, and applies unless `named` has the learning rate's field.
 
   Raises:
     ValueError: if the experiment does not have the method.
@@ -221,9 +221,9 @@ def settle(
 def _with_stored_rate(
   run: Config, default: Config, named: Collection[str]
 ) -> tuple[Config, list[str]]:
-  """Returns a settled run with its trained folder's learning rate, and lines to print about it.
+  """Returns a run with the learning rate that its folder was trained with, and lines to print.
 
-  Folders may be older than methods' own learning rates: they were trained at the config file's.
+  Older folders were trained with the config file's learning rate, whatever their method.
   """
   if "method" not in run or run.method == default.method or RATE in named:
     return run, []
@@ -238,9 +238,9 @@ def _with_stored_rate(
 
 
 def single_run(config: Config, default: Config, named: Collection[str]) -> Config:
-  """Returns the config of a run; an unnamed folder is named after the changed fields.
+  """Returns the config of a run; without a workdir, the folder is named after the changed fields.
 
-  Prints a learning rate that is neither named nor the config file's.
+  Prints a learning rate that comes from neither a flag nor the config file.
 
   Raises:
     ValueError: if a changed field has no effect on the method.
@@ -303,8 +303,8 @@ def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
       print("  finished before", flush=True)
     try:
       with contextlib.redirect_stdout(io.StringIO()) if finished else contextlib.nullcontext():
-        run(config)  # of a finished run, only whether it would be the same
-    except Exception as error:  # the others are worth having
+        run(config)  # checks that a finished run has this config
+    except Exception as error:  # the other runs are still worth doing
       failed.append(config.workdir)
       message = f"{error}" if _says_all(error) else traceback.format_exc()
       print(f"  failed: {message}", file=sys.stderr, flush=True)
@@ -314,15 +314,15 @@ def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
 
 
 def _names(changes: dict[str, Any]) -> list[str]:
-  """Returns changed fields as parts of a folder's name; long and odd values by their hash."""
+  """Returns changed fields as parts of a folder's name; long and odd values are hashed."""
 
   def text(value: Any) -> str:
     plain = str(value)
     return plain if re.fullmatch(r"[\w.+-]{1,40}", plain) else _hash(plain)
 
   parts = [f"{name}={text(value)}" for name, value in changes.items() if name != "workdir"]
-  long = len(",".join(parts)) > 200  # file systems allow 255 bytes
-  return [f"{len(parts)} fields={_hash(','.join(parts))}"] if long else parts
+  is_long = len(",".join(parts)) > 200  # file systems allow 255 bytes
+  return [f"{len(parts)} fields={_hash(','.join(parts))}"] if is_long else parts
 
 
 def _hash(text: str) -> str:

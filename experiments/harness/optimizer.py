@@ -1,4 +1,4 @@
-"""AdamW as the paper has it, and its learning rate's schedule."""
+"""AdamW as in the paper, and the schedule of its learning rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +19,10 @@ def make_optimizer(
   """Returns AdamW and the schedule of its learning rate.
 
   Args:
-    config: of the optimizer.
-    num_train_steps: of the schedule.
-    decays: from the trainable tree to which of its leaves have weight decay; None is all.
+    config: the optimizer's section.
+    num_train_steps: the length of the schedule.
+    decays: a function from the trainable tree to a mask of the leaves that have weight decay; None
+      is all.
   """
   warmup_steps = min(config.warmup_steps, num_train_steps)
   other_steps = max(num_train_steps - warmup_steps, 1)
@@ -45,7 +46,7 @@ def make_optimizer(
 
 
 def decays(trainable: PyTree) -> PyTree:
-  """Returns which leaves have weight decay: not biases and normalizations, as the paper's code."""
+  """Returns a mask of the leaves that have weight decay: all but biases and normalizations."""
 
   def decay(keys: Any, leaf: Any) -> bool:
     del leaf

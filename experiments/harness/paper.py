@@ -1,21 +1,21 @@
-"""Values of Hu et al. 2021 (arXiv 2106.09685v2) that ours are set beside, in our units.
+"""Results of Hu et al. 2021 (arXiv 2106.09685v2), in our units, for comparison.
 
-Tables 3 and 18 are of the E2E NLG Challenge: all of the training lines, 5 epochs, GPT-2 medium or
-large. Table 2 is of GLUE's dev sets. A value is not one that a small model is expected to reach.
+Tables 3 and 18 have the E2E NLG Challenge: all training examples, 5 epochs, GPT-2 medium or large.
+Table 2 has GLUE's dev sets. Small models are not expected to reach these values.
 """
 
 from typing import NamedTuple
 
 
 class Value(NamedTuple):
-  """A figure of the paper's and what stands behind its ± there, if anything."""
+  """A number in the paper, and its deviation (after ±) if the paper gives one."""
 
   mean: float
   deviation: float | None = None
 
 
 class Row(NamedTuple):
-  """A row of Table 3. `trainable` is as printed; rank 4 on q and v of GPT-2 M is 393,216."""
+  """A row of Table 3; `trainable` as printed (rank 4 on q and v of GPT-2 M has 393,216)."""
 
   label: str
   trainable: str
@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 def _row(label: str, trainable: str, *cells: str) -> Row:
-  """Reads cells as the paper prints them: `68.2` or `70.4±.1`."""
+  """Reads cells in the paper's notation: `68.2` or `70.4±.1`."""
   parts = (cell.split("±") for cell in cells)
   return Row(label, trainable, *(Value(*map(float, part)) for part in parts))
 
@@ -69,13 +69,13 @@ TABLE_18: dict[int, dict[str, float]] = {
   }
   for rank, values in _TABLE_18.items()
 }
-"""GPT-2 M after 26,000 steps, by rank of LoRA on q and v."""
+"""GPT-2 M after 26,000 steps, by the rank of LoRA on q and v."""
 
 TASKS_2 = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 
 
 class GlueRow(NamedTuple):
-  """A row of Table 2: percent, by task; the median of 5 seeds, each at its best epoch."""
+  """A row of Table 2: the median of 5 seeds at their best epochs, in percent, by task."""
 
   model: str
   label: str

@@ -36,10 +36,10 @@ def restore_trained(
     mesh: the mesh of both trees.
     checkpoint: best or last.
     saved: the checkpoint that `adapter/` holds, if the method saves an adapter.
-    decays: as in the run's optimizer.
+    decays: as in `make_optimizer`.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
-    ValueError: if the run is not finished, or of another base or another method.
+    ValueError: if the run is not finished, or belongs to another base model or method.
   """
   folder, result = Path(config.workdir), read_finished(config.workdir)
   if find_method(config.method).saves_adapter and checkpoint == saved:
@@ -48,7 +48,7 @@ def restore_trained(
   step = result["best_step" if checkpoint == "best" else "num_train_steps"]
   path = folder / "checkpoints" / str(step)
   if not path.is_dir():
-    raise FileNotFoundError(f"the {checkpoint} checkpoint of {folder} is not there: {path}")
+    raise FileNotFoundError(f"{path} does not exist: the {checkpoint} checkpoint of {folder}")
   optimizer, _ = make_optimizer(config.optimizer, result["num_train_steps"], decays)
   state, frozen, _ = start(params, trainable, optimizer, jax.random.key(0), mesh)
   with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -58,10 +58,10 @@ def restore_trained(
 
 
 def check_base(folder: str | Path, params: PyTree) -> None:
-  """Raises ValueError if a finished run's result names another base than `params`."""
+  """Raises ValueError if a finished run was trained on other base params."""
   expected, actual = (read_result(folder) or {}).get("base"), fingerprint(params)
   if expected not in (None, actual):
     raise ValueError(
-      f"{folder} was trained on a base with fingerprint {expected}, and its folder has {actual} by "
-      "now. Restore that base; on another one the adapter means nothing"
+      f"{folder} was trained on a base with fingerprint {expected}, and this one has {actual}. "
+      "Load the base model that it was trained on: the adapter fits no other"
     )

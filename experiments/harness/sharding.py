@@ -1,4 +1,4 @@
-"""How the parameters of the zoo's models are split over a mesh."""
+"""The sharding rules for the parameters of the zoo's models."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, matches
 
-SHARDING: Rules = (  # of all models of the zoo, whose leaves have the same names
+SHARDING: Rules = (  # for all models of the zoo: their leaves have the same names
   (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
   (r".*/(query|key|value|gate|up)/bias", P("tensor")),
   (r".*/(attn/out|down)/kernel", P("tensor", "fsdp")),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-  """Returns rows of cells, the first being the head, as a Markdown table.
+  """Returns a Markdown table; the first row of cells is its header.
 
   >>> print(aligned([["what", "BLEU"], ["LoRA", "70.40"]]))
   | what |  BLEU |
@@ -22,16 +22,19 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
   return "\n".join(lines)
 
 
-def by_rate(head: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[str, float]) -> str:
+def by_rate(
+  header: str, cells: Mapping[str, Mapping[float, str]], best: Mapping[str, float]
+) -> str:
   """Returns a table with a column for each learning rate, the best of each row in bold.
 
   Args:
-    head: of the first column.
-    cells: of each row, by rate.
-    best: each row's best rate. If it is an end of several, a note says so.
+    header: the first column's header.
+    cells: each row's cells by learning rate.
+    best: each row's best learning rate. A note names the rows where it is the lowest or highest
+      that was tried.
   """
   rates = sorted({rate for row in cells.values() for rate in row})
-  rows = [[head, *(f"{rate:g}" for rate in rates)]]
+  rows = [[header, *(f"{rate:g}" for rate in rates)]]
   for label, row in cells.items():
     bold = {**row, best[label]: f"**{row[best[label]]}**"}
     rows.append([label, *(bold.get(rate, "") for rate in rates)])

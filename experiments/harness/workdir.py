@@ -1,10 +1,10 @@
-"""A run's folder: it belongs to one config, and is open to one process at a time.
+"""A run's folder: it belongs to one config, and one process at a time may write to it.
 
-config.json      the run's config             checkpoints/    by Orbax, never the base
-model.json       the base's configuration     adapter/        the trained tree only
-examples.json    the digest of the examples   peft/, base/    it or the model, for others
-metrics.jsonl    losses by step               predictions.txt one text for each input
-tensorboard/     the same                     model/          the model, fully trained
+config.json      the run's config             checkpoints/    train states; no base weights
+model.json       the base model's config      adapter/        the trainable tree
+examples.json    the digest of the examples   peft/, base/    exports for other packages
+metrics.jsonl    losses by step               model/          the fully trained model
+tensorboard/     the same, for TensorBoard    predictions.txt one text for each input
                                               result.json     written last: the run is finished
 """
 
@@ -173,17 +173,17 @@ def _repairable(advice: str) -> Iterator[None]:
 
 
 def has_trained(folder: Path) -> bool:
-  """Returns whether a folder holds anything that a run has trained."""
+  """Returns whether a folder has checkpoints, a result or an export."""
   return any((folder / name).exists() for name in ("checkpoints", "result.json", *EXPORTS))
 
 
 def check_model(workdir: Path, config: Any) -> None:
-  """Raises ValueError if a run that has trained would resume with another model config."""
+  """Raises ValueError if a run would resume with another model config."""
   check_same(workdir / "model.json", str(config), "model, by its config.json")
 
 
 def check_examples(workdir: Path, digest: str) -> None:
-  """Raises ValueError if a run that has trained would resume with other examples."""
+  """Raises ValueError if a run would resume with other examples."""
   check_same(workdir / "examples.json", digest, "examples, by its data or its tokenizer")
 
 
@@ -269,13 +269,13 @@ def read_run(kind: type[Config], folder: str | Path) -> Config:
 
 
 def provenance() -> dict[str, str]:
-  """Returns the devices, the version of JAX and the code's commit, for a result."""
+  """Returns the devices, JAX's version and the code's commit, for `result.json`."""
   device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
   return {"device": device, "jax": jax.__version__, "commit": commit()}
 
 
 def commit() -> str:
-  """Returns the commit that the code is at, with `+` if files differ from it; "" if unknown."""
+  """Returns the code's commit, with `+` if files differ from it; "" if unknown."""
   here = Path(__file__).parent
 
   def git(*args: str) -> str:
