@@ -155,7 +155,7 @@ def read_config(
   names = tensor_names(path.parent, f"{kind}.")
   head_dropout = "classifier_dropout" if "classifier_dropout" in fields else "hidden_dropout_prob"
   try:
-    num_labels = head_size(path, fields, names, num_labels, new_head)
+    num_labels = head_size(fields, names, num_labels, new_head)
     has_pooler = "pooler.dense.weight" in names
     read = {
       **read_fields(BertConfig, fields, FIELDS | {"head_dropout": head_dropout}),

@@ -70,12 +70,11 @@ def stored_by_module(
 
 
 def head_size(
-  path: Path, fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
+  fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
 ) -> int | None:
   """Returns the number of labels of a model's head; None is no head.
 
   Args:
-    path: of config.json, for messages.
     fields: the contents of config.json.
     names: of the folder's tensors.
     num_labels: the requested labels; None takes the folder's head, or none.

@@ -37,10 +37,7 @@ _FOLDERS = (  # pattern of a file, and what it says of the folder; the first tha
     "it has parts of the weights, but not model.safetensors.index.json: copy or download that too",
   ),
   ("*.safetensors", "it has safetensors by another name: rename them to model.safetensors"),
-  (
-    "*.onnx",
-    "ONNX is not read: give the folder that it was exported from",
-  ),
+  ("*.onnx", "ONNX is not read: give the folder that it was exported from"),
 )
 _FILES = (  # first bytes of a file, and its kind
   (b"version https://git-lfs", "a pointer of git-lfs: run `git lfs pull` where it was cloned"),
@@ -161,8 +158,9 @@ def _renamed(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...
     if not shorter:
       continue
     prefixes = [name.removesuffix(shorter[0]) for name in longer if name.endswith(f".{shorter[0]}")]
+    names = set(longer)
     for prefix in prefixes[:1]:
-      if 2 * sum(prefix + name in longer for name in shorter) > len(shorter):
+      if 2 * sum(prefix + name in names for name in shorter) > len(shorter):
         return (
           f"{text.format(prefix)}. Save the model itself by save_pretrained, of the class that "
           "config.json's architectures should name"
@@ -187,7 +185,7 @@ def _resized(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...
       "model.resize_token_embeddings, and save it again"
     )
   more, kind = abs(count - vocab_size), "more" if count > vocab_size else "fewer"
-  why = "were added as tokens or as padding" if count > vocab_size else "are not in these weights"
+  why = "were added as tokens or as padding" if count > vocab_size else "are missing"
   return (
     f"{name} has {count} rows, {more} {kind} than vocab_size {vocab_size}; they {why}. Set "
     f"vocab_size to {count} in config.json"

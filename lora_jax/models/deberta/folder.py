@@ -160,7 +160,7 @@ def read_config(
       **read_fields(DebertaConfig, fields, KEYS | {"head_dropout": head_dropout}),
       **_distances(fields),
       "conv_size": read_value(_NONE_IF_0, fields["conv_kernel_size"], "conv_kernel_size") or None,
-      "num_labels": head_size(path, fields, names, num_labels, new_head),
+      "num_labels": head_size(fields, names, num_labels, new_head),
     }
     config = DebertaConfig(**read | computation)
   except ValueError as error:
