@@ -1,7 +1,7 @@
 """Fully trained leaves: float32 copies, which the function sees in the base model's dtype.
 
-bfloat16 has 8 bits of precision, so that a step of less than 1/256 of a value changes nothing. What
-is trained is therefore float32, 4 bytes a parameter, and so are its gradient and optimizer state.
+In bfloat16, with 8 bits of precision, a step of less than 1/256 of a value changes nothing. Trained
+leaves are therefore float32, 4 bytes a parameter, as are their gradients and optimizer state.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jax import lax
 
 
 def is_float(dtype: Any) -> bool:
-  """Tells floating-point and complex dtypes from those that cannot be trained."""
+  """Returns whether a dtype is floating-point or complex, and can be trained."""
   return jnp.issubdtype(dtype, jnp.inexact)
 
 
@@ -24,7 +24,7 @@ def wide_dtype(dtype: Any) -> Any:
 
 
 def trained_copy(name: str, leaf: Any) -> jax.Array:
-  """Returns the copy of a leaf that is trained, float32 or wider.
+  """Returns a copy of a leaf to train, float32 or wider.
 
   Raises:
     ValueError: if the leaf is a shape only, or not of floating-point numbers.
@@ -42,7 +42,7 @@ def trained_copy(name: str, leaf: Any) -> jax.Array:
 def in_dtypes_of(
   leaves: Mapping[str, tuple[tuple[str, ...], Any]], trained: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
-  """Returns trained leaves as the function computes with them: in the base model's dtypes.
+  """Returns trained leaves in the base model's dtypes, as the function computes with them.
 
   A float8 leaf is rounded to float8 and returned as bfloat16, since JAX computes a leaf's gradient
   in the leaf's dtype, and most gradients are zero in float8.

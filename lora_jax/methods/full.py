@@ -38,12 +38,12 @@ def full_finetuning(fn: Callable[..., Any]) -> Adaptation:
 
   def init(key, params, *args, **kwargs):
     del key, args, kwargs
-    if all(map(_is_wide, jax.tree.leaves(params))):
+    if _is_wide(params):
       return params
     return nest((keys, _copy(path, leaf)) for path, (keys, leaf) in floats(params).items())
 
   def trained(params, trainable, cast):
-    if not jax.tree.leaves(params):  # a train step passes none where the trainable tree is params
+    if _is_wide(params):  # or has no leaves: a train step passes none if trainable is params
       return trainable
     leaves = floats(params)
     check_adapter(trainable, {}, leaves)
@@ -59,9 +59,14 @@ def full_finetuning(fn: Callable[..., Any]) -> Adaptation:
   return Adaptation(init, apply, merge)
 
 
-def _is_wide(leaf: Any) -> bool:
-  is_array = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-  return is_array and is_float(leaf.dtype) and leaf.dtype == wide_dtype(leaf.dtype)
+def _is_wide(params: PyTree) -> bool:
+  """Returns whether every leaf is a JAX array of float32 or a wider dtype."""
+  return all(
+    isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    and is_float(leaf.dtype)
+    and leaf.dtype == wide_dtype(leaf.dtype)
+    for leaf in jax.tree.leaves(params)
+  )
 
 
 def _copy(path: str, leaf: Any) -> Any:

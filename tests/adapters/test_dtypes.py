@@ -127,6 +127,8 @@ def test_full_finetuning_of_a_wide_base_is_the_base_itself():
   assert method.init(KEY, params, X) is params
   none = jax.tree.map(lambda _: None, params)
   np.testing.assert_array_equal(method.apply(none, params, X), fn(params, X))
+  bare = lj.full_finetuning(lambda w, x: x @ w)
+  np.testing.assert_array_equal(bare.apply(X.T, bare.init(KEY, X.T, X), X), X @ X.T)
   mixed = params | {"scale": params["scale"].astype(jnp.bfloat16)}
   trainable = method.init(KEY, mixed, X)
   assert trainable["w"] is not mixed["w"]  # a step donates it, and reads the base

@@ -79,7 +79,9 @@ def specs_of(tree):
   return {name: (spec(w.lora_a), spec(w.lora_b)) for name, w in tree.items()}
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.long)]
+)
 def test_eight_devices_equal_one_and_keep_their_shardings(kind):
   params, ids, trainable, value, grads = single_device()
   mesh, out_sharding = on_mesh(kind)
@@ -168,7 +170,9 @@ def test_some_layers_of_a_sharded_stack_on_an_explicit_mesh():
   assert relative_difference(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.long), AxisType.Explicit]
+)
 def test_a_gain_and_its_norm_are_sharded_as_their_weight(kind):
   params, ids = make_params(), jnp.arange(8) * 3
   plain = lj.dora(model(lambda spec: None), CONFIG)
