@@ -1,4 +1,4 @@
-"""What a method of adaptation is: three pure functions made from an unmodified one."""
+"""The interface of a method of adaptation: three pure functions made from an unmodified one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ from jaxtyping import PyTree
 class Adaptation(NamedTuple):
   """A method of adaptation of `fn(params, *args, **kwargs)`.
 
-  Training loops, checkpoints and sweeps know nothing else of a method.
+  Training loops, checkpoints and sweeps use nothing else of a method.
 
   Attributes:
-    init: `init(key, params, *args, **kwargs) -> trainable`. The trainable leaves alone; the
+    init: `init(key, params, *args, **kwargs) -> trainable`. Only the trainable leaves; the
       arguments may be `ShapeDtypeStruct`s.
     apply: `apply(params, trainable, *args, lora_key=..., scaling=None, dropout_rate=None,
-      **kwargs)` returns what the adapted `fn` returns.
+      **kwargs)` returns the adapted `fn`'s output.
     merge: `merge(params, trainable) -> params`. A tree like `params`, for `fn` itself: no
       added latency.
   """

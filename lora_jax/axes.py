@@ -1,4 +1,4 @@
-"""The axes of a weight: which are inputs, which outputs, and which both sides share."""
+"""The axes of a weight: inputs, outputs, and batch axes that both have."""
 
 import functools
 import math
@@ -17,13 +17,13 @@ INNER: Mapping[str, int] = {"rank": RANK, "rank2": RANK2}
 class LoraAxes(NamedTuple):
   """The axes of an adapted weight, as indices into its shape.
 
-  An array of an adapter has its axes written as words: `"batch in rank"` is lora_a, `"batch rank
-  out"` lora_b. Each of `batch`, `in` and `out` stands for that side's axes, in order.
+  The axes of an adapter's array are written as words: lora_a is `"batch in rank"`, lora_b `"batch
+  rank out"`. Each of `batch`, `in` and `out` names all of these axes, in order.
 
   Attributes:
     batch: the axes that both A and B have: the layers of a stack, the experts of a mixture.
-    inputs: the axes of A besides the batch and rank.
-    outputs: the axes of B besides the batch and rank.
+    inputs: the further axes of A, contracted with the layer's input.
+    outputs: the further axes of B.
   """
 
   batch: tuple[int, ...]
@@ -44,16 +44,16 @@ class LoraAxes(NamedTuple):
     """Returns the shape of an array with these axes.
 
     Args:
-      words: its axes.
-      shape: of the weight.
-      sizes: of the inner axes, by word.
+      words: the axes of the array.
+      shape: the weight's shape.
+      sizes: the sizes of the inner axes, by word.
     """
     inner = {INNER[word]: size for word, size in sizes.items()}
     return tuple(inner[l] if l < 0 else shape[l] for l in self.labels(words))
 
-  def sides(self, shape: Sequence[int]) -> tuple[int, int]:
-    """Returns the sizes of the two sides; a rank above the smaller one adds nothing."""
-    inputs, outputs = ([shape[d] for d in side] for side in (self.inputs, self.outputs))
+  def counts(self, shape: Sequence[int]) -> tuple[int, int]:
+    """Returns the numbers of inputs and outputs; a rank above the smaller one adds nothing."""
+    inputs, outputs = ([shape[d] for d in axes] for axes in (self.inputs, self.outputs))
     return math.prod(inputs), math.prod(outputs)
 
   def check(self, ndim: int, path: str) -> None:

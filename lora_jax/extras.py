@@ -1,10 +1,10 @@
-"""Packages beyond the ordinary requirements, which models, data and experiments need."""
+"""Optional packages, which models, data and experiments need."""
 
 import importlib.util
 
 
 def require(*packages: str) -> None:
-  """Raises ImportError if one of these packages is not installed, saying how to get it."""
+  """Raises ImportError with the command that installs them if packages are missing."""
   missing = [name for name in packages if importlib.util.find_spec(name) is None]
   if missing:
     raise ImportError(

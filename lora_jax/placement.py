@@ -1,4 +1,4 @@
-"""Where an array is placed on a mesh: the sharding of a leaf, and putting an array there."""
+"""The sharding of a leaf, and placing an array by it."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
-  """Returns the sharding of a leaf, or the leaf itself if it is one; None if it has none."""
+  """Returns the sharding of a leaf, or the leaf if it is a sharding, or None."""
   if isinstance(leaf, NamedSharding | PartitionSpec) or leaf is None:
     return leaf
   if isinstance(leaf, Tracer):
-    sharding = jax.typeof(leaf).sharding  # of use where sharding is part of the types
+    sharding = jax.typeof(leaf).sharding  # defined on meshes with explicit axes
     return None if sharding.mesh.empty or sharding.mesh.are_all_axes_auto else sharding
   sharding = getattr(leaf, "sharding", None)
   return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def place(array: Any, sharding: NamedSharding | PartitionSpec | None) -> Any:
-  """Puts an array, or its shape, where `sharding` says, in and out of `jit`; None leaves it."""
+  """Places an array, or its shape, by `sharding`, inside or outside `jit`; None leaves it."""
   if sharding is None:
     return array
   if isinstance(array, Tracer):

@@ -103,7 +103,7 @@ def select(patterns: str | Iterable[str], paths: Iterable[str], setting: str) ->
     paths: the candidates.
     setting: the name of the setting that holds the patterns, for the message.
   Raises:
-    ValueError: if a pattern matches no path; the message lists near names.
+    ValueError: if a pattern matches no path; the message has the closest names.
   """
   paths = list(paths)
   selected: set[str] = set()
@@ -112,7 +112,8 @@ def select(patterns: str | Iterable[str], paths: Iterable[str], setting: str) ->
     if not matching:
       raise ValueError(
         f"{setting} {pattern!r} matches none of the {len(paths)} leaves "
-        f"(patterns must match whole paths). Near names: {', '.join(closest_names(pattern, paths))}"
+        "(patterns must match whole paths); did you mean "
+        f"{', '.join(closest_names(pattern, paths))}?"
       )
     selected.update(matching)
   return [path for path in paths if path in selected]
@@ -171,7 +172,7 @@ def trainable_mask(tree: PyTree, extra: str | Iterable[str] = ()) -> PyTree:
   """Returns the optax mask of a combined tree `{"base": params, "adapter": trainable}`.
 
   True for every leaf under `adapter`, but for arrays that a variant holds and does not train
-  (DoRA's `norm_squared`), and for the leaves whose whole path (beginning with `base/`) matches
+  (DoRA's `norm_squared`), and for the leaves whose whole path (with `base/`) matches
   `extra`; False for the rest.
 
   Raises:

@@ -30,7 +30,7 @@ def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
     ValueError: if layers are chosen that the weight does not have, or the rank is too large.
   """
   _check_layers(target, axes)
-  sides = axes.sides(stored_shape(target.leaf.shape, axes, target.stacked_layers))
+  sides = axes.counts(stored_shape(target.leaf.shape, axes, target.stacked_layers))
   has_rank = any("rank" in spec.words.split() for spec in variant.table)
   if has_rank and target.rank > min(sides):
     raise ValueError(

@@ -55,7 +55,7 @@ class Site:
 
   @property
   def num_inputs(self) -> int:
-    return self.axes.sides(self.shape)[0]
+    return self.axes.counts(self.shape)[0]
 
   def array_shape(self, words: str, **sizes: int) -> tuple[int, ...]:
     """Returns the shape of an array with these axes; `sizes` are those of further inner axes."""

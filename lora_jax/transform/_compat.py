@@ -1,7 +1,6 @@
-"""What differs between JAX versions, in one place.
+"""Differences between JAX versions, in one place.
 
-`jax.extend` gives no promise across releases. Everything here uses `jax`,
-`jax.core.eval_jaxpr`'s own building blocks as `jax.extend.core` shows them, and
+`jax.extend` may change in any release. Everything here uses `jax` and `jax.extend.core`, and
 nothing of `jax._src`. Tested on the oldest and the newest supported JAX.
 """
 
@@ -25,7 +24,7 @@ def bind(equation: jex.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def equation_context(equation: jex.JaxprEqn) -> Iterator[None]:
-  """What is traced inside carries the equation's name stack, source line and settings."""
+  """Gives operations traced inside the equation's name stack, source line and settings."""
   info = equation.source_info
   name_stack = source_info_util.current_name_stack() + info.name_stack
   with (
@@ -41,9 +40,9 @@ def source_line(equation: jex.JaxprEqn) -> str:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
-  """Returns a jaxpr and its constants, whether it came closed or open.
+  """Returns the open jaxpr and the constants of a closed or open one.
 
-  Since JAX 0.12 the two are one class that holds its constants.
+  Since JAX 0.12 both are one class that holds its constants.
   """
   consts = getattr(jaxpr, "consts", ())
   return getattr(jaxpr, "jaxpr", jaxpr), consts
@@ -58,7 +57,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def traced_name(equation: jex.JaxprEqn) -> str | None:
-  """Returns the name of the function an equation calls, None if it calls none."""
+  """Returns the name of the function that an equation calls, or None."""
   params = equation.params
   if "jaxpr" in params:  # jit, pallas_call
     return params.get("name")
@@ -68,7 +67,7 @@ def traced_name(equation: jex.JaxprEqn) -> str | None:
 
 
 def traced_source(equation: jex.JaxprEqn) -> Any:
-  """Returns what tells two functions of one traced name apart: where they were written."""
+  """Returns the place where a called function was written; two of one name differ in it."""
   for key in ("call_jaxpr", "jaxpr"):
     if key in equation.params:
       return open_jaxpr(equation.params[key])[0].debug_info.func_src_info

@@ -28,7 +28,7 @@ def emit_jit(interpreter: Any, equation: Any, values: Values) -> Any:
   values = _constrained(values, params["in_shardings"])
   constants = _constants(values)
   key = id(params["jaxpr"]), tuple((i, str(x), x.dtype) for i, x in constants.items())
-  if key not in interpreter.functions:  # met again, it is traced once by jit's own cache
+  if key not in interpreter.functions:  # jit's own cache traces it once
 
     def function(*args):
       args = [constants.get(i, arg) for i, arg in enumerate(args)]
@@ -42,9 +42,9 @@ def emit_jit(interpreter: Any, equation: Any, values: Values) -> Any:
 
 
 def _constants(values: Values) -> dict[int, np.ndarray]:
-  """Returns the numbers among an inner jit's operands that a weight with a gain may meet there.
+  """Returns the constant numbers among an inner jit's operands, if a weight there has a gain.
 
-  What `jnp.pad` pads with is one; zero is nothing that the gain would multiply.
+  The value that `jnp.pad` pads with is one; a gain leaves zero as it is.
   """
   if not any(isinstance(value, Factored) and value.gain is not None for value in values):
     return {}
@@ -71,7 +71,7 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
   carry = _Carry(jaxpr, n_consts, values[n_consts:first_slice])
   stacks = [_unstack(x) for x in xs]
   numbers = jnp.arange(params["length"]) if any(map(_has_key, values)) else None
-  handed_on: dict[int, Factored] = {}  # weights that the body returns slice by slice, by output
+  returned: dict[int, Factored] = {}  # weights that the body returns unchanged, by output
 
   def body(state: Values, slices: Any) -> tuple[Values, Values]:
     number, arrays = slices
@@ -81,7 +81,7 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
     stacked = []
     for i, out in enumerate(outputs[n_carry:]):
       if _unchanged(out) and out.origin >= first_slice:
-        handed_on[i] = values[out.origin]
+        returned[i] = values[out.origin]
         stacked.append(None)
       else:
         stacked.append(as_array(out, "stacked by a scan"))
@@ -95,7 +95,7 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
     reverse=params["reverse"],
     unroll=params["unroll"],
   )
-  return [*carry.join(state), *(handed_on.get(i, y) for i, y in enumerate(ys))]
+  return [*carry.join(state), *(returned.get(i, y) for i, y in enumerate(ys))]
 
 
 def emit_while(interpreter: Any, equation: Any, values: Values) -> Any:
@@ -124,14 +124,14 @@ def emit_while(interpreter: Any, equation: Any, values: Values) -> Any:
 
 
 class _Carry:
-  """What a loop carries, parted into weights that its body returns as they came and the rest.
+  """The carry of a loop, split into weights that its body returns unchanged and the rest.
 
-  Such a weight (parameters in a loop's state) is a constant; only as such can it be factored.
+  Such a weight (parameters in a loop's state) is a constant, and stays factored.
 
   Args:
-    jaxpr: of the body.
-    n_consts: of the body's inputs, those before the carry.
-    values: the carry at the start.
+    jaxpr: the body.
+    n_consts: the number of the body's inputs before the carry.
+    values: the initial carry.
   """
 
   def __init__(self, jaxpr: Any, n_consts: int, values: Values):
@@ -144,12 +144,12 @@ class _Carry:
     self.state = self.changed(values, "a loop")
 
   def changed(self, values: Values, loop: str) -> Values:
-    """Returns those that change, of all that is carried, as arrays."""
+    """Returns the carried values that change, as arrays."""
     changing = [value for i, value in enumerate(values) if i not in self._constant]
     return [as_array(value, f"carried and changed by {loop}") for value in changing]
 
   def join(self, state: Values) -> Values:
-    """Returns all that is carried, from those that change."""
+    """Returns the whole carry, from the values that change."""
     changing = iter(state)
     size = len(self._constant) + len(state)
     return [self._constant[i] if i in self._constant else next(changing) for i in range(size)]
@@ -175,10 +175,10 @@ def emit_switch(interpreter: Any, equation: Any, values: Values) -> Any:
   outputs = []
   try:
     outputs = lax.switch(index, branches, *operands)
-  except TypeError:  # branches that hand on different weights differ in their trees
-    if all(handed == origins[0] for handed in origins):
+  except TypeError:  # branches that return different weights have different trees
+    if all(weights == origins[0] for weights in origins):
       raise
-  if any(handed != origins[0] for handed in origins):
+  if any(weights != origins[0] for weights in origins):
     raise Unsupported("its branches return different weights")
   return [values[origins[0][j]] if j in origins[0] else out for j, out in enumerate(outputs)]
 
@@ -223,16 +223,16 @@ def with_origin(value: Any, origin: int | None) -> Any:
 
 
 def enter(value: Any, number: int, position: int) -> Any:
-  """Returns an operand as the body of control flow sees it."""
+  """Returns an operand as an input of the body."""
   return with_origin(fold(value, number), position)
 
 
 def leave(out: Any, operands: Sequence[Any]) -> Any:
-  """Returns an output of control flow as the caller sees it.
+  """Returns an output of a body as an output of the equation.
 
-  A weight handed on unchanged (NNX returns a module's parameters from every call) is the
-  operand itself. A view has the source of the function's first caller, whom the cached
-  function was traced for; where there is one weight it gets that one's.
+  A weight returned unchanged (NNX returns a module's parameters from every call) is the operand
+  itself. A view has the source of the cached function's first caller; if there is a single
+  weight, it gets the source of that one.
   """
   if not isinstance(out, Factored):
     return out
@@ -243,7 +243,7 @@ def leave(out: Any, operands: Sequence[Any]) -> Any:
 
 
 def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> Values:
-  """Applies an inner jit's explicit shardings, which are given per array, as constraints."""
+  """Applies an inner jit's explicit shardings as constraints."""
 
   def constrain(value, sharding):
     if not isinstance(sharding, jax.sharding.Sharding):
@@ -260,7 +260,7 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> Values:
 
 
 def as_array(value: Any, use: str) -> Any:
-  """Returns a lookup as an array; a weight cannot leave by this way."""
+  """Returns a lookup as an array; raises for a view of a weight."""
   if not isinstance(value, Factored):
     return value
   if value.lookup or value.is_rows:
@@ -269,7 +269,7 @@ def as_array(value: Any, use: str) -> Any:
 
 
 def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
-  """Returns the arrays that `scan` is to slice for `x`, and what makes a value of a slice."""
+  """Returns the arrays that `scan` slices for `x`, and a function from a slice to its value."""
   if not isinstance(x, Factored):
     return x, lambda slice_: slice_
   stacked: list[jax.Array] = []
@@ -296,7 +296,7 @@ def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _factored_spec(value: Any, spec: Any) -> Any:
-  """Returns a value's shard_map spec: a factor's axes are split as the weight's dimensions."""
+  """Returns a value's shard_map spec: a factor's axes are split like the weight's dimensions."""
   if not isinstance(value, Factored):
     return spec
   replicated = jax.tree.map(lambda _: PartitionSpec(), value)

@@ -1,4 +1,4 @@
-"""What a rule raises, and what the user sees of it."""
+"""The error of a rule, and the one that the user sees."""
 
 
 class Unsupported(Exception):

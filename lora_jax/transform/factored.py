@@ -1,6 +1,6 @@
-"""The factored weight: a gain times a base plus low-rank terms, whose axes are named.
+"""The factored weight: a gain times a base plus low-rank terms, with named axes.
 
-A weight `W` that is adapted stands in the interpreter as
+The interpreter has an adapted weight `W` as
 
     gain * (base[dims] + sum over terms of scaling * sum_rank a[..., rank] * b[rank, ...])
 
@@ -8,9 +8,8 @@ and is never materialized. Every axis of a factor is labelled (see `factors`). T
 plain LoRA, is a vector over the outputs (DoRA's magnitude) or the inputs, applied to the layer's
 output or input.
 
-A rule that moves the weight takes base, factors and gain along together: `move`, `map_factors`,
-or `dataclasses.replace`, which keep whatever a rule does not name. A rule that uses it gets the
-terms from `consume` alone, which applies the gain.
+A rule that moves the weight moves base, factors and gain together, by `move`, `map_factors` or
+`dataclasses.replace`. A rule that uses it gets the terms from `consume`, which applies the gain.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ from lora_jax.transform.products import Labels, aligned, contract, plus, reshard
 
 
 class Source:
-  """The weights that a factored one was made from, for messages and permissions.
+  """The paths of the weights in a factored one, for messages, and whether it may be materialized.
 
-  Sources are equal if they permit the same: the paths are left out, so that one compiled inner
+  Sources with the same permission are equal, whatever their paths, so that one compiled inner
   function serves every layer. Inside such a function a source may name the first layer's path.
 
   Attributes:
-    paths: of the weights.
-    materialize: whether the user allows `W + scaling * A B` to be formed for all of them.
+    paths: the paths of the weights.
+    materialize: whether the user allows all of them to be materialized.
   """
 
   def __init__(self, paths: Sequence[str], materialize: bool = False):
@@ -72,8 +71,8 @@ class Factored:
     terms: the low-rank terms; several after weights were concatenated.
     gain: multiplies base and terms; a factor without inner axes, or None.
     lookup: the dimensions that came from an integer array (`w[ids]`). Such a value has the
-      size of an activation, so that materializing it is no loss.
-    origin: inside control flow, the number of the operand that it still is, unchanged.
+      size of an activation, and may be materialized.
+    origin: inside control flow, the number of the operand that it is unchanged.
   """
 
   base: Any
@@ -117,7 +116,7 @@ class Factored:
   # ---- structural rules ----------------------------------------------------------------------
 
   def rebase(self, base: jax.Array) -> "Factored":
-    """The same factors on another base: for what changes no element's position."""
+    """Returns the same factors on another base whose elements are in the same places."""
     return dataclasses.replace(self, base=base)
 
   def map_factors(self, fn: Callable[[Factor], Factor]) -> "Factored":
@@ -146,9 +145,9 @@ class Factored:
 
     Args:
       base: the base after the operation.
-      where: the new dimensions of each old one; `()` for one that has vanished.
-      on_factor: the operation on a factor's array, which leaves the axes in the order of
-        the factor's labels. An axis of size 1 whose dimension vanishes is squeezed after.
+      where: the new dimensions of each old one; `()` for one that is gone.
+      on_factor: the operation on a factor's array, which keeps the order of the axes. Then an
+        axis of size 1 whose dimension is gone is squeezed.
     """
     moved = self.map_factors(lambda f: move_factor(on_factor(f), f.labels, where))
     lookup = tuple(sorted(label for old in self.lookup for label in where[old]))
@@ -165,13 +164,13 @@ class Factored:
     batch: Sequence[int],
     output: Callable[[jax.Array, tuple[Term, ...]], jax.Array],
   ) -> jax.Array:
-    """Returns what a layer returns for the input `x`; the only way to the terms.
+    """Returns the output of a layer for the input `x`; every rule gets the terms here.
 
     Args:
       x: the layer's input.
       x_labels: for each axis of x, the dimension of the weight that it is paired with, or a
-        label of its own from `ndim` on.
-      out_labels: likewise for the layer's output.
+        label from `ndim` on.
+      out_labels: the same for each axis of the layer's output.
       contracted: the dimensions summed over with the input.
       batch: the dimensions shared with the input and kept.
       output: from the input, scaled by the gain if that is along inputs, and the terms (none
@@ -185,9 +184,7 @@ class Factored:
     on_output = gain is not None and set(gain.dims) <= set(out_labels)
     if gain is not None and not on_output:
       if not set(gain.dims) <= set(x_labels):
-        raise Unsupported(
-          "its gain is neither along the axes of the output alone nor along those of the input"
-        )
+        raise Unsupported("its gain is neither along the output's axes only nor along the input's")
       if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise Unsupported(f"its gain is along the input, which is of {x.dtype.name}")
       x = _multiplied(x, x_labels, gain)
@@ -204,22 +201,22 @@ class Factored:
     weight_first: bool = False,
     base: Callable[[jax.Array], jax.Array] | None = None,
   ) -> jax.Array:
-    """Returns `lax.dot_general(x, w)`, or its low-rank part alone; zeros for that while probing.
+    """Returns `lax.dot_general(x, w)`, or without `base` only its low-rank part.
 
-    Contracts `x` with the factor that shares its axes first, then through rank; never forms
-    an array of the weight's size.
+    Contracts `x` with the factor that shares its axes first, then through rank; never materializes
+    an array of the weight's size. While probing the low-rank part is zero.
 
     Args:
       x: the layer's input.
       contracting: the contracted axes of x and of the weight, paired.
       batch: the batch axes of x and of the weight, paired.
-      precision: as `lax.dot_general` has it.
-      preferred_element_type: likewise; of the result, not of what stands between A and B.
+      precision: as in `lax.dot_general`.
+      preferred_element_type: the dtype of the result, not of the activations between A and B.
       weight_first: True for `lax.dot_general(w, x)`.
-      base: from the input to the base's output. Then the whole output is returned; without it
-        the low-rank part, to be added by the caller.
+      base: from the input to the base model's output; None returns the low-rank part, for the
+        caller to add.
     Raises:
-      Unsupported: without `base`, if the weight has a gain, which multiplies the base's output.
+      Unsupported: without `base`, if the weight has a gain, which multiplies the whole output.
     """
     if base is None and self.gain is not None:
       raise Unsupported(
@@ -253,8 +250,8 @@ class Factored:
   def input(self, x: jax.Array) -> jax.Array:
     """Returns a layer's input in the dtype of its low-rank branch.
 
-    That is its own, unless the weight's is wider or the input is of integers; bfloat16 for float8,
-    in which the products of A and B would be lost.
+    It is the input's, unless the weight's is wider or the input is of integers; bfloat16 for
+    float8, in which A B would be lost.
     """
     dtype = self.dtype if self.dtype.itemsize > 1 else jnp.bfloat16
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -274,7 +271,7 @@ class Factored:
     return out.astype(self.dtype)
 
   def materialize_by_permission(self) -> jax.Array:
-    """Returns the same, for a use that `on_unhandled` allows; records it while probing."""
+    """Materializes where `on_unhandled` allows it, and records the use while probing."""
     for term in self.terms:
       if term.probe is not None:
         term.probe.record_materialized([factor.dims for factor in term.factors])
@@ -283,14 +280,14 @@ class Factored:
   def look_up(self) -> jax.Array:
     """Returns the looked-up rows with their low-rank part: an embedding's output.
 
-    Its inputs are the indexed axes; of a single row, which has none left, those that are gone.
+    The indexed axes are its inputs, also where a single row is left.
     """
     self._record(contracted=self.lookup, lookup=True)
     return self.materialize()
 
   @property
   def is_rows(self) -> bool:
-    """Whether it was indexed down to vectors: an activation, which may be formed."""
+    """Whether it was indexed down to vectors: an activation, which may be materialized."""
     return self.ndim <= 1 or (bool(self.lookup) and self.ndim < len(self.lookup) + 2)
 
   def _record(
@@ -339,10 +336,10 @@ def _dot_term(
 
 
 def _rank_first(factor: Factor) -> Factor:
-  """Puts the rank axis first, for the sake of the gradient of A.
+  """Puts the rank axis first, for the gradient of A.
 
-  XLA on CPUs computes it several times faster as (rank, in) than as (in, rank), to which it would
-  turn that product without the barrier.
+  XLA on CPUs computes it several times faster as (rank, in) than as (in, rank), which it would
+  choose without the barrier.
   """
   if RANK not in factor.labels[1:]:
     return factor

@@ -1,15 +1,15 @@
 """Factors with named axes, and the low-rank term that two of them make.
 
 Every axis of a factor is labelled by the dimension of the weight that it runs along, or by an
-inner label: RANK, which a term sums over, and others that a variant needs on the way. A factor
-that lacks a dimension is constant along it; a dimension that both factors of a term have is a
+inner label: RANK, which a term sums over, or another that a variant sums over. A factor
+without a dimension is constant along it; a dimension that both factors of a term have is a
 batch axis (the layers of a stack, the experts of a mixture).
 
-A variant's equation is written with these operations; all of its arrays are small.
+A variant's equation is written with these operations on small arrays.
 
-    a @ b         a term: the low-rank product, kept apart
+    a @ b         a term: the low-rank matmul, kept factored
     a * d, a / d  elementwise, broadcast along the axes that one of them lacks
-    a.sum_over(b, labels)   the product summed over some labels
+    a.sum_over(b, labels)   contracted over some labels
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ ArrayLike = Any
 )
 @dataclasses.dataclass(frozen=True)
 class Factor:
-  """An array whose axes run along `labels` of the weight, or along inner axes.
+  """An array with labelled axes: dimensions of the weight, or inner axes.
 
   Attributes:
     array: the values.
     labels: one for each axis.
-    frozen: whether it was made from arrays alone that are not trained.
+    frozen: whether it was made from frozen arrays only.
   """
 
   array: Any  # a jax.Array; JAX's tree functions put other things in its place
@@ -70,7 +70,7 @@ class Factor:
     return jnp.expand_dims(array, [i for i, l in enumerate(labels) if l not in self.labels])
 
   def sum_over(self, other: "Factor", labels: Collection[int]) -> "Factor":
-    """Returns the product with another factor, summed over the shared `labels`; in float32."""
+    """Contracts with another factor over the shared `labels`, in float32."""
     keep = {*self.labels, *other.labels} - set(labels)
     array, remaining = contract(
       *(self.array, self.labels, other.array, other.labels, keep),
@@ -119,14 +119,14 @@ def _one_rank_axis(factor: Factor, inner: Labels) -> Factor:
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """`scaling` times the sum over rank of the product of `factors`.
+  """`scaling` times the contraction of `factors` over rank.
 
   Attributes:
     factors: A and B; while probing, one factor per axis of the weight.
-    scaling: alpha / rank, times what the weight has been multiplied by since.
+    scaling: alpha / rank, times the scalars that the weight was multiplied by.
     dropout_rate: of the branch's input.
-    key: None where there is no dropout; otherwise each use folds its own number in.
-    probe: where uses are recorded while axes are inferred, else None.
+    key: None without dropout; each use folds its own number in.
+    probe: records uses while axes are inferred, else None.
   """
 
   factors: tuple[Factor, ...]
@@ -135,7 +135,7 @@ class Term:
   key: Any = None
   probe: Probe | None = None
 
-  __array_ufunc__ = None  # a NumPy number times a term asks the term
+  __array_ufunc__ = None  # a NumPy number times a term calls __rmul__
 
   @property
   def frozen(self) -> bool:
@@ -167,7 +167,7 @@ class Term:
     return jnp.where(keep, kept, jnp.zeros_like(kept))
 
   def product(self, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Returns the term materialized to `shape`: the one thing that all else here avoids."""
+    """Materializes the term to `shape`."""
     array, labels = None, ()
     dims = tuple(range(len(shape)))
     for factor in self.factors:
@@ -181,7 +181,7 @@ class Term:
 
 
 def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -> Factor:
-  """Relabels a factor's axes; those whose dimension has vanished have size 1 and go."""
+  """Relabels a factor's axes; an axis of size 1 whose dimension is gone is squeezed."""
   gone = [i for i, label in enumerate(labels) if label >= 0 and not where[label]]
   moved = [moved_label for old in labels for moved_label in ((old,) if old < 0 else where[old])]
   return Factor(lax.squeeze(array, gone) if gone else array, tuple(moved))

@@ -1,9 +1,9 @@
-"""Which axes of a weight are its inputs, which its outputs: inferred by probing.
+"""Infers by probing which axes of a weight are inputs and which are outputs.
 
 The function is interpreted once on abstract values, with a probing factor for every axis of
 every targeted weight. Where the weight is used, the rules report which of its axes were
 contracted with the layer's input, shared with it, or left as outputs. Nothing is guessed
-from a shape: scanned, multi-head and fused kernels come out right.
+from a shape, so that scanned, multi-head and fused kernels are inferred too.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from lora_jax.transform.tracing import TracedCall
 def infer_axes(
   call: TracedCall,
   sources: Mapping[str, Source],
-  given: Mapping[str, LoraAxes],
+  known: Mapping[str, LoraAxes],
   interpreter: Interpreter,
 ) -> dict[str, tuple[LoraAxes, bool]]:
   """Returns each weight's axes, and whether its first use is an embedding's lookup.
@@ -30,16 +30,16 @@ def infer_axes(
   Weights that are never used are left out.
 
   Args:
-    call: of the function.
+    call: the traced function.
     sources: the weights, by path.
-    given: the axes that the user gave, by path; the others are inferred.
-    interpreter: of this call.
+    known: the axes that the user gave, by path; the others are inferred.
+    interpreter: evaluates the call.
   Raises:
     ValueError: if two uses of one weight split its axes differently, or a weight of more than
       two axes is materialized and nothing else tells its inputs from its outputs.
     UnsupportedOperation: if a weight meets an operation that has no rule.
   """
-  probes = {path: Probe(path, given.get(path)) for path in sources}
+  probes = {path: Probe(path, known.get(path)) for path in sources}
 
   def run(leaves):
     values = list(leaves)
@@ -60,7 +60,7 @@ def _probing(leaf: jax.Array, source: Source, probe: Probe) -> Factored:
 
 
 def _axes(probe: Probe) -> tuple[LoraAxes, bool]:
-  """Returns the given axes, else those of the uses, else those of a materialized matrix."""
+  """Returns the user's axes, else those of the uses, else those of a materialized matrix."""
   lookup = bool(probe.uses) and probe.uses[0].lookup
   if probe.axes is not None:
     return probe.axes, lookup
@@ -77,7 +77,7 @@ def _axes(probe: Probe) -> tuple[LoraAxes, bool]:
 
 
 def _agreed(probe: Probe) -> LoraAxes:
-  """Returns the axes by the first use; the later ones may swap inputs and outputs, no more."""
+  """Returns the axes of the first use; later ones may only swap inputs and outputs."""
   first = probe.uses[0]
   for use in probe.uses[1:]:
     if _split(use) != _split(first):

@@ -1,9 +1,9 @@
 """Walks a jaxpr with factored weights among its values.
 
-An equation that touches no factored weight goes through unchanged, custom derivatives
-included. One that does is handed to its rule. Control flow is emitted again with JAX's
-public functions (`jit`, `scan`, `while_loop`, `switch`, `checkpoint`, `shard_map`) around
-an interpreted body. All of this happens while JAX traces: nothing of it is left at run time.
+An equation without a factored weight is evaluated unchanged, custom derivatives included.
+Others go to the rule of their primitive. Control flow is emitted again with JAX's public
+functions (`jit`, `scan`, `while_loop`, `switch`, `checkpoint`, `shard_map`) around an
+interpreted body. All of this happens while JAX traces: nothing of it is left at run time.
 """
 
 import functools
@@ -48,10 +48,10 @@ class Interpreter:
     self.functions: dict[Any, tuple[Any, Callable[..., Any]]] = {}
 
   def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> Values:
-    """Returns the outputs of a whole function's jaxpr, arrays all.
+    """Returns the outputs of a whole function's jaxpr, all of them arrays.
 
     Raises:
-      UnsupportedOperation: if a weight meets an operation it cannot be pushed through.
+      UnsupportedOperation: if a weight meets an operation that has no rule.
     """
     outputs = []
     for out in self.run(jaxpr, args):
@@ -83,7 +83,7 @@ class Interpreter:
         if any(isinstance(value, Factored) for value in values):
           outputs = self._adapted(number, equation, values)
         elif equation.primitive.name == "convert_element_type" and _is_number(values[0]):
-          outputs = [np.asarray(values[0], equation.params["new_dtype"])]  # 0 is known to be 0
+          outputs = [np.asarray(values[0], equation.params["new_dtype"])]  # a constant stays known
         else:
           outputs = _compat.bind(equation, values)
       env.update(zip(equation.outvars, outputs, strict=True))
@@ -165,7 +165,7 @@ class Interpreter:
     )
 
   def _source_line(self, equation: Any) -> str:
-    """Returns the user's line behind an equation; for a library's inner function, the call's."""
+    """Returns the user's line behind an equation, or the line that called a library function."""
     lines = map(_compat.source_line, (equation, *reversed(self._enclosing)))
     return next(filter(None, lines), "an unknown line")
 
@@ -186,7 +186,7 @@ class Interpreter:
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:
-  """Returns, for each equation, the variables that no later one reads."""
+  """Returns for each equation the variables that no later equation reads."""
   seen = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
   last: list[list[Any]] = []
   for equation in reversed(jaxpr.eqns):
@@ -198,7 +198,7 @@ def _last_uses(jaxpr: Any) -> list[list[Any]]:
 
 
 def _is_number(value: Any) -> bool:
-  """Tells a number known while tracing, as an inner jit's constant operand."""
+  """Tells a constant number, such as an operand of an inner jit."""
   return isinstance(value, np.ndarray) and value.ndim == 0
 
 

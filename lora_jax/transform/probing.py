@@ -1,8 +1,8 @@
-"""What the uses of a weight do with its axes, recorded while they are inferred.
+"""The uses of a weight, recorded while its axes are inferred.
 
-While `init` infers the axes, a weight of n dimensions has one probing factor per axis: each rule
-of `rules/` moves it along as it would A and B, and where the weight is used, the labels of the n
-factors tell what became of each axis.
+While `init` infers the axes, a weight of n dimensions has one probing factor per axis. Each rule
+of `rules/` moves it as it would A and B; where the weight is used, the labels of the n factors
+show where each axis is.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ class Use:
 
 @dataclasses.dataclass(eq=False)
 class Probe:
-  """Collects what the uses of one weight do with its axes.
+  """Collects the uses of one weight.
 
   Attributes:
-    path: of the weight.
-    axes: those that the user gave; its uses need not agree on any then.
+    path: the weight's path.
+    axes: the axes that the user gave; its uses need not agree then.
     uses: in the order of the function's operations.
-    materialized: the uses where W + scaling * AB was formed, which any axes fit.
+    materialized: the uses where it was materialized, which fit any axes.
   """
 
   path: str
@@ -44,7 +44,7 @@ class Probe:
     """Records a use.
 
     Args:
-      dims: for each original axis, the dimensions of the view that it has become.
+      dims: for each original axis, its dimensions in the view.
       contracted: the view's dimensions that are summed over with the layer's input.
       batch: the view's dimensions that are shared with the input and kept.
       lookup: whether it is an embedding's lookup.
@@ -55,7 +55,7 @@ class Probe:
     for axis, present in enumerate(map(set, dims)):
       if not present and lookup and not contracted:
         roles["contracted"].append(axis)  # a single row
-      elif not present or present <= batch:  # taken away by an index or a loop, or shared
+      elif not present or present <= batch:  # indexed, sliced by a loop, or shared
         roles["batch"].append(axis)
       elif present <= contracted:
         roles["contracted"].append(axis)

@@ -1,4 +1,4 @@
-"""Products of arrays whose axes are labelled."""
+"""Contractions of arrays with labelled axes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,10 @@ def contract(
   precision: Any = None,
   preferred_element_type: Any = None,
 ) -> tuple[jax.Array, Labels]:
-  """Returns the product of two labelled arrays, summed over the shared labels not in `keep`.
+  """Contracts two labelled arrays over the shared labels that are not in `keep`.
 
-  Labels that x and y share and that are in `keep` become batch axes. The result's labels
-  come with it: batch, then the rest of x, then the rest of y.
+  Shared labels in `keep` become batch axes. Also returns the result's labels: batch, then the
+  rest of x, then the rest of y.
   """
   shared = [label for label in x_labels if label in y_labels]
   summed = [label for label in shared if label not in keep]
@@ -45,7 +45,7 @@ def contract(
 
 
 def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSharding | None:
-  """Where sharding is part of the types: each axis keeps its spec, a summed one is gathered."""
+  """Returns the sharding of an explicit mesh: each axis keeps its spec, a summed one has none."""
   sharding = jax.typeof(x).sharding
   if not sharding.mesh.are_all_axes_explicit:
     return None
@@ -62,7 +62,7 @@ def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSha
 
 
 def resharded(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x` sharded as `like` is, where sharding is part of the types."""
+  """Returns `x` sharded like `like`, on a mesh with explicit axes."""
   sharding = jax.typeof(like).sharding
   if sharding.mesh.are_all_axes_explicit and jax.typeof(x).sharding != sharding:
     return jax.sharding.reshard(x, sharding)
@@ -70,12 +70,12 @@ def resharded(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def aligned(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x` sharded and cast as `like` is."""
+  """Returns `x` with the sharding and dtype of `like`."""
   return resharded(x, like).astype(like.dtype)
 
 
 def spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequence[int]) -> jax.Array:
-  """Puts axes in the order of `out_labels`; a dimension no factor has is broadcast."""
+  """Puts axes in the order of `out_labels`; a missing dimension is broadcast."""
   present = tuple(label for label in out_labels if label in labels)
   order = tuple(labels.index(label) for label in present)
   if order != tuple(range(array.ndim)):
@@ -87,5 +87,5 @@ def spread(array: jax.Array, labels: Labels, out_labels: Labels, shape: Sequence
 
 
 def plus(base_out: jax.Array, low_rank: jax.Array) -> jax.Array:
-  """Adds the low-rank part to the base's output, in the base's dtype."""
+  """Adds the low-rank part to the base model's output, in the output's dtype."""
   return base_out + aligned(low_rank, base_out)

@@ -18,8 +18,8 @@ class TracedCall:
   Attributes:
     jaxpr: the closed jaxpr of the call in its array leaves.
     leaves: those leaves, in the jaxpr's order.
-    position: the path of a leaf of `params` to its place in `leaves`.
-    out_tree: the structure of what the call returns.
+    position: for each path of `params`, the index of its leaf in `leaves`.
+    out_tree: the structure of the call's output.
   """
 
   jaxpr: Any

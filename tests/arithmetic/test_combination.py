@@ -124,7 +124,7 @@ def test_the_truncated_rank_is_the_best_and_its_error_told(name):
     axes = weight.axes
     full = np.asarray(leaves[path], np.float64).transpose(*axes.batch, *axes.inputs, *axes.outputs)
     batch = full.shape[: len(axes.batch)]
-    values = np.linalg.svd(full.reshape(*batch, axes.sides(leaves[path].shape)[0], -1))[1]
+    values = np.linalg.svd(full.reshape(*batch, axes.counts(leaves[path].shape)[0], -1))[1]
     best = np.sqrt((values[..., 3:] ** 2).sum() / (values**2).sum())
     got = np.linalg.norm(others[path] - leaves[path]) / np.linalg.norm(leaves[path])
     assert weight.rank == 3

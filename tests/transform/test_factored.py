@@ -62,7 +62,7 @@ def test_two_gained_weights_joined_keep_their_own():
   [
     (  # joined along the inputs: a gain for each input and output
       lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], W], axis=0),
-      "its gain is neither along the axes of the output alone nor along those of the input",
+      "its gain is neither along the output's axes only nor along the input's",
     ),
     (
       lambda p, x: (

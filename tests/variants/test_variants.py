@@ -45,7 +45,7 @@ COMPILED_LOOPS = {  # without LLVM's optimizations, as here, tanh rounds otherwi
   "plain: weights among a loop's carried values",
 }
 CONVOLUTIONS = {str(kind) for kind in KINDS if "Conv" in kind.name}
-NO_SIDE = "its gain is neither along the axes of the output alone nor along those of the input"
+NO_SIDE = "its gain is neither along the output's axes only nor along the input's"
 REFUSED = {  # along the inputs of a convolution's window, or joined along the outputs: no one side
   ("gain_in", name): NO_SIDE
   for name in (*CONVOLUTIONS, "plain: concatenated weights, one of them plain")

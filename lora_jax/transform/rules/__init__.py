@@ -1,13 +1,13 @@
 """One rule per primitive: how an operation passes through a factored weight.
 
-A rule is `rule(call, *operands, **params)`: `call` is the primitive itself, to be applied
-to the base; the operands are arrays and `Factored` values; the params are the primitive's.
+A rule is `rule(call, *operands, **params)`: `call` is the primitive itself, for the base; the
+operands are arrays and `Factored` values; the params are the primitive's.
 
 - A *structural* rule returns a `Factored`: the operation moved, cut or scaled the weight.
 - A *consumer* returns an array: the operation used the weight on an input. It gets the terms
   to add from `Factored.consume` (or `Factored.dot`), which applies the gain.
 
-A rule that cannot do it raises `Unsupported` with the reason. Nothing here knows of jaxprs.
+A rule raises `Unsupported` with the reason if it cannot. Nothing here depends on jaxprs.
 """
 
 from collections.abc import Callable, Mapping

@@ -15,13 +15,13 @@ from lora_jax.transform.products import plus
 
 
 def dot_general(call, lhs, rhs, *, dimension_numbers, precision, preferred_element_type, **_):
-  """The weight on either side, any number of contracted and batch axes."""
+  """The weight as either operand, with any number of contracted and batch axes."""
   contracting, batch = dimension_numbers
   lhs = _settled(lhs, contracting[0], batch[0])
   rhs = _settled(rhs, contracting[1], batch[1])
   options = precision, preferred_element_type
   if isinstance(lhs, Factored) and isinstance(rhs, Factored):
-    raise Unsupported("the product of two adapted weights")
+    raise Unsupported("the matmul of two adapted weights")
   if isinstance(lhs, Factored):
     flipped = (contracting[1], contracting[0]), (batch[1], batch[0])
     return lhs.dot(rhs, *flipped, *options, weight_first=True, base=lambda x: call(lhs.base, x))
@@ -44,7 +44,7 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
   dnums = ragged_dot_dimension_numbers
   contracting, batch = dnums.dot_dimension_numbers
   if isinstance(x, Factored) or not isinstance(w, Factored):
-    raise Unsupported("an adapted weight as the rows of a ragged product")
+    raise Unsupported("an adapted weight as the rows of a ragged matmul")
   one_matrix_per_group = (
     x.ndim == 2
     and len(rest) == 1  # the group sizes
@@ -53,7 +53,7 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
     and not batch[1]
   )
   if not one_matrix_per_group:
-    raise Unsupported("a ragged product other than rows in groups times one matrix per group")
+    raise Unsupported("a ragged matmul other than rows in groups times one matrix per group")
   (group,), (in_dim,), (group_sizes,) = dnums.rhs_group_dimensions, contracting[1], rest
   (out_dim,) = set(range(w.ndim)) - {group, in_dim}
   row_axis = 1 - contracting[0][0]
@@ -64,10 +64,10 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
     out = call(x, w.base, group_sizes)
     for term in terms:
       if not any(group in f.dims for f in term.factors):
-        raise Unsupported("factors without an axis for the groups of a ragged product")
+        raise Unsupported("factors without an axis for the groups of a ragged matmul")
       z = jnp.moveaxis(term.drop(w.input(x)), row_axis, 0)
-      sides = sorted(term.factors, key=lambda f: in_dim not in f.dims)
-      for factor, axis in zip(sides, (in_dim, RANK), strict=True):
+      factors = sorted(term.factors, key=lambda f: in_dim not in f.dims)
+      for factor, axis in zip(factors, (in_dim, RANK), strict=True):
         z = _ragged(z, factor, axis, group, group_sizes, precision)
       out = plus(out, term.scaled(z))
     return out
@@ -116,7 +116,7 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
     for term in terms:
       kernel, mixer = sorted(term.factors, key=lambda f: out_dim in f.dims)
       if set(mixer.dims) != {out_dim} or out_dim in kernel.dims:
-        raise Unsupported("a convolution whose output axis is not a side of its own")
+        raise Unsupported("a convolution with other output axes than its channels")
       a = kernel.along(tuple(RANK if d == out_dim else d for d in range(w.ndim)))
       sizes = [a.shape[out_dim] if d == out_dim else size for d, size in enumerate(w.shape)]
       a = jnp.broadcast_to(a.astype(wide.dtype), sizes)  # a kernel may be a matrix with added axes

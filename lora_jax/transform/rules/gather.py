@@ -16,8 +16,8 @@ from lora_jax.transform.rules.joining import vary_along
 def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value=None, **_):
   """`w[ids]` in all its modes: each factor is indexed by the dimensions it has.
 
-  Matrices that are looked up, one per index, stay factored; the interpreter forms rows, which
-  are an embedding's output.
+  Matrices that are looked up, one per index, stay factored; the interpreter materializes rows,
+  which are an embedding's output.
   """
   if not isinstance(w, Factored):
     raise Unsupported("indexing by an adapted weight")
@@ -46,10 +46,12 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value
       return move_factor(array, factor.labels, where)
     return _gather_factor(factor, indices, dnums, indexed, slice_sizes, mode, where, batch)
 
-  if mode == lax.GatherScatterMode.FILL_OR_DROP:  # a filled place is zero in every term
+  if mode == lax.GatherScatterMode.FILL_OR_DROP:  # filled elements are zero in every term
     w = replace(w, terms=tuple(_vary_along_all(term, indexed, w.shape) for term in w.terms))
   looked_up = w.map_factors(look_up)
-  if looked_up.gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP:  # and one in a gain
+  if (
+    looked_up.gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP
+  ):  # and have a gain of 1
     dims = tuple(sorted(indexed))
     exists = look_up(Factor(jnp.ones([w.shape[d] for d in dims]), dims))
     looked_up = replace(looked_up, gain=_one_elsewhere(looked_up.gain, exists))
@@ -58,7 +60,7 @@ def gather(call, w, indices, *, dimension_numbers, slice_sizes, mode, fill_value
 
 
 def _one_elsewhere(gain: Factor, exists: Factor) -> Factor:
-  """Returns a gain that leaves filled places as they are; `exists` is 0 there, else 1."""
+  """Returns a gain that is 1 for filled elements, where `exists` is 0."""
   labels = (*exists.labels, *(label for label in gain.labels if label not in exists.labels))
   return Factor(jnp.where(exists.along(labels) > 0, gain.along(labels), 1.0), labels)
 

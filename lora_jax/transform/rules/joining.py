@@ -41,7 +41,7 @@ def pad(call, w, value, *, padding_config, **_):
 
 
 def _padded_gain(gain: Factor, padding: Mapping[int, tuple[int, int, int]], value: Any) -> Factor:
-  """Pads a gain with ones, so that what the base is padded with stays as it is."""
+  """Pads a gain with ones, which leave the padding of the base unchanged."""
   config = [padding.get(label, (0, 0, 0)) for label in gain.labels]
   is_zero = not isinstance(value, Tracer) and not np.any(value)
   if not (is_zero or set(padding) <= set(gain.dims)):
@@ -50,10 +50,7 @@ def _padded_gain(gain: Factor, padding: Mapping[int, tuple[int, int, int]], valu
 
 
 def _padded(term: Term, padding: Mapping[int, tuple[int, int, int]], sizes: Any) -> Term:
-  """Pads a term of these `sizes` by dimension with zeros.
-
-  Where one is zero the product is, whatever the other has.
-  """
+  """Pads every factor of a term of these `sizes` with zeros, by dimension."""
   for dim in padding:
     term = vary_along(term, dim, sizes[dim])
 
@@ -73,7 +70,7 @@ def concatenate(call, *operands, dimension):
 
 
 def stack(call, *operands, axis):
-  """Every piece keeps its own terms, which are zero in the other pieces' places."""
+  """Every piece keeps its own terms, which are zero for the other pieces."""
   base = call(*(w.base if isinstance(w, Factored) else w for w in operands))
   where = {d: (d + (d >= axis),) for d in range(base.ndim - 1)}
 
@@ -120,7 +117,7 @@ def _joined_gain(
 
 
 def vary_along(term: Term, dim: int, size: int) -> Term:
-  """Gives a term whose factors are constant along `dim` an axis for it in its first one."""
+  """Adds an axis for `dim` to the first factor of a term that is constant along it."""
   first, *rest = term.factors
   if term.probe is not None or any(dim in f.dims for f in term.factors):
     return term

@@ -1,4 +1,4 @@
-"""Structural rules: the weight's elements are moved or cut, its values stay."""
+"""Structural rules: the weight's elements are moved or sliced; their values stay."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ def squeeze(call, w, *, dimensions, **_):
 
 
 def reshape(call, w, *dynamic_shape, new_sizes, dimensions=None, **_):
-  """Splits and merges dimensions, as long as each group of them lies on one side."""
+  """Splits and merges dimensions, as long as each group of them belongs to one factor."""
   if dimensions is not None:
     raise Unsupported("reshape with a permutation of dimensions")
   if 0 in w.shape:
@@ -84,7 +84,7 @@ def reshape_groups(old: Sequence[int], moved: Sequence[int]) -> list[tuple[Label
 
 
 def unchanged(call, w, *rest, **_):
-  """What changes neither shape nor factors: a copy, a cast's base, a constraint's base."""
+  """An operation that changes neither shape nor factors, such as a copy."""
   return w.rebase(call(w.base, *rest))
 
 
@@ -95,7 +95,7 @@ def convert_element_type(call, w, *, new_dtype, **_):
 
 
 def each_array(call, w, **_):
-  """What does the same to every array, whatever its shape."""
+  """An operation that is the same for arrays of every shape."""
   return w.rebase(call(w.base)).map_factors(lambda f: Factor(call(f.array), f.labels))
 
 
@@ -106,12 +106,12 @@ def optimization_barrier(call, *operands, **_):
 
 
 def sharding_constraint(call, w, *, sharding, **_):
-  """Constrains the factors like the base: each axis as its dimension, rank replicated."""
+  """Constrains the factors like the base: each axis like its dimension, rank replicated."""
   return _sharded(w, call(w.base), sharding, lax.with_sharding_constraint)
 
 
 def reshard(call, w, *, dst_sharding, **_):
-  """The same where sharding is part of the types."""
+  """The same on a mesh with explicit axes."""
   return _sharded(w, call(w.base), dst_sharding, jax.sharding.reshard)
 
 
@@ -127,7 +127,7 @@ def _sharded(w: Factored, base, sharding, put: Callable[[Any, Any], Any]) -> Fac
 
 
 def all_gather(call, w, *, all_gather_dimension, axis_name, axis_index_groups, tiled, **_):
-  """A shard's weight made whole, as fully sharded layers do inside `shard_map`."""
+  """Gathers a weight from its shards, as fully sharded layers do inside `shard_map`."""
   if not tiled or axis_index_groups is not None:
     raise Unsupported("all_gather into a new axis, or in groups")
 
