@@ -80,9 +80,9 @@ def test_other_settings_have_a_folder_and_a_row_of_their_own(runs, tmp_path, cap
   assert "LoRA, max_new_tokens 8, num_beams 2" in text
 
 
-def test_a_finished_evaluation_is_not_done_again(runs, capsys):
-  first = evaluate_run(runs / "lora", {"num_inputs": 2})
-  assert evaluate_run(runs / "lora", {"num_inputs": 2}) == first
+def test_a_finished_evaluation_is_not_repeated(runs, capsys):
+  first = evaluate_run(runs / "lora", {})
+  assert evaluate_run(runs / "lora", {}) == first
   assert "is finished" in capsys.readouterr().out
 
 
@@ -128,7 +128,7 @@ def test_full_finetuning_from_its_checkpoint(runs):
   assert measured == pytest.approx(loss, rel=1e-6)
 
 
-def test_what_cannot_be_evaluated(runs, tmp_path):
+def test_runs_that_cannot_be_evaluated(runs, tmp_path):
   with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
     evaluate_run(tmp_path, {})
   config = json.loads((runs / "lora" / "config.json").read_text("utf-8"))

@@ -183,7 +183,7 @@ def test_a_mixture_of_experts_with_a_sentencepiece_tokenizer(tmp_path, capsys):
   assert relative_difference(merged.call(merged.params, TOKENS % 300), adapted) < 1e-5
 
 
-def test_both_files_have_lines_of_one_form(chat_folder, tmp_path):
+def test_both_files_have_one_format(chat_folder, tmp_path):
   first = write_lines(tmp_path / "first.jsonl", count=20)
   second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
   for data, valid in ((first, second), (second, first)):
@@ -255,7 +255,7 @@ def test_the_report_says_how_to_load_it(completions, capsys):
   assert relative_difference(jnp.asarray(theirs), ours) < 1e-5
 
 
-def test_a_broken_run_goes_on_to_the_same_bits(completions, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(completions, tmp_path, monkeypatch):
   """It is broken off in training, and once more after it."""
   config, result = completions
   step = result["num_train_steps"] // 2
@@ -296,7 +296,7 @@ def test_data_that_has_changed_since_a_run_was_finished(completions):
   assert finetune.run(config)["valid_loss"] == result["valid_loss"]
 
 
-def test_runs_are_set_beside_each_other(completions, tmp_path):
+def test_runs_are_compared(completions, tmp_path):
   config, result = completions
   other = tmp_path / "run"
   other.mkdir()
@@ -311,7 +311,7 @@ def test_runs_are_set_beside_each_other(completions, tmp_path):
   assert "9.000" in by_rate
 
 
-def test_lines_may_be_mended_before_anything_was_trained(chat_folder, tmp_path):
+def test_data_may_be_corrected_before_training(chat_folder, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   lines = data.read_text()
   data.write_text(lines + "{}")
@@ -359,7 +359,7 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     ({"data.row_length": 8}, "examples have more than 8 tokens, .*mine.jsonl:1"),
   ],
 )
-def test_what_is_refused(changes, message, chat_folder, tmp_path):
+def test_bad_values_are_refused(changes, message, chat_folder, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
   with pytest.raises(ValueError, match=message):

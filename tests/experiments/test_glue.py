@@ -77,7 +77,7 @@ def finished(tmp_path_factory):
   return workdir, glue.run(tiny_config(workdir))
 
 
-def test_a_run_writes_what_it_says(finished, capsys):
+def test_a_run_writes_its_results(finished, capsys):
   workdir, result = finished
   names = {path.name for path in workdir.glob("[!.]*")}
   assert names == {
@@ -146,7 +146,7 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
   assert (again["scores"], again["last_scores"]) == (result["scores"], result["last_scores"])
 
 
-def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
+def test_dropout_is_only_in_training(tmp_path):
   config = tiny_config(tmp_path)
   base = encoder.load_base(config, make_mesh())
   loss = jax.jit(classification_loss(base.module))
@@ -157,6 +157,7 @@ def test_dropout_is_the_models_own_and_in_training_alone(tmp_path):
   assert a == b != c
 
 
+@pytest.mark.long  # test_finetune.py has one in `make test`
 def test_a_variant_of_lora(finished, tmp_path):
   """It needs its row alone: the adapter is exported with its head, and merged."""
   config = apply(tiny_config(tmp_path / "run"), {"method": "dora", "fit.num_epochs": 1})
@@ -208,7 +209,7 @@ def assert_predicts(run, workdir):
   return texts, outputs
 
 
-def test_a_finished_run_in_other_packages_forms(finished, tmp_path, monkeypatch):
+def test_a_finished_run_in_other_packages_formats(finished, tmp_path, monkeypatch):
   """The adapter with its head, and the merged model with the names of its classes."""
   workdir, _ = finished
   run = load_encoder(workdir)
@@ -244,7 +245,7 @@ def test_a_finished_run_in_other_packages_forms(finished, tmp_path, monkeypatch)
     export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
 
 
-@pytest.mark.parametrize("kind", ["roberta", "deberta"])
+@pytest.mark.parametrize("kind", [pytest.param("roberta", marks=pytest.mark.long), "deberta"])
 def test_other_families(tmp_path, kind):
   """The paper's own: trained, and out to transformers' form and back."""
   config = tiny_config(tmp_path / "run")
@@ -276,11 +277,17 @@ METRICS = {  # of the tasks that have others than accuracy
 }
 
 
+def rarely(*values):
+  """Returns parameters of tests that run only in `make test-all`."""
+  return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
 @pytest.mark.parametrize(
   "task",
   [
-    *("sst2", "mrpc", "stsb", "rte", "wnli", "qnli", "qqp", "mnli"),
-    *("boolq", "cb", "copa", "multirc", "record", "super_rte", "wic", "wsc"),
+    *("stsb", "mnli", "cb", "copa", "multirc"),  # a regression, two dev sets, classes, groups
+    *rarely("sst2", "mrpc", "rte", "wnli", "qnli", "qqp"),
+    *rarely("boolq", "record", "super_rte", "wic", "wsc"),
   ],
 )
 def test_other_tasks(tmp_path, task):
@@ -348,7 +355,7 @@ def test_choices_have_no_names():
   assert encoder.label_names(configs.get_config("minilm,stsb")) is None
 
 
-def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
+def test_mrpc_starts_from_the_adapter_of_mnli(tmp_path):
   mnli = tiny_config(tmp_path / "mnli", "mnli")
   mnli.fit.num_epochs = 1
   mnli.optimizer.learning_rate = 0.1
@@ -376,7 +383,7 @@ def test_mrpc_starts_from_the_factors_of_mnli(tmp_path):
     encoder.start_from(config, fresh)
 
 
-def test_what_has_weight_decay(tmp_path):
+def test_biases_have_no_weight_decay(tmp_path):
   config = read_config(GlueConfig, tiny_config(tmp_path))
   base = encoder.load_base(config, make_mesh())
   kept = dict(leaves_with_path(decays(base.params)))
@@ -507,7 +514,7 @@ def test_unknown_variants_are_refused(variant, message):
     configs.get_config(variant)
 
 
-def test_what_a_run_needs_is_asked_for(tmp_path, monkeypatch):
+def test_missing_settings_are_named(tmp_path, monkeypatch):
   config = tiny_config(tmp_path)
   with pytest.raises(ValueError, match=r"data\.source must name the folder"):
     glue.run(apply(config, {"data.source": ""}))

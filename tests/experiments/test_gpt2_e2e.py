@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
   return workdir, gpt2_e2e.run(tiny_config(workdir))
 
 
-def test_a_run_writes_what_it_says(finished):
+def test_a_run_writes_its_results(finished):
   workdir, result = finished
   names = {path.name for path in workdir.glob("[!.]*")}
   assert names == {
@@ -70,7 +70,7 @@ def test_the_report_shows_row_samples_and_paths(finished):
   assert f"{100 * result['trainable_parameters'] / result['base_parameters']:.2f} %" in text
 
 
-def test_a_finished_run_is_not_done_again(finished, capsys):
+def test_a_finished_run_is_not_repeated(finished, capsys):
   workdir, result = finished
   before = (workdir / "result.json").stat().st_mtime_ns
   assert gpt2_e2e.run(tiny_config(workdir)) == result
@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_done_again(finished, capsys):
   assert "is finished" in capsys.readouterr().out
 
 
-def test_other_decoding_is_done_again_without_training(finished, tmp_path, monkeypatch):
+def test_other_decoding_is_repeated_without_training(finished, tmp_path, monkeypatch):
   shutil.copytree(finished[0], tmp_path / "run")
   metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
   monkeypatch.setattr(
@@ -263,6 +263,7 @@ with explained():
 """
 
 
+@pytest.mark.long  # tests/training and harness/test_workdir.py fill up disks in `make test`
 def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
   """The run stops with what to do, and the same command later ends where it would have."""
   workdir = tmp_path / "run"

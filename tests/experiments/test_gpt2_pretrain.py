@@ -105,7 +105,7 @@ def test_prepared_text_is_made_once(finished, capsys):
   assert gpt2_pretrain.run(config) == result
 
 
-def test_a_broken_off_run_ends_with_the_same_bits(finished):
+def test_an_interrupted_run_resumes_to_the_same_bits(finished):
   root, config, result = finished
   config = apply(config, {"fit.checkpoint_every_steps": 5})
   config.workdir = str(root / "runs" / "broken")

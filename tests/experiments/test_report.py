@@ -120,7 +120,7 @@ def test_intervals_are_the_first_seeds(runs, tmp_path):
   assert found["METEOR"] == ""
 
 
-def test_the_papers_values_stand_apart(runs, tmp_path):
+def test_the_papers_values_are_separate(runs, tmp_path):
   text = report(folders(runs), tmp_path / "r")
   paper = rows(text, "The paper's Table 3")
   assert paper["GPT-2 M, LoRA"]["BLEU"] == "70.4 ± 0.1"
@@ -188,7 +188,7 @@ def test_unfinished_runs_are_named(runs, tmp_path):
     report([broken], tmp_path / "r")
 
 
-def test_what_is_no_run_is_refused(runs, tmp_path):
+def test_folders_that_are_not_runs_are_refused(runs, tmp_path):
   with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
     report([*folders(runs), tmp_path], tmp_path / "r")
   copy = changed(runs / "lora1", tmp_path / "copy", {}, {})
@@ -196,7 +196,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
     report([*folders(runs), copy], tmp_path / "r")
 
 
-def test_the_rank_sweep_stands_beside_table_18(runs, tmp_path):
+def test_the_rank_sweep_is_compared_with_table_18(runs, tmp_path):
   text = report(folders(runs), tmp_path / "r")
   found = rows(text, "By rank")
   assert list(found) == ["4", "8"]
@@ -228,7 +228,7 @@ def test_all_patterns_of_all_layers_are_one_group(runs, tmp_path):
   assert group.method_label == "LoRA, rank 4, all linear"
 
 
-def test_ranks_of_other_layers_are_no_sweep(runs, tmp_path):
+def test_ranks_of_other_layers_are_not_a_sweep(runs, tmp_path):
   other = {"lora.rank": 2, "lora.target": configs.QUERY_AND_VALUE}
   folder = changed(runs / "lora1", tmp_path / "qv", other, {})
   groups = group_runs(read_runs([runs / "lora1", folder])[0])
@@ -319,7 +319,7 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
     report(given, tmp_path / "r", against=given[0])
 
 
-def test_seeds_are_no_rates(runs):
+def test_seeds_are_not_learning_rates(runs):
   assert by_rate(group_runs(read_runs(folders(runs))[0])) == {}
 
 
@@ -331,7 +331,7 @@ def test_labels_name_the_rate_if_nothing_else_differs(runs, tmp_path):
   assert labels == [f"LoRA, rate {rate:g}", "LoRA, rate 0.5", "full fine-tuning"]
 
 
-def test_methods_ignore_what_they_do_not_use(runs, tmp_path):
+def test_methods_ignore_unused_settings(runs, tmp_path):
   folder = changed(runs / "full", tmp_path / "r", {"lora.rank": 99, "seed": 7}, {"seed": 7})
   groups = group_runs(read_runs([folder, runs / "full"])[0])
   assert [run.seed for run in groups[0].runs] == [1, 7]

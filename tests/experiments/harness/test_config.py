@@ -50,7 +50,7 @@ def test_a_config_keeps_every_field_and_its_format_on_disk(kind, tmp_path):
     ({"experiment": "glue"}, "a config of 'glue', and the experiment is 'gpt2_e2e'. Start it with"),
   ],
 )
-def test_what_is_refused(changes, message):
+def test_bad_values_are_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     replace_fields(read_config(E2EConfig, KINDS[E2EConfig]), changes)
 
