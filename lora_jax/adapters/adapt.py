@@ -74,7 +74,7 @@ def adapt(
 
   - `lora_key`: with dropout, a key trains, None evaluates, and leaving it out raises.
   - `scaling`: replaces alpha / rank, a number or a mapping by path; may be traced.
-  - `dropout_rate`: replaces the config's `dropout`, likewise.
+  - `dropout_rate`: replaces the config's `dropout`, in the same ways.
 
   The fully trained leaves of `config.extra` have float32 copies in the trainable tree; `fn` gets
   them in the base model's dtypes (float8 as bfloat16), and `merge` returns them in these.
@@ -83,7 +83,7 @@ def adapt(
 
   Args:
     fn: any JAX function of a parameter tree and further arguments.
-    config: what to adapt, and how.
+    config: the weights to adapt, and their settings.
     default: the variant of weights for which neither the config nor a rule names one.
     opaque: rules for functions that have no jaxpr to trace (a `custom_vjp` kernel, a Pallas call),
       by the name they are traced under: `rule(call, *args)`. `call` is the function itself; an

@@ -46,7 +46,7 @@ def _check_layers(target: Target, axes: LoraAxes) -> None:
     raise ValueError(
       f"{target.path}: layers= means the number in the path, but the weight is itself a stack "
       f"(axis {axes.batch[0]} of shape {shape}). Give stacked_layers= for the index on that "
-      "axis, or choose paths by `target` alone"
+      "axis, or select paths by `target` only"
     )
   if layers is None:
     return
@@ -138,7 +138,7 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
 
 
 def _mistyped(path: str, array: Any, expected: Any) -> list[str]:
-  """Returns what is wrong with the dtype of a trained array: narrower floats are converted."""
+  """Returns the problems of a trained array's dtype; narrower floats are none."""
   dtype, kind = jnp.result_type(array), jnp.floating
   if jnp.issubdtype(expected, jnp.complexfloating):
     kind = jnp.complexfloating

@@ -94,7 +94,7 @@ class LoraConfig:
       plain LoRA for `lora_jax.lora`.
 
   Raises:
-    ValueError: naming the field, its value and what is allowed.
+    ValueError: naming the field, its value and the allowed values.
   """
 
   rank: Count

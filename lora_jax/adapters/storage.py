@@ -75,7 +75,7 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
     arrays: path to array.
     axes: the JSON that `pack` returned with them.
     like: a trainable tree (arrays or `ShapeDtypeStruct`s) that the result must agree with in
-      paths, axes, shapes and dtypes; None takes what is there.
+      paths, axes, shapes and dtypes; None accepts any.
   Raises:
     ValueError: if the JSON is not of this format, arrays are missing, unexpected, not of
       floating-point numbers or not finite, or the result differs from `like`; every difference is
@@ -160,7 +160,7 @@ def _entries(axes: str) -> dict[str, _Entry]:
   try:
     data = parse_json(axes, "the axes")
     if not isinstance(data, Mapping) or data.get("format") != "lora_jax":
-      raise ValueError("there is no format 'lora_jax'")
+      raise ValueError("it lacks the format 'lora_jax'")
     if data.get("version") not in (1, VERSION):
       raise ValueError(f"version {data.get('version')!r}")
     leaves = read_value(Mapping, data.get("leaves"), "leaves")

@@ -56,8 +56,8 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
   Returns:
     `{path: Target}`, and `{path: (keys, leaf)}` of the leaves that are fully trained.
   Raises:
-    ValueError: if a pattern of `target`, `extra` or a rule matches nothing, or what it matches
-      cannot be adapted.
+    ValueError: if a pattern of `target`, `extra` or a rule matches nothing, or `target` matches a
+      leaf that cannot be adapted.
   """
   check_config(config)
   leaves = array_leaves(params)

@@ -16,7 +16,7 @@ def partial_finetuning(fn: Callable[..., Any], train: str | Iterable[str]) -> Ad
 
   The trainable tree mirrors `params` where a leaf is trained, and holds copies, float32 or wider;
   `fn` gets them in the base model's dtypes. `LoraConfig.extra` trains leaves in the same way, in
-  addition to the factors; a classification head alone is partial fine-tuning.
+  addition to the factors; partial fine-tuning trains only them, a classification head for instance.
 
   Args:
     fn: any JAX function of a parameter tree and further arguments.

@@ -104,7 +104,7 @@ def lora_plus(
     learning_rate: of A and all other leaves, 0 or more, or a schedule.
     ratio: the paper's lambda, positive; its authors take 16 (sec. 5).
   Raises:
-    ValueError: naming the argument, its value and what is allowed.
+    ValueError: naming the argument, its value and the allowed values.
   """
   check_number("ratio", ratio, Positive)
   if not callable(learning_rate):

@@ -1,4 +1,4 @@
-"""Bad inputs of configs, functions and adapters: what a user writes, and adapters from disk."""
+"""Bad inputs of configs, functions and optimizers, and adapters from disk."""
 
 import functools
 import json

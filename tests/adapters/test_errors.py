@@ -187,7 +187,7 @@ def test_an_extra_needs_a_real_array():
     init(lambda p, x: square(p, x) + p["b"][None], shapes, X, target="kernel", extra="b")
 
 
-# ---- refusals: what cannot be pushed through the factors -------------------------------
+# ---- operations that cannot be applied to the factors ----------------------------------
 
 
 def scan_carry(w, x):

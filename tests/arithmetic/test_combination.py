@@ -72,7 +72,7 @@ def adapter(fn, params, seed, **settings):
 
 
 def delta(fn, params, config, trainable):
-  """Returns what an adapter adds to each leaf."""
+  """Returns an adapter's delta of each leaf."""
   merged = jax.jit(lj.lora(fn, config).merge)(params, trainable)
   return jax.tree.map(jnp.subtract, merged, params)
 

@@ -1,4 +1,4 @@
-"""rsLoRA's scaling and LoRA+'s learning rates, beside the equation."""
+"""rsLoRA's scaling and LoRA+'s learning rates."""
 
 import jax
 import jax.numpy as jnp

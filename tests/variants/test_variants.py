@@ -25,7 +25,7 @@ TOYS = {  # equations that use more of the engine; a few kinds show it
   "core": toys.CORE_VARIANT,
   "gain_in": toys.GAIN_IN,
 }
-ONE_PER_FAMILY = {  # of rules, and of ways through control flow; the others are `long`
+ONE_PER_FAMILY = {  # of rules and of kinds of control flow; the others are `long`
   "Flax Linen: Einsum, fused QKV",
   "Flax Linen: Embed, tied to the head by attend",
   "Flax Linen: Conv, 2-d, strided",
@@ -198,7 +198,7 @@ def test_a_term_is_added_before_the_gain():
 
 
 def test_no_two_arrays_are_one_buffer():
-  """A step donates what is trained; the base stays."""
+  """A step donates the trained arrays, and not the base model's."""
   words = {"first": "batch out", "second": "batch out", "copy": "batch in out"}
 
   def start(key, site):
