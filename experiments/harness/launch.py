@@ -32,7 +32,12 @@ from experiments.configs import Config
 from experiments.harness.config import flat
 from experiments.harness.interrupt import resumable
 from experiments.harness.methods import check_used, default_learning_rate, find_method
-from experiments.harness.workdir import has_trained, read_result, stored_config
+from experiments.harness.workdir import (
+  has_trained,
+  is_of_full_disk,
+  read_result,
+  stored_config,
+)
 from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.trees import closest_names
 
@@ -83,7 +88,7 @@ def launch(
       if plan is not None and flags.FLAGS["dry_run"].value:
         if sweep.value:
           raise ValueError("--dry_run is for one run; leave out --sweep")
-        plan(single_run(config.value, default, named), flags.FLAGS["all_rows"].value)
+        plan(single_run(config.value, default, named), bool(flags.FLAGS["all_rows"].value))
       elif sweep.value:
         _sweep(run, sweep_runs(module, config.value, default, named), shard.value)
       else:
@@ -178,7 +183,7 @@ def _says_all(error: Exception) -> bool:
   raised_here = any(Path(last.filename).is_relative_to(folder) for folder in OURS)
   raised = raised_here and (last.line or "").startswith("raise")
   for_user = isinstance(error, ValueError | RuntimeError | FloatingPointError)
-  return isinstance(error, OSError) or (raised and for_user)
+  return isinstance(error, OSError) or is_of_full_disk(error) or (raised and for_user)
 
 
 def apply(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -136,13 +136,18 @@ def _explained_full_disk(folder: Path) -> Iterator[None]:
     yield
   except Exception as error:
     path = getattr(error, "filename", None) or f"a file in {folder}"
-    if not any(text in str(error) for text in FULL_DISK) or "Make room" in str(error):
+    if not is_of_full_disk(error) or "Make room" in str(error):
       raise
     reason = str(error).partition("\n")[0][:200]
     raise OSError(
       f"{path} could not be written ({reason}); {saved_steps(folder)}. Make room, then rerun the "
       "same command: it resumes"
     ) from error
+
+
+def is_of_full_disk(error: Exception) -> bool:
+  """Tells whether a disk or quota was full, by the text: libraries raise errors of many kinds."""
+  return any(text in str(error) for text in FULL_DISK)
 
 
 def check_same(path: Path, value: Any, label: str) -> None:

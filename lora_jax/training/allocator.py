@@ -1,8 +1,8 @@
-"""The C library's memory, kept between the steps of a CPU.
+"""Keeps the C library's memory between steps on a CPU.
 
-XLA on CPUs allocates a step's temporaries anew each time, in blocks that glibc maps and unmaps:
-the system then fills every page with zeros again. Measured on 2 cores, with the step of
-`benchmarks/e2e_epoch.py` and glibc's settings before and after:
+At each step XLA allocates its temporaries again, in blocks that glibc maps and unmaps, so that the
+system fills every page with zeros. Measured on 2 cores with the step of `benchmarks/e2e_epoch.py`,
+before and after:
 
     embedded base, 4.3 M parameters    208 -> 168 ms    641 -> 962 MB
     GPT-2 small's shape, 124 M         3.3 -> 3.1 s     3.1 -> 6.5 GB
@@ -16,16 +16,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-  """Makes glibc keep what is freed for the next allocation, in one heap for all threads.
+  """Makes glibc keep freed memory for the next allocation, in one heap for all threads.
 
-  Call it before JAX's first computation: threads that run already keep heaps of their own. The
-  process holds on to the most memory that it ever had, and up to twice that, where blocks of
-  several sizes lie between one another. Where the environment has any of glibc's `MALLOC_*`
-  variables or tunables, they apply and nothing is changed; `MALLOC_ARENA_MAX=8`, for instance,
-  opts out.
+  Call it before JAX's first computation: running threads keep heaps of their own. The process keeps
+  its peak memory, or up to twice that if it is fragmented. If the environment has any of glibc's
+  `MALLOC_*` variables or tunables, nothing is changed; `MALLOC_ARENA_MAX=8`, for instance, opts
+  out.
 
   Returns:
-    Whether glibc now keeps it: False without glibc, or if the environment has settings.
+    Whether glibc keeps freed memory: False without glibc, or if the environment has settings.
   """
   configured = any(name.startswith("MALLOC_") for name in os.environ)
   configured = configured or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")

@@ -91,7 +91,8 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
     }
     unpack(shapes, axes, like)  # refuses before an array is read
     with _readable(folder):
-      metadata = ocp.StandardCheckpointHandler().metadata(folder / "arrays").tree
+      handler: Any = ocp.StandardCheckpointHandler()
+      metadata = handler.metadata(folder / "arrays").tree
       dtypes = {path: metadata[path].dtype for path in abstract}
     _check_dtypes(folder, dtypes, abstract)
     args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
@@ -129,7 +130,7 @@ def _check_dtypes(
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-  """Removes what a killed process left of a checkpoint or adapter of this name."""
+  """Removes the temporary folders that a killed process left."""
   for pattern in (f"{name}.orbax-checkpoint-tmp*", f"{name}{REMOVED}"):
     for path in folder.glob(pattern):
       shutil.rmtree(path)
@@ -151,10 +152,10 @@ class Restored(NamedTuple):
 class Checkpoints:
   """A run's checkpoints: the last two, and the best by validation loss. They hold no base weights.
 
-  Each is a folder named by its step. It holds the train state, the state of the data iterator,
-  the base's fingerprint, and the train state's fingerprint, which reveals damage. A folder
-  appears and disappears as a whole: Orbax writes it under a temporary name and then renames it,
-  and a folder is renamed before it is removed.
+  Each is a folder named by its step, with the train state, the state of the data iterator, and the
+  fingerprints of the base params and of the train state, which reveal damage. A folder appears and
+  disappears as a whole: Orbax writes it under a temporary name, then renames it, and it is renamed
+  before it is removed.
   """
 
   def __init__(self, folder: str | Path):
@@ -186,10 +187,10 @@ class Checkpoints:
       step: the step of the run.
       state: any tree of arrays, PRNG keys included.
       data_state: the state of the data iterator, a JSON value.
-      base: the fingerprint of the base.
+      base: the fingerprint of the base params.
       loss: the validation loss, nats per token; the checkpoint with the smallest is the best.
     Raises:
-      OSError: if it cannot be written, as on a full disk. The earlier ones are untouched.
+      OSError: if it cannot be written, as on a full disk. Earlier checkpoints are untouched.
     """
     arrays = _arrays(state)
     about = {
@@ -228,10 +229,10 @@ class Checkpoints:
 
     Args:
       like: a state of the same structure, with the shardings that the result is to have.
-      base: the fingerprint of the base.
+      base: the fingerprint of the base params.
     Raises:
-      ValueError: if a checkpoint belongs to another base or state, a later version of lora_jax
-        wrote it, or all are damaged.
+      ValueError: if a checkpoint belongs to other base params or another state, a later version of
+        lora_jax wrote it, or all are damaged.
     """
     steps = self.steps()
     for step in reversed(steps):
@@ -241,7 +242,7 @@ class Checkpoints:
     if steps:
       raise ValueError(
         f"all checkpoints in {self.folder} are damaged and have been set aside as *{DAMAGED}; "
-        "the same command starts afresh"
+        "the same command starts from step 0"
       )
     return None
 
@@ -265,14 +266,15 @@ class Checkpoints:
 
     Raises:
       DamagedCheckpoint: if it differs from what was written.
-      ValueError: if it belongs to another base or state, or a later version of lora_jax wrote it.
+      ValueError: if it belongs to other base params or another state, or a later version of
+        lora_jax wrote it.
     """
     about = self._about(step)
     label = f"the checkpoint of step {step} in {self.folder}"
     if about["base"] != base:
       raise ValueError(
         f"{label} belongs to a base with fingerprint {about['base']}, and this one has {base}. "
-        "Load the base that it was trained on, or give another workdir"
+        "Load the base model that it was trained on, or give another workdir"
       )
     arrays = _arrays(like)
     expected, stored = _shapes(arrays), about["shapes"]
@@ -343,7 +345,7 @@ class Checkpoints:
     return about
 
   def _rename(self, step: int, name: str) -> None:
-    """Renames a checkpoint once no process uses it any more."""
+    """Renames a checkpoint once no process uses it."""
     multihost_utils.sync_global_devices(f"rename {step}")
     if jax.process_index() == 0:
       if (self.folder / name).exists():

@@ -14,7 +14,7 @@ def classifier(model: nn.Module) -> Callable[..., Float[Array, "B L"]]:
   """Returns the logits of a model with a head as `fn(params, batch, *, key=None)`.
 
   Args:
-    model: called as `Bert`. With a key it has its own dropout; without one it has none.
+    model: a module that is called like `Bert`. Its own dropout is on if there is a key.
   """
 
   def logits(
@@ -32,7 +32,7 @@ def classifier(model: nn.Module) -> Callable[..., Float[Array, "B L"]]:
 def classification_loss(model: nn.Module) -> Callable[..., LossSum]:
   """Returns the loss of a model with a head as `fn(params, batch, *, key=None) -> LossSum`.
 
-  The key is for the model's own dropout. The result is a sum over examples, and their number.
+  The key is for the model's own dropout. The result is the sum over examples, and their number.
   """
   logits = classifier(model)
 
@@ -49,9 +49,9 @@ def label_loss(
   """Returns the weighted sum of the examples' losses.
 
   Args:
-    logits: of the classes, or the one output of a regression.
-    labels: ids of the classes (cross entropy), or floats (squared error).
-    weights: of each example; 0 leaves it out.
+    logits: one for each class, or the one output of a regression.
+    labels: class ids (cross entropy), or floats (squared error).
+    weights: a weight for each example; 0 leaves it out.
   """
   if jnp.issubdtype(labels.dtype, jnp.integer):
     return cross_entropy(logits, labels, weights)

@@ -1,4 +1,4 @@
-"""The arrays that an adapter holds and does not train, on disk: written once, read on resuming.
+"""An adapter's frozen arrays on disk: written once, read by a resumed run.
 
 `init` computed them from the base params (DoRA's |W|^2) or drew them. Another machine may round
 differently, so a resumed run reads them and never computes them again. Checkpoints leave them out.

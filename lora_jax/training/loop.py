@@ -1,4 +1,4 @@
-"""The training loop. It knows neither LoRA nor any model, only an `Adaptation` of a loss."""
+"""The training loop, for any `Adaptation` of a loss: it knows neither LoRA nor any model."""
 
 import dataclasses
 import time
@@ -93,8 +93,8 @@ class Fitted:
     best_step: the step of that checkpoint.
     best_loss: its validation loss, nats per token; or its criterion.
     last_loss: the validation loss, or criterion, of the last step.
-    seconds: time since this session started training, compilation and evaluation included.
-    tokens: number of tokens processed in this session.
+    seconds: time that this session trained, with compilation and evaluation.
+    tokens: number of tokens that this session processed.
     base: the fingerprint of the base params.
   """
 
@@ -127,7 +127,7 @@ def fit(
 ) -> Fitted:
   """Trains the trainable tree, resuming from the last checkpoint in `workdir` if there is one.
 
-  A run that was interrupted and resumed ends with the same bits as one that was not.
+  An interrupted and resumed run ends with the same bits as an uninterrupted one.
 
   Args:
     loss: a method applied to a function `fn(params, batch, *, key=None) -> LossSum`; `key` is
@@ -140,22 +140,22 @@ def fit(
     config: the number of steps.
     eval_loss: the same method applied to the loss of the validation set.
     eval_batches: returns the batches of the validation set, from the first.
-    evaluate: a function from `(params, trainable)` to an `Evaluation`, instead of these two, to
-      choose the best checkpoint by a metric that is not a mean over tokens.
+    evaluate: instead of these two, a function from `(params, trainable)` to an `Evaluation`, whose
+      criterion chooses the best checkpoint: a metric that is not a mean over tokens.
     workdir: the run's folder; `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written
       there.
     key: the key for dropout.
     mesh: as `make_mesh` returns it.
     schedule: the learning rate by step, for the log only.
-    progress: whether to show progress: a line that is updated, or, where stderr is not a
-      terminal, a line per log interval.
+    progress: whether to show progress: a progress bar, or, if stderr is not a terminal, a line
+      for each line of the log.
   Raises:
     FloatingPointError: if a loss, gradient or weight is not finite, saying what to do.
     ValueError: if the batches end early or the checkpoints belong to another run.
     OSError: if a checkpoint or the log cannot be written, as on a full disk.
   """
   if (evaluate is None) == (eval_loss is None) or (eval_loss is None) != (eval_batches is None):
-    raise ValueError("expected eval_loss and eval_batches, or evaluate; one of the two ways")
+    raise ValueError("expected eval_loss and eval_batches, or evaluate; not both")
   workdir = make_folder(workdir)
   base = fingerprint(params)
   state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
@@ -264,13 +264,13 @@ def _resume(
 def evaluate_loss(
   eval_step: EvalStep, params: PyTree, trainable: PyTree, batches: Iterable[Batch], mesh: Mesh
 ) -> float:
-  """Returns the mean loss of a token over batches, nats; `eval_step` is `make_eval_step`'s."""
+  """Returns the mean loss per token over batches, nats; `eval_step` is `make_eval_step`'s."""
   parts = [eval_step(params, trainable, place_batch(mesh, batch)) for batch in batches]
   if not parts:
     raise ValueError("there are no validation batches; expected one or more")
   total, weight = (sum(map(float, values)) for values in zip(*parts, strict=True))
   if not weight:
-    raise ValueError("the validation batches hold no token with a loss; expected one or more")
+    raise ValueError("the validation batches have no supervised token; expected one or more")
   return total / weight
 
 

@@ -4,7 +4,7 @@ With logits z over V tokens, a target t and label smoothing eps, in nats, a toke
 
     (1 - eps) * -log p_t + eps * mean_v(-log p_v)  =  logsumexp(z) - sum_v q_v z_v
 
-with q = (1 - eps) * onehot(t) + eps / V, as the paper's code has it.
+with q = (1 - eps) * onehot(t) + eps / V, as in the paper's code.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,10 +46,10 @@ def cross_entropy(
   """Returns the weighted sum of the tokens' losses.
 
   Args:
-    logits: of the next token; the sums are made in float32.
+    logits: the next token's logits; sums are computed in float32.
     targets: ids of the next token.
-    weights: of each token; 0 leaves it out.
-    label_smoothing: eps, the share of the target that goes to all tokens alike.
+    weights: a weight for each token; 0 leaves it out.
+    label_smoothing: eps, the share of the target that is spread evenly over all tokens.
   """
   logits = logits.astype(jnp.float32)
   is_target = (
@@ -66,13 +66,13 @@ def language_model_loss(
 ) -> Callable[..., LossSum]:
   """Returns the loss of a model as `fn(params, batch, *, key=None) -> LossSum`.
 
-  The head, and as much of the last layer as possible, see only the positions that have a target.
+  The head, and as much of the last layer as possible, are applied only to positions with a target.
   These models have no dropout of their own, so a key changes nothing.
 
   Args:
-    model: with the methods `hidden` and `logits`, as `GPT2`.
+    model: a module with the methods `hidden` and `logits`, such as `GPT2`.
     label_smoothing: as in `cross_entropy`.
-    chunk_size: target tokens of a row whose logits are in memory at once, forward and
+    chunk_size: number of a row's target tokens whose logits are in memory at once, forward and
       backward; None is all.
   """
 

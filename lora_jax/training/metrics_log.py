@@ -60,7 +60,7 @@ class _Events:
   """A TensorBoard file, written at once: an interrupted process loses nothing."""
 
   def __init__(self, folder: Path, first_step: int):
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{first_step}"
     self._path = make_folder(folder) / name
@@ -81,7 +81,7 @@ class _Events:
     return cls(folder, first_step)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
     from tensorboardX.summary import scalar
 
     for name, value in metrics.items():

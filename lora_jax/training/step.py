@@ -2,7 +2,7 @@
 
 The combined tree `{"base": params, "adapter": trainable}` is partitioned into a trainable part and
 a frozen part. The state holds the first and is donated; the second is an argument of every step.
-`trainable_tree` gives back the tree that the method's `apply` takes.
+`trainable_tree` returns the tree that the method's `apply` takes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MODEL_DROPOUT = 1  # folded into the model's key; LoRA's masks fold in a hash of
 
 @struct.dataclass
 class TrainState:
-  """Everything that a step changes.
+  """The part of a run that a step changes.
 
   Attributes:
     step: number of updates made so far.
@@ -72,11 +72,11 @@ def start(
 ) -> tuple[TrainState, PyTree, optax.GradientTransformation]:
   """Partitions base params and a trainable tree into a train state and a frozen part.
 
-  In full fine-tuning the trainable tree is the base itself: pass the same object as both, as
-  `full_finetuning(fn).init` returns it. The frozen part then has no array.
+  In full fine-tuning of a float32 model the trainable tree is `params` itself: pass the same object
+  as both, as `full_finetuning(fn).init` returns it. The frozen part then has no array.
 
-  With `ShapeDtypeStruct`s as trainable leaves, the optimizer's state is of these too: nothing large
-  is allocated, and the step can be lowered and compiled.
+  With `ShapeDtypeStruct`s as trainable leaves the optimizer's state has `ShapeDtypeStruct`s too:
+  nothing large is allocated, and the step can be lowered and compiled.
 
   Args:
     params: the base params.
@@ -126,7 +126,7 @@ def start(
 def trainable_tree(state: TrainState, frozen: PyTree) -> PyTree:
   """Returns the current trainable tree, as the method's `init` returns it and `apply` takes it.
 
-  It includes the arrays that a variant holds and does not train, which are in the frozen part.
+  It includes the arrays that a variant keeps frozen.
   """
   return combine(state.part, frozen)["adapter"]
 

@@ -142,7 +142,7 @@ def test_if_all_are_damaged_it_says_so(tmp_path):
   saved(tmp_path, {1: 1.0, 2: 3.0})
   for step in "12":
     truncate(files(tmp_path / step)["about/metadata"])
-  with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged and .* starts afresh"):
+  with pytest.raises(ValueError, match=r"all checkpoints in .* damaged .* starts from step 0"):
     restored(tmp_path)
   assert restored(tmp_path) is None
 

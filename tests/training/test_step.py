@@ -161,9 +161,9 @@ class Holds(NamedTuple):
   """The state of an optimizer that keeps an array twice, a number, and one of its own arrays."""
 
   initial: Any
-  again: Any
+  same: Any
   number: Any
-  own: Any
+  constant: Any
 
 
 OWN = jnp.ones(3)

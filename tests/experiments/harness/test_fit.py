@@ -65,11 +65,11 @@ def test_what_is_kept_is_restored(tmp_path, method, keep, capsys):
   params = fresh_params(num_layers=1)
   initial = initialize(config, loss, params, batches()[0])
   assert fields["trainable_parameters"] == optax.tree.size(initial)
-  again, valid_loss = restore_trained(
+  stored, valid_loss = restore_trained(
     config, params, initial, make_mesh(), checkpoint=keep, saved=keep
   )
   assert valid_loss == trained.loss
-  jax.tree.map(np.testing.assert_array_equal, again, kept)
+  jax.tree.map(np.testing.assert_array_equal, stored, kept)
 
 
 def test_a_base_that_was_trained_is_what_remains():

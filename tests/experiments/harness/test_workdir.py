@@ -21,13 +21,13 @@ def config(workdir, **fields):
 
 def result_of(settings):
   """Returns a run's result; a made one has the decoding's beams."""
-  made = []
+  calls = []
 
   def make(workdir):
-    made.append(workdir)
-    return {"beams": settings.decoding.num_beams, "train_seconds": len(made), "train_tokens": 0}
+    calls.append(workdir)
+    return {"beams": settings.decoding.num_beams, "train_seconds": len(calls), "train_tokens": 0}
 
-  return run_once(settings, make), bool(made)
+  return run_once(settings, make), bool(calls)
 
 
 def trained(folder, step=8):
