@@ -64,7 +64,7 @@ def compiled_once(tmp_path_factory):
 
 @cache
 def undisturbed(name="lora"):
-  """Returns what a run that nothing happened to ended with, and its folder."""
+  """Returns the result of an uninterrupted run, and its folder."""
   workdir = Path(mkdtemp(prefix="undisturbed-"))
   return train(workdir, name), workdir
 
@@ -134,7 +134,7 @@ def test_tensorboard_files_hold_the_same():
   assert sum(b"valid/loss" in tag for tag in tags) == 3
 
 
-@pytest.mark.parametrize("name", ["lora", "full_finetuning"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("full_finetuning", marks=pytest.mark.long)])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, name):
   command = [sys.executable, "-m", "tests.tiny_training", tmp_path, "--method", name]
   run = subprocess.run([*command, "--kill_at", "6"], cwd=ROOT, capture_output=True, text=True)

@@ -1,8 +1,10 @@
-"""Arrays that an adapter holds untrained: in no checkpoint, written once, read on resuming."""
+"""An adapter's frozen arrays: in no checkpoint, written once, read by a resumed run."""
 
 import dataclasses
 import functools
 import shutil
+from pathlib import Path
+from tempfile import mkdtemp
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.adapters.delta import adapter_weights
 from lora_jax.training.checkpoint import restore_adapter, save_adapter
-from lora_jax.training.held import FOLDER
+from lora_jax.training.held import FOLDER, read_held, write_held
 
 from tests import tiny_training
 from tests.tiny_training import interrupted_at, train
@@ -25,6 +27,15 @@ def dora(monkeypatch):
   monkeypatch.setattr(
     tiny_training, "method", lambda name: functools.partial(lj.dora, config=CONFIG)
   )
+
+
+@functools.cache
+def interrupted():
+  """Returns the folder of a run of DoRA that was interrupted after step 4; needs `dora`."""
+  folder = Path(mkdtemp(prefix="interrupted-"))
+  with interrupted_at(4):
+    train(folder)
+  return folder
 
 
 @pytest.fixture
@@ -57,8 +68,7 @@ def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
   nodes = adapter_weights(whole.best)
   assert nodes
   assert all(node.norm_squared is not None for node in nodes.values())
-  with interrupted_at(4):
-    train(tmp_path / "run")
+  shutil.copytree(interrupted(), tmp_path / "run")
   (about,) = (tmp_path / "run" / "checkpoints" / "4" / "about").glob("metadata*")
   assert "magnitude" in about.read_text()
   assert "norm_squared" not in about.read_text()
@@ -72,8 +82,7 @@ def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
 
 @pytest.mark.usefixtures("dora")
 def test_what_is_lost_or_damaged_is_named(tmp_path, elsewhere):
-  with interrupted_at(4):
-    train(tmp_path / "run")
+  shutil.copytree(interrupted(), tmp_path / "run")
   held = tmp_path / "run" / FOLDER
   shutil.move(held, tmp_path / "moved")
   with pytest.raises(FileNotFoundError, match=f"{FOLDER} does not exist: the run's checkpoints"):
@@ -99,10 +108,11 @@ def test_a_new_run_in_an_old_folder_writes_its_own(tmp_path, elsewhere):
   np.testing.assert_allclose(node.norm_squared, 1.5 * held, rtol=1e-6)
 
 
-def test_plain_lora_holds_nothing(tmp_path):
-  with interrupted_at(4):
-    train(tmp_path)
-  assert not (tmp_path / FOLDER).exists()
+def test_nothing_is_written_for_an_adapter_without_frozen_arrays(tmp_path):
+  """As of plain LoRA: its part of the frozen tree has None only (`test_step.py`)."""
+  write_held(tmp_path, {"w": None})
+  assert not list(tmp_path.iterdir())
+  assert read_held(tmp_path, {"w": None}) == {"w": None}
 
 
 def test_a_held_array_is_no_trained_one():

@@ -79,7 +79,12 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-  ("name", "scan_layers"), [("tied embedding", True), ("extra embedding", False), ("full", False)]
+  ("name", "scan_layers"),
+  [
+    ("tied embedding", True),
+    pytest.param("extra embedding", False, marks=pytest.mark.long),
+    ("full", False),
+  ],
 )
 def test_chunks_change_nothing(name, scan_layers):
   shape = {"scan_layers": scan_layers, "num_layers": 1}
