@@ -25,6 +25,7 @@ from experiments.nlg.e2e import decode_and_score
 from experiments.nlg.gpt2 import load_base
 from experiments.nlg.restore import restore_params
 from experiments.nlg.scores import markdown
+from lora_jax.fields import NonEmptyPath, read_value
 
 SETTINGS = {  # the flag: the field of the config
   "num_beams": "decoding.num_beams",
@@ -51,6 +52,7 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
     ValueError: before any folder is made, if the run is of another experiment or not finished, or
       a setting is out of bounds or has no effect on the run's method.
   """
+  read_value(NonEmptyPath, str(folder), "the folder of a run")
   stored, result = read_run(E2EConfig, folder), read_finished(folder)
   config = replace_fields(stored, {SETTINGS[name]: value for name, value in settings.items()})
   check_used(config.method, _changed(stored, config), config.experiment)

@@ -24,7 +24,7 @@ class _Row(NamedTuple):
 
   path: str
   cells: tuple[str, ...]
-  count: int
+  size: int
 
 
 def summary(
@@ -77,8 +77,8 @@ def summary(
   for part, label in ((adapted, "adapter"), (others, "fully trained")):
     if part:
       rows += _by_kind(part) if by_kind else part
-      rows.append(_Row(label, ("", *blank), sum(row.count for row in part)))
-  lines = [(row.path, *row.cells, f"{row.count:,}", _share(row.count, total)) for row in rows]
+      rows.append(_Row(label, ("", *blank), sum(row.size for row in part)))
+  lines = [(row.path, *row.cells, f"{row.size:,}", _share(row.size, total)) for row in rows]
   return _aligned([head, *lines, ("base", *blank, "", f"{total:,}", "")], len(names) + 2)
 
 
@@ -88,7 +88,7 @@ def _by_kind(rows: Iterable[_Row]) -> list[_Row]:
   for row in rows:
     kinds[re.sub(r"\d+", "#", row.path), row.cells].append(row)
   return [
-    _Row(_kind_name([row.path for row in same]), cells, sum(row.count for row in same))
+    _Row(_kind_name([row.path for row in same]), cells, sum(row.size for row in same))
     for (_, cells), same in kinds.items()
   ]
 

@@ -295,6 +295,20 @@ EVALUATE = [
 ]
 
 
+EVALUATE += [
+  BadInput(
+    f"evaluate: {name}",
+    functools.partial(lambda folder, value: evaluate.evaluate_run(value, {}), value=value),
+    words,
+  )
+  for name, value, words in (
+    ("an empty folder", "", ("the folder of a run must not be empty",)),
+    ("a folder that is a bucket's", "gs://bucket/run", ("the folder of a run", "gs:// address")),
+    ("a folder with NUL", "a\0b", ("the folder of a run", "without NUL")),
+  )
+]
+
+
 def reported(out: str, *words: str, error: type[Exception] = ValueError) -> BadInput:
   return BadInput(
     f"report: --out={shown(out)}",
