@@ -22,7 +22,7 @@ from jaxtyping import Float32, Int32
 
 from lora_jax.data.batches import check_sizes, epoch_orders, shard_of
 from lora_jax.data.sets.glue import Record
-from lora_jax.data.text import check_length
+from lora_jax.data.text import check_length, encode_texts
 from lora_jax.fields import Count, read_value
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
   tokenizer.no_padding()
   tokenizer.enable_truncation(max_length, strategy="longest_first")
   texts = [r.first if r.second is None else (r.first, r.second) for r in records]
-  encodings = tokenizer.encode_batch(texts)
+  encodings = encode_texts(tokenizer, texts, special=True)
   num_cut = sum(bool(encoding.overflowing) for encoding in encodings)
   if num_cut:
     logger.warning("%d of %d records truncated to %d tokens", num_cut, len(records), max_length)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.data.text import Example, check_length
+from lora_jax.data.text import Example, check_length, encode_texts
 from lora_jax.files import parse_json, read_lines
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def encode_prompts(tokenizer: "Tokenizer", prompts: Sequence[str], end_id: int) 
     ValueError: if the tokenizer cuts or pads.
   """
   _check_tokenizer(tokenizer)
-  encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
+  encoded = [encoding.ids for encoding in encode_texts(tokenizer, prompts, special=True)]
   return [ids[:-1] if ids[-1:] == [end_id] else ids for ids in encoded]
 
 
@@ -221,8 +221,8 @@ def _encode_parts(
   for count in range(1, max(map(len, texts), default=0) + 1):
     longer = [i for i, parts in enumerate(texts) if len(parts) >= count]
     joined = ["".join(texts[i][:count]) for i in longer]
-    apart = []
-    encodings = tokenizer.encode_batch(joined, add_special_tokens=False)
+    apart: list[tuple[int, int]] = []
+    encodings = encode_texts(tokenizer, joined)
     for i, text, encoding in zip(longer, joined, encodings, strict=True):
       ids, spans = encoded[i]
       start = len(text) - len(texts[i][count - 1])
@@ -265,10 +265,8 @@ def _within_texts(
       for i, text in enumerate(texts)
       if i not in encoded and not (boundary.isspace() and text[0].isspace())
     ]
-    before = tokenizer.encode(boundary, add_special_tokens=False).ids
-    encodings = tokenizer.encode_batch(
-      [boundary + texts[i] for i in left], add_special_tokens=False
-    )
+    before = encode_texts(tokenizer, [boundary])[0].ids
+    encodings = encode_texts(tokenizer, [boundary + texts[i] for i in left])
     for i, encoding in zip(left, encodings, strict=True):
       is_joined = any(start < 1 < end for start, end in encoding.offsets)
       if before and encoding.ids[: len(before)] == before and not is_joined:

@@ -19,7 +19,7 @@ from jaxtyping import Int32
 from lora_jax.data.sets.e2e import Record
 
 if TYPE_CHECKING:
-  from tokenizers import Tokenizer
+  from tokenizers import Encoding, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,32 @@ class Example(NamedTuple):
   target_index: Int32[np.ndarray, " M"]
 
 
+def encode_texts(
+  tokenizer: "Tokenizer", texts: Sequence[str] | Sequence[tuple[str, str]], special: bool = False
+) -> list["Encoding"]:
+  """Returns the encodings of texts, or of pairs.
+
+  Args:
+    special: whether the tokenizer puts its special tokens around them.
+  Raises:
+    ValueError: if the tokenizer fails, as by a regular expression that backtracks without end.
+  """
+  try:
+    return tokenizer.encode_batch(list(texts), add_special_tokens=special)
+  except BaseException as error:  # of Rust's panics, which are not Exceptions
+    if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(
+      f"the tokenizer fails on one of {len(texts)} texts, of up to "
+      f"{max(map(len, texts)):,} characters: {error}"
+    ) from None
+
+
 def encode_context(tokenizer: "Tokenizer", contexts: Sequence[str], eos_id: int) -> list[list[int]]:
   """Returns each context's tokens with the separator: the prompt of a completion."""
   _check(tokenizer, eos_id)
   distinct = list(dict.fromkeys(contexts))  # E2E has nine texts for each context
-  encodings = tokenizer.encode_batch(distinct, add_special_tokens=False)
+  encodings = encode_texts(tokenizer, distinct)
   ids = {c: [*encoding.ids, eos_id] for c, encoding in zip(distinct, encodings, strict=True)}
   return [list(ids[context]) for context in contexts]
 
@@ -66,7 +87,7 @@ def encode(
     for i, record in enumerate(records)
   ]
   contexts = encode_context(tokenizer, [context for context, _ in texts], eos_id)
-  completions = tokenizer.encode_batch([text for _, text in texts], add_special_tokens=False)
+  completions = encode_texts(tokenizer, [text for _, text in texts])
   examples, too_long = [], []
   for i, (context, completion) in enumerate(zip(contexts, completions, strict=True)):
     whole = [*context, *completion.ids, eos_id]

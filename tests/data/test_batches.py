@@ -102,7 +102,7 @@ def test_shapes_and_types_are_fixed(make):
     assert {array.shape for array in batch.values()} == {(4, length), (4, K)}
 
 
-def test_padded_batches_take_the_shortest_length_that_holds_them():
+def test_padded_batches_take_the_shortest_length_that_fits():
   data = padded(make_examples(60), batch_size=2, row_lengths=[T, 24, 32])
   lengths = Counter()
   for batch in data:
@@ -112,7 +112,7 @@ def test_padded_batches_take_the_shortest_length_that_holds_them():
   assert set(lengths) == {24, 32, T}
 
 
-def test_one_example_a_row_when_padded():
+def test_padded_rows_have_one_example():
   data = padded(make_examples(30))
   assert len(data) == 8  # 30 rows in batches of 4, the last of 2 and 2 empty ones
   assert max(batch["segment_ids"].max() for batch in data) == 1
@@ -134,7 +134,7 @@ def test_pack_is_first_fit():
   assert batches.pack(examples, T, K) == rows
 
 
-def test_the_order_is_of_the_seed_and_the_epoch():
+def test_the_order_depends_on_the_seed_and_the_epoch():
   examples = make_examples(100)
   for make in (packed, padded):
     first, second = make(examples, num_epochs=2), make(examples, num_epochs=1, seed=1)
@@ -150,8 +150,8 @@ def test_the_order_is_of_the_seed_and_the_epoch():
     assert orders[0] != orders[1]
     assert orders[0] != orders[2]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    again = make(examples, num_epochs=3)
-    assert all((again[i]["tokens"] == first[i]["tokens"]).all() for i in range(len(first)))
+    repeated = make(examples, num_epochs=3)
+    assert all((repeated[i]["tokens"] == first[i]["tokens"]).all() for i in range(len(first)))
 
 
 def test_without_a_seed_the_order_is_the_examples():

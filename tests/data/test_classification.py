@@ -45,7 +45,7 @@ def test_a_pair_has_special_tokens_and_types():
   assert encode(TOKENIZER, [Record("d", None, None)], 16)[0].label == -1
 
 
-def test_the_longer_text_is_cut_and_the_caller_told(caplog):
+def test_the_longer_text_is_truncated_with_a_warning(caplog):
   records = [Record("a b c d e f", "a b", 0), Record("a", "b", 0)]
   long, short = encode(TOKENIZER, records, 8)
   assert long.tokens.tolist() == [2, 4, 5, 6, 3, 4, 5, 3]
@@ -54,7 +54,7 @@ def test_the_longer_text_is_cut_and_the_caller_told(caplog):
   assert TOKENIZER.truncation is None
 
 
-def test_a_tokenizer_of_its_own_padding_is_taken_as_bare():
+def test_a_tokenizers_own_padding_is_ignored():
   padding = Tokenizer.from_str(TOKENIZER.to_str())
   padding.enable_padding(length=20)
   padding.enable_truncation(4)
@@ -134,7 +134,7 @@ def test_evaluation_is_sorted_and_whole():
   assert sum(built[i]["weights"].sum() for i in range(len(built))) == 103
 
 
-def test_the_order_is_of_the_seed_and_the_epoch():
+def test_the_order_depends_on_the_seed_and_the_epoch():
   data = examples()
 
   def order(**settings):
@@ -145,16 +145,16 @@ def test_the_order_is_of_the_seed_and_the_epoch():
   assert order(seed=0) == order(seed=0) != order(seed=1)
 
 
-def test_an_iterator_goes_on_where_it_was():
+def test_an_iterator_resumes():
   built = batches(examples(), num_epochs=2)
   iterator = iter(as_grain(built))
   for _ in range(5):
     next(iterator)
   state = json.loads(json.dumps(iterator.get_state()))
   rest = [covered(batch) for batch in iterator]
-  again = iter(as_grain(built))
-  again.set_state(state)
-  assert [covered(batch) for batch in again] == rest
+  resumed = iter(as_grain(built))
+  resumed.set_state(state)
+  assert [covered(batch) for batch in resumed] == rest
   assert len(rest) == 21
 
 

@@ -88,7 +88,7 @@ def test_too_little_text_for_the_vocabulary_is_refused():
     corpus.train_tokenizer(["a b c"], 999)
 
 
-def test_rows_are_the_stream_cut_to_pieces():
+def test_rows_are_pieces_of_the_stream():
   rows = corpus.Rows(STREAM, 0, batch_size=3, row_length=4, seed=None)
   assert len(rows) == 1
   batch = rows[0]
@@ -99,7 +99,7 @@ def test_rows_are_the_stream_cut_to_pieces():
   assert batch["target_weights"].all()
 
 
-def test_the_order_is_of_seed_and_epoch_and_each_row_comes_once():
+def test_the_order_depends_on_seed_and_epoch_and_each_row_comes_once():
   stream = np.arange(1, 102, dtype=np.uint16)
   shape = {"batch_size": 5, "row_length": 4, "num_batches": 10}
   rows = corpus.Rows(stream, 0, seed=3, **shape)
@@ -110,8 +110,8 @@ def test_the_order_is_of_seed_and_epoch_and_each_row_comes_once():
   for epoch in epochs:
     np.testing.assert_array_equal(np.sort(epoch), stream[:-1:4])
   assert (epochs[0] != epochs[1]).any()
-  again = corpus.Rows(stream, 0, seed=3, **shape)
-  np.testing.assert_array_equal(again[7]["tokens"], rows[7]["tokens"])
+  repeated = corpus.Rows(stream, 0, seed=3, **shape)
+  np.testing.assert_array_equal(repeated[7]["tokens"], rows[7]["tokens"])
   assert (corpus.Rows(stream, 0, seed=4, **shape)[0]["tokens"] != rows[0]["tokens"]).any()
   with pytest.raises(IndexError):
     rows[10]

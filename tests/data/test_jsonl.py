@@ -33,14 +33,14 @@ def write(path, *lines):
 
 
 def learned(example):
-  """Returns the text that an example has a loss on, and the text before it."""
+  """Returns the text before an example's supervised tokens, and their text."""
   first = int(example.target_index[0])
   return TOKENIZER.decode(example.tokens[: first + 1].tolist()), TOKENIZER.decode(
     example.targets.tolist(), skip_special_tokens=False
   )
 
 
-def test_both_forms(tmp_path):
+def test_both_formats(tmp_path):
   path = write(tmp_path / "a.jsonl", PROMPT, "", {**PROMPT, "id": 3})
   assert read_jsonl(path, ["id"]) == [
     Completion(f"{path}:1", "Say: ", "hello there"),
@@ -93,7 +93,7 @@ def test_files_without_lines(tmp_path):
   ("prompt", "completion"),
   [("Say: ", "yes"), ("Say:", " yes"), ("cat", "chat"), ("a\n", "\n é 🎉\n")],
 )
-def test_a_prompts_tokens_are_those_that_it_has_alone(prompt, completion):
+def test_a_prompt_has_the_tokens_that_it_is_asked_with(prompt, completion):
   (example,) = encode_completions(TOKENIZER, [Completion("", prompt, completion)], 0, 64)
   (alone,) = encode_prompts(TOKENIZER, [prompt], 0)
   assert example.tokens[: len(alone)].tolist() == alone
@@ -103,9 +103,9 @@ def test_a_prompts_tokens_are_those_that_it_has_alone(prompt, completion):
   )
 
 
-@pytest.mark.parametrize("form", ["llama", "gemma"])
-def test_completions_by_sentencepiece_have_no_space_put_before_them(form):
-  tokenizer = load_tokenizer(SENTENCEPIECE / form)
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_completions_by_sentencepiece_have_no_space_put_before_them(name):
+  tokenizer = load_tokenizer(SENTENCEPIECE / name)
   (end_id,) = tokenizer.encode("</s>", add_special_tokens=False).ids[-1:]
   for prompt, completion in (("Say: ", "yes"), ("Say:", " yes"), ("cat", "chat"), ("a\n", "\n é")):
     (example,) = encode_completions(tokenizer, [Completion("", prompt, completion)], end_id, 64)
@@ -146,7 +146,7 @@ def test_completions_by_llama_3s_words_begin_as_within_a_text(completion, first)
   assert tokenizer.id_to_token(int(example.targets[0])) == first
 
 
-def test_white_space_has_a_loss_where_the_tokenizer_trims_offsets():
+def test_white_space_is_supervised_where_the_tokenizer_trims_offsets():
   tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
   segments = [("def f():", False), ("\n        return  1 \U0001f389", True)]
   (expected,) = encode_rendered(tokenizer, [Rendered("", [segments])], 64)
@@ -168,13 +168,13 @@ def test_segments_of_a_conversation():
   assert following == example.targets.tolist()
 
 
-def test_a_token_of_two_segments_has_a_loss():
+def test_a_token_of_two_segments_is_supervised():
   segments = [("a", False), (" tw", False), ("o", True)]
   (example,) = encode_rendered(TOKENIZER, [Rendered("", [segments])], 64)
   assert TOKENIZER.decode(example.targets.tolist()) == " two"
 
 
-def test_lines_that_are_too_long(caplog):
+def test_examples_that_are_too_long(caplog):
   records = [Completion("f:1", "a", "b"), Completion("f:2", "a", "word " * 40)]
   with pytest.raises(
     ValueError, match=r"1 of 2 examples have more than 20 tokens, the first f:2 \(\d+\)"

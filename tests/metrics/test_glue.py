@@ -1,6 +1,6 @@
 """GLUE's metrics against scikit-learn 1.9.1 and scipy 1.17.1.
 
-Their figures stand here as numbers, which `python -m tests.metrics.test_glue` prints anew where
+Their figures are numbers here, which `python -m tests.metrics.test_glue` prints again if
 both are installed.
 """
 
@@ -40,7 +40,7 @@ def test_three_classes():
   assert glue.matthews(THREE, THREE_LABELS) == pytest.approx(0.023565355112749643, abs=1e-12)
 
 
-def test_a_class_that_is_never_predicted_or_never_there():
+def test_a_class_that_is_never_predicted_or_missing():
   low, low_labels = np.minimum(THREE, 1), np.minimum(THREE_LABELS, 1)
   assert glue.macro_f1(low, THREE_LABELS) == pytest.approx(0.2715837006773465, abs=1e-12)
   assert glue.macro_f1(THREE, low_labels) == pytest.approx(0.26882203262984583, abs=1e-12)

@@ -28,7 +28,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def with_java():
-  """Skips a test where METEOR, ROUGE-L and CIDEr cannot be had."""
+  """Skips a test where METEOR, ROUGE-L and CIDEr cannot run."""
   if reason := java.why_missing():
     pytest.skip(reason)
 
@@ -134,7 +134,7 @@ def test_cider_of_empty_texts_is_zero():
 
 
 @pytest.mark.long
-def test_resampled_meteor_is_what_the_jar_says(golden, with_java):
+def test_resampled_meteor_is_that_of_the_jar(golden, with_java):
   from pycocoevalcap.meteor import meteor as package
 
   size = 40
@@ -144,7 +144,7 @@ def test_resampled_meteor_is_what_the_jar_says(golden, with_java):
   pairs = list(zip(words[size:], words[:size], strict=True))
   jar = str(Path(package.__file__).with_name(package.METEOR_JAR))
   program = ["-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
-  lines = java.run_java(program, [f"SCORE ||| {one} ||| {other}" for one, other in pairs])
+  lines = java.run_java(program, [f"SCORE ||| {first} ||| {second}" for first, second in pairs])
   counts = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=5)
   drawn = [[lines[i] for i in np.repeat(np.arange(size), row)] for row in counts]
   requests = "\n".join(" ||| ".join(["EVAL", *rows]) for rows in drawn)

@@ -200,7 +200,7 @@ def _render(
   texts = []
   for job, text, error in zip(jobs, rendering.texts, rendering.errors, strict=True):
     if text is None:
-      roles = ", ".join(message["role"] for message in messages[: job.count])
+      roles = ", ".join(message["role"] for message in messages[: job.num_messages])
       raise ValueError(f"the chat template refuses messages of the roles {roles:.200}: {error}")
     texts.append(text)
   return texts, rendering.has_generation

@@ -33,12 +33,12 @@ class Job(NamedTuple):
   """One rendering of a conversation.
 
   Attributes:
-    count: messages to render, from the first.
+    num_messages: messages to render, from the first.
     add_generation_prompt: whether the text ends with the head of the assistant's next turn.
     marked: whether START and END surround the text of `{% generation %}` blocks.
   """
 
-  count: int
+  num_messages: int
   add_generation_prompt: bool = False
   marked: bool = False
 
@@ -176,7 +176,10 @@ def _answer(
     try:
       text = _compile(source, job.marked).render(
         names
-        | {"messages": messages[: job.count], "add_generation_prompt": job.add_generation_prompt}
+        | {
+          "messages": messages[: job.num_messages],
+          "add_generation_prompt": job.add_generation_prompt,
+        }
       )
     except Exception as error:  # a template's own, Jinja's, or Python's of an operation in it
       reason = f"{type(error).__name__}: {error}"[:1000]

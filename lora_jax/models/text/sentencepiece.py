@@ -1,10 +1,11 @@
 """SentencePiece models as `tokenizers.Tokenizer`, with the ids of SentencePiece itself.
 
-A model is a protobuf message of three parts that count here: the pieces with their scores, what
-the trainer was told, and how text is normalized. Fields are numbered as in SentencePiece's own
+A model is a protobuf message of three parts that are read here: the pieces with their scores, the
+trainer's options, and the normalization of text. Fields are numbered as in SentencePiece's own
 `sentencepiece_model.proto`.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,19 +18,20 @@ from lora_jax.files import read_bytes
 if TYPE_CHECKING:
   from tokenizers import Tokenizer, normalizers
 
-SPACE = "\u2581"  # what a space is in a piece
+SPACE = "\u2581"  # a space within a piece
 UNIGRAM, BPE = 1, 2
+MAX_PIECE = 1000  # characters; all ways to cut a piece are tried
 
 
 class Kind(IntEnum):
-  """What a piece is for."""
+  """The purpose of a piece."""
 
   NORMAL = 1
   UNKNOWN = 2
-  CONTROL = 3  # marks of the text's ends and the like, never found in a text
+  CONTROL = 3  # marks of a text's ends, for example, never found in a text
   USER_DEFINED = 4  # always found, whatever its score
   UNUSED = 5
-  BYTE = 6  # stands for a byte of a character that no piece has
+  BYTE = 6  # a byte of a character that no piece has
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class SentencePieceModel:
     pieces: by id.
     algorithm: UNIGRAM or BPE.
     byte_fallback: whether characters that no piece has are written as bytes.
-    charsmap: how characters are replaced, compiled; empty if they are not.
-    dummy_prefix: whether a text gets a space before it.
-    tidy_spaces: whether spaces at the ends go, and several become one.
-    special_tokens: of the ends, padding and the unknown, as `{"bos_token": "<s>"}`.
+    charsmap: the compiled replacements of characters; empty if there are none.
+    dummy_prefix: whether a space is put before a text.
+    tidy_spaces: whether spaces at the ends are removed, and several become one.
+    special_tokens: the tokens for the ends, padding and the unknown, as `{"bos_token": "<s>"}`.
   """
 
   pieces: tuple[Piece, ...]
@@ -66,7 +68,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
   """Returns the model in a file.
 
   Raises:
-    ValueError: if it is truncated, no SentencePiece model, or one of a kind not known here.
+    ValueError: if it is truncated, not a SentencePiece model, or of an unsupported kind.
   """
   parts: dict[int, list[Any]] = {1: [], 2: [], 3: []}
   try:
@@ -75,7 +77,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     pieces = tuple(_piece(message) for message in parts[1])
     trainer, normalizer = (dict(_fields(message)) for i in (2, 3) for message in parts[i])
   except (ValueError, TypeError, AttributeError, IndexError, struct.error) as error:
-    raise ValueError(f"{path} is truncated or no SentencePiece model: {error}") from error
+    raise ValueError(f"{path} is truncated or not a SentencePiece model: {error}") from error
   _refuse_others(path, pieces, trainer, normalizer)
   ids = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2)}
   ids["pad"] = trainer.get(43, -1)
@@ -97,17 +99,17 @@ def build_sentencepiece(
 ) -> "Tokenizer":
   """Returns a model's tokenizer, without a post-processor.
 
-  Its ids are those of SentencePiece, but for what the library `tokenizers` does otherwise:
+  Its ids are those of SentencePiece, except where the library `tokenizers` differs:
 
   - Control symbols in a text are read as such; to SentencePiece they are plain text.
-  - A text that begins with a user-defined symbol gets no space before it (BPE).
-  - Of two ways to cut a text whose scores are equal, either may be taken (Unigram).
-  - Of several marks on one letter, as in U+0065 U+0301 U+0302, not each may be composed, or lost.
+  - No space is put before a text that begins with a user-defined symbol (BPE).
+  - Of two ways to cut a text with equal scores, either may be taken (Unigram).
+  - Of several marks on one letter, as in U+0065 U+0301 U+0302, some may not be composed, or lost.
 
   Args:
-    model: of `read_sentencepiece`.
-    dummy_prefix: whether a text gets a space before it.
-    prefix_at_parts: whether the text after a control symbol gets one, too.
+    model: as of `read_sentencepiece`.
+    dummy_prefix: whether a space is put before a text.
+    prefix_at_parts: whether one is put before the text after a control symbol, too.
     lower_case: whether the text is lower-cased first.
   """
   from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -130,7 +132,7 @@ def build_sentencepiece(
   tokenizer.decoder = decoders.Sequence(decoding)  # pyright: ignore[reportAttributeAccessIssue]
   special = [p.text for p in model.pieces if p.kind in (Kind.CONTROL, Kind.UNKNOWN)]
   tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-  if model.algorithm == BPE:  # in Unigram their scores, 0, see to it
+  if model.algorithm == BPE:  # Unigram finds them by their score, 0
     tokenizer.add_tokens(
       [
         AddedToken(
@@ -146,9 +148,9 @@ def build_sentencepiece(
 def _normalizer(
   model: SentencePieceModel, dummy_prefix: bool, lower_case: bool
 ) -> "normalizers.Normalizer":
-  """Returns what is done to a text, up to its dummy prefix.
+  """Returns the normalization of a text, without its dummy prefix.
 
-  Where there is one and spaces are tidied, a space at the start stays: it is the prefix.
+  If there is a prefix and spaces are tidied, a space at the start is kept: it is the prefix.
   """
   from tokenizers import Regex, normalizers
 
@@ -174,9 +176,9 @@ def _unigram(model: SentencePieceModel) -> Any:
 
 
 def _bpe(model: SentencePieceModel) -> Any:
-  """Returns the core of a BPE model, whose merges are all ways to put a piece together.
+  """Returns the core of a BPE model, with a merge for every way to split a piece in two.
 
-  SentencePiece puts together the two neighbours that make the piece of the highest score.
+  SentencePiece merges the two neighbours that give the piece with the highest score.
   """
   from tokenizers import models
 
@@ -198,7 +200,7 @@ def _bpe(model: SentencePieceModel) -> Any:
 def _refuse_others(
   path: Path, pieces: tuple[Piece, ...], trainer: dict[int, Any], normalizer: dict[int, Any]
 ) -> None:
-  """Raises ValueError for a model that the tokenizer built here would not be equal to."""
+  """Raises ValueError for a model that the tokenizer built here would differ from."""
   unknown = sum(piece.kind is Kind.UNKNOWN for piece in pieces)
   number_of_bytes = sum(piece.kind is Kind.BYTE for piece in pieces)
   faults = {
@@ -209,15 +211,18 @@ def _refuse_others(
     f"{number_of_bytes} pieces for bytes, expected 256": (
       bool(trainer.get(35, 0)) and number_of_bytes != 256
     ),
+    "a piece without text": any(not piece.text for piece in pieces),
+    f"a piece of more than {MAX_PIECE} characters": any(len(p.text) > MAX_PIECE for p in pieces),
+    "a score that is not finite": not all(math.isfinite(piece.score) for piece in pieces),
     "two pieces of the same text": len({piece.text for piece in pieces}) != len(pieces),
     "unused pieces": any(piece.kind is Kind.UNUSED for piece in pieces),
     "spaces after words instead of before": bool(trainer.get(24, 0)),
     "spaces as they are in its pieces": not normalizer.get(5, 1),
   }
-  present = [fault for fault, is_there in faults.items() if is_there]
+  present = [fault for fault, is_present in faults.items() if is_present]
   if present:
     raise ValueError(
-      f"{path} has {'; '.join(present)}, which is not known here. Save the model's tokenizer with "
+      f"{path} has {'; '.join(present)}, which is not supported. Save the model's tokenizer with "
       "transformers and take its tokenizer.json"
     )
 
@@ -229,7 +234,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-  """Yields the number and the value of each field of a protobuf message, in their order."""
+  """Yields the number and the value of each field of a protobuf message, in order."""
   position = 0
 
   def varint() -> int:
@@ -256,7 +261,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     length = {1: 8, 5: 4}.get(wire_type) or varint()
     if not 0 <= length <= len(message) - position:
       raise ValueError(
-        f"byte {position}: {length} bytes are announced, {len(message) - position} are there"
+        f"byte {position}: {length} bytes are announced, {len(message) - position} are left"
       )
     yield key >> 3, message[position : position + length]
     position += length

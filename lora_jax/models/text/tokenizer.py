@@ -74,7 +74,9 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
     tokenizer = _build(folder)
   except (ValueError, FileNotFoundError):
     raise
-  except Exception as error:  # the library raises bare Exceptions
+  except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
     present = ", ".join(name for name in TOKENIZER_FILES[:6] if (folder / name).exists())
     raise ValueError(f"{folder}: the tokenizer is broken, in {present}: {error}") from error
   if tokenizer is None:

@@ -10,7 +10,7 @@ COUNTS = {"train": (42061, 4862), "valid": (4672, 547), "test": (4693, 630)}
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_the_reference_form_has_the_papers_numbers_of_lines_and_inputs(split):
+def test_the_reference_format_has_the_papers_numbers_of_lines_and_inputs(split):
   records = e2e.read(split)
   assert (len(records), len(e2e.grouped(records))) == COUNTS[split]
 
@@ -27,7 +27,7 @@ def test_a_line_and_a_row_are_read_without_the_spaces_around_the_line():
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_both_forms_have_the_same_inputs_and_texts_but_for_spaces(split):
+def test_both_formats_have_the_same_inputs_and_texts_except_for_spaces(split):
   reference, official = e2e.read(split), e2e.read(split, "official")
   assert e2e.input_ids(reference) == e2e.input_ids(official)
   for a, b in zip(e2e.grouped(reference), e2e.grouped(official), strict=True):

@@ -67,7 +67,7 @@ def test_records_are_read_when_they_are_accessed(folder, tmp_path, monkeypatch):
     records[3]
 
 
-def test_a_changed_folder_is_prepared_anew(folder, tmp_path):
+def test_a_changed_folder_is_prepared_again(folder, tmp_path):
   first = list(e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds"))
   (folder / "valid.txt").write_text("name : D||It is D .\n")
   second = list(e2e_tfds.load("valid", source=folder, data_dir=tmp_path / "tfds"))

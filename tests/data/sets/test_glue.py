@@ -199,7 +199,7 @@ def test_bad_lines_of_superglue_are_named(tmp_path, change, message):
     superglue.read("rte", "train", tmp_path, any_size=True)
 
 
-def test_lines_that_are_no_objects_and_missing_keys_and_sizes(superfolder, tmp_path):
+def test_lines_that_are_not_objects_and_missing_keys_and_sizes(superfolder, tmp_path):
   (tmp_path / "CB").mkdir()
   path = tmp_path / "CB" / "train.jsonl"
   for text, message in (
@@ -218,21 +218,21 @@ def test_lines_that_are_no_objects_and_missing_keys_and_sizes(superfolder, tmp_p
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
-def test_the_builder_gives_what_the_files_hold(folder, tmp_path, name):
+def test_the_builder_has_the_rows_of_the_files(folder, tmp_path, name):
   for split in list(glue.TASKS[name].sizes)[:2]:
     loaded = glue_tfds.load(name, split, folder, data_dir=tmp_path, any_size=True)
     assert loaded == read(name, split, folder)
 
 
 @pytest.mark.parametrize("name", superglue.TASKS)
-def test_the_builder_of_superglue_likewise(superfolder, tmp_path, name):
+def test_superglues_builder_has_the_rows_of_the_files(superfolder, tmp_path, name):
   options = {"suite": "super_glue", "data_dir": tmp_path, "any_size": True}
   loaded = glue_tfds.load(name, "validation", superfolder, **options)
   rows = superglue.read(name, "validation", superfolder, any_size=True)
   assert loaded == superglue.records(name, rows)
 
 
-def test_a_changed_folder_is_prepared_anew(tmp_path):
+def test_a_changed_folder_is_prepared_again(tmp_path):
   path, options = tmp_path / "SST-2" / "dev.tsv", {"data_dir": tmp_path / "tfds", "any_size": True}
   for text in ("first", "second"):
     write_table(path, ("sentence", "label"), (text, 1))
@@ -243,7 +243,7 @@ def test_a_changed_folder_is_prepared_anew(tmp_path):
     glue_tfds.load("sst2", "validation", tmp_path, data_dir=tmp_path / "tfds")
 
 
-def test_what_tfds_itself_has_prepared(folder, tmp_path):
+def test_files_that_tfds_itself_has_prepared(folder, tmp_path):
   """Our builder's files in the place of TFDS's: the same features, read from the files alone."""
   with pytest.raises(FileNotFoundError, match=r"tfds\.builder\('glue/rte'.*array_record"):
     glue_tfds.load("rte", "train", "tfds", data_dir=tmp_path)

@@ -5,6 +5,9 @@ import os
 import shutil
 from functools import partial
 
+import tokenizers
+
+from lora_jax.data.jsonl import encode_prompts
 from lora_jax.models.text import rendering
 from lora_jax.models.text.chat import (
   ChatTemplate,
@@ -51,7 +54,7 @@ def config(source=BERT, **values):
   return tokenizer(source, tokenizer_config_json=values)
 
 
-def vocabulary(vocab, merges="#version: 0.2\n"):
+def vocabulary(vocab, merges: str | bytes = "#version: 0.2\n"):
   return tokenizer(vocab_json=vocab, merges_txt=merges)
 
 
@@ -79,6 +82,15 @@ def within_a_second(call):
       rendering.SECONDS = seconds
 
   return limited
+
+
+def pathological():
+  """Returns a tokenizer with a pattern that backtracks without end."""
+  model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
+  built = tokenizers.Tokenizer(model)
+  pattern = tokenizers.Regex("(a+)+c")
+  built.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+  return built
 
 
 def nested(levels):
@@ -156,6 +168,11 @@ ROWS = [
     ("vocab.txt", "1 tokens occur twice", "'a'"),
   ),
   BadInput("words without the unknown", tokenizer(vocab_txt="a\nb\n"), ("[UNK]", "vocabulary")),
+  BadInput(
+    "a pathological pattern",
+    lambda _: encode_prompts(pathological(), ["a" * 64], 0),
+    ("the tokenizer fails", "64 characters", "retry-limit"),
+  ),
   BadInput("a foreign tokenizer.model", tokenizer(tokenizer_model=b"{}"), ("tokenizer.model",)),
   BadInput("an empty tokenizer.model", tokenizer(tokenizer_model=b""), ("tokenizer.model",)),
   # ---- tokenizer_config.json and its like
@@ -197,7 +214,9 @@ ROWS = [
     ("expected a bos_token", "add_bos_token is true"),
   ),
   BadInput(
-    "added tokens in a list", config(added_tokens_decoder=["a"]), ("added_tokens_decoder", "type dict", "['a']")
+    "added tokens in a list",
+    config(added_tokens_decoder=["a"]),
+    ("added_tokens_decoder", "type dict", "['a']"),
   ),
   BadInput(
     "an id that is a word",

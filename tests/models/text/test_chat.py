@@ -1,4 +1,4 @@
-"""Chat templates: the text is transformers', and what the assistant wrote is found in it."""
+"""Chat templates: the text is transformers', with the assistant's segments."""
 
 import json
 from datetime import datetime
@@ -116,7 +116,7 @@ def template(name):
   return ChatTemplate(TEMPLATES[name], TOKENS)
 
 
-WROTE = {
+ANSWERS = {
   "chatml": ["Jane Austen.\nFor us.<|im_end|>\n", "1815 🙂<|im_end|>\n"],
   "chatml_marked": ["Jane Austen.\nFor us.<|im_end|>", "1815 🙂<|im_end|>"],
   "llama2": [" Jane Austen.\nFor us. </s>", " 1815 🙂 </s>"],
@@ -131,7 +131,7 @@ def test_the_assistants_segments(name, messages):
   segments = chat_segments(template(name), messages)
   assert "".join(text for text, _ in segments) == render_chat(template(name), messages)
   turns = sum(message["role"] == "assistant" for message in messages)
-  assert [text for text, has_loss in segments if has_loss] == WROTE[name][:turns]
+  assert [text for text, supervised in segments if supervised] == ANSWERS[name][:turns]
 
 
 def test_the_text_itself():
@@ -146,9 +146,9 @@ def test_the_text_itself():
   assert text == '<s>[TOOLS][{"name": "<é>"}][INST] Who wrote “Emma” & <why>?[/INST]'
 
 
-def test_a_chat_without_the_assistant_has_no_loss():
+def test_a_chat_without_the_assistant_is_not_supervised():
   segments = chat_segments(template("chatml_marked"), TURNS[:1])
-  assert [has_loss for _, has_loss in segments] == [False]
+  assert [supervised for _, supervised in segments] == [False]
 
 
 def test_blocks_in_a_macro_are_found():

@@ -44,8 +44,8 @@ def test_the_tokenizer_can_be_saved(folders, tmp_path):
   for name in NAMES:
     tokenizer = load_tokenizer(folders / name)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    again = load_tokenizer(tmp_path)
-    assert [again.encode(x).ids for x in TEXTS] == [tokenizer.encode(x).ids for x in TEXTS]
+    loaded = load_tokenizer(tmp_path)
+    assert [loaded.encode(x).ids for x in TEXTS] == [tokenizer.encode(x).ids for x in TEXTS]
 
 
 def test_control_tokens(folders, tmp_path):
@@ -79,10 +79,10 @@ def test_deberta_has_berts_tokens_and_a_mask(folders):
 def test_a_truncated_model_is_refused(name, folders, tmp_path):
   whole = (folders / name).read_bytes()
   path = tmp_path / Path(name).name
-  tables = 100 if name.startswith("llama") else 250_000  # that stand behind the pieces
+  tables = 100 if name.startswith("llama") else 250_000  # after the pieces
   for size in [0, 1, 2, 100, len(whole) // 50, len(whole) - tables, len(whole) - 1]:
     path.write_bytes(whole[:size])
-    with pytest.raises(ValueError, match=f"{path.name} is truncated or no SentencePiece model"):
+    with pytest.raises(ValueError, match=f"{path.name} is truncated or not a SentencePiece model"):
       load_tokenizer(tmp_path)
 
 
@@ -91,7 +91,7 @@ def test_a_truncated_model_is_refused(name, folders, tmp_path):
 )
 def test_a_foreign_file_is_refused(content, tmp_path):
   (tmp_path / "tokenizer.model").write_bytes(content)
-  with pytest.raises(ValueError, match="is truncated or no SentencePiece model"):
+  with pytest.raises(ValueError, match="is truncated or not a SentencePiece model"):
     load_tokenizer(tmp_path)
 
 
@@ -118,6 +118,9 @@ def changed(whole, number, change):
     (3, field(5, 0), "spaces as they are in its pieces"),
     (1, field(3, 5), "0 pieces for the unknown, expected one; 0 pieces for bytes.*unused pieces"),
     (1, field(1, b"x"), "two pieces of the same text"),
+    (1, field(1, b""), "a piece without text"),
+    (1, field(1, b"x" * 1001), "a piece of more than 1000 characters"),
+    (1, b"\x15\x00\x00\xc0\x7f", "a score that is not finite"),
   ],
 )
 def test_models_of_other_kinds_are_refused(number, change, message, folders, tmp_path):

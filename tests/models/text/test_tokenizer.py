@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: both forms alike, and only those that fit the model."""
+"""Tokenizers of Hugging Face folders: all formats alike, and only those that fit the model."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ TEXTS = [
 ]
 
 
-def split_form(source: Path, folder: Path) -> Path:
+def split_files(source: Path, folder: Path) -> Path:
   """Writes a tokenizer.json's vocabulary and merges as the two older files."""
   model = json.loads((source / "tokenizer.json").read_text("utf-8"))["model"]
   merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -36,30 +36,31 @@ def split_form(source: Path, folder: Path) -> Path:
   return folder
 
 
-def assert_alike(one, other, texts):
-  assert one.get_vocab() == other.get_vocab()
-  assert end_of_text_id(one) == end_of_text_id(other)
+def assert_alike(first, second, texts):
+  assert first.get_vocab() == second.get_vocab()
+  assert end_of_text_id(first) == end_of_text_id(second)
   for text in texts:
-    ids = one.encode(text).ids
-    assert ids == other.encode(text).ids
-    assert one.decode(ids, skip_special_tokens=False) == text
-    assert other.decode(ids, skip_special_tokens=False) == text
+    ids = first.encode(text).ids
+    assert ids == second.encode(text).ids
+    assert first.decode(ids, skip_special_tokens=False) == text
+    assert second.decode(ids, skip_special_tokens=False) == text
 
 
 def test_vocabulary_and_merges_are_the_same_tokenizer(tmp_path):
-  split = split_form(EMBEDDED, tmp_path / "split")
+  split = split_files(EMBEDDED, tmp_path / "split")
   assert_alike(load_tokenizer(EMBEDDED, 8192), load_tokenizer(split, 8192), TEXTS)
 
 
+@pytest.mark.long
 def test_gpt2s_own_files_are_the_same_tokenizer_on_e2e_lines(tmp_path):
   files, lines = DEVELOPMENT / "vocab" / "gpt2", DEVELOPMENT / "e2e" / "valid.txt"
   if not (files.is_dir() and lines.is_file()):
     pytest.skip("the original files of GPT-2 and E2E are not beside this checkout")
   shutil.copy(files / "encoder.json", tmp_path / "vocab.json")
   shutil.copy(files / "vocab.bpe", tmp_path / "merges.txt")
-  one, other = load_tokenizer(files, 50257), load_tokenizer(tmp_path, 50257)
-  assert end_of_text_id(one) == 50256
-  assert_alike(one, other, [*TEXTS, *lines.read_text("utf-8").splitlines()])
+  first, second = load_tokenizer(files, 50257), load_tokenizer(tmp_path, 50257)
+  assert end_of_text_id(first) == 50256
+  assert_alike(first, second, [*TEXTS, *lines.read_text("utf-8").splitlines()])
 
 
 def test_a_large_table_may_be_padded_by_a_twentieth(tmp_path):
@@ -75,7 +76,7 @@ def test_a_large_table_may_be_padded_by_a_twentieth(tmp_path):
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_a_tokenizer_json_alone_says_what_is_put_about_a_text(marked, tmp_path):
+def test_only_tokenizer_json_says_which_tokens_are_put_around_a_text(marked, tmp_path):
   """Not tokenizer_config.json, which transformers does not ask either, since version 5."""
   tokenizer = load_tokenizer(EMBEDDED)
   if marked:
@@ -107,7 +108,7 @@ def test_a_tokenizer_of_another_model_is_refused(vocab_size):
 def test_missing_and_broken_tokenizers_are_refused(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: expected tokenizer\.json"):
     load_tokenizer(tmp_path)
-  folder = split_form(EMBEDDED, tmp_path / "split")
+  folder = split_files(EMBEDDED, tmp_path / "split")
   (folder / "merges.txt").write_text("#version: 0.2\nnot merges of this vocabulary\n")
   with pytest.raises(ValueError, match="split: the tokenizer is broken, in "):
     load_tokenizer(folder)
@@ -117,7 +118,7 @@ def test_missing_and_broken_tokenizers_are_refused(tmp_path):
 
 
 def test_a_tokenizer_must_know_the_end_of_text(tmp_path):
-  folder = split_form(EMBEDDED, tmp_path / "split")
+  folder = split_files(EMBEDDED, tmp_path / "split")
   vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
   vocab["<|end|>"] = vocab.pop("<|endoftext|>")
   (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
