@@ -198,3 +198,12 @@ def test_a_gain_and_its_norm_are_sharded_as_their_weight(kind):
   for name, node in got_grads.items():
     for array in ("lora_a", "lora_b", "magnitude"):
       assert relative_difference(node.arrays[array], grads[name].arrays[array]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_float32_copy_of_an_extra_is_sharded_as_its_leaf(kind):
+  mesh, _ = on_mesh(kind)
+  sharding = NamedSharding(mesh, P("fsdp", "tensor"))
+  params = {"w": jax.device_put(jnp.ones((8, 8), jnp.bfloat16), sharding)}
+  trainable = lj.partial_finetuning(lambda p, x: x, "w").init(KEY, params)
+  assert (trainable["w"].dtype, trainable["w"].sharding) == (jnp.float32, sharding)
