@@ -97,7 +97,9 @@ class Interpreter:
     try:
       rule = self._opaque_rule(equation)
       if rule is not None:
-        return self._apply_rule(rule, number, equation, values, {})
+        outputs = self._apply_rule(rule, number, equation, values, {})
+        _check_outputs(equation, outputs)
+        return outputs
       if name in CONTROL_FLOW:
         inner = [enter(value, number, i) for i, value in enumerate(values)]
         self._enclosing.append(equation)
@@ -183,6 +185,21 @@ class Interpreter:
         stacklevel=2,
       )
     return value.materialize_by_permission()
+
+
+def _check_outputs(equation: Any, outputs: Values) -> None:
+  """Raises ValueError if an opaque rule returned other arrays than its function."""
+  expected = [(v.aval.shape, v.aval.dtype) for v in equation.outvars]
+  actual = [(getattr(x, "shape", None), getattr(x, "dtype", type(x).__name__)) for x in outputs]
+  if actual != expected:
+    raise ValueError(
+      f"opaque[{_compat.traced_name(equation)!r}] must return what its function returns, "
+      f"{_described(expected)}; got {_described(actual)}"
+    )
+
+
+def _described(arrays: Sequence[tuple[Any, Any]]) -> str:
+  return ", ".join(f"{dtype} of shape {shape}" for shape, dtype in arrays)
 
 
 def _last_uses(jaxpr: Any) -> list[list[Any]]:

@@ -31,6 +31,7 @@ def init(
   error: type[Exception] = ValueError,
   x: Any = X,
   rule: dict[str, Any] | None = None,
+  opaque: dict[str, Any] | None = None,
   **options: Any,
 ) -> BadInput:
   """Returns a row that adapts `w` in `use(w, x)`."""
@@ -39,7 +40,7 @@ def init(
     rules = [lj.LoraRule(".*", **rule)] if rule else []
     config = lj.LoraConfig(**{"rank": 2, "alpha": 4.0, "target": "w", "rules": rules} | options)
     with warnings.catch_warnings(action="ignore"):  # that a weight is materialized
-      lj.lora(lambda p, x: use(p["w"], x), config).init(KEY, {"w": w}, x)
+      lj.lora(lambda p, x: use(p["w"], x), config, opaque).init(KEY, {"w": w}, x)
 
   return BadInput(f"init: {name}", call, words, error)
 
@@ -90,6 +91,17 @@ USES = [
   ),
   init(
     "all axes contracted", lambda w, x: jnp.einsum("ab,ab->", w, w * 0 + 1.0 * W), (), error=REFUSED
+  ),
+  *(
+    init(
+      f"an opaque rule, {name}", lambda w, x: kernel_dot(x, w), words, opaque={"kernel_dot": rule}
+    )
+    for name, rule, words in (
+      ("None", lambda call, x, w: None, ("opaque['kernel_dot']", "NoneType", "shape (3, 4)")),
+      ("another shape", lambda call, x, w: x.sum(), ("float32 of shape (3, 4)", "shape ()")),
+      ("another dtype", lambda call, x, w: x.astype(int), ("float32 of shape", "got int32")),
+      ("two outputs", lambda call, x, w: (x, x), ("shape (3, 4); got", "(3, 4), float32")),
+    )
   ),
   init("an unused weight", lambda w, x: x, ("never used by the function: w", "Narrow `target`")),
   init(
