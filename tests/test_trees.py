@@ -1,4 +1,4 @@
-"""Partition, combine, masks, labels; and an optimizer whose state is for A and B alone."""
+"""Partitions, masks and labels of trees; an optimizer with state for the trainable leaves only."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def loss_by_parts(trainable, frozen, ids):
   return loss_of(lj.combine(trainable, frozen), ids)
 
 
-def test_partition_and_combine_give_and_take():
+def test_combine_is_the_inverse_of_partition():
   tree = combined_tree()
   mask = lj.trainable_mask(tree)
   trainable, frozen = lj.partition(tree, mask)
@@ -46,7 +46,7 @@ def test_partition_and_combine_give_and_take():
   assert jax.tree.structure(lj.combine(frozen, trainable)) == jax.tree.structure(tree)
 
 
-def test_mask_takes_extras_of_the_base_by_pattern():
+def test_a_mask_has_extras_of_the_base_by_pattern():
   tree = combined_tree()
   mask = lj.trainable_mask(tree, extra=r"base/embed/.*")
   assert mask["base"]["embed"]["embedding"] is True
@@ -54,7 +54,7 @@ def test_mask_takes_extras_of_the_base_by_pattern():
   assert all(jax.tree.leaves(mask["adapter"]))
 
 
-def test_mistakes():
+def test_wrong_trees_masks_and_labels_are_refused():
   tree = combined_tree()
   with pytest.raises(ValueError, match=r"expected a combined tree .*got \['embed', 'h_0'"):
     lj.trainable_mask(tree["base"])
@@ -79,7 +79,7 @@ def state_shapes(state):
   return sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)
 
 
-def test_state_has_exactly_the_leaves_of_a_b_and_extras_in_both_forms():
+def test_optimizer_state_has_the_trainable_leaves_only():
   tree = combined_tree()
   optimizer = optax.adamw(1e-2)
   combined = lj.freeze(optimizer, lj.trainable_mask(tree))
@@ -101,7 +101,7 @@ def step_function(optimizer):
   return step
 
 
-def test_ten_steps_leave_frozen_leaves_bit_identical_and_equal_the_separate_tree():
+def test_ten_steps_change_no_frozen_leaf_and_equal_those_of_the_adapter_tree():
   tree = combined_tree()
   mask = lj.trainable_mask(tree)
   before = jax.tree.map(np.asarray, tree["base"])
@@ -124,11 +124,11 @@ def test_ten_steps_leave_frozen_leaves_bit_identical_and_equal_the_separate_tree
   after = lj.combine(trainable, frozen)
   assert float(loss_of(after, IDS)) < first - 0.1
   jax.tree.map(np.testing.assert_array_equal, before, after["base"])
-  # clipping and decay saw A, B and the bias alone: the same as if there were nothing else
+  # clipping and decay saw A, B and the bias only
   assert relative_difference(after["adapter"], separate) < 1e-4
 
 
-def test_gradients_of_frozen_leaves_are_not_looked_at():
+def test_gradients_of_frozen_leaves_are_ignored():
   tree = {"base": {"w": jnp.ones(3)}, "adapter": {"a": jnp.ones(2)}}
   mask = lj.trainable_mask(tree)
   optimizer = lj.freeze(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), mask)
@@ -179,7 +179,7 @@ def test_lora_plus_learning_rates_and_decay_by_pattern():
   ],
   ids=["muon", "MultiSteps", "inject_hyperparams", "partition"],
 )
-def test_optimizers_of_other_structure_are_frozen_and_placed_too(make):
+def test_optimizers_of_other_structure_are_frozen_and_sharded_too(make):
   fn = lambda p, x: jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["down"]  # noqa: E731
   params = {"up": jnp.ones((16, 8)) / 8, "bias": jnp.zeros(8), "down": jnp.ones((8, 16)) / 8}
   lora = lj.lora(fn, lj.LoraConfig(rank=4, alpha=8.0, target="up|down", extra="bias"))

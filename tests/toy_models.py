@@ -61,7 +61,7 @@ def tokens(batch: int = 2, time: int = 7) -> jax.Array:
 
 
 def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:
-  """Returns a tree like `trainable`, every trained leaf drawn anew, so that B is not zero."""
+  """Returns a tree like `trainable` with random trained leaves, so that B is not zero."""
   draw = np.random.default_rng(seed)
 
   def drawn(keys: Any, x: Any) -> Any:

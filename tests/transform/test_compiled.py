@@ -1,4 +1,4 @@
-"""What the compiler makes of a step: nothing of a weight's size that the base would not have."""
+"""A compiled step has no values of a weight's size that the base model's step has not."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def compiled_steps(form):
   def loss(out):
     return jnp.mean(out**2)
 
-  def ours(params, trainable, state):
+  def factored(params, trainable, state):
     grads = jax.grad(lambda t: loss(lora.apply(params, t, IDS)))(trainable)
     updates, state = optimizer.update(grads, state, trainable)
     return optax.apply_updates(trainable, updates), state
@@ -45,7 +45,7 @@ def compiled_steps(form):
     updates, state = optimizer.update(grads, state, trainable)
     return optax.apply_updates(trainable, updates), state
 
-  def base(params, shift):  # the base's forward and its gradient for an input
+  def base(params, shift):  # the base model and its gradient for an input
     def shifted(shift):
       embedding = params["embed"]["embedding"]
       return loss(fn(params | {"embed": {"embedding": embedding + shift}}, IDS))
@@ -56,37 +56,37 @@ def compiled_steps(form):
   shift = jnp.zeros_like(params["embed"]["embedding"])
   return (
     jax.jit(base).lower(params, shift).compile(),
-    jax.jit(ours, donate_argnums=(1, 2)).lower(params, trainable, state).compile(),
+    jax.jit(factored, donate_argnums=(1, 2)).lower(params, trainable, state).compile(),
     jax.jit(merged, donate_argnums=(1, 2)).lower(params, trainable, state).compile(),
     params,
   )
 
 
 def values_of_sizes(compiled, sizes):
-  """Counts the values in the optimized program that have a weight's size, parameters apart."""
+  """Counts the values of a weight's size in the optimized program, without its parameters."""
   count = 0
   for line in compiled.as_text().splitlines():
-    found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* (\S+?)\(", line)
-    if found and found[2] not in ("parameter", "get-tuple-element", "bitcast"):
-      count += math.prod(int(n) for n in found[1].split(",") if n) in sizes
+    value = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* (\S+?)\(", line)
+    if value and value[2] not in ("parameter", "get-tuple-element", "bitcast"):
+      count += math.prod(int(n) for n in value[1].split(",") if n) in sizes
   return count
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_more_outputs_or_temporaries_of_a_weights_size_than_the_base(form):
-  base, ours, merged, params = compiled_steps(form)
+  base, factored, merged, params = compiled_steps(form)
   layers = params["blocks"] if form == "scanned" else params["h_0"]
   kernels = [leaf for leaf in jax.tree.leaves(layers) if leaf.ndim == 2 + (form == "scanned")]
   sizes = {leaf.size for leaf in kernels}
   if form == "scanned":
     sizes |= {leaf.size // LAYERS for leaf in kernels}
-  assert values_of_sizes(ours, sizes) <= values_of_sizes(base, sizes)
+  assert values_of_sizes(factored, sizes) <= values_of_sizes(base, sizes)
   assert values_of_sizes(merged, sizes) > values_of_sizes(base, sizes)  # the count can tell
-  outputs = [math.prod(x.shape) for x in jax.tree.leaves(ours.out_info)]
+  outputs = [math.prod(x.shape) for x in jax.tree.leaves(factored.out_info)]
   assert not sizes & set(outputs)
 
 
-def test_the_step_reads_frozen_weights_as_arguments_and_closes_over_none():
+def test_the_step_takes_frozen_weights_as_arguments():
   fn, params, target = FORMS["one layer"]
   lora = lj.lora(fn, lj.LoraConfig(rank=2, alpha=4.0, target=target))
   trainable = lora.init(KEY, params, IDS)

@@ -52,8 +52,8 @@ def test_a_float8_weight_is_used_with_all_of_its_low_rank_part(name):
   @jax.jit
   def both(trainable):
     total = lambda f: lambda t: jnp.sum(jnp.sin(f(t)))  # noqa: E731
-    ours = lambda t: lora.apply(params, t)  # noqa: E731
-    return [jax.value_and_grad(total(f))(trainable) for f in (ours, exact)]
+    factored = lambda t: lora.apply(params, t)  # noqa: E731
+    return [jax.value_and_grad(total(f))(trainable) for f in (factored, exact)]
 
   got, expected = both(randomized(start))
   assert relative_difference(got, expected) < 1e-5

@@ -1,4 +1,4 @@
-"""What a factored weight must not lose: its gain, its source, and the precision of both."""
+"""A factored weight keeps its gain, its source and the precision of its gain."""
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,13 @@ W, X = normal(6, 4, seed=1), normal(3, 6, seed=2)
     lambda p, x: jnp.take(p["w"], jnp.array([0, 9]), axis=0, mode="fill", fill_value=0.25),
   ],
 )
-def test_a_gain_goes_along(fn):
+def test_a_gain_moves_with_its_weight(fn):
   out, expected, base = gained(fn, {"w": W}, X)
   assert relative_difference(out, expected) < 1e-5
   assert relative_difference(out, base) > 1e-2
 
 
-def test_two_gained_weights_joined_keep_their_own():
+def test_two_joined_weights_keep_their_gains():
   fn = lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], axis=1)  # noqa: E731
   out, expected, _ = gained(fn, {"w": W, "v": 2 * W}, X, target=".*")
   assert relative_difference(out, expected) < 1e-5
@@ -72,7 +72,7 @@ def test_two_gained_weights_joined_keep_their_own():
     ),
   ],
 )
-def test_what_a_gain_cannot_go_through_is_refused_by_name(fn, reason):
+def test_an_operation_that_a_gain_cannot_pass_is_refused_by_name(fn, reason):
   with pytest.raises(lj.UnsupportedOperation, match=rf"cannot adapt w: .* is applied.*{reason}"):
     gained(fn, {"w": W}, X)
 
@@ -108,7 +108,7 @@ def test_a_weight_without_terms_has_a_path():
 
 @pytest.mark.filterwarnings("ignore:.*is materialized for 'abs':UserWarning")
 def test_a_permission_to_materialize_is_for_one_weight():
-  """Also where both go through one compiled inner function."""
+  """Also inside one compiled inner function."""
 
   @jax.jit
   def layer(w, x):
@@ -144,7 +144,7 @@ def test_a_gain_is_applied_in_float32():
 
 
 def test_frozen_terms_have_no_dropout():
-  """The other terms have masks of their own."""
+  """The other terms have their own masks."""
   words = {"a": "batch in rank", "b": "batch rank out", "c": "batch rank out"}
   variant = lj.Variant(
     "one frozen term",
@@ -165,7 +165,7 @@ def test_frozen_terms_have_no_dropout():
   assert relative_difference(dropped, lora.apply(params, trainable, x, lora_key=None)) > 0.1
 
 
-def test_terms_are_numbers_times_factors():
+def test_a_number_times_factors_is_a_term():
   a, b = Factor(normal(6, 2), (0, RANK)), Factor(normal(2, 4), (RANK, 1))
   for scaling in (2.0, np.float32(2.0), jnp.float32(2.0)):
     term = scaling * (a @ b)

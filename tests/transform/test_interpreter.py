@@ -1,4 +1,4 @@
-"""How the adapted model reads: names, lines, derivatives and inner functions are the base's."""
+"""The adapted model keeps the base model's names, source lines, derivatives and inner functions."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def adapt(fn, params, *args, **options):
   return lora, randomized(lora.init(KEY, params, *args))
 
 
-def test_name_stacks_and_source_lines_are_the_bases():
+def test_name_stacks_and_source_lines_are_the_base_models():
   def fn(params, x):
     with jax.named_scope("layer"), jax.named_scope("dense"):
       return jnp.tanh(x @ params["w"])
@@ -108,12 +108,12 @@ def test_remat_policies_and_prevent_cse_survive():
 
   params = {"w": jnp.ones((8, 8))}
   lora, trainable = adapt(fn, params, X)
-  one = next(e for e in equations(jax.make_jaxpr(fn)(params, X)) if "policy" in e.params)
-  other = next(
+  expected = next(e for e in equations(jax.make_jaxpr(fn)(params, X)) if "policy" in e.params)
+  adapted_equation = next(
     e for e in equations(jax.make_jaxpr(lora.apply)(params, trainable, X)) if "policy" in e.params
   )
-  assert other.params["policy"] == one.params["policy"]
-  assert other.params["prevent_cse"] == one.params["prevent_cse"]
+  assert adapted_equation.params["policy"] == expected.params["policy"]
+  assert adapted_equation.params["prevent_cse"] == expected.params["prevent_cse"]
 
 
 def test_the_base_is_never_restacked_in_a_scan():
@@ -127,7 +127,7 @@ def test_the_base_is_never_restacked_in_a_scan():
   assert any(variable is jaxpr.invars[0] for variable in scan.invars)
 
 
-def test_an_opaque_quantized_product_by_its_rule():
+def test_an_opaque_quantized_matmul_by_its_rule():
   @jax.custom_vjp
   def int8_dot(x, w):
     scale = jnp.abs(w).max() / 127
@@ -167,7 +167,7 @@ def test_a_loop_in_a_condition_uses_the_weight():
   assert relative_difference(lora.apply(params, trainable, X), expected) < 1e-5
 
 
-def test_weights_handed_on_by_control_flow_are_the_weights_themselves():
+def test_weights_returned_by_control_flow_are_the_weights_themselves():
   def fn(params, x):
     w = params["w"]
     w, x = jax.jit(lambda w, x: (w, x + 1))(w, x)

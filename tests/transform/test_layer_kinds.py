@@ -33,8 +33,8 @@ def prepared(kind: LayerKind):
 
 def randomized(trainable):
   leaves, structure = jax.tree.flatten(trainable)
-  new = [normal(*leaf.shape, seed=100 + i, scale=0.3) for i, leaf in enumerate(leaves)]
-  return jax.tree.unflatten(structure, new)
+  drawn = [normal(*leaf.shape, seed=100 + i, scale=0.3) for i, leaf in enumerate(leaves)]
+  return jax.tree.unflatten(structure, drawn)
 
 
 def split_arrays(params):
@@ -57,7 +57,7 @@ def assert_close(got, expected, tolerance):
 
 
 @pytest.mark.parametrize("kind", STEP_ZERO)
-def test_step_zero_is_the_base_bit_for_bit(kind):
+def test_step_zero_is_the_base_model_bit_for_bit(kind):
   case, adaptation, trainable = prepared(kind)
   assert adapter_weights(trainable)
   # Operation by operation: in one program XLA may fuse and round the same sums differently.
@@ -101,11 +101,11 @@ def test_creates_no_more_values_of_the_weights_size_than_the_base(kind):
   sizes = {math.prod(leaves[path][1].shape) for path in adapter_weights(trainable)}
   arrays, rest = split_arrays(case.params)
   base = jax.make_jaxpr(lambda p, *a: case.fn(join(p, rest), *a))(arrays, *case.args)
-  ours = jax.make_jaxpr(lambda p, t, *a: adaptation.apply(join(p, rest), t, *a))(
+  factored = jax.make_jaxpr(lambda p, t, *a: adaptation.apply(join(p, rest), t, *a))(
     arrays, trainable, *case.args
   )
   merged = jax.make_jaxpr(lambda p, t, *a: case.fn(adaptation.merge(join(p, rest), t), *a))(
     arrays, trainable, *case.args
   )
-  assert count_of_sizes(ours, sizes) <= count_of_sizes(base, sizes)
+  assert count_of_sizes(factored, sizes) <= count_of_sizes(base, sizes)
   assert count_of_sizes(merged, sizes) > count_of_sizes(base, sizes)  # the count can tell
