@@ -11,7 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lora_jax.fields import Count, CountOrZero, Finite, Pattern, Within, read_section, read_value
+from lora_jax.fields import (
+  Count,
+  CountOrZero,
+  Finite,
+  Pattern,
+  Within,
+  pattern,
+  read_section,
+  read_value,
+)
 from lora_jax.patterns import fullmatch
 from lora_jax.trees import closest_names
 
@@ -53,7 +62,7 @@ def name_of_module(name: str, value: str) -> None:
 
 
 Name = Annotated[str, name_of_module]
-NameOrPattern = Annotated[str, name_of_module, Pattern.__metadata__[0]]
+NameOrPattern = Annotated[str, name_of_module, pattern]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +135,7 @@ class PeftConfig:
       is_linear: whether `all-linear` includes it: a linear layer other than the head.
     """
     saved = (rf"(.*\.)?({name})(\..*)?" for name in self.modules_to_save)
-    if any(fullmatch(pattern, module) for pattern in saved) or _named(module, self.exclude_modules):
+    if any(fullmatch(name, module) for name in saved) or _named(module, self.exclude_modules):
       return False
     if self.target_modules == "all-linear":
       return is_linear
@@ -254,12 +263,10 @@ def _check_method(entries: Mapping[str, Any], path: Path) -> None:
 
 def _values(kind: Any, patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
   """Returns checked values by pattern."""
-  for pattern in patterns or {}:
-    read_value(Pattern, pattern, f"{name}: a key")
-  return {
-    pattern: read_value(kind, value, f"{name}[{pattern!r}]")
-    for pattern, value in (patterns or {}).items()
-  }
+  for key in patterns or {}:
+    read_value(Pattern, key, f"{name}: a key")
+  items = (patterns or {}).items()
+  return {key: read_value(kind, value, f"{name}[{key!r}]") for key, value in items}
 
 
 def shortest_endings(chosen: Iterable[str], modules: Sequence[str]) -> list[str]:
@@ -304,7 +311,7 @@ def _named(module: str, names: str | Iterable[str]) -> bool:
 
 
 def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
-  for pattern, value in patterns.items():
-    if fullmatch(rf"(.*\.)?({pattern})", module):
+  for ending, value in patterns.items():
+    if fullmatch(rf"(.*\.)?({ending})", module):
       return value
   return default

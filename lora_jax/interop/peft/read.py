@@ -154,9 +154,9 @@ def _drop_bias_duplicates(
     if tensor.is_bias and config.bias == "all" and config.saves(tensor.module):
       module = f"{PREFIX}{tensor.module}"
       stored.pop(f"{module}.original_module.bias", None)
-      names = f"{module}.bias", f"{module}.modules_to_save.bias"
-      if stored.keys() >= set(names) and np.array_equal(*map(read, names)):
-        del stored[names[1]]
+      bias, duplicate = f"{module}.bias", f"{module}.modules_to_save.bias"
+      if stored.keys() >= {bias, duplicate} and np.array_equal(read(bias), read(duplicate)):
+        del stored[duplicate]
 
 
 def _drop_base_copies(
