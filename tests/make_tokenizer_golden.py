@@ -1,10 +1,10 @@
-"""Makes tests/golden/tokenizers with SentencePiece and transformers:
+"""Writes tests/golden/tokenizers with SentencePiece and transformers:
 
     python -m tests.make_tokenizer_golden
 
-Each folder holds a tokenizer in one of the forms without a tokenizer.json; ids.json holds the ids
-that the reference gives for TEXTS, and the texts it makes of them again. The models are trained on
-the project's own documents, so that they stand under its licence.
+Each folder has a tokenizer in a format other than tokenizer.json; ids.json has the reference's ids
+of TEXTS, and the texts that it decodes from them. The models are trained on the project's own
+documents, so they are under its licence.
 """
 
 import json
@@ -24,11 +24,11 @@ TEXTS = [
   *("x" * 120, "1234567890 3.14159", "Don't THEY'RE can't.", "<b>a  b</b>     c"),
   *("a<sep>b", "a <sep> b", "x <sep>", "<0x41> <unused>"),
 ]
-"""Without control tokens, which SentencePiece takes for plain text."""
+"""Without control tokens, which are plain text to SentencePiece."""
 MARKED = [
   *("<s>a</s>", "a <s> b", "<s> a<unk>", "a [MASK] b[SEP]", "[CLS]a [UNK]", "a <mask>b", "<pad>")
 ]
-"""With them; the reference is `transformers` alone."""
+"""With them; the reference is only `transformers`."""
 PAIRS = [["a first text", "and a second"], ["", "x"]]
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
   "llama": {

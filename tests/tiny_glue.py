@@ -1,4 +1,4 @@
-"""A folder of GLUE's and SuperGLUE's form, with lines that were written for these tests."""
+"""A folder in the format of GLUE and SuperGLUE, with examples written for these tests."""
 
 import json
 from pathlib import Path
@@ -142,7 +142,7 @@ SUPERGLUE = {
     }
   ],
 }
-"""Lines in the published form of each task, made up."""
+"""Made-up examples in the published format of each task."""
 
 
 def write_superglue(folder: Path) -> Path:

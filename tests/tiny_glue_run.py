@@ -1,4 +1,4 @@
-"""A run of the GLUE experiment that takes seconds: made-up lines, a tiny BERT, random weights."""
+"""A run of the GLUE experiment that takes seconds: made-up examples, a tiny BERT, random weights."""
 
 import functools
 import tempfile
@@ -38,8 +38,8 @@ def tiny_folder(kind: str = "bert") -> Path:
   if kind == "deberta":
     model, save = Deberta(DebertaConfig(**shape, num_buckets=8, max_distance=64)), save_deberta
   else:
-    own = {"num_token_types": 1, "pad_id": 0} if kind == "roberta" else {}
-    model, save = Bert(BertConfig(**shape, kind=kind, **own)), save_bert
+    options = {"num_token_types": 1, "pad_id": 0} if kind == "roberta" else {}
+    model, save = Bert(BertConfig(**shape, kind=kind, **options)), save_bert
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   folder = Path(tempfile.mkdtemp(prefix=f"tiny-{kind}-")) / "model"
   save(folder, model.config, params)
@@ -56,7 +56,7 @@ def tiny_source() -> Path:
 
 
 def tiny_config(workdir: str | Path, task: str = "cola"):
-  """Returns a config of `experiments.glue`: 40 lines or fewer, 2 epochs, rows of 16 tokens."""
+  """Returns a config of `experiments.glue`: 40 examples or fewer, 2 epochs, rows of 16 tokens."""
   config = configs.get_config(f"minilm,{task}")
   config.workdir = str(workdir)
   config.model.folder = str(tiny_folder())

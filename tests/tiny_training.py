@@ -1,4 +1,4 @@
-"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA with dropout, or all of it.
+"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA with dropout or full fine-tuning.
 
 python -m tests.tiny_training WORKDIR --method full_finetuning --kill_at 5
 """
@@ -39,7 +39,7 @@ def model(
   vocab_size: int = VOCABULARY,
   num_positions: int = ROW,
 ):
-  """Returns a GPT-2 of 32 dimensions and its params, all of them random."""
+  """Returns a GPT-2 of 32 dimensions and its params, all random."""
   config = GPT2Config(
     vocab_size=vocab_size,
     num_positions=num_positions,
@@ -62,7 +62,7 @@ def fresh_params(**shape: Any) -> Any:
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
-  """Returns random examples of 6 to 20 tokens, the second half of each with a loss."""
+  """Returns random examples of 6 to 20 tokens, the second half of each supervised."""
   draw = np.random.default_rng(seed)
   drawn = []
   for _ in range(count):

@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 def encode_texts(
-  tokenizer: "Tokenizer", texts: Sequence[str] | Sequence[tuple[str, str]], special: bool = False
+  tokenizer: "Tokenizer", texts: Sequence[str | tuple[str, str]], special: bool = False
 ) -> list["Encoding"]:
   """Returns the encodings of texts, or of pairs.
 
@@ -51,7 +51,7 @@ def encode_texts(
       raise
     raise ValueError(
       f"the tokenizer fails on one of {len(texts)} texts, of up to "
-      f"{max(map(len, texts)):,} characters: {error}"
+      f"{max(len(''.join(text)) for text in texts):,} characters: {error}"
     ) from None
 
 
