@@ -1,4 +1,4 @@
-"""Writes tests/golden/beam: a tiny GPT-2 and what `transformers` finds with beam search.
+"""Writes tests/golden/beam: a tiny GPT-2 and the beam searches of `transformers`.
 
     pip install torch transformers safetensors    # the versions are written into the file
     python tests/make_beam_golden.py

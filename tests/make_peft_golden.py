@@ -1,10 +1,10 @@
 """Makes tests/golden/peft with PEFT: python -m tests.make_peft_golden [NAME ...]
 
-Without a name it makes all adapters, and otherwise only those.
+Without names it makes all adapters.
 
-Each folder is an adapter with random weights, as PEFT's `save_pretrained` writes it, for one of
-the small models of tests/golden/gpt2, llama, bert and deberta; beside it stand the logits of the
-adapted model.
+Each folder is an adapter with random weights, written by PEFT's `save_pretrained`, for one of the
+small models of tests/golden/gpt2, llama, bert and deberta. The file of the same name has the logits
+of the adapted model.
 """
 
 import shutil
@@ -120,7 +120,7 @@ DORA = {name: (base, settings | {"use_dora": True}) for name, (base, settings) i
 
 
 def is_encoder(name: str) -> bool:
-  """Tells whether one of the small models is an encoder."""
+  """Returns whether a small model is an encoder."""
   return name.startswith(("bert", "deberta"))
 
 
@@ -134,13 +134,13 @@ def base_model(name: str) -> Any:
 
 
 def tokens_of(name: str) -> np.ndarray:
-  """Returns the tokens that the logits are of, (rows, time)."""
+  """Returns the tokens of the stored logits, (rows, time)."""
   arrays = load_file(MODELS / f"{name}.safetensors")
   return arrays["tokens" if "tokens" in arrays else "whole/tokens"]
 
 
 def inputs_of(name: str) -> tuple[np.ndarray, ...]:
-  """Returns the tokens, mask and token types that an encoder's logits are of, (rows, time)."""
+  """Returns the tokens, mask and token types of an encoder's stored logits, (rows, time)."""
   arrays = load_file(MODELS / f"{name}.safetensors")
   return arrays["tokens"], arrays["mask"], arrays["types"]
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from lora_jax.adapters.config import Alpha
 from lora_jax.fields import (
   Count,
   CountOrZero,
-  Finite,
   Pattern,
   Within,
   pattern,
@@ -70,7 +70,7 @@ class _Fields:
   """The fields of the file that are read, with PEFT's defaults."""
 
   r: Count = 8
-  lora_alpha: Finite = 8
+  lora_alpha: Alpha = 8
   target_modules: Pattern | tuple[Name, ...] | None = None
   exclude_modules: Pattern | tuple[Name, ...] | None = None
   rank_pattern: dict | None = None
@@ -199,7 +199,7 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
   try:
     fields = read_section(_Fields, {key: entries[key] for key in known & set(entries)})
     ranks = _values(Count, fields.rank_pattern, "rank_pattern")
-    alphas = _values(Finite, fields.alpha_pattern, "alpha_pattern")
+    alphas = _values(Alpha, fields.alpha_pattern, "alpha_pattern")
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   layers, lists = fields.layers_to_transform, fields.layers_pattern

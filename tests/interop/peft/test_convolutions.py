@@ -1,4 +1,4 @@
-"""Adapters of convolutions over one axis and two, from and to PEFT, in a model that is no one's."""
+"""Adapters of convolutions over one axis and two, from and to PEFT, in a made-up model."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def adapter(params, images):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_names_and_shapes_are_pefts_and_it_comes_back(window, tmp_path):
+def test_names_and_shapes_are_pefts_and_read_back(window, tmp_path):
   params, images = base(window)
   config, trainable = adapter(params, images)
   save_peft(tmp_path / "peft", config, trainable, STORED, params)

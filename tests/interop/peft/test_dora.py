@@ -1,4 +1,4 @@
-"""DoRA from and to PEFT: the same logits and files; refused is what PEFT has no format for."""
+"""DoRA from and to PEFT has the same logits and files, or PEFT has no format for it."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ def inputs_of(name):
 
 
 def logits(name, adapter, scan_layers=False):
-  """Returns the logits of an adapted base, branch by branch and merged."""
+  """Returns the logits of an adapted model, branch by branch and merged."""
   fn, params, _ = base(name, scan_layers)
   adapted, inputs = lj.lora(fn, adapter[0]), inputs_of(name)
   merged = fn(adapted.merge(params, adapter[1]), *inputs)
@@ -93,7 +93,7 @@ def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
 
 
 def test_norms_are_those_of_a_new_adapter():
-  """To the bit, so that |V| is what it was where the adapter was trained."""
+  """They are bit-identical, so that |V| is the same as in training."""
   _, params, tensors = base("gpt2/tied", scan_layers=True)
   _, trainable = load_peft(golden.GOLDEN / "dora_fused", tensors, params)
   new = adapter_weights(ours(scan_layers=True)[1])
@@ -156,7 +156,7 @@ def test_peft_itself_agrees(case, tmp_path):
   adapter = ours(name, **settings)
   save_peft(tmp_path / "new", *adapter, tensors, params)
   own = logits(name, adapter, scan_layers)[0]
-  _, unrolled, tensors = base(name)  # layers of a stack that are adapted apart differ in rank
+  _, unrolled, tensors = base(name)  # adapted layers of a stack may differ in rank
   back = load_peft(tmp_path / "new", tensors, unrolled)
   assert relative_difference(logits(name, back)[0], own) < 1e-5
   peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -179,7 +179,7 @@ def test_peft_reads_its_own_adapters_from_our_files(name, tmp_path):
 
 
 def test_a_part_that_is_not_adapted_has_the_norms_of_its_weight(tmp_path):
-  """Of q and v in c_attn: k has zeros in B and |W| as its magnitude."""
+  """If q and v of c_attn are adapted, k has zeros in B and |W| as its magnitude."""
   _, params, tensors = base("gpt2/tied")
   save_peft(tmp_path / "new", *ours(), tensors, params)
   arrays = load_file(tmp_path / "new" / WEIGHTS)
@@ -192,8 +192,8 @@ def test_a_part_that_is_not_adapted_has_the_norms_of_its_weight(tmp_path):
     assert relative_difference(magnitude[:32], norm) > 0.1
 
 
-def test_where_the_bases_weights_are_needed(tmp_path):
-  """To read DoRA, and to write some parts of a fused weight; all of its parts need shapes alone."""
+def test_where_the_base_models_weights_are_needed(tmp_path):
+  """Reading DoRA needs them, and writing some parts of a fused weight; else shapes are enough."""
   _, params, tensors = base("gpt2/tied")
   shapes = shapes_of(params)
   message = (
@@ -285,7 +285,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_dora_of_published_experts_is_read(scan_layers, tmp_path):
-  """As older versions of PEFT wrote it, an expert a module: m_i / |V_i| of each expert i."""
+  """Older versions of PEFT wrote a module per expert: m_i / |V_i| of each expert i."""
   name = "llama/mixtral"
   config, params = llama_folder.load_llama(golden.MODELS / name, scan_layers=scan_layers)
   tensors = llama_folder.stored_tensors(config, published=True)

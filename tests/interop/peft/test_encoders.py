@@ -1,4 +1,4 @@
-"""Adapters of encoders with a head, from and to PEFT: the same logits, names and shapes."""
+"""Adapters of encoders with a head, from and to PEFT, have the same logits, names and shapes."""
 
 import functools
 import json
@@ -47,7 +47,7 @@ def inputs_of(name):
 
 
 def logits(name, adapter, scan_layers=False):
-  """Returns the logits of an adapted base, branch by branch and merged."""
+  """Returns the logits of an adapted model, branch by branch and merged."""
   config, params, _ = base(name, scan_layers)
   adapted, inputs = lj.lora(model(config), adapter[0]), inputs_of(name)
   merged = model(config)(adapted.merge(params, adapter[1]), *inputs)
@@ -74,7 +74,7 @@ def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
     load_file(folder / "adapter_model.safetensors")
     for folder in (golden.GOLDEN / name, tmp_path / "new")
   )
-  copies = ("original_module.bias", "modules_to_save.bias")  # what nothing reads, or reads again
+  copies = ("original_module.bias", "modules_to_save.bias")  # unread, or read twice
   first = {key: array for key, array in first.items() if not key.endswith(copies)}
   assert first.keys() == second.keys()
   for key, array in first.items():
@@ -114,7 +114,7 @@ def test_peft_itself_agrees(kind, case, tmp_path):
   assert relative_difference(golden.logits(theirs, *golden.inputs_of(of)), own) < 1e-5
 
 
-def test_a_table_that_transformers_reads_past_its_module(tmp_path):
+def test_a_module_that_transformers_never_calls_is_refused(tmp_path):
   """PEFT's adapter of DeBERTa's relative positions changes nothing; ours would."""
   of = "deberta/one_term"
   config, params, tensors = base(of)
