@@ -315,7 +315,7 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
   assert "Table 3" not in text
   assert "BLEU" not in text
   assert (tmp_path / "r.png").stat().st_size > 10_000
-  with pytest.raises(ValueError, match="none of the runs has any"):
+  with pytest.raises(ValueError, match="none of the runs has decoded any"):
     report(given, tmp_path / "r", against=given[0])
 
 
