@@ -1,8 +1,9 @@
-"""How near models and adapters are to those of `transformers` and PEFT: python -m tests.parity
+"""Compares models and adapters with `transformers` and PEFT: python -m tests.parity
 
 Prints the two tables and the settings in docs/parity.md. The peers' outputs are in tests/golden,
-made by `python -m tests.make_gpt2_golden` and its like. The columns for peers that read our folders
-need them installed (extra `peers`) and are empty otherwise. A figure is max|a - b| / max|b|.
+made by `python -m tests.make_gpt2_golden` and similar commands. The columns in which peers read our
+folders need them installed (extra `peers`) and are empty otherwise. A figure is
+max|a - b| / max|b|.
 """
 
 import functools
@@ -99,7 +100,7 @@ MODELS = [
 ADAPTER_COLUMNS = ["adapter", "base", "read", "merged", "same", "again", "PEFT", "transformers"]
 SETTINGS_INDENT = 16
 ADAPTERS: Mapping[str, tuple[str, dict[str, Any]]] = (
-  make_peft_golden.ADAPTERS | make_peft_golden.ENCODERS
+  make_peft_golden.ADAPTERS | make_peft_golden.ENCODERS | make_peft_golden.DORA
 )
 
 
