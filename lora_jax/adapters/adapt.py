@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.checks import check_adapter, check_number, check_site
@@ -166,8 +166,8 @@ def adapt(
 
 
 def merge_weight(
-  w: Float[Array, "*shape"], weight: LoraWeight, variant: Variant, scaling: Any
-) -> Float[Array, "*shape"]:
+  w: Shaped[Array, "*shape"], weight: LoraWeight, variant: Variant, scaling: Any
+) -> Shaped[Array, "*shape"]:
   """Returns a variant's weight as one array, computed in float32 and returned in W's dtype."""
   wide = w.astype(wide_dtype(w.dtype))
   adapted = adapted_weight(wide, weight, variant, Source(["merge"]), scaling)
