@@ -26,6 +26,7 @@ from lora_jax.interop import load_peft
 from lora_jax.models.llama.folder import save_llama
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.mixture import MixtureConfig
+from lora_jax.models.text.chat import load_chat_template
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
@@ -45,6 +46,8 @@ CHAT_TEMPLATE = (
   "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
   "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+OWN_TEMPLATE = f"Chat\n{CHAT_TEMPLATE}"
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,9 @@ def config_of(model, data, workdir):
 def finished_run(chat_folder, folder, chats):
   data = write_lines(folder / "mine.jsonl", chats)
   config = config_of(chat_folder, data, folder / "run")
+  if chats:
+    config.data.chat_template = str(folder / "mine.jinja")
+    (folder / "mine.jinja").write_text(OWN_TEMPLATE)
   return config, finetune.run(config)
 
 
@@ -221,13 +227,30 @@ def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
 def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path, capsys):
   config, _ = completions
   export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
-  assert "rounding to the base's dtype changed 12 weights" in capsys.readouterr().out
+  assert "rounding to the base model's dtype changed 12 weights" in capsys.readouterr().out
   model, merged = load_causal_lm(chat_folder), load_causal_lm(tmp_path / "merged")
   lora_config, adapter = load_peft(f"{config.workdir}/peft", model.stored, model.params)
   expected = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
   assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
   with pytest.raises(SystemExit, match=r"has written it already: .*/peft"):
     export.main([config.workdir, str(tmp_path / "adapter")])
+
+
+def test_exports_have_the_chat_template_and_end_tokens_of_the_training(chats, tmp_path):
+  config, _ = chats
+  peft = Path(config.workdir) / "peft"
+  export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+  for folder in (peft, tmp_path / "merged"):
+    assert load_chat_template(folder).source == OWN_TEMPLATE
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written["chat_template"] == OWN_TEMPLATE
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert load_tokenizer(folder).get_vocab_size() == 8192
+  file = peft / "chat_template.jinja"
+  file.rename(tmp_path / file.name)
+  with pytest.raises(SystemExit, match=r"lacks chat_template\.jinja, with which .*mine\.jinja"):
+    export.main([config.workdir, str(tmp_path / "other"), "--merged"])
+  (tmp_path / file.name).rename(file)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
@@ -403,6 +426,8 @@ def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
   measured = evaluate_loss(make_eval_step(loss), params, params, iter(held_out.valid), make_mesh())
   assert measured == pytest.approx(result["valid_loss"], rel=1e-5)
   assert text.tokenizer.get_vocab_size() == 8192
+  settings = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+  assert settings == {"eos_token_id": 0}
   assert finetune.run(config) == json.loads(json.dumps(result))
   for flags in ([], ["--merged"]):
     with pytest.raises(SystemExit, match=r"has written it already: .*/model"):
