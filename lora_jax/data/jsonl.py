@@ -177,18 +177,21 @@ def encode_completions(
   prompts = encode_prompts(tokenizer, [prompt for prompt, _ in texts], end_id)
   completions = _within_texts(tokenizer, where, [completion for _, completion in texts])
   tokens, masks = [], []
-  for record, prompt, (completion, _) in zip(records, prompts, completions, strict=True):
+  for record, (_, text), prompt, (completion, _) in zip(
+    records, texts, prompts, completions, strict=True
+  ):
     if not completion:
       raise ValueError(f"{record.where}: the completion has no tokens: {record.completion!r:.200}")
-    tokens.append([*prompt, *completion, end_id])
-    masks.append([False] * len(prompt) + [True] * (len(completion) + 1))
+    end = [end_id] if text == record.completion else []  # no end where it was cut
+    tokens.append([*prompt, *completion, *end])
+    masks.append([False] * len(prompt) + [True] * len([*completion, *end]))
   return _examples(where, tokens, masks, max_length, truncate)
 
 
 def encode_rendered(
   tokenizer: "Tokenizer", records: Sequence[Rendered], max_length: int, truncate: bool = False
 ) -> list[Example]:
-  """Returns the tokens of each rendered conversation; its text holds the special tokens.
+  """Returns the tokens of each rendered conversation, whose text has the special tokens already.
 
   They are the tokens of the whole text, as `transformers` has them, where those begin with the
   tokens of each prompt. Where a token would join the end of a prompt to the answer, as " Hello"

@@ -188,6 +188,18 @@ def test_examples_that_are_too_long(caplog):
     encode_completions(TOKENIZER, records, 0, 20, truncate=True)
 
 
+def test_a_completion_that_is_cut_before_it_is_encoded_has_no_end():
+  """Of few tokens for its characters, as one of white space."""
+  record = Completion("f:1", "a", "b" + " " * 5000)
+  tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "\n": 2}, unk_token="a"))
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n"), "isolated")
+  tokenizer.add_tokens(["b"])
+  (example,) = encode_completions(tokenizer, [record], 9, 20, truncate=True)
+  assert 9 not in example.targets
+  (example,) = encode_completions(tokenizer, [record], 9, 50, truncate=True)
+  assert example.targets[-1] == 9
+
+
 def test_a_tokenizer_that_truncates():
   tokenizer = load_tokenizer(EMBEDDED)
   tokenizer.enable_truncation(4)
