@@ -41,7 +41,7 @@ def _run(mode: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_a_steps_memory_is_kept_for_the_next():
+def test_memory_of_a_step_is_kept_for_the_next():
   pages = 30 * 4096 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")
   kept, faults = _run("kept")
   assert kept == "True"
@@ -55,7 +55,7 @@ def test_a_steps_memory_is_kept_for_the_next():
   ("name", "value"),
   [("MALLOC_ARENA_MAX", "8"), ("GLIBC_TUNABLES", "glibc.malloc.arena_max=8")],
 )
-def test_settings_of_the_environment_stand(name, value, monkeypatch):
+def test_settings_of_the_environment_are_respected(name, value, monkeypatch):
   monkeypatch.setenv(name, value)
   monkeypatch.setattr(ctypes, "CDLL", None)  # nothing is called
   assert not keep_freed_memory()

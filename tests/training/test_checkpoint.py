@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold and keep; damage is found, and a full disk loses nothing."""
+"""Checkpoints: their content and retention; damage is noticed, and a full disk loses nothing."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def restored(folder):
     return checkpoints.restore_last(state(), BASE)
 
 
-def test_there_and_back(tmp_path):
+def test_a_saved_checkpoint_is_restored(tmp_path):
   saved(tmp_path, {3: 1.5})
   got = restored(tmp_path)
   assert (got.step, got.loss, got.data_state) == (3, 1.5, {"next": 3})
@@ -55,7 +55,7 @@ def test_the_last_two_and_the_best_are_kept_across_sessions(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["8", "9"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
   saved(tmp_path, {1: 3.0})
   for name in ("2.orbax-checkpoint-tmp", "2.orbax-checkpoint-tmp-17", "1.removed"):
     shutil.copytree(tmp_path / "1", tmp_path / name)
@@ -64,7 +64,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 def files(folder):
-  """Returns the names of a checkpoint's files, random parts by a star."""
+  """Returns a checkpoint's files by name, with a star for random parts."""
   names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
   return {
     str(name) if name.parent.name != "d" else f"{name.parent}/*": folder / name for name in names
@@ -108,8 +108,8 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, caplog, damage, name):
   assert restored(tmp_path).step == 2
 
 
-def test_every_byte_of_the_arrays_is_under_guard(tmp_path):
-  """Single flipped bits all over the array data are found, or change nothing."""
+def test_flipped_bits_of_the_arrays_are_noticed(tmp_path):
+  """A flipped bit anywhere in the array data is noticed, or changes nothing."""
   saved(tmp_path, {1: None})
   path = files(tmp_path / "1")["state/d/*"]
   whole = path.read_bytes()
@@ -125,7 +125,7 @@ def test_every_byte_of_the_arrays_is_under_guard(tmp_path):
       np.testing.assert_array_equal(got.state["w"], state(1)["w"])
 
 
-def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
+def test_the_next_best_replaces_a_damaged_best(tmp_path, caplog):
   saved(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0})
   truncate(files(tmp_path / "1")["state/d/*"])
   with Checkpoints(tmp_path) as checkpoints:
@@ -138,7 +138,7 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path, caplog):
     checkpoints.restore_best(state(), BASE)
 
 
-def test_if_all_are_damaged_it_says_so(tmp_path):
+def test_if_all_checkpoints_are_damaged_an_error_says_so(tmp_path):
   saved(tmp_path, {1: 1.0, 2: 3.0})
   for step in "12":
     truncate(files(tmp_path / step)["about/metadata"])
@@ -161,7 +161,7 @@ def test_another_base_and_another_state_are_refused(tmp_path):
 
 
 def test_a_renamed_checkpoint_is_set_aside(tmp_path, caplog):
-  """Its step would be counted wrong. One of before the step was stored is still read."""
+  """Training would resume at a wrong step. Checkpoints without a stored step are still read."""
   saved(tmp_path, {1: 3.0, 2: 1.0})
   (tmp_path / "2").rename(tmp_path / "7")
   got = restored(tmp_path)

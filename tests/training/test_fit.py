@@ -108,7 +108,7 @@ def test_a_run_learns_and_reports(tmp_path):
     assert checkpoints.steps() == sorted({6, 8, fitted.best_step})
 
 
-def test_checkpoints_hold_nothing_of_the_base():
+def test_checkpoints_have_no_base_weights():
   """Neither an array of a base weight's shape, nor more elements than adapter and moments have."""
   fitted, workdir = undisturbed()
   base = {x.shape for x in jax.tree.leaves(model(num_layers=1)[1]) if x.ndim > 1}
@@ -121,7 +121,7 @@ def test_checkpoints_hold_nothing_of_the_base():
     assert sum(array.size for array in arrays.values()) == 3 * adapter + 2 + 2  # counts, key
 
 
-def test_tensorboard_files_hold_the_same():
+def test_tensorboard_files_have_the_same_metrics():
   _, workdir = undisturbed()
   (file,) = (workdir / "tensorboard").iterdir()
   data, tags, place = file.read_bytes(), [], 0
@@ -215,7 +215,7 @@ def test_a_run_killed_after_its_last_checkpoint_only_reports(tmp_path):
   assert got.tokens == 0
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_alone(tmp_path, caplog):
+def test_a_run_resumes_before_a_damaged_checkpoint(tmp_path, caplog):
   workdir = copied(tmp_path)
   (data,) = (workdir / "checkpoints" / str(STEPS) / "state" / "d").iterdir()
   os.truncate(data, data.stat().st_size // 2)
@@ -247,7 +247,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     train(tmp_path, steps=2, learning_rate=lambda count: jnp.where(count == 1, jnp.nan, 0.01))
 
 
-def test_batches_that_end_early_are_told(tmp_path):
+def test_batches_that_end_early_are_an_error(tmp_path):
   count = len(batches())
   message = f"ended before step {count + 1} of 99. Lower num_train_steps, or give more epochs"
   with pytest.raises(ValueError, match=message):
@@ -274,7 +274,7 @@ def test_evaluation_is_exact_over_uneven_batches():
     evaluate_loss(step, params, params, [], make_mesh())
 
 
-def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
+def test_a_custom_evaluation_chooses_the_best(tmp_path):
   """The middle one of three is called the best, whatever its loss."""
   params, evaluated = fresh_params(num_layers=1), []
   loss = method("lora")(language_model_loss(model(num_layers=1)[0]))
@@ -299,7 +299,7 @@ def test_an_evaluation_of_ones_own_chooses_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("progress", [False, True])
-def test_without_a_bar_there_is_no_need_of_tqdm(progress, tmp_path, monkeypatch, capfd):
+def test_tqdm_is_needed_only_for_a_progress_bar(progress, tmp_path, monkeypatch, capfd):
   monkeypatch.setitem(sys.modules, "tqdm", None)
   train(tmp_path / "run", steps=1, progress=progress)
   assert ("step 1 of 1: loss" in capfd.readouterr().err) == progress
@@ -314,7 +314,7 @@ def test_steps_are_positive():
     FitConfig(10, 0, 1)
 
 
-def test_the_log_drops_what_is_done_again(tmp_path):
+def test_the_log_drops_lines_of_repeated_steps(tmp_path):
   with MetricsLog(tmp_path) as log:
     for step in range(1, 6):
       log.write(step, {"loss": step / 2})
@@ -326,7 +326,7 @@ def test_the_log_drops_what_is_done_again(tmp_path):
     read_metrics(tmp_path / "bad")
 
 
-def test_training_does_without_tensorboard_and_grain(tmp_path, monkeypatch, caplog):
+def test_training_works_without_tensorboard_and_grain(tmp_path, monkeypatch, caplog):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   with MetricsLog(tmp_path) as log:
     log.write(1, {"loss": 0.5})

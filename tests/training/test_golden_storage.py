@@ -44,7 +44,7 @@ def test_an_adapter_gives_the_same_outputs(name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, name):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, name):
   shutil.copytree(golden.FOLDER / name, tmp_path / "run")
   fitted = golden.fit_run(tmp_path / "run", RUNS[name], loss)
   assert fitted.tokens == golden.ROWS * (golden.STEPS - golden.INTERRUPTED_AT)

@@ -40,7 +40,7 @@ def interrupted():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-  """Returns a function after which |W|^2 comes out otherwise, as on another machine."""
+  """Returns a function that changes the rounding of |W|^2, as another machine would."""
 
   def change():
     start = lj.DORA.start
@@ -63,7 +63,7 @@ def assert_same(got, expected):
 
 
 @pytest.mark.usefixtures("dora")
-def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
+def test_a_resumed_run_reads_the_frozen_arrays(tmp_path, elsewhere):
   whole = train(tmp_path / "whole")
   nodes = adapter_weights(whole.best)
   assert nodes
@@ -81,7 +81,7 @@ def test_a_resumed_run_reads_what_the_adapter_holds(tmp_path, elsewhere):
 
 
 @pytest.mark.usefixtures("dora")
-def test_what_is_lost_or_damaged_is_named(tmp_path, elsewhere):
+def test_lost_and_damaged_frozen_arrays_are_named(tmp_path, elsewhere):
   shutil.copytree(interrupted(), tmp_path / "run")
   held = tmp_path / "run" / FOLDER
   shutil.move(held, tmp_path / "moved")
@@ -115,8 +115,8 @@ def test_nothing_is_written_for_an_adapter_without_frozen_arrays(tmp_path):
   assert read_held(tmp_path, {"w": None}) == {"w": None}
 
 
-def test_a_held_array_is_no_trained_one():
-  """A step donates what is trained, so that an array of both would be gone."""
+def test_frozen_and_trained_arrays_share_no_memory():
+  """A step donates trained arrays, so that a shared one would be deleted."""
   words = {"a": "batch in rank", "a0": "batch in rank", "b": "batch rank out"}
 
   def start(key, site):

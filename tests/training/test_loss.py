@@ -32,7 +32,7 @@ def reference(logits, targets, mask, eps):
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_the_loss_is_the_reference_s(eps):
+def test_the_loss_equals_the_reference(eps):
   draw = np.random.default_rng(0)
   logits = draw.standard_normal((3, 5, 11)).astype(np.float32) * 4
   targets, mask = draw.integers(0, 11, (3, 5)), draw.integers(0, 2, (3, 5)).astype(np.float32)
@@ -41,7 +41,7 @@ def test_the_loss_is_the_reference_s(eps):
   np.testing.assert_allclose(mean(got), reference(logits, targets, mask, eps), rtol=1e-6)
 
 
-def test_weights_scale_and_leave_out():
+def test_weights_scale_or_exclude_tokens():
   draw = np.random.default_rng(0)
   logits, targets = jnp.asarray(draw.standard_normal((4, 7)), jnp.bfloat16), jnp.arange(4)
   each = [cross_entropy(logits[i], targets[i], jnp.ones(())).total for i in range(4)]
@@ -110,7 +110,7 @@ def test_an_indivisible_chunk_is_refused():
     language_model_loss(module, chunk_size=7)(params, batches()[0])
 
 
-def test_the_head_sees_only_targets():
+def test_the_head_is_applied_to_targets_only():
   """No logits of all positions: 32 tokens a row, 20 of them targets."""
   module, params = model()
   jaxpr = str(jax.make_jaxpr(language_model_loss(module))(params, batches()[0]))
@@ -135,7 +135,7 @@ def summed(batches):
   return jax.tree.map(lambda *leaves: sum(leaves), *parts)
 
 
-def test_packed_and_padded_lines_have_the_same_loss_and_gradients():
+def test_packed_and_padded_examples_have_the_same_loss_and_gradients():
   examples, shape = e2e_examples(), {"batch_size": 4, "seed": 3}
   packed = packed_batches(examples, row_length=192, loss_length=112, **shape)
   padded = padded_batches(examples, row_lengths=[128], loss_length=96, **shape)

@@ -1,4 +1,4 @@
-"""Emulated devices equal one; what is split is split, and what cannot be is refused."""
+"""Eight emulated devices give the results of one; arrays that cannot be split are refused."""
 
 from functools import cache
 
@@ -69,8 +69,8 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
 
 
 @pytest.mark.parametrize("name", ["lora", "full_finetuning"])
-def test_shapes_start_as_arrays_do(name):
-  """A plan's step has the state of a run's, with the same shardings, and no arrays."""
+def test_shapes_and_arrays_have_the_same_initial_state(name):
+  """The plan of a run has the same state and shardings, without arrays."""
   mesh = make_mesh(2, 2, 2)
   loss, params = method(name)(language_model_loss(model()[0])), fresh_params()
   params = jax.device_put(params, sharding_of(mesh)(params))
@@ -118,7 +118,7 @@ def test_a_fingerprint_takes_every_leaf_that_jax_computes_with():
   assert len({fingerprint({"a": x}) for x in (1, 2, 1.0, True, 1j, np.float32(2))}) == 6
 
 
-def test_what_cannot_be_split_is_refused():
+def test_arrays_that_cannot_be_split_are_refused():
   with pytest.raises(ValueError, match=r"data=4 x fsdp=4 x tensor=1 needs 16 devices; there are 8"):
     make_mesh(4, 4)
   with pytest.raises(ValueError, match=r"mesh.fsdp must be an integer in \[1, inf\), got 0"):

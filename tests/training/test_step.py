@@ -1,4 +1,4 @@
-"""The train step: what it updates, what it leaves alone, what it compiles."""
+"""The train step: which leaves it updates, what it donates, how often it compiles."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ COMPILED = []
 
 @pytest.fixture(autouse=True, scope="module")
 def compilations():
-  """Notes every program that is compiled."""
+  """Records every compilation."""
 
   def listener(event, seconds, **_):
     if "backend_compile" in event:
@@ -75,7 +75,7 @@ def host(tree):
   return jax.tree.map(np.array, tree)
 
 
-def test_state_exists_for_trainable_leaves_alone():
+def test_only_trainable_leaves_have_state():
   _, state, frozen, _ = begin(lora())
   sizes = [leaf.size for leaf in jax.tree.leaves(state.part)]
   assert sum(sizes) == 2 * (6 + 10) + 2 * (10 + 4) + 10
@@ -127,7 +127,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(method):
   assert relative_difference(results[1], results[0]) < 1e-6
 
 
-def test_full_finetuning_passes_nothing_twice():
+def test_full_finetuning_passes_each_array_once():
   step, state, frozen, batch = begin(lj.full_finetuning(squares))
   assert jax.tree.leaves(frozen) == []
   before, old = host(trainable_tree(state, frozen)), state
@@ -198,7 +198,7 @@ OPTIMIZERS = {
     for name in OPTIMIZERS
   ],
 )
-def test_an_optimizer_may_keep_arrays_that_are_not_its_own(name):
+def test_optimizer_state_may_share_arrays_with_the_weights(name):
   """Such as a copy of the initial weights, which is the trainable tree's own array."""
   adaptation = lora()
   step, state, frozen, batch = begin(adaptation, OPTIMIZERS[name]())
@@ -212,7 +212,7 @@ def test_an_optimizer_may_keep_arrays_that_are_not_its_own(name):
   assert not KEY.is_deleted()
 
 
-def test_tied_weights_are_trained_as_leaves_of_their_own():
+def test_tied_weights_are_trained_as_separate_leaves():
   weight = jnp.eye(4)
   params = {"in": weight, "out": jax.device_put(weight, jax.devices()[0])}
   params["body"] = jnp.arange(16.0).reshape(4, 4) / 16

@@ -52,7 +52,7 @@ def fitted(config, **options):
 
 @pytest.mark.parametrize("method", ["lora", "full_finetuning"])
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_what_is_kept_is_restored(tmp_path, method, keep, capsys):
+def test_the_kept_checkpoint_is_restored(tmp_path, method, keep, capsys):
   config = config_of(tmp_path, method=method, **{"fit.keep": keep})
   loss, trained = fitted(config, keep=keep)
   kept = trained.fitted.best if keep == "best" else trained.fitted.last
@@ -72,7 +72,7 @@ def test_what_is_kept_is_restored(tmp_path, method, keep, capsys):
   jax.tree.map(np.testing.assert_array_equal, stored, kept)
 
 
-def test_a_base_that_was_trained_is_what_remains():
+def test_a_trained_base_replaces_the_original():
   base, trained = {"w": jnp.ones(2, "bfloat16")}, {"w": jnp.full(2, 1.001)}
   assert METHODS["lora"].remaining_base(base, trained) is base
   remaining = METHODS["full_finetuning"].remaining_base(base, trained)

@@ -98,7 +98,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-  """A folder with the package `experiments` and a small experiment in it, as all have it."""
+  """A folder with the package `experiments` and a small experiment in it."""
   folder = tmp_path_factory.mktemp("package")
   (folder / "experiments").mkdir()
   for name in ("__init__.py", "harness", "nlg", "configs"):
@@ -123,7 +123,7 @@ def package(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forking(package):
-  """A process that has imported everything, and forks once for each command."""
+  """A process that has imported everything and forks for each command."""
   environment = os.environ | {"PYTHONSAFEPATH": "", "PYTHONPATH": f"{package}:{ROOT}"}
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
   command = [sys.executable, "-c", FORKS]
@@ -212,7 +212,7 @@ def test_the_folder_is_named_by_what_the_flags_change(launched):
   assert "ran 4 runs/gpt2_e2e/small,lora.target=" in written
 
 
-def test_a_sweep_goes_on_after_a_failure_and_skips_what_is_finished(launched):
+def test_a_sweep_continues_after_a_failure_and_skips_finished_runs(launched):
   arguments = ("--sweep", "--config=ranks.py", "--config.workdir=ranks")
   written = launched(*arguments, "--sweep_shard=1/2", code=1)  # ranks 3 and 4
   assert "failed: rank 3 is no good" in written
@@ -280,8 +280,8 @@ def config(workdir, **fields):
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "adapter", "peft", "base", "model"])
-def test_what_was_trained_belongs_to_its_config(tmp_path, left):
-  """Were an old adapter left behind, the next run's would not be written."""
+def test_trained_files_belong_to_their_config(tmp_path, left):
+  """Otherwise the next run would keep the old adapter instead of writing its own."""
   with open_workdir(config(tmp_path)) as workdir:
     (workdir / left).mkdir()
   with (
@@ -318,7 +318,7 @@ with open_workdir(TemplateConfig(workdir=sys.argv[1])):
 """
 
 
-def test_a_folder_is_one_process_s_until_it_dies(tmp_path):
+def test_a_folder_belongs_to_one_process_until_it_dies(tmp_path):
   process = subprocess.Popen(
     [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
   )
@@ -357,6 +357,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
   assert len(json.loads(path.read_text())["numbers"]) == 2000
 
 
-def test_the_commit_is_this_repository_s():
+def test_the_commit_is_that_of_this_repository():
   run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
   assert commit().rstrip("+") == run.stdout[:12]
