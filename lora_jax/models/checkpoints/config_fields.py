@@ -46,7 +46,7 @@ def read_model_json(
       raise ValueError(
         f"{path}: {key} says that the weights are quantized{f' by {method}' if method else ''}. "
         "Quantized weights are not read: give the folder of the original model, or dequantize it "
-        "in transformers: model.dequantize(), then save_pretrained"
+        f"in transformers: model.dequantize(), then save_pretrained. Remove {key} if they are not"
       )
   return path, fields
 
