@@ -160,8 +160,8 @@ def encode_completions(
 ) -> list[Example]:
   """Returns prompt + completion + end token of each example.
 
-  The prompt's tokens are those that it has alone, as where the model is used; the completion's
-  are those that it has within a text.
+  The prompt's tokens are those that it is asked with; the completion's are those that it has
+  within a text.
 
   Args:
     tokenizer: of the model.
@@ -235,10 +235,10 @@ def _encode_parts(
         encoded[i] = encoding.ids, [*spans, *rest]
       else:
         apart.append((i, start))
-    alone = _within_texts(
+    separate = _within_texts(
       tokenizer, [where[i] for i, _ in apart], [texts[i][count - 1] for i, _ in apart]
     )
-    for (i, start), (ids, spans) in zip(apart, alone, strict=True):
+    for (i, start), (ids, spans) in zip(apart, separate, strict=True):
       shifted = [(start + a, start + b) for a, b in spans]
       encoded[i] = [*encoded[i][0], *ids], [*encoded[i][1], *shifted]
   return encoded

@@ -95,7 +95,7 @@ def encode(
       too_long.append(i)
       if len(context) >= max_length:
         raise ValueError(
-          f"record {i}: the context alone has {len(context)} tokens, max_length is {max_length}; "
+          f"record {i}: the context has {len(context)} tokens, max_length is {max_length}; "
           "expected room for a completion"
         )
     whole = np.asarray(whole[:max_length], np.int32)

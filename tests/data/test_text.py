@@ -81,7 +81,7 @@ def test_long_records_are_refused_or_cut_as_the_reference_does(tokenizer, caplog
 
 
 def test_a_context_that_leaves_no_room_is_refused(tokenizer):
-  with pytest.raises(ValueError, match=r"record 0: the context alone has .* expected room"):
+  with pytest.raises(ValueError, match=r"record 0: the context has .* expected room"):
     text.encode(tokenizer, [e2e.Record("name : A", "It is A .")], EOS, 3, truncate=True)
 
 

@@ -238,7 +238,7 @@ def load(
 
 
 def _prepared(suite: Suite, task: str, data_dir: str | os.PathLike[str] | None) -> Any:
-  """Returns the newest data set that TFDS has prepared, read from its files alone."""
+  """Returns the newest data set that TFDS has prepared, read only from its files."""
   root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
   folder = root / suite / task
   advice = (

@@ -4,7 +4,7 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from f
 but not from looping or growing without end, in a loop or in one call. So the templates run in a
 child process, which the system stops: after `SECONDS` of processor time a request, or at `MEMORY`.
 
-The child runs this file as a script. It imports Jinja alone, so it starts in a tenth of a second;
+The child runs this file as a script. It only imports Jinja, so it starts in a tenth of a second;
 one child serves all templates. Requests and answers are lines of JSON.
 """
 
