@@ -151,6 +151,8 @@ def _no_field(name: str, known: Iterable[str]) -> str:
 def _show_warnings() -> None:
   """Shows this project's warnings, and only the errors of libraries."""
   logging.set_verbosity(logging.ERROR)
+  # After a failed write it prints the traceback of each array's; the error itself is raised.
+  std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
   handler = std_logging.StreamHandler()
   handler.setFormatter(std_logging.Formatter("%(levelname)s: %(message)s"))
   logger = std_logging.getLogger("lora_jax")

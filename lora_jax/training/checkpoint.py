@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,9 +59,8 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
     if jax.process_index() == 0:
       _remove_leftovers(folder.parent, glob.escape(folder.name))
     raise OSError(
-      f"the adapter could not be written to {folder} ({type(error).__name__}: "
-      f"{_first_line(error)}). Nothing is left of it. If the disk is full, make room; then save "
-      "it again"
+      f"the adapter could not be written to {folder} ({reason(error)}). Nothing is left of "
+      "it. If the disk is full, make room; then save it again"
     ) from error
 
 
@@ -108,7 +108,7 @@ def _readable(folder: Path) -> Iterator[None]:
     yield
   except Exception as error:
     raise ValueError(
-      f"the adapter in {folder} cannot be read ({type(error).__name__}: {_first_line(error)}): it "
+      f"the adapter in {folder} cannot be read ({reason(error)}): it "
       "is damaged, or not one of save_adapter's. Restore the folder"
     ) from error
 
@@ -209,10 +209,13 @@ class Checkpoints:
     try:
       self._checkpointer.save(self.folder / str(step), args=args)
     except Exception as error:  # storage libraries raise errors of many kinds
+      if jax.process_index() == 0:
+        _remove_leftovers(self.folder, str(step))
+      steps = self.steps()
+      kept = f"Those of steps {steps} are untouched" if steps else "None was saved before"
       raise OSError(
-        f"the checkpoint of step {step} could not be written to {self.folder} "
-        f"({type(error).__name__}: {_first_line(error)}). Those of steps {self.steps()} are "
-        "untouched. Make room, then rerun the same command: it resumes from the last one"
+        f"the checkpoint of step {step} could not be written to {self.folder} ({reason(error)}). "
+        f"{kept}. Make room, then rerun the same command: it resumes from the last one"
       ) from error
     losses, steps = self._losses(), self.steps()
     best = min(losses, key=losses.__getitem__, default=None)
@@ -394,5 +397,8 @@ def _digest(about: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-  return str(error).partition("\n")[0][:200]
+def reason(error: Exception) -> str:
+  """Returns the first line of a storage library's error, or only the system's reason in it."""
+  system = re.search("No space left on device|File too large|Disk quota exceeded", str(error))
+  first_line = str(error).partition("\n")[0][:200]
+  return system[0] if system else f"{type(error).__name__}: {first_line}"

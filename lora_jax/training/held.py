@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from lora_jax.training.checkpoint import reason
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.trees import leaves_with_path
 
@@ -43,11 +44,9 @@ def write_held(workdir: str | Path, adapter: PyTree) -> None:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       checkpointer.save(folder, args=args)
   except Exception as error:  # storage libraries raise errors of many kinds
-    first_line = str(error).partition("\n")[0][:200]
     raise OSError(
-      f"the arrays that the adapter holds could not be written to {folder} "
-      f"({type(error).__name__}: {first_line}). Nothing was trained yet. If the disk is full, make "
-      "room; then start again"
+      f"the adapter's frozen arrays could not be written to {folder} ({reason(error)}). Nothing "
+      "was trained yet. If the disk is full, make room; then start again"
     ) from error
 
 

@@ -201,7 +201,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
   assert run.returncode == 1, run.stderr
   message = run.stderr.strip().splitlines()[-1]
   assert message.startswith("OSError: the checkpoint of step 2 could not be written to")
-  assert "steps [1] are untouched. Make room" in message
+  assert "(File too large). Those of steps [1] are untouched. Make room" in message
+  assert [path.name for path in tmp_path.iterdir()] == ["1"]  # before a next session tidies up
   assert restored(tmp_path).step == 1
   assert [path.name for path in tmp_path.iterdir()] == ["1"]
   assert json.loads((tmp_path / "1/about/metadata").read_text())["content"]["loss"] == 1.0
