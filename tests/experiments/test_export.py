@@ -1,4 +1,4 @@
-"""Finished runs in other packages' forms: they compute what the run's own model does."""
+"""Exported runs compute the same as the run's own model, and have its tokenizer and end token."""
 
 import json
 import re
@@ -28,7 +28,7 @@ TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """A LoRA run and one of full fine-tuning, both short, and the logits of the first."""
+  """Short runs of LoRA, DoRA and full fine-tuning."""
   root = tmp_path_factory.mktemp("runs")
   short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
   methods = {"lora": "lora", "dora": "dora", "full": "full_finetuning"}
@@ -41,9 +41,15 @@ def logits_of(run):
   return run.base.module.apply({"params": run.params}, TOKENS)
 
 
-@pytest.mark.parametrize(("name", "form"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
-def test_an_adapter_for_peft(runs, name, form, tmp_path, capsys):
-  export.main([str(runs / name), str(tmp_path / "new"), *form])
+def check_text_files(folder):
+  assert load_tokenizer(folder).get_vocab_size() == 8192
+  assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 0}
+  assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
+def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
+  export.main([str(runs / name), str(tmp_path / "new"), *flags])
   assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
   config, params = load_gpt2(tiny_folder())
   lora_config, trainable = load_peft(tmp_path / "new", stored_tensors(config), params)
@@ -52,9 +58,10 @@ def test_an_adapter_for_peft(runs, name, form, tmp_path, capsys):
   assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
   base = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(base, expected) > 1e-2
+  check_text_files(tmp_path / "new")
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
   assert written["target_modules"] == ["c_attn", "c_proj", "c_fc"]
-  assert ("rank_pattern" in written) == (not form)  # 3 x 4 on the fused weight, 4 elsewhere
+  assert ("rank_pattern" in written) == (not flags)  # 3 x 4 on the fused weight, 4 elsewhere
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "full"])
@@ -63,11 +70,11 @@ def test_a_merged_model_for_transformers(runs, name, tmp_path):
   config, params = load_gpt2(tmp_path / "new")
   got = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(got, logits_of(load_run(runs / name))) < 1e-6
-  assert load_tokenizer(tmp_path / "new").get_vocab_size() == 8192
+  check_text_files(tmp_path / "new")
 
 
-def test_a_merged_model_is_of_the_bases_dtype(runs, tmp_path, capsys):
-  """The base's folder is what is copied; that rounding to bfloat16 costs something is printed."""
+def test_a_merged_model_has_the_base_models_dtype(runs, tmp_path, capsys):
+  """The base model's folder is copied, and the error of rounding to bfloat16 is printed."""
   shutil.copytree(runs / "lora", tmp_path / "run")
   base = shutil.copytree(tiny_folder(), tmp_path / "base")
   narrow = {
