@@ -195,7 +195,7 @@ def test_bad_input(tmp_path, monkeypatch):
   _fails(apply(config, {"method": "lora_plus"}), "one of lora, .*full_finetuning, frozen_base")
   _fails(apply(config, {"optimizer.schedule": "step"}), "optimizer.schedule must be one of linear")
   _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* did you mean ")
-  _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller side")
+  _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller dimension")
   _fails(
     apply(config, {"data.num_train_records": 99_999}), "=99999 must be at most the 42061 records"
   )
