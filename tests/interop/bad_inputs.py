@@ -257,7 +257,7 @@ CONFIGS = [
   of_config("prefix tuning", ("'PREFIX_TUNING'", "virtual tokens"), peft_type="PREFIX_TUNING"),
   of_config("no method", ("expected peft_type LORA", "None"), peft_type=None),
   of_config("a list of methods", ("expected peft_type LORA", "['LORA']"), peft_type=["LORA"]),
-  of_config("KaSA", ("kasa_config", "KaSA does not exist here"), kasa_config={"a": 1}),
+  of_config("KaSA", ("kasa_config", "no support for KaSA"), kasa_config={"a": 1}),
   of_config("PiSSA", ("init_lora_weights='pissa' changes the base",), init_lora_weights="pissa"),
   of_config("an initial list", ("init_lora_weights=['eva']",), init_lora_weights=["eva"]),
   of_config("a misspelled alpha", ("lora_alhpa=16", "did you mean lora_alpha"), lora_alhpa=16),

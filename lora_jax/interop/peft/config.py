@@ -251,7 +251,10 @@ def _check_method(entries: Mapping[str, Any], path: Path) -> None:
     )
   for key, name in OTHER_METHODS.items():
     if entries.get(key):
-      raise ValueError(f"{path}: {key}={repr(entries[key])[:100]}: {name} does not exist here yet")
+      raise ValueError(
+        f"{path}: {key}={repr(entries[key])[:100]}: there is no support for {name} here. Merge the "
+        "adapter in PEFT and load the merged folder as a model"
+      )
   init = entries.get("init_lora_weights")
   if not any(init is plain or (init == plain and type(init) is str) for plain in PLAIN_INITS):
     raise ValueError(
