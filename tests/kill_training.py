@@ -1,10 +1,10 @@
-"""Kills a run at random moments; its adapter must be an undisturbed run's, bit for bit.
+"""Kills a run at random moments; its adapter must equal an undisturbed run's bit for bit.
 
     python -m tests.kill_training --kills 20
 
-Both runs are the real command in processes of its own. After each `SIGKILL` the same command
-starts again. One kill in five falls into the start of the process, the others shortly after a
-random step, most of them into the writing of a checkpoint, which takes longer than a step.
+Both runs are the real command, each in its own process. After each `SIGKILL` the same command
+starts again. One kill in five comes during the start of the process, the others shortly after a
+random step, most of them while a checkpoint is written, which takes longer than a step.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def losses(workdir: Path) -> list[tuple[int, float | None, float | None]]:
 
 
 def compare(disturbed: Path, undisturbed: Path) -> int:
-  """Checks that two runs ended with the same bits; returns how many bytes these are."""
+  """Checks that two runs ended with the same bits; returns the adapter's size in bytes."""
   got, expected = arrays(disturbed), arrays(undisturbed)
   assert got.keys() == expected.keys()
   for name, array in expected.items():
@@ -131,7 +131,7 @@ def compare(disturbed: Path, undisturbed: Path) -> int:
 
 
 def main(kills: int, seed: int, folder: Path) -> None:
-  """Does all of it in a folder."""
+  """Runs, kills and compares in a folder."""
   draw, model = random.Random(seed), tiny_folder()
   started = time.perf_counter()
   undisturbed, disturbed, log = folder / "undisturbed", folder / "disturbed", folder / "log"

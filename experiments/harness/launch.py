@@ -33,8 +33,8 @@ from experiments.harness.config import flat
 from experiments.harness.interrupt import resumable
 from experiments.harness.methods import check_used, default_learning_rate, find_method
 from experiments.harness.workdir import (
+  full_disk,
   has_trained,
-  is_of_full_disk,
   read_result,
   stored_config,
 )
@@ -185,7 +185,7 @@ def _says_all(error: Exception) -> bool:
   raised_here = any(Path(last.filename).is_relative_to(folder) for folder in OURS)
   raised = raised_here and (last.line or "").startswith("raise")
   for_user = isinstance(error, ValueError | RuntimeError | FloatingPointError)
-  return isinstance(error, OSError) or is_of_full_disk(error) or (raised and for_user)
+  return isinstance(error, OSError) or bool(full_disk(error)) or (raised and for_user)
 
 
 def apply(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -29,7 +29,7 @@ from lora_jax.files import local_path, make_folder, parse_json, read_json, read_
 
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
-FULL_DISK = ("No space left", "File too large", "quota exceeded", "os error 28", "os error 27")
+FULL_DISK = ("No space left on device", "File too large", "Disk quota exceeded")
 
 
 @contextlib.contextmanager
@@ -135,19 +135,21 @@ def _explained_full_disk(folder: Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    path = getattr(error, "filename", None) or f"a file in {folder}"
-    if not is_of_full_disk(error) or "Make room" in str(error):
+    reason = full_disk(error)
+    if not reason or "Make room" in str(error):
       raise
-    reason = str(error).partition("\n")[0][:200]
+    path = getattr(error, "filename", None) or f"a file in {folder}"
+    fault = f"{path} could not be written ({reason})"
+    if "could not be written" in str(error):  # it names the path already
+      fault = str(error).partition(". ")[0]
     raise OSError(
-      f"{path} could not be written ({reason}); {saved_steps(folder)}. Make room, then rerun the "
-      "same command: it resumes"
+      f"{fault}; {saved_steps(folder)}. Make room, then rerun the same command: it resumes"
     ) from error
 
 
-def is_of_full_disk(error: Exception) -> bool:
-  """Tells whether a disk or quota was full, by the text: libraries raise errors of many kinds."""
-  return any(text in str(error) for text in FULL_DISK)
+def full_disk(error: Exception) -> str:
+  """Returns the system's words for a full disk or quota in an error of any library, or ""."""
+  return next((text for text in FULL_DISK if text in str(error)), "")
 
 
 def check_same(path: Path, value: Any, label: str) -> None:

@@ -128,6 +128,12 @@ def test_a_full_disk_is_one_line(tmp_path, code, saved):
   def rust(workdir):
     raise RuntimeError(f"I/O error: {os.strerror(code)} (os error {code})\nmore")
 
+  def adapter(workdir):
+    raise OSError(f"the adapter could not be written to X ({os.strerror(code)}). More.")
+
+  message = rf"^the adapter could not be written to X \({os.strerror(code)}\); .*{kept}"
+  with pytest.raises(OSError, match=message):
+    run_once(TemplateConfig(workdir=str(tmp_path)), adapter)
   with pytest.raises(OSError, match=kept) as caught:
     run_once(TemplateConfig(workdir=str(tmp_path)), rust)
   assert "\n" not in str(caught.value)
