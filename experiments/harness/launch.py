@@ -18,6 +18,7 @@ import logging as std_logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,16 +150,25 @@ def _no_field(name: str, known: Iterable[str]) -> str:
 
 
 def _show_warnings() -> None:
-  """Shows this project's warnings, and only the errors of libraries."""
-  logging.set_verbosity(logging.ERROR)
-  # After a failed write it prints the traceback of each array's; the error itself is raised.
+  """Shows this project's warnings; of libraries only what they raise.
+
+  After a failed write Orbax and TensorStore print a traceback for each array, before one error is
+  raised; TensorStore does it through the hook, in its own threads.
+  """
+  logging.set_verbosity(logging.FATAL)
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+  sys.unraisablehook = _show_in_main_thread
   handler = std_logging.StreamHandler()
   handler.setFormatter(std_logging.Formatter("%(levelname)s: %(message)s"))
   logger = std_logging.getLogger("lora_jax")
   logger.addHandler(handler)
   logger.setLevel(std_logging.WARNING)
   logger.propagate = False
+
+
+def _show_in_main_thread(unraisable: Any) -> None:
+  if threading.current_thread() is threading.main_thread():
+    sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
