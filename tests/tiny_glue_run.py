@@ -1,4 +1,4 @@
-"""A run of the GLUE experiment that takes seconds: made-up examples, a tiny BERT, random weights."""
+"""A run of the GLUE experiment in seconds: made-up examples, a tiny BERT, random weights."""
 
 import functools
 import tempfile

@@ -1,4 +1,4 @@
-"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA with dropout or full fine-tuning.
+"""Training runs of a second or two: a tiny GPT-2, random examples, LoRA or full fine-tuning.
 
 python -m tests.tiny_training WORKDIR --method full_finetuning --kill_at 5
 """
