@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import lora_jax as lj
 from lora_jax.trees import leaves_with_path
 
-from tests.docs.pages import code_blocks
+from tests.docs.pages import code_blocks, page
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -69,6 +69,16 @@ def test_the_rest_of_the_readmes_code_runs():
   moments = {path for path, _ in leaves_with_path(names["state"])}
   assert any("lora_a" in path for path in moments)
   assert not any("base" in path for path in moments)
+
+
+def test_the_claim_on_peft_is_the_tables():
+  table = re.search(r"^\| adapter .*?\n\n", page("parity"), re.DOTALL | re.MULTILINE)
+  claim = re.search(r"\[(\d+) PEFT adapters\].* at most (\de-\d)", README)
+  assert table is not None
+  assert claim is not None
+  rows = [[cell.strip() for cell in row.split("|")] for row in table[0].splitlines()[2:] if row]
+  differences = [float(row[column]) for row in rows for column in (3, 4, 6, 7)]
+  assert (len(rows), max(differences)) == (int(claim[1]), float(claim[2]))
 
 
 def test_the_first_screen_is_short():
