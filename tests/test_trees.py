@@ -75,6 +75,14 @@ def test_wrong_trees_masks_and_labels_are_refused():
     lj.label(tree, {"adapter/.*": "a"})
 
 
+def test_freeze_takes_whatever_has_init_and_update():
+  optimizer = lj.freeze(optax.MultiSteps(optax.sgd(1.0), 2), {"a": True, "b": False})
+  params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+  _, state = optimizer.update(params, optimizer.init(params), params)
+  updates, _ = optimizer.update(params, state, params)
+  assert jax.tree.map(float, jax.tree.map(jnp.sum, updates)) == {"a": -3.0, "b": 0.0}
+
+
 def state_shapes(state):
   return sorted(x.shape for x in jax.tree.leaves(state) if x.ndim)
 
