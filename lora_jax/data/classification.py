@@ -22,7 +22,7 @@ from jaxtyping import Float32, Int32
 
 from lora_jax.data.batches import check_sizes, epoch_orders, shard_of
 from lora_jax.data.sets.glue import Record
-from lora_jax.data.text import check_length, encode_texts
+from lora_jax.data.text import CHARACTERS_PER_TOKEN, encode_texts
 from lora_jax.fields import Count, read_value
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
   their number is logged. A hidden label becomes -1.
 
   Raises:
-    ValueError: if the tokenizer puts no special tokens around a text, or a record has more than
-      128 characters for each of `max_length` tokens.
+    ValueError: if the tokenizer puts no special tokens around a text.
   """
   from tokenizers import Tokenizer
 
@@ -68,12 +67,15 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
       f"their number; got {added} of them and max_length {max_length}. Take a folder whose "
       "tokenizer.json has a post-processor"
     )
-  for i, record in enumerate(records):
-    check_length([record.first, record.second or ""], max_length, f"record {i}")
   tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's own is not changed
   tokenizer.no_padding()
   tokenizer.enable_truncation(max_length, strategy="longest_first")
-  texts = [r.first if r.second is None else (r.first, r.second) for r in records]
+  limit = CHARACTERS_PER_TOKEN * max_length  # of each text, long before it is truncated
+  firsts = [record.first[:limit] for record in records]
+  texts = [
+    first if record.second is None else (first, record.second[:limit])
+    for first, record in zip(firsts, records, strict=True)
+  ]
   encodings = encode_texts(tokenizer, texts, special=True)
   num_cut = sum(bool(encoding.overflowing) for encoding in encodings)
   if num_cut:

@@ -212,11 +212,6 @@ ROWS = [
     ("eos_id", "8192"),
   ),
   BadInput(
-    "tokens: a classifier's word of a megabyte",
-    lambda _: classification.encode(words(), [glue.Record("a", "b" * 10**6, 0)], 64),
-    ("record 0", "1,000,001 characters", "max_length = 64"),
-  ),
-  BadInput(
     "tokens: a classifier's short rows",
     lambda _: classification.encode(words(), [glue.Record("a", "b", 0)], 3),
     ("max_length 3",),

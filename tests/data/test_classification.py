@@ -54,6 +54,11 @@ def test_the_longer_text_is_truncated_with_a_warning(caplog):
   assert TOKENIZER.truncation is None
 
 
+def test_texts_of_any_length_are_truncated():
+  record = Record("a b c " * 1000, "d " * 1000, 0)
+  assert encode(TOKENIZER, [record], 9)[0].tokens.tolist() == [2, 4, 5, 6, 3, 7, 7, 7, 3]
+
+
 def test_a_tokenizers_own_padding_is_ignored():
   padding = Tokenizer.from_str(TOKENIZER.to_str())
   padding.enable_padding(length=20)
