@@ -75,13 +75,13 @@ class _Fields:
   exclude_modules: Pattern | tuple[Name, ...] | None = None
   rank_pattern: dict | None = None
   alpha_pattern: dict | None = None
-  use_rslora: bool = False
-  use_dora: bool = False
+  use_rslora: bool | None = False
+  use_dora: bool | None = False
   bias: Literal["none", "all", "lora_only"] = "none"
   modules_to_save: tuple[NameOrPattern, ...] | None = None
   layers_to_transform: CountOrZero | tuple[CountOrZero, ...] | None = None
   layers_pattern: Pattern | tuple[Pattern, ...] | None = None
-  lora_bias: bool = False
+  lora_bias: bool | None = False
   target_parameters: tuple[Name, ...] | None = None
   base_model_name_or_path: str | None = None
   lora_dropout: Annotated[float, Within("[0, 1]")] = 0.0  # no dropout is read
@@ -210,13 +210,13 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
     exclude_modules=fields.exclude_modules or (),
     rank_pattern=ranks,
     alpha_pattern=alphas,
-    use_rslora=fields.use_rslora,
-    use_dora=fields.use_dora,
+    use_rslora=bool(fields.use_rslora),
+    use_dora=bool(fields.use_dora),
     bias=fields.bias,
     modules_to_save=fields.modules_to_save or (),
     layers_to_transform=(layers,) if isinstance(layers, int) else layers or None,
     layers_pattern=(lists,) if isinstance(lists, str) else lists or (),
-    lora_bias=fields.lora_bias,
+    lora_bias=bool(fields.lora_bias),
     target_parameters=fields.target_parameters or (),
     base=fields.base_model_name_or_path or "",
   )

@@ -434,6 +434,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(adapter):
     ({"target_modules": ["h.0.mlp.c_proj"], "layers_to_transform": [1]}, ["h.0.mlp.c_proj"]),
     ({"target_modules": ["c_proj"], "layers_to_transform": 0, "layers_pattern": "h"}, "both"),
     ({"target_modules": ["c_proj"], "modules_to_save": ["mlp"]}, ["h.0.attn.c_proj"]),
+    ({"target_modules": ["mlp.c_proj"], "use_dora": None, "lora_bias": None}, ["h.0.mlp.c_proj"]),
   ],
 )
 def test_which_modules_are_meant(fields, chosen, tmp_path):
