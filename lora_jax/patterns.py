@@ -106,7 +106,7 @@ def _characters(items: Sequence[Any], context: _Context) -> Step:
   match = _compiler.compile(_parser.SubPattern(context.state, [group])).match
 
   def run(text: str, starts: set[int]) -> set[int]:
-    return {found.end() for start in starts if (found := match(text, start))}
+    return {hit.end() for start in starts if (hit := match(text, start))}
 
   return run
 

@@ -11,15 +11,15 @@ def equations(jaxpr: Any) -> Iterator[Any]:
   for equation in jaxpr.eqns:
     inner = list(inner_jaxprs(equation))
     yield equation
-    for one in inner:
-      yield from equations(one)
+    for body in inner:
+      yield from equations(body)
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
   for value in equation.params.values():
-    for one in value if isinstance(value, tuple | list) else (value,):
-      if hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns"):
-        yield one
+    for item in value if isinstance(value, tuple | list) else (value,):
+      if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):
+        yield item
 
 
 def count_of_sizes(jaxpr: Any, sizes: set[int]) -> int:

@@ -158,8 +158,8 @@ def model_row(name: str) -> list[str]:
   if PEERS and not about["architectures"][0].endswith(("MaskedLM", "PreTraining")):
     with tempfile.TemporaryDirectory() as root:
       family.save(Path(root) / "new", config, params)
-      again = family.peers(peers_model(name, Path(root) / "new"), inputs_of(name))
-    differences["read"] = relative_difference(again, expected)
+      peer_outputs = family.peers(peers_model(name, Path(root) / "new"), inputs_of(name))
+    differences["read"] = relative_difference(peer_outputs, expected)
   cells = (_printed(differences.get(key)) for key in ("unrolled", "scanned", "read"))
   return [name, about["architectures"][0], *cells]
 

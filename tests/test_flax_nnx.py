@@ -82,9 +82,9 @@ def adapted(model):
 def assert_equals_the_merged_model(fn, params, lora, trainable):
   @jax.jit
   def both(trainable):
-    ours = lambda t: jnp.sum(jnp.sin(lora.apply(params, t, X)))  # noqa: E731
+    adapted = lambda t: jnp.sum(jnp.sin(lora.apply(params, t, X)))  # noqa: E731
     merged = lambda t: jnp.sum(jnp.sin(fn(lora.merge(params, t), X)))  # noqa: E731
-    return [jax.value_and_grad(f)(trainable) for f in (ours, merged)]
+    return [jax.value_and_grad(f)(trainable) for f in (adapted, merged)]
 
   got, expected = both(trainable)
   assert relative_difference(got, expected) < 1e-5

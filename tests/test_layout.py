@@ -78,10 +78,10 @@ def test_no_two_modules_import_each_other():
       edges[name] = {full for _, full in imported(path, package)}
     names = set(edges)
     edges = {
-      name: {full if full in names else full.rpartition(".")[0] for full in found} & names - {name}
-      for name, found in edges.items()
+      name: {full if full in names else full.rpartition(".")[0] for full in uses} & names - {name}
+      for name, uses in edges.items()
     }
-    while leaves := [name for name, found in edges.items() if not found & edges.keys()]:
+    while leaves := [name for name, uses in edges.items() if not uses & edges.keys()]:
       for name in leaves:
         del edges[name]
     assert not edges, f"these import each other in a circle: {sorted(edges)}"

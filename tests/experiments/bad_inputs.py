@@ -272,7 +272,7 @@ def finished(folder: Path, **changes: Any) -> Path:
 
 def evaluated(name: str, value: Any, *words: str) -> BadInput:
   def call(folder: Path) -> None:
-    run = finished(made(folder / "run"))
+    run = finished(make_folder(folder / "run"))
     try:
       evaluate.evaluate_run(run, {name: value})
     finally:
@@ -318,7 +318,7 @@ def reported(out: str, *words: str, error: type[Exception] = ValueError) -> BadI
   )
 
 
-def made(path: Path) -> Path:
+def make_folder(path: Path) -> Path:
   path.mkdir()
   return path
 
@@ -352,7 +352,9 @@ REPORTS = [
   ),
   BadInput(
     "glue_report: --out is a folder",
-    lambda folder: glue_report.main([str(finished(folder)), f"--out={made(folder / 'out')}"]),
+    lambda folder: glue_report.main(
+      [str(finished(folder)), f"--out={make_folder(folder / 'out')}"]
+    ),
     ("--out", "out is a folder, expected a file"),
     SystemExit,
   ),

@@ -65,7 +65,7 @@ def test_every_value_of_the_training_inputs_is_in_the_text():
 
 
 @pytest.mark.parametrize(
-  ("context", "what"),
+  ("context", "message"),
   [
     ("name : Aromi | colour : red", "got 'colour : red' in"),
     ("name : Aromi | name : Strada", "got 'name : Strada' in"),
@@ -73,8 +73,8 @@ def test_every_value_of_the_training_inputs_is_in_the_text():
     ("food : French", "expected a name, got 'food : French'"),
   ],
 )
-def test_inputs_that_cannot_be_read(context, what):
-  with pytest.raises(ValueError, match=what):
+def test_inputs_that_cannot_be_read(context, message):
+  with pytest.raises(ValueError, match=message):
     parse(context)
 
 

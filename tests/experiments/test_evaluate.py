@@ -54,14 +54,14 @@ def stored(folder):
 
 
 def test_unchanged_settings_give_the_runs_texts_and_scores(runs):
-  found = evaluate_run(runs / "lora", {})
+  result = evaluate_run(runs / "lora", {})
   folder = runs / "lora" / "evaluations" / "unchanged"
   assert texts(folder) == texts(runs / "lora")
   run = stored(runs / "lora")
-  assert found == stored(folder)
+  assert result == stored(folder)
   for name in ("scores", "intervals", "valid_loss", "trainable_parameters", "seed", "method"):
-    assert found[name] == run[name]
-  assert found["run"] == str(runs / "lora")
+    assert result[name] == run[name]
+  assert result["run"] == str(runs / "lora")
   config, usual = read_run(E2EConfig, folder), read_run(E2EConfig, runs / "lora")
   assert replace_fields(config, {"workdir": usual.workdir}) == usual
 
@@ -87,8 +87,8 @@ def test_a_finished_evaluation_is_not_repeated(runs, capsys):
 
 
 def test_the_last_checkpoint_of_lora(runs):
-  found = evaluate_run(runs / "lora", {"checkpoint": "last", "num_inputs": 2})
-  assert found["valid_loss"] == stored(runs / "lora")["last_valid_loss"]
+  result = evaluate_run(runs / "lora", {"checkpoint": "last", "num_inputs": 2})
+  assert result["valid_loss"] == stored(runs / "lora")["last_valid_loss"]
   folder = runs / "lora" / "evaluations" / "num_inputs=2,checkpoint=last"
   assert read_run(E2EConfig, folder).fit.keep == "last"
 
@@ -104,10 +104,10 @@ def test_the_checkpoint_of_the_best_step_is_the_adapter(runs):
   assert loss == stored(folder)["valid_loss"]
   jax.tree.map(np.testing.assert_array_equal, from_adapter, from_checkpoint)
   kernel = ("h_0", "mlp", "up", "kernel")
-  assert np.abs(of(from_adapter, kernel) - of(base.params, kernel)).max() > 0
+  assert np.abs(leaf(from_adapter, kernel) - leaf(base.params, kernel)).max() > 0
 
 
-def of(tree, keys):
+def leaf(tree, keys):
   for key in keys:
     tree = tree[key]
   return np.asarray(tree)
@@ -117,8 +117,8 @@ def test_full_finetuning_from_its_checkpoint(runs):
   """A run that decoded nothing is decoded, with what it trained: its loss on its own data."""
   with pytest.raises(ValueError, match="--num_inputs=630"):
     evaluate_run(runs / "full", {})
-  found = evaluate_run(runs / "full", {"num_inputs": 2})
-  assert found["num_inputs"] == 2
+  result = evaluate_run(runs / "full", {"num_inputs": 2})
+  assert result["num_inputs"] == 2
   config, mesh = read_run(E2EConfig, runs / "full"), make_mesh()
   base = load_base(config, mesh)
   params, loss = restore_params(config, "best", base, mesh)

@@ -204,7 +204,7 @@ def test_it_learns_and_answers(form, request):
   assert result["valid_loss"] < math.log(8192) - 0.02  # of the random weights' uniform guess
   assert result["num_train_records"] + result["num_valid_records"] >= 60
   assert len(result["samples"]) == 2
-  assert all(one["answer"] for one in result["samples"])
+  assert all(sample["answer"] for sample in result["samples"])
   assert result["samples"][0]["prompt"].endswith(
     {"completions": "\n", "chats": "assistant: "}[form]
   )
@@ -215,11 +215,11 @@ def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
   model = load_causal_lm(chat_folder)
   lora_config, loaded = load_peft(f"{config.workdir}/peft", model.stored, model.params)
   got = lj.lora(model.call, lora_config).apply(model.params, loaded, TOKENS)
-  ours = lj.lora(model.call, lj.LoraConfig(**config.lora.to_dict()))
+  lora = lj.lora(model.call, lj.LoraConfig(**config.lora.to_dict()))
   trainable = restore_adapter(
-    f"{config.workdir}/adapter", ours.init(jnp.zeros(2, jnp.uint32), model.params, TOKENS)
+    f"{config.workdir}/adapter", lora.init(jnp.zeros(2, jnp.uint32), model.params, TOKENS)
   )
-  expected = ours.apply(model.params, trainable, TOKENS, lora_key=None)
+  expected = lora.apply(model.params, trainable, TOKENS, lora_key=None)
   assert relative_difference(got, expected) < 1e-5
   assert relative_difference(model.call(model.params, TOKENS), expected) > 1e-2
 
@@ -256,8 +256,8 @@ def test_exports_have_the_chat_template_and_end_tokens_of_the_training(chats, tm
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 def test_the_report_says_how_to_load_it(completions, capsys):
   config, result = completions
-  again = finetune.run(config)
-  assert again == json.loads(json.dumps(result))
+  reloaded = finetune.run(config)
+  assert reloaded == json.loads(json.dumps(result))
   out = capsys.readouterr().out
   assert "is finished" in out
   folder = f"{config.workdir}/peft"
@@ -273,18 +273,18 @@ def test_the_report_says_how_to_load_it(completions, capsys):
 
   exec(in_peft, names)
   with torch.no_grad():
-    theirs = names["model"](torch.tensor(np.asarray(TOKENS))).logits.numpy()
-  ours = names["adapted"].apply(base.params, names["adapter"], TOKENS)
-  assert relative_difference(jnp.asarray(theirs), ours) < 1e-5
+    peer_logits = names["model"](torch.tensor(np.asarray(TOKENS))).logits.numpy()
+  logits = names["adapted"].apply(base.params, names["adapter"], TOKENS)
+  assert relative_difference(jnp.asarray(peer_logits), logits) < 1e-5
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(completions, tmp_path, monkeypatch):
   """It is broken off in training, and once more after it."""
   config, result = completions
   step = result["num_train_steps"] // 2
-  again = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
+  other = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
   with interrupted_at(step):
-    finetune.run(again)
+    finetune.run(other)
 
   class Broken(Exception):
     pass
@@ -294,15 +294,15 @@ def test_an_interrupted_run_resumes_to_the_same_bits(completions, tmp_path, monk
 
   monkeypatch.setattr(finetune, "export", fails)
   with pytest.raises(Broken):
-    finetune.run(again)
+    finetune.run(other)
   monkeypatch.undo()
   losses = [
     [metrics["train/loss"] for metrics in read_metrics(path) if "train/loss" in metrics]
-    for path in (Path(run.workdir) / "metrics.jsonl" for run in (config, again))
+    for path in (Path(run.workdir) / "metrics.jsonl" for run in (config, other))
   ]
   assert losses[0] == losses[1]
   assert len(losses[0]) > 1
-  resumed = finetune.run(again)
+  resumed = finetune.run(other)
   assert resumed["valid_loss"] == result["valid_loss"]
   assert resumed["samples"] == result["samples"]
   assert resumed["train_tokens"] == 0  # of this sitting

@@ -103,9 +103,9 @@ def test_a_run_writes_its_results(finished, capsys):
 
 def test_the_predictions_are_those_of_the_best_checkpoint(finished):
   workdir, result = finished
-  found = np.array((workdir / "predictions.txt").read_text().split(), int)
+  classes = np.array((workdir / "predictions.txt").read_text().split(), int)
   labels = [i % 2 for i in range(11)]
-  outputs = np.eye(2)[found]
+  outputs = np.eye(2)[classes]
   assert glue.metrics.score("cola", outputs, labels)["matthews"] == pytest.approx(result["score"])
 
 
@@ -136,14 +136,14 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
     with pytest.raises(KeyboardInterrupt):
       glue.run(config)
   assert not (tmp_path / "run" / "result.json").exists()
-  again = glue.run(config)
+  resumed = glue.run(config)
   losses = [
     [m["train/loss"] for m in read_metrics(path / "metrics.jsonl") if "train/loss" in m]
     for path in (workdir, tmp_path / "run")
   ]
   assert losses[0] == losses[1]
   assert len(losses[0]) == 10
-  assert (again["scores"], again["last_scores"]) == (result["scores"], result["last_scores"])
+  assert (resumed["scores"], resumed["last_scores"]) == (result["scores"], result["last_scores"])
 
 
 def test_dropout_is_only_in_training(tmp_path):
@@ -222,8 +222,8 @@ def test_a_finished_run_in_other_packages_formats(finished, tmp_path, monkeypatc
   merged = lj.lora(lambda params: params, lora).merge(params, trainable)
   assert relative_difference(run._replace(params=merged).classify(texts), expected) < 1e-5
   export.main([str(workdir), str(tmp_path / "merged"), "--merged"])
-  again, params = load_bert(tmp_path / "merged", hidden_dropout=0.0, attention_dropout=0.0)
-  assert again == config
+  loaded, params = load_bert(tmp_path / "merged", hidden_dropout=0.0, attention_dropout=0.0)
+  assert loaded == config
   tokenizer = load_tokenizer(tmp_path / "merged", config.vocab_size)
   other = run._replace(base=run.base._replace(tokenizer=tokenizer), params=params)
   assert relative_difference(other.classify(texts), expected) < 1e-5
@@ -312,9 +312,9 @@ def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
   base = encoder.load_base(config, make_mesh())
   splits = []
 
-  def noted(task, split, *args, **how):
+  def noted(task, split, *args, **options):
     splits.append(split)
-    return load(task, split, *args, **how)
+    return load(task, split, *args, **options)
 
   monkeypatch.setattr(glue_data, "load", noted)
   data = load_data(config, base)
@@ -322,8 +322,8 @@ def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
   assert (data.num_train_records, len(data.valid_records)) == (36, 4)
   whole = load("cola", "train", tiny_source(), any_size=True, data_dir=config.data.tfds_dir)
   assert set(data.valid_records) <= set(whole)
-  again = load_data(apply(config, {"seed": 7}), base)
-  assert again.valid_records == data.valid_records
+  reseeded = load_data(apply(config, {"seed": 7}), base)
+  assert reseeded.valid_records == data.valid_records
   config.data.num_train_records = 10
   less = load_data(config, base)
   assert (less.num_train_records, less.valid_records) == (10, data.valid_records)
@@ -350,8 +350,8 @@ def test_a_run_is_bound_to_its_base_and_its_examples(finished, tmp_path):
 
 def test_choices_have_no_names():
   for task, names in (("copa", None), ("record", None), ("wic", ("False", "True"))):
-    found = encoder.label_names(configs.get_config(f"minilm,{task}"))
-    assert found is None if names is None else len(found) == len(names)
+    labels = encoder.label_names(configs.get_config(f"minilm,{task}"))
+    assert labels is None if names is None else len(labels) == len(names)
   assert encoder.label_names(configs.get_config("minilm,stsb")) is None
 
 
@@ -414,7 +414,7 @@ def test_it_runs_on_a_mesh_of_several_devices(finished, tmp_path):
 # ---- the report --------------------------------------------------------------------------
 
 
-def made(folder, name, **result):
+def finished_run(folder, name, **result):
   """Writes the folder of a finished run with some other results."""
   config = apply(tiny_config(folder / name), {"data.tuning": result.pop("tuning", False)})
   usual = {
@@ -430,11 +430,13 @@ def made(folder, name, **result):
 
 def test_the_report_has_medians_and_the_papers_rows(tmp_path):
   scores = {0: 0.1, 1: 0.62, 2: 0.9}
-  folders = [made(tmp_path, f"s{seed}", seed=seed, score=x) for seed, x in scores.items()]
-  folders.append(made(tmp_path, "full", method="full_finetuning", head_parameters=0))
-  folders.append(made(tmp_path, "base", model="roberta_base", task="rte", metric="accuracy"))
+  folders = [finished_run(tmp_path, f"s{seed}", seed=seed, score=x) for seed, x in scores.items()]
+  folders.append(finished_run(tmp_path, "full", method="full_finetuning", head_parameters=0))
+  folders.append(
+    finished_run(tmp_path, "base", model="roberta_base", task="rte", metric="accuracy")
+  )
   for rate, score in ((1e-3, 0.2), (3e-3, 0.3)):
-    folders.append(made(tmp_path, f"t{rate}", tuning=True, learning_rate=rate, score=score))
+    folders.append(finished_run(tmp_path, f"t{rate}", tuning=True, learning_rate=rate, score=score))
   text = glue_report.report(folders)
   rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
   assert ["run", "trained", "cola, Matthews", "rte, accuracy"] in rows
@@ -445,15 +447,15 @@ def test_the_report_has_medians_and_the_papers_rows(tmp_path):
   assert ["minilm, cola, LoRA", "20.0", "**30.0**"] in rows
   assert "At an end of the rates that were tried: minilm, cola, LoRA" in text
   with pytest.raises(ValueError, match="two runs of one seed"):
-    glue_report.report([*folders, made(tmp_path, "again", score=0.3)])
-  other = made(tmp_path, "other", seed=3)
+    glue_report.report([*folders, finished_run(tmp_path, "again", score=0.3)])
+  other = finished_run(tmp_path, "other", seed=3)
   settings = json.loads((other / "config.json").read_text())
   settings["lora"]["rank"] = 64
   write_json(other / "config.json", settings)
   with pytest.raises(ValueError, match=r"differ in more than their seed: lora\.rank\."):
     glue_report.report([*folders, other])
   with pytest.raises(ValueError, match="minilm, cola, LoRA has the same learning rate"):
-    glue_report.report([*folders, made(tmp_path, "again_t", tuning=True)])
+    glue_report.report([*folders, finished_run(tmp_path, "again_t", tuning=True)])
 
 
 def test_table_2_has_the_papers_averages():
@@ -468,8 +470,8 @@ def test_table_2_has_the_papers_averages():
 def test_the_recipes_of_the_paper_and_of_the_scripts():
   def settings(variant):
     config = configs.get_config(variant)
-    given = config.data.batch_size, config.fit.num_epochs, config.optimizer.learning_rate
-    return *given, config.data.row_lengths[-1], config.lora.rank, config.lora.alpha
+    recipe = config.data.batch_size, config.fit.num_epochs, config.optimizer.learning_rate
+    return *recipe, config.data.row_lengths[-1], config.lora.rank, config.lora.alpha
 
   assert settings("roberta_base,cola") == (32, 80, 4e-4, 512, 8, 8.0)
   assert settings("roberta_base,cola,scripts") == (32, 80, 4e-4, 512, 8, 16.0)
@@ -541,10 +543,10 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
   config = configs.get_config("minilm,cola")
   config.optimizer.tuned_in = str(tmp_path)
   for i, changes in enumerate(runs):
-    one = apply(tuning, changes)
+    run_config = apply(tuning, changes)
     folder = tmp_path / str(i)
     folder.mkdir()
-    write_json(folder / "config.json", json.loads(one.to_json()))
+    write_json(folder / "config.json", json.loads(run_config.to_json()))
     if i < len(runs) - 1:
       write_json(folder / "result.json", {"score": -abs(i % 3 - 1)})
   last, last_rate = tried[-1], runs[-1]["optimizer.learning_rate"]
@@ -554,9 +556,9 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
   ):
     list(configs.sweep(config))
   write_json(folder / "result.json", {"score": 0.5})
-  found = list(configs.sweep(config))
-  assert [run["seed"] for run in found] == [seed for seed in range(3) for _ in tried]
-  rates = {run["method"]: run["optimizer.learning_rate"] for run in found}
+  final = list(configs.sweep(config))
+  assert [run["seed"] for run in final] == [seed for seed in range(3) for _ in tried]
+  rates = {run["method"]: run["optimizer.learning_rate"] for run in final}
   middle = {run["method"]: run["optimizer.learning_rate"] for run in runs[1::3]}
   assert rates == {**middle, last: last_rate}
   assert (rates["lora"], rates["full_finetuning"]) == (3e-3, 1e-4)
@@ -567,7 +569,7 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
   assert configs.best_rate(config, "lora") == 3e-4
   shutil.rmtree(tmp_path / "beyond")
   less = apply(config, {"data.num_train_records": 100, "fit.num_epochs": 1})
-  assert list(configs.sweep(less)) == found
+  assert list(configs.sweep(less)) == final
   for name, value in (("lora.rank", 4), ("model.folder", "other"), ("data.batch_size", 8)):
     with pytest.raises(ValueError, match=rf"was tuned with {name}=.* but this sweep has {value!r}"):
       list(configs.sweep(apply(config, {name: value})))
@@ -576,7 +578,7 @@ def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
     list(configs.sweep(config))
   for i in range(3):
     shutil.rmtree(tmp_path / str(i))  # as if the sweep were older than the method
-  assert list(configs.sweep(config)) == [run for run in found if run["method"] != "lora"]
+  assert list(configs.sweep(config)) == [run for run in final if run["method"] != "lora"]
   assert "has no tuning runs of minilm,cola by lora: left out\n" in capsys.readouterr().out
   other_rank = apply(config, {"lora.rank": 4})
   assert configs.best_rate(other_rank, "head_only") == rates["head_only"]  # which has no rank

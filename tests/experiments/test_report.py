@@ -94,30 +94,30 @@ def changed(source, folder, config, of_result):
 def test_a_report_of_methods(runs, tmp_path):
   text = report(folders(runs), tmp_path / "new" / "report")
   assert (tmp_path / "new" / "report.md").read_text("utf-8") == text
-  found = rows(text, "Results")
-  assert list(found) == ["LoRA, rank 4", "LoRA, rank 8", "full fine-tuning", "frozen base"]
-  ours = found["LoRA, rank 4"]
+  cells = rows(text, "Results")
+  assert list(cells) == ["LoRA, rank 4", "LoRA, rank 8", "full fine-tuning", "frozen base"]
+  lora = cells["LoRA, rank 4"]
   values = [result(runs, name)["valid_loss"] for name in ("lora1", "lora2")]
-  assert ours["valid loss"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
-  assert ours["seeds"] == "2"
-  assert ours["examples"] == "60"
-  assert ours["trainable"] == f"{result(runs, 'lora1')['trainable_parameters']:,}"
-  assert ours["METEOR"] == ours["CIDEr"] == ""
-  assert found["LoRA, rank 8"]["valid loss"] == f"{result(runs, 'rank8')['valid_loss']:.3f}"
-  assert found["frozen base"]["learning rate"] == ""
-  assert found["frozen base"]["examples"] == found["frozen base"]["trainable"] == "0"
+  assert lora["valid loss"] == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+  assert lora["seeds"] == "2"
+  assert lora["examples"] == "60"
+  assert lora["trainable"] == f"{result(runs, 'lora1')['trainable_parameters']:,}"
+  assert lora["METEOR"] == lora["CIDEr"] == ""
+  assert cells["LoRA, rank 8"]["valid loss"] == f"{result(runs, 'rank8')['valid_loss']:.3f}"
+  assert cells["frozen base"]["learning rate"] == ""
+  assert cells["frozen base"]["examples"] == cells["frozen base"]["trainable"] == "0"
   assert "no METEOR: Java was not found" in text
 
 
 def test_intervals_are_the_first_seeds(runs, tmp_path):
-  found = rows(report(folders(runs), tmp_path / "r"), "Over the inputs")["LoRA, rank 4"]
+  cells = rows(report(folders(runs), tmp_path / "r"), "Over the inputs")["LoRA, rank 4"]
   first = result(runs, "lora1")
   low, high = first["intervals"]["nist"]
-  assert found["seed"] == "1"
-  assert found["inputs"] == "4"
-  assert found["NIST"] == f"{first['scores']['nist']:.3f} [{low:.3f}, {high:.3f}]"
+  assert cells["seed"] == "1"
+  assert cells["inputs"] == "4"
+  assert cells["NIST"] == f"{first['scores']['nist']:.3f} [{low:.3f}, {high:.3f}]"
   assert result(runs, "lora2")["scores"]["nist"] > first["scores"]["nist"]
-  assert found["METEOR"] == ""
+  assert cells["METEOR"] == ""
 
 
 def test_the_papers_values_are_separate(runs, tmp_path):
@@ -132,8 +132,8 @@ def test_the_papers_values_are_separate(runs, tmp_path):
 
 def test_differences_are_the_paired_bootstraps(runs, tmp_path):
   text = report(folders(runs, "rank8", "lora1", "full", "frozen"), tmp_path / "r")
-  found = rows(text, "Against LoRA, rank 8, seed 1")  # the LoRA with the smallest loss
-  assert list(found) == ["LoRA, rank 4", "full fine-tuning", "frozen base"]
+  cells = rows(text, "Against LoRA, rank 8, seed 1")  # the LoRA with the smallest loss
+  assert list(cells) == ["LoRA, rank 4", "full fine-tuning", "frozen base"]
 
   def texts(name):
     return (runs / name / "predictions.txt").read_text("utf-8").splitlines()
@@ -142,24 +142,24 @@ def test_differences_are_the_paired_bootstraps(runs, tmp_path):
     expected = paired_bootstrap(texts(name), texts("rank8"), REFERENCES)["nist"]
     assert expected is not None
     cell = f"{expected.difference:+.3f} [{expected.low:+.3f}, {expected.high:+.3f}]"
-    assert found[row]["NIST"].rstrip("°") == cell
-    assert found[row]["NIST"].endswith("°") == (expected.low <= 0 <= expected.high)
-  assert not found["full fine-tuning"]["NIST"].endswith("°")
+    assert cells[row]["NIST"].rstrip("°") == cell
+    assert cells[row]["NIST"].endswith("°") == (expected.low <= 0 <= expected.high)
+  assert not cells["full fine-tuning"]["NIST"].endswith("°")
 
 
 def test_a_run_differs_from_itself_by_nothing(runs):
   finished, _ = read_runs(folders(runs, "full"))
-  found = compare(finished, finished[0])[0]["nist"]
-  assert found is not None
-  assert (found.difference, found.low, found.high) == (0, 0, 0)
+  difference = compare(finished, finished[0])[0]["nist"]
+  assert difference is not None
+  assert (difference.difference, difference.low, difference.high) == (0, 0, 0)
 
 
 def test_against_a_named_run(runs, tmp_path):
   text = report(folders(runs), tmp_path / "r", against=f"{runs}/full/")
-  found = rows(text, "Against full fine-tuning, seed 1")
-  assert list(found) == ["LoRA, rank 4", "LoRA, rank 8", "frozen base"]
-  assert found["LoRA, rank 4"]["BLEU"] == "+0.00 [+0.00, +0.00]°"  # neither has a 4-gram right
-  assert not found["LoRA, rank 8"]["BLEU"].endswith("°")
+  cells = rows(text, "Against full fine-tuning, seed 1")
+  assert list(cells) == ["LoRA, rank 4", "LoRA, rank 8", "frozen base"]
+  assert cells["LoRA, rank 4"]["BLEU"] == "+0.00 [+0.00, +0.00]°"  # neither has a 4-gram right
+  assert not cells["LoRA, rank 8"]["BLEU"].endswith("°")
   with pytest.raises(ValueError, match="must be one of the runs that decoded texts"):
     report(folders(runs, "lora1", "lora2"), tmp_path / "r", against=runs / "full")
 
@@ -198,32 +198,32 @@ def test_folders_that_are_not_runs_are_refused(runs, tmp_path):
 
 def test_the_rank_sweep_is_compared_with_table_18(runs, tmp_path):
   text = report(folders(runs), tmp_path / "r")
-  found = rows(text, "By rank")
-  assert list(found) == ["4", "8"]
-  assert found["4"]["BLEU (paper)"] == "70.38"
-  assert found["8"]["valid loss (paper)"] == "1.170"
-  assert found["8"]["valid loss"] == f"{result(runs, 'rank8')['valid_loss']:.3f}"
-  assert "METEOR" not in found["4"]  # there is none to show
+  cells = rows(text, "By rank")
+  assert list(cells) == ["4", "8"]
+  assert cells["4"]["BLEU (paper)"] == "70.38"
+  assert cells["8"]["valid loss (paper)"] == "1.170"
+  assert cells["8"]["valid loss"] == f"{result(runs, 'rank8')['valid_loss']:.3f}"
+  assert "METEOR" not in cells["4"]  # there is none to show
   assert paper_tables.TABLE_18[4]["meteor"] == 46.89
 
 
 def test_each_methods_ranks_have_its_name(runs, tmp_path):
-  made = [runs / "lora1", runs / "rank8"]
-  for folder in list(made):
+  run_folders = [runs / "lora1", runs / "rank8"]
+  for folder in list(run_folders):
     dora = changed(folder, tmp_path / folder.name, {"method": "dora"}, {"method": "dora"})
-    made.append(dora)
-  text = report(made, tmp_path / "r")
+    run_folders.append(dora)
+  text = report(run_folders, tmp_path / "r")
   headings = [line for line in text.splitlines() if line.startswith("## By rank")]
   assert headings == ["## By rank: LoRA", "## By rank: DoRA"]
 
 
 def test_all_patterns_of_all_layers_are_one_group(runs, tmp_path):
   """GPT-2's own pattern, the zoo's, and its name, as it once was stored."""
-  made = [runs / "lora1"]
+  run_folders = [runs / "lora1"]
   for seed, pattern in enumerate(("all-linear", ALL_LINEAR), 2):
     changes = {"lora.target": pattern, "seed": seed}
-    made.append(changed(runs / "lora1", tmp_path / str(seed), changes, {"seed": seed}))
-  (group,) = group_runs(read_runs(made)[0])
+    run_folders.append(changed(runs / "lora1", tmp_path / str(seed), changes, {"seed": seed}))
+  (group,) = group_runs(read_runs(run_folders)[0])
   assert len(group.runs) == 3
   assert group.method_label == "LoRA, rank 4, all linear"
 
@@ -233,47 +233,49 @@ def test_ranks_of_other_layers_are_not_a_sweep(runs, tmp_path):
   folder = changed(runs / "lora1", tmp_path / "qv", other, {})
   groups = group_runs(read_runs([runs / "lora1", folder])[0])
   assert by_rank(groups) == []
-  assert [one.label for one in groups] == ["LoRA, rank 2, q,v", "LoRA, rank 4, all linear"]
+  assert [group.label for group in groups] == ["LoRA, rank 2, q,v", "LoRA, rank 4, all linear"]
 
 
 def test_methods_by_the_pretraining_of_their_base(runs, tmp_path):
-  made = {}
+  variations = {}
   for tokens, lora, full in ((0, 9.0, 8.0), (1000, 7.5, 7.25), (2000, 6.0, 6.5)):
     start = {"model.start": "pretrained" if tokens else "random", "model.folder": f"base{tokens}"}
     for source, rate, loss in (("lora1", 1e-2, lora), ("lora1", 3e-2, 9.9), ("full", 1e-2, full)):
       name = f"{source}{tokens}{rate}"
       of_result = {"pretraining_tokens": tokens, "valid_loss": loss}
-      made[name] = changed(
+      variations[name] = changed(
         runs / source, tmp_path / name, {**start, "optimizer.learning_rate": rate}, of_result
       )
-  text = report([*made.values(), runs / "frozen"], tmp_path / "r")
+  text = report([*variations.values(), runs / "frozen"], tmp_path / "r")
   lora, full = "LoRA, rank 4, all linear", "full fine-tuning"
-  found = rows(text, "By pretraining")
-  assert list(found["0"]) == ["pretraining tokens"] + [
+  cells = rows(text, "By pretraining")
+  assert list(cells["0"]) == ["pretraining tokens"] + [
     f"{label}: {value}" for value in ("valid loss", "BLEU") for label in (lora, full)
   ]
-  losses = [[row[f"{label}: valid loss"] for label in (lora, full)] for row in found.values()]
+  losses = [[row[f"{label}: valid loss"] for label in (lora, full)] for row in cells.values()]
   assert losses == [["9.000", "8.000"], ["7.500", "7.250"], ["6.000", "6.500"]]
-  (gap,) = compare(read_runs([made["full10000.01"]])[0], read_runs([made["lora110000.01"]])[0][0])
+  (gap,) = compare(
+    read_runs([variations["full10000.01"]])[0], read_runs([variations["lora110000.01"]])[0][0]
+  )
   assert gap["bleu"] is not None
   gaps = rows(text, "Full fine-tuning against the other methods, by pretraining")
   assert gaps["1,000 tokens"][lora].startswith(f"{gap['bleu'].difference:+.2f} [")
 
 
 def test_a_rank_is_shown_at_its_best_rate(runs, tmp_path):
-  made = {  # alpha / rank is the same in all of them
+  variations = {  # alpha / rank is the same in all of them
     "slow": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 1e-3}, 7.5),
     "fast": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 5e-3}, 9.5),
   }
-  for name, (config, loss) in made.items():
+  for name, (config, loss) in variations.items():
     changed(runs / "lora1", tmp_path / name, config, {"valid_loss": loss})
-  text = report([*map(tmp_path.joinpath, made), runs / "lora1"], tmp_path / "r")
-  found = rows(text, "By rank")
-  assert [(rank, row["learning rate"]) for rank, row in found.items()] == [
+  text = report([*map(tmp_path.joinpath, variations), runs / "lora1"], tmp_path / "r")
+  cells = rows(text, "By rank")
+  assert [(rank, row["learning rate"]) for rank, row in cells.items()] == [
     ("4", "0.01"),
     ("64", "0.001"),
   ]
-  assert found["64"]["valid loss"] == "7.500"
+  assert cells["64"]["valid loss"] == "7.500"
   assert next(iter(rows(text, "Results"))).startswith("LoRA, rank 4")
 
 
@@ -301,22 +303,22 @@ def sweep_of_rates(runs, root):
 
 def test_a_sweep_of_learning_rates(runs, tmp_path):
   """The losses fall from run to run, so that the last rate of each method is its best."""
-  given = sweep_of_rates(runs, tmp_path / "rates")
-  text = report(given, tmp_path / "r")
-  found = rows(text, "By learning rate")
-  assert len(found) == len(e2e_budgets.ARMS) * len(e2e_budgets.BASES)
-  for cells in found.values():
+  folders_of_rates = sweep_of_rates(runs, tmp_path / "rates")
+  text = report(folders_of_rates, tmp_path / "r")
+  table = rows(text, "By learning rate")
+  assert len(table) == len(e2e_budgets.ARMS) * len(e2e_budgets.BASES)
+  for cells in table.values():
     assert sum(cell.startswith("**") for cell in cells.values()) == 1
-  best = found["LoRA, q,v, base of 2,000,000 tokens"]
+  best = table["LoRA, q,v, base of 2,000,000 tokens"]
   assert best["0.1"].startswith("**")
   assert best["0.001"] == ""
-  assert found["full fine-tuning, base of 0 tokens"]["0.01"].startswith("**")
+  assert table["full fine-tuning, base of 0 tokens"]["0.01"].startswith("**")
   assert "At an end of the rates that were tried: " in text
   assert "Table 3" not in text
   assert "BLEU" not in text
   assert (tmp_path / "r.png").stat().st_size > 10_000
   with pytest.raises(ValueError, match="none of the runs has decoded any"):
-    report(given, tmp_path / "r", against=given[0])
+    report(folders_of_rates, tmp_path / "r", against=folders_of_rates[0])
 
 
 def test_seeds_are_not_learning_rates(runs):
@@ -326,7 +328,9 @@ def test_seeds_are_not_learning_rates(runs):
 def test_labels_name_the_rate_if_nothing_else_differs(runs, tmp_path):
   change = {"optimizer.learning_rate": 0.5}
   folder = changed(runs / "lora1", tmp_path / "r", change, {})
-  labels = [one.label for one in group_runs(read_runs([runs / "lora1", folder, runs / "full"])[0])]
+  labels = [
+    group.label for group in group_runs(read_runs([runs / "lora1", folder, runs / "full"])[0])
+  ]
   rate = configs.get_config().optimizer.learning_rate
   assert labels == [f"LoRA, rate {rate:g}", "LoRA, rate 0.5", "full fine-tuning"]
 
@@ -340,17 +344,17 @@ def test_methods_ignore_unused_settings(runs, tmp_path):
 def test_csv_and_plot(runs, tmp_path):
   report(folders(runs), tmp_path / "r")
   with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
-    found = list(csv.DictReader(file))
-  ours = [row for row in found if row["source"] == "runs"]
-  assert ours[0]["run"] == "LoRA, rank 4"
+    lines = list(csv.DictReader(file))
+  groups = [row for row in lines if row["source"] == "runs"]
+  assert groups[0]["run"] == "LoRA, rank 4"
   values = [result(runs, name)["valid_loss"] for name in ("lora1", "lora2")]
-  assert float(ours[0]["valid_loss"]) == np.mean(values)
-  assert float(ours[0]["valid_loss_deviation"]) == pytest.approx(np.std(values, ddof=1))
+  assert float(groups[0]["valid_loss"]) == np.mean(values)
+  assert float(groups[0]["valid_loss_deviation"]) == pytest.approx(np.std(values, ddof=1))
   interval = result(runs, "rank8")["intervals"]["nist"]
-  assert [float(ours[1][f"nist_{end}"]) for end in ("low", "high")] == interval
-  assert ours[0]["meteor"] == ours[0]["meteor_low"] == ours[1]["valid_loss_deviation"] == ""
-  assert sum(row["source"] == "paper, Table 3" for row in found) == 12
-  assert {row["rank"] for row in found if row["source"] == "paper, Table 18"} > {"1", "1024"}
+  assert [float(groups[1][f"nist_{end}"]) for end in ("low", "high")] == interval
+  assert groups[0]["meteor"] == groups[0]["meteor_low"] == groups[1]["valid_loss_deviation"] == ""
+  assert sum(row["source"] == "paper, Table 3" for row in lines) == 12
+  assert {row["rank"] for row in lines if row["source"] == "paper, Table 18"} > {"1", "1024"}
   assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
   assert (tmp_path / "r.png").stat().st_size > 10_000
 

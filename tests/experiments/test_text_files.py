@@ -40,7 +40,7 @@ CASES = {  # tokenizer_config.json, other files, the user's own template
 @pytest.fixture(params=CASES)
 def exported(request, tmp_path):
   """Returns an adapter's folder, a merged folder, and a training's tokenizer and template."""
-  config, files, own = CASES[request.param]
+  config, files, user_template = CASES[request.param]
   base = shutil.copytree(tiny_folder(), tmp_path / "base")
   (base / "tokenizer_config.json").unlink(missing_ok=True)
   if config is not None:
@@ -49,9 +49,9 @@ def exported(request, tmp_path):
   for name, text in (files | {"generation_config.json": json.dumps(settings)}).items():
     (base / name).write_text(text)
   tokenizer = load_tokenizer(base)
-  template = ChatTemplate(own) if own else load_chat_template(base)
+  template = ChatTemplate(user_template) if user_template else load_chat_template(base)
   special = {"eos_token": END} | read_special_tokens(base)
-  written = text_files(base, tokenizer, (0, 0, 5), own)
+  written = text_files(base, tokenizer, (0, 0, 5), user_template)
   write_with(written, tmp_path / "peft", lambda path: path.mkdir())
   write_with(written, tmp_path / "merged", lambda path: shutil.copytree(base, path))
   folders = tmp_path / "peft", tmp_path / "merged"
@@ -75,11 +75,11 @@ def test_transformers_renders_and_stops_as_in_training(exported):
   folders, tokenizer, template = exported
   expected = render_chat(template, MESSAGES, add_generation_prompt=True)
   for folder in folders:
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    peer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = peer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert text == expected
-    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text).ids
-    assert theirs.eos_token == END
+    assert peer(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text).ids
+    assert peer.eos_token == END
     assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [0, 5]
 
 
@@ -113,12 +113,12 @@ def test_a_tokenizer_of_another_format_is_kept_and_written_as_json(tmp_path):
   merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
   (base / "vocab.json").write_text(json.dumps(model["vocab"]))
   (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-  again = load_tokenizer(base)
-  files = text_files(base, again, (0,), OWN)
+  reloaded = load_tokenizer(base)
+  files = text_files(base, reloaded, (0,), OWN)
   assert {"vocab.json", "merges.txt", "tokenizer.json", "chat_template.jinja"} <= set(files)
   write_with(files, tmp_path / "peft", lambda path: path.mkdir())
   text = "Is it näive? 42"
-  assert load_tokenizer(tmp_path / "peft").encode(text).ids == again.encode(text).ids
+  assert load_tokenizer(tmp_path / "peft").encode(text).ids == reloaded.encode(text).ids
 
 
 def test_nothing_is_left_if_writing_fails(tmp_path):

@@ -129,8 +129,8 @@ def renamed(*pairs):
   """Returns a change of names, by replacement of substrings."""
 
   def change(arrays):
-    for old, new in pairs:
-      arrays = {name.replace(old, new): array for name, array in arrays.items()}
+    for substring, replacement in pairs:
+      arrays = {name.replace(substring, replacement): array for name, array in arrays.items()}
     return arrays
 
   return change

@@ -98,8 +98,8 @@ def test_experts_are_merged_in_the_format_of_their_folder(name, scan_layers, tmp
   adapted, config, trainable = adapt(model, target=r".*/(experts/\w+|query/kernel)")
   save_merged(tmp_path / "new", model.folder, config, trainable, stored, model.params)
   expected = jax.jit(adapted.apply)(model.params, trainable, TOKENS)
-  again = load_causal_lm(tmp_path / "new")
-  assert relative_difference(run(again.module, again.params, TOKENS), expected) < 1e-5
+  reloaded = load_causal_lm(tmp_path / "new")
+  assert relative_difference(run(reloaded.module, reloaded.params, TOKENS), expected) < 1e-5
   assert set(files_of(tmp_path / "new")) == set(files_of(model.folder))
 
 
@@ -118,11 +118,11 @@ def test_a_merged_folder_computes_what_the_adapted_model_does(name, case, tmp_pa
   adapted, config, trainable = adapt(model, **settings)
   errors = save(tmp_path / "new", model, config, trainable)
   expected = jax.jit(adapted.apply)(model.params, trainable, TOKENS)
-  again = load_causal_lm(tmp_path / "new", scan_layers=scan_layers)
+  reloaded = load_causal_lm(tmp_path / "new", scan_layers=scan_layers)
   assert relative_difference(run(model.module, model.params, TOKENS), expected) > 1e-2
-  assert relative_difference(run(again.module, again.params, TOKENS), expected) < 1e-5
+  assert relative_difference(run(reloaded.module, reloaded.params, TOKENS), expected) < 1e-5
   merged = jax.jit(adapted.merge)(model.params, trainable)
-  assert relative_difference(again.params, merged) < 1e-6
+  assert relative_difference(reloaded.params, merged) < 1e-6
   assert set(errors.values()) == {0.0}, "float32 is not rounded"
 
 
@@ -158,9 +158,9 @@ def test_the_bases_dtype_is_kept_and_rounding_reported(folder, dtype, tmp_path):
   errors = save(tmp_path / "new", model, config, trainable)
   assert {array.dtype for array in files_of(tmp_path / "new").values()} == {np.dtype(dtype)}
   exact = jax.jit(adapted.merge)(model.params, trainable)
-  again = load_causal_lm(tmp_path / "new")
+  reloaded = load_causal_lm(tmp_path / "new")
   rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), exact)
-  assert relative_difference(again.params, rounded) < 1e-2 * jnp.finfo(dtype).eps
+  assert relative_difference(reloaded.params, rounded) < 1e-2 * jnp.finfo(dtype).eps
   narrow_params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.params)
   expected = lj.merge_error(adapted, narrow_params, trainable)
   assert errors.keys() == expected.keys()
@@ -191,9 +191,9 @@ def test_old_names_and_a_tied_head_that_is_written_out(tmp_path):
   model = load_causal_lm(base)
   adapted, config, trainable = adapt(model, target="wte/embedding")
   save(tmp_path / "new", model, config, trainable)
-  again = load_causal_lm(tmp_path / "new")  # which refuses a tied head that differs
+  reloaded = load_causal_lm(tmp_path / "new")  # which refuses a tied head that differs
   merged = jax.jit(adapted.merge)(model.params, trainable)
-  assert relative_difference(again.params, merged) < 1e-6
+  assert relative_difference(reloaded.params, merged) < 1e-6
 
 
 def test_an_encoder_without_its_head_from_a_folder_with_another(tmp_path):
@@ -207,8 +207,8 @@ def test_an_encoder_without_its_head_from_a_folder_with_another(tmp_path):
   adapted = lj.lora(functools.partial(run, Bert(encoder)), config)
   trainable = randomized(adapted.init(jax.random.key(0), params, TOKENS))
   save_merged(tmp_path / "new", base, config, trainable, stored_tensors(encoder), params)
-  again = load_bert(tmp_path / "new")[1]
-  jax.tree.map(np.testing.assert_array_equal, again, adapted.merge(params, trainable))
+  reloaded = load_bert(tmp_path / "new")[1]
+  jax.tree.map(np.testing.assert_array_equal, reloaded, adapted.merge(params, trainable))
   before, after = files_of(base), files_of(tmp_path / "new")
   changed = {name for name in before if np.any(before[name] != after[name])}
   assert "bert.encoder.layer.0.attention.output.LayerNorm.beta" in changed
@@ -221,14 +221,14 @@ def test_what_cannot_be_merged_leaves_nothing_behind(folder, tmp_path):
   with pytest.raises(FileExistsError, match="nothing is overwritten"):
     save(folder, model, config, trainable)
   other = load_causal_lm(GOLDEN / "llama" / "llama2")
-  given = (config, trainable, other.stored, other.params)
+  arguments = (config, trainable, other.stored, other.params)
   with pytest.raises(ValueError, match=r"mis-shaped: layers_0/attn/query/kernel/lora_b is \(3, 48"):
-    save_merged(tmp_path / "new", other.folder, *given)
-  given = (config, trainable, model.stored, model.params)
+    save_merged(tmp_path / "new", other.folder, *arguments)
+  arguments = (config, trainable, model.stored, model.params)
   with pytest.raises(ValueError, match=r"q_proj.weight: expected floats of shape .*, got F32 "):
-    save_merged(tmp_path / "new", other.folder, *given)
+    save_merged(tmp_path / "new", other.folder, *arguments)
   with pytest.raises(ValueError, match=r"q_proj.weight: expected floats of .*, got nothing"):
-    save_merged(tmp_path / "new", GOLDEN / "gpt2" / "tied", *given)
+    save_merged(tmp_path / "new", GOLDEN / "gpt2" / "tied", *arguments)
   narrow(folder, np.float16)
   huge = jax.tree.map(lambda x: 1e3 * x, trainable)
   with pytest.raises(ValueError, match=r"merged, it has values up to .* float16 cannot hold"):
@@ -240,12 +240,12 @@ def test_what_cannot_be_merged_leaves_nothing_behind(folder, tmp_path):
 @pytest.mark.parametrize("name", ["fused", "saved", "llama", "llama_saved"])
 def test_transformers_reads_merged_folders(name, tmp_path):
   transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-  of, _ = make_peft_golden.ADAPTERS[name]
-  model = load_causal_lm(GOLDEN / of)
+  base_name, _ = make_peft_golden.ADAPTERS[name]
+  model = load_causal_lm(GOLDEN / base_name)
   adapter = load_peft(make_peft_golden.GOLDEN / name, model.stored, model.params)
   save(tmp_path / "new", model, *adapter)
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
-  got = make_llama_golden.logits(theirs, make_peft_golden.tokens_of(of).astype(np.int64))
+  peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+  got = make_llama_golden.logits(peer, make_peft_golden.tokens_of(base_name).astype(np.int64))
   expected = load_file(make_peft_golden.GOLDEN / f"{name}.safetensors")["logits"]
   assert relative_difference(got, expected) < 1e-5
 

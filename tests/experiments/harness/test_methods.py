@@ -36,7 +36,7 @@ from tests.tiny_glue_run import tiny_config as tiny_glue
 
 def compared_names(source):
   """Returns the names of methods that a file compares with something, or looks up."""
-  found = []
+  result = []
   for node in ast.walk(ast.parse(source)):
     parts = []
     if isinstance(node, ast.Compare):
@@ -46,8 +46,8 @@ def compared_names(source):
     elif isinstance(node, ast.MatchValue):
       parts = [node.value]
     constants = [part for root in parts for part in ast.walk(root)]
-    found += [x.value for x in constants if isinstance(x, ast.Constant) and x.value in METHODS]
-  return found
+    result += [x.value for x in constants if isinstance(x, ast.Constant) and x.value in METHODS]
+  return result
 
 
 def test_methods_are_compared_by_name_nowhere_else():

@@ -38,13 +38,13 @@ def trained(folder, step=8):
 def test_what_follows_training_may_change_and_is_repeated(tmp_path):
   first = config(tmp_path)
   write = {"train_seconds": 99, "train_tokens": 7}
-  result, made = result_of(first)
-  assert made
+  result, is_new = result_of(first)
+  assert is_new
   write_json(tmp_path / "result.json", result | write)
   trained(tmp_path)
   other = config(tmp_path, **{"decoding.num_beams": 3})
-  result, made = result_of(other)
-  assert made
+  result, is_new = result_of(other)
+  assert is_new
   assert result == {"beams": 3, **write}  # training's own figures outlive the repetition
   assert json.loads((tmp_path / "config.json").read_text())["decoding"]["num_beams"] == 3
   assert result_of(other) == (result, False)

@@ -61,9 +61,9 @@ def test_names_and_shapes_are_pefts_and_read_back(window, tmp_path):
     "base_model.model.dense.lora_A.weight": (2, 8),
     "base_model.model.dense.lora_B.weight": (4, 2),
   }
-  again, loaded = load_peft(tmp_path / "peft", STORED, params)
+  lora, loaded = load_peft(tmp_path / "peft", STORED, params)
   expected = lj.lora(model, config).apply(params, trainable, images)
-  assert relative_difference(lj.lora(model, again).apply(params, loaded, images), expected) < 1e-5
+  assert relative_difference(lj.lora(model, lora).apply(params, loaded, images), expected) < 1e-5
   assert relative_difference(model(params, images), expected) > 1e-2
   with pytest.raises(ValueError, match=r"lora_A\.weight has shape .*, expected \(2, 3, .*7\)"):
     load_peft(tmp_path / "peft", STORED, base((*window[:-1], 7))[0])
@@ -87,33 +87,33 @@ def test_parity_with_peft_there_and_back(window, tmp_path):
       def forward(self, x):
         return self.dense(torch.nn.functional.gelu(self.conv(x)).flatten(2).mean(dim=2))
 
-    new = Net()
+    net_copy = Net()
     with torch.no_grad():
       kernel = np.moveaxis(np.asarray(params["conv"]["kernel"]), (-1, -2), (0, 1))
-      new.conv.weight.copy_(torch.tensor(kernel.copy()))
-      new.conv.bias.copy_(torch.tensor(np.asarray(params["conv"]["bias"])))
-      new.dense.weight.copy_(torch.tensor(np.asarray(params["dense"]["kernel"]).T.copy()))
-      new.dense.bias.copy_(torch.tensor(np.asarray(params["dense"]["bias"])))
-    return new, torch.tensor(np.moveaxis(np.asarray(images), -1, 1).copy())
+      net_copy.conv.weight.copy_(torch.tensor(kernel.copy()))
+      net_copy.conv.bias.copy_(torch.tensor(np.asarray(params["conv"]["bias"])))
+      net_copy.dense.weight.copy_(torch.tensor(np.asarray(params["dense"]["kernel"]).T.copy()))
+      net_copy.dense.bias.copy_(torch.tensor(np.asarray(params["dense"]["bias"])))
+    return net_copy, torch.tensor(np.moveaxis(np.asarray(images), -1, 1).copy())
 
   params, images = base(window)
   torch.manual_seed(0)
   lora = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["conv", "dense"])
   plain, inputs = net()
-  theirs = peft.get_peft_model(plain, lora).eval()
+  peer = peft.get_peft_model(plain, lora).eval()
   with torch.no_grad():
-    for name, parameter in theirs.named_parameters():
+    for name, parameter in peer.named_parameters():
       if "lora_B" in name:
         parameter.normal_()
-    expected = theirs(inputs).numpy()
-  theirs.save_pretrained(tmp_path / "theirs")
+    expected = peer(inputs).numpy()
+  peer.save_pretrained(tmp_path / "theirs")
   config, trainable = load_peft(tmp_path / "theirs", STORED, params)
   got = lj.lora(model, config).apply(params, trainable, images)
   assert relative_difference(got, jnp.asarray(expected)) < 1e-5
   merged = lj.lora(model, config).merge(params, trainable)
   assert relative_difference(model(merged, images), jnp.asarray(expected)) < 1e-5
   save_peft(tmp_path / "ours", config, trainable, STORED, params)
-  again = peft.PeftModel.from_pretrained(net()[0], tmp_path / "ours").eval()
+  reread = peft.PeftModel.from_pretrained(net()[0], tmp_path / "ours").eval()
   with torch.no_grad():
-    back = again(inputs).numpy()
+    back = reread(inputs).numpy()
   assert relative_difference(jnp.asarray(back), jnp.asarray(expected)) < 1e-5

@@ -44,7 +44,7 @@ def logits(name, adapter, scan_layers=False):
   return jax.jit(adapted.apply)(params, adapter[1], *inputs), merged
 
 
-def ours(name="gpt2/tied", scan_layers=False, **settings):
+def random_adapter(name="gpt2/tied", scan_layers=False, **settings):
   """Returns an adapter made here, of q and v by default, with random factors and magnitudes."""
   fn, params, _ = base(name, scan_layers)
   settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE, "variant": lj.DORA} | settings
@@ -73,12 +73,12 @@ def expected(name):
 @pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", golden.DORA)
 def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
-  of, _ = golden.DORA[name]
-  fn, params, tensors = base(of, scan_layers)
+  base_name, _ = golden.DORA[name]
+  fn, params, tensors = base(base_name, scan_layers)
   config, trainable = load_peft(golden.GOLDEN / name, tensors, params)
   assert config.variant is lj.DORA
-  assert relative_difference(fn(params, *inputs_of(of)), expected(name)) > 0.05
-  for got in logits(of, (config, trainable), scan_layers):
+  assert relative_difference(fn(params, *inputs_of(base_name)), expected(name)) > 0.05
+  for got in logits(base_name, (config, trainable), scan_layers):
     assert relative_difference(got, expected(name)) < 1e-5
   for node in adapter_weights(trainable).values():
     assert relative_difference(node.magnitude, jnp.sqrt(node.norm_squared)) > 0.1
@@ -96,10 +96,10 @@ def test_norms_are_those_of_a_new_adapter():
   """They are bit-identical, so that |V| is the same as in training."""
   _, params, tensors = base("gpt2/tied", scan_layers=True)
   _, trainable = load_peft(golden.GOLDEN / "dora_fused", tensors, params)
-  new = adapter_weights(ours(scan_layers=True)[1])
+  initialized = adapter_weights(random_adapter(scan_layers=True)[1])
   loaded = adapter_weights(trainable)
-  assert new.keys() < loaded.keys()
-  for path, node in new.items():
+  assert initialized.keys() < loaded.keys()
+  for path, node in initialized.items():
     np.testing.assert_array_equal(loaded[path].norm_squared, node.norm_squared)
     assert loaded[path].table == lj.DORA.table
 
@@ -116,8 +116,8 @@ def test_both_names_of_the_magnitude_are_read(suffix, tmp_path):
   assert relative_difference(logits("llama/llama3", adapter)[0], expected("dora")) < 1e-5
   peft = pytest.importorskip("peft", reason="peft is not installed")
   model = golden.base_model("llama/llama3")
-  theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
-  got = golden.logits(theirs, golden.tokens_of("llama/llama3"))
+  peer = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+  got = golden.logits(peer, golden.tokens_of("llama/llama3"))
   assert relative_difference(got, expected("dora")) < 1e-5
 
 
@@ -153,35 +153,35 @@ def test_peft_itself_agrees(case, tmp_path):
   name, settings = CASES[case]
   scan_layers = settings.get("scan_layers", False)
   _, params, tensors = base(name, scan_layers)
-  adapter = ours(name, **settings)
+  adapter = random_adapter(name, **settings)
   save_peft(tmp_path / "new", *adapter, tensors, params)
-  own = logits(name, adapter, scan_layers)[0]
+  reference = logits(name, adapter, scan_layers)[0]
   _, unrolled, tensors = base(name)  # adapted layers of a stack may differ in rank
   back = load_peft(tmp_path / "new", tensors, unrolled)
-  assert relative_difference(logits(name, back)[0], own) < 1e-5
+  assert relative_difference(logits(name, back)[0], reference) < 1e-5
   peft = pytest.importorskip("peft", reason="peft is not installed")
-  theirs = peft.PeftModel.from_pretrained(golden.base_model(name), tmp_path / "new").eval()
-  for model in (theirs, theirs.merge_and_unload()):
-    assert relative_difference(golden.logits(model, *parity.inputs_of(name)), own) < 1e-5
+  peer = peft.PeftModel.from_pretrained(golden.base_model(name), tmp_path / "new").eval()
+  for model in (peer, peer.merge_and_unload()):
+    assert relative_difference(golden.logits(model, *parity.inputs_of(name)), reference) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 @pytest.mark.parametrize("name", golden.DORA)
 def test_peft_reads_its_own_adapters_from_our_files(name, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
-  of, _ = golden.DORA[name]
-  _, params, tensors = base(of)
+  base_name, _ = golden.DORA[name]
+  _, params, tensors = base(base_name)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
   save_peft(tmp_path / "new", *adapter, tensors, params)
-  theirs = peft.PeftModel.from_pretrained(golden.base_model(of), tmp_path / "new").eval()
-  got = golden.logits(theirs, *parity.inputs_of(of))
+  peer = peft.PeftModel.from_pretrained(golden.base_model(base_name), tmp_path / "new").eval()
+  got = golden.logits(peer, *parity.inputs_of(base_name))
   assert relative_difference(got, expected(name)) < 1e-5
 
 
 def test_a_part_that_is_not_adapted_has_the_norms_of_its_weight(tmp_path):
   """If q and v of c_attn are adapted, k has zeros in B and |W| as its magnitude."""
   _, params, tensors = base("gpt2/tied")
-  save_peft(tmp_path / "new", *ours(), tensors, params)
+  save_peft(tmp_path / "new", *random_adapter(), tensors, params)
   arrays = load_file(tmp_path / "new" / WEIGHTS)
   for i in range(2):
     assert arrays[FUSED.format(i, "lora_A.weight")].shape == (4, 32)
@@ -203,7 +203,7 @@ def test_where_the_base_models_weights_are_needed(tmp_path):
     load_peft(golden.GOLDEN / "dora_fused", tensors, shapes)
   message = r"h_0/attn/key/kernel is a part of transformer\.h\.0\.attn\.c_attn .* not adapted: DoRA"
   with pytest.raises(ValueError, match=message):
-    save_peft(tmp_path / "new", *ours(), tensors, shapes)
+    save_peft(tmp_path / "new", *random_adapter(), tensors, shapes)
   assert not list(tmp_path.iterdir())
   adapter = load_peft(golden.GOLDEN / "dora_fused", tensors, params)
   save_peft(tmp_path / "new", *adapter, tensors, shapes)
@@ -240,24 +240,24 @@ def test_what_peft_has_no_format_for(case, tmp_path):
   name, settings, message = REFUSED[case]
   _, params, tensors = base(name)
   with pytest.raises(ValueError, match=message):
-    save_peft(tmp_path / "new", *ours(name, **settings), tensors, params)
+    save_peft(tmp_path / "new", *random_adapter(name, **settings), tensors, params)
   assert not list(tmp_path.iterdir())
 
 
 def test_more_refusals(tmp_path):
   _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=r"servers read no DoRA: .*lora_jax\.convert.*save_merged"):
-    save_peft(tmp_path / "new", *ours(), tensors, params, for_server=True)
+    save_peft(tmp_path / "new", *random_adapter(), tensors, params, for_server=True)
   config = lj.LoraConfig(rank=2, alpha=6.0, target=QUERY_VALUE)
   with pytest.raises(ValueError, match=r"query/kernel is DoRA .*variant=\.\.\."):
-    save_peft(tmp_path / "new", config, ours()[1], tensors, params)
+    save_peft(tmp_path / "new", config, random_adapter()[1], tensors, params)
   with pytest.raises(ValueError, match=r"wte is the head too"):
-    save_peft(tmp_path / "new", *ours(target="wte/embedding"), tensors, params)
+    save_peft(tmp_path / "new", *random_adapter(target="wte/embedding"), tensors, params)
   name = "llama/mixtral"
   config, params = llama_folder.load_llama(golden.MODELS / name)
   published = llama_folder.stored_tensors(config, published=True)
   with pytest.raises(ValueError, match=r"no DoRA of .*block_sparse_moe\.experts\.0\.w1"):
-    save_peft(tmp_path / "new", *ours(name, target=EXPERTS), published, params)
+    save_peft(tmp_path / "new", *random_adapter(name, target=EXPERTS), published, params)
   assert not list(tmp_path.iterdir())
 
 
@@ -289,7 +289,7 @@ def test_dora_of_published_experts_is_read(scan_layers, tmp_path):
   name = "llama/mixtral"
   config, params = llama_folder.load_llama(golden.MODELS / name, scan_layers=scan_layers)
   tensors = llama_folder.stored_tensors(config, published=True)
-  plain = ours(name, scan_layers, variant=None, target=EXPERTS)
+  plain = random_adapter(name, scan_layers, variant=None, target=EXPERTS)
   save_peft(tmp_path / "new", *plain, tensors, params)
   arrays = load_file(tmp_path / "new" / WEIGHTS)
   draw = np.random.default_rng(1).uniform

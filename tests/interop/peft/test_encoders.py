@@ -62,12 +62,12 @@ def expected(name):
   ("name", "scan_layers"), [*((name, False) for name in golden.ENCODERS), ("bert", True)]
 )
 def test_logits_and_files_are_pefts(name, scan_layers, tmp_path):
-  of, _ = golden.ENCODERS[name]
-  config, params, tensors = base(of, scan_layers)
+  base_name, _ = golden.ENCODERS[name]
+  config, params, tensors = base(base_name, scan_layers)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
-  plain = model(config)(params, *inputs_of(of))
+  plain = model(config)(params, *inputs_of(base_name))
   assert relative_difference(plain, expected(name)) > 0.05, "the adapter changes next to nothing"
-  for got in logits(of, adapter, scan_layers):
+  for got in logits(base_name, adapter, scan_layers):
     assert relative_difference(got, expected(name)) < 1e-5
   save_peft(tmp_path / "new", *adapter, tensors, params)
   first, second = (
@@ -97,29 +97,29 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", BASES)
 def test_peft_itself_agrees(kind, case, tmp_path):
-  of, (settings, task) = BASES[kind], CASES[case]
-  config, params, tensors = base(of)
+  base_name, (settings, task) = BASES[kind], CASES[case]
+  config, params, tensors = base(base_name)
   lora_config = lj.LoraConfig(**{"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings)
   adapted = lj.lora(model(config), lora_config)
-  trainable = randomized(adapted.init(jax.random.key(0), params, *inputs_of(of)))
+  trainable = randomized(adapted.init(jax.random.key(0), params, *inputs_of(base_name)))
   save_peft(tmp_path / "new", lora_config, trainable, tensors, params)
-  own = logits(of, (lora_config, trainable))[0]
+  reference = logits(base_name, (lora_config, trainable))[0]
   back = load_peft(tmp_path / "new", tensors, params)
-  assert relative_difference(logits(of, back)[0], own) < 1e-5
+  assert relative_difference(logits(base_name, back)[0], reference) < 1e-5
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
   whole = task or (kind != "roberta" and "part" in case and "SEQ_CLS") or None
   assert written["task_type"] == whole
   peft = pytest.importorskip("peft", reason="peft is not installed")
-  theirs = peft.PeftModel.from_pretrained(golden.base_model(of), tmp_path / "new").eval()
-  assert relative_difference(golden.logits(theirs, *golden.inputs_of(of)), own) < 1e-5
+  peer = peft.PeftModel.from_pretrained(golden.base_model(base_name), tmp_path / "new").eval()
+  assert relative_difference(golden.logits(peer, *golden.inputs_of(base_name)), reference) < 1e-5
 
 
 def test_a_module_that_transformers_never_calls_is_refused(tmp_path):
   """PEFT's adapter of DeBERTa's relative positions changes nothing; ours would."""
-  of = "deberta/one_term"
-  config, params, tensors = base(of)
+  base_name = "deberta/one_term"
+  config, params, tensors = base(base_name)
   lora_config = lj.LoraConfig(rank=2, alpha=4.0, target="relative_embedding/embedding")
   adapted = lj.lora(model(config), lora_config)
-  trainable = adapted.init(jax.random.key(0), params, *inputs_of(of))
+  trainable = adapted.init(jax.random.key(0), params, *inputs_of(base_name))
   with pytest.raises(ValueError, match=r"rel_embeddings but never calls the module"):
     save_peft(tmp_path / "new", lora_config, trainable, tensors, params)

@@ -62,12 +62,12 @@ def expected(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_logits_are_pefts(name):
-  of, _ = golden.ADAPTERS[name]
-  config, params, tensors = base(of)
+  base_name, _ = golden.ADAPTERS[name]
+  config, params, tensors = base(base_name)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
-  plain = model(config)(params, jnp.asarray(golden.tokens_of(of)))
+  plain = model(config)(params, jnp.asarray(golden.tokens_of(base_name)))
   assert relative_difference(plain, expected(name)) > 0.05, "the adapter changes next to nothing"
-  for got in logits(of, adapter):
+  for got in logits(base_name, adapter):
     assert relative_difference(got, expected(name)) < 1e-5
 
 
@@ -90,8 +90,8 @@ def test_logits_are_pefts_with_stacked_layers(name):
 )
 def test_there_and_back(name, scan_layers, tmp_path):
   """Parts of a fused weight that share A become one again, as in PEFT's own file."""
-  of, _ = golden.ADAPTERS[name]
-  _, params, tensors = base(of, scan_layers)
+  base_name, _ = golden.ADAPTERS[name]
+  _, params, tensors = base(base_name, scan_layers)
   adapter = load_peft(golden.GOLDEN / name, tensors, params)
   save_peft(tmp_path / "new", *adapter, tensors, params)
   first, second = (
@@ -102,11 +102,11 @@ def test_there_and_back(name, scan_layers, tmp_path):
     assert list(first) == list(second)
     for key, array in first.items():
       np.testing.assert_array_equal(second[key], array)
-  for got in logits(of, load_peft(tmp_path / "new", tensors, params), scan_layers):
+  for got in logits(base_name, load_peft(tmp_path / "new", tensors, params), scan_layers):
     assert relative_difference(got, expected(name)) < 1e-5
 
 
-def ours(name="gpt2/tied", scan_layers=False, **settings):
+def random_adapter(name="gpt2/tied", scan_layers=False, **settings):
   """Returns an adapter made here, of q and v by default, with different factors everywhere."""
   config, params, _ = base(name, scan_layers)
   settings = {"rank": 2, "alpha": 6.0, "target": QUERY_VALUE} | settings
@@ -130,7 +130,7 @@ CASES = {
 def test_ours_as_pefts(case, tmp_path):
   """Of separate q and v, ranks add up on the fused weight: q's rows, k's zeros, v's rows."""
   scan_layers = CASES[case].get("scan_layers", False)
-  adapter = ours(**CASES[case])
+  adapter = random_adapter(**CASES[case])
   _, params, tensors = base("gpt2/tied", scan_layers)
   save_peft(tmp_path / "new", *adapter, tensors, params, base_model="golden/tied")
   back = load_peft(tmp_path / "new", tensors, params)
@@ -155,13 +155,13 @@ def test_ours_as_pefts(case, tmp_path):
 def test_peft_itself_agrees(case, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
   _, params, tensors = base("gpt2/tied")
-  adapter = ours(**CASES[case])
+  adapter = random_adapter(**CASES[case])
   for name, for_server in (("new", False), ("server", True)):
     if for_server and "extra" in CASES[case]:
       continue
     save_peft(tmp_path / name, *adapter, tensors, params, for_server=for_server)
-    theirs = peft.PeftModel.from_pretrained(golden.base_model("gpt2/tied"), tmp_path / name).eval()
-    got = golden.logits(theirs, golden.tokens_of("gpt2/tied"))
+    peer = peft.PeftModel.from_pretrained(golden.base_model("gpt2/tied"), tmp_path / name).eval()
+    got = golden.logits(peer, golden.tokens_of("gpt2/tied"))
     assert relative_difference(got, logits("gpt2/tied", adapter)[0]) < 1e-5
 
 
@@ -181,7 +181,7 @@ def test_experts_there_and_back(scan_layers, published, tmp_path):
   """Gate and up are in PEFT's fused parameter, or have the names of published folders."""
   name = "llama/mixtral"
   config, params, _ = base(name, scan_layers)
-  adapter = ours(name, scan_layers, rules=[lj.LoraRule(".*/up", rank=3)], **EXPERTS)
+  adapter = random_adapter(name, scan_layers, rules=[lj.LoraRule(".*/up", rank=3)], **EXPERTS)
   tensors = llama_folder.stored_tensors(config, published=published)
   save_peft(tmp_path / "new", *adapter, tensors, params, for_server=published)
   back = load_peft(tmp_path / "new", tensors, params)
@@ -208,7 +208,7 @@ def test_an_adapter_of_some_experts(published, tmp_path):
   name = "llama/mixtral"
   config, params, _ = base(name)
   rule = lj.LoraRule(".*/down", stacked_layers=[1, 2])
-  adapter = ours(name, rules=[rule], **EXPERTS | {"target": "layers_0/mlp/experts/down"})
+  adapter = random_adapter(name, rules=[rule], **EXPERTS | {"target": "layers_0/mlp/experts/down"})
   tensors = llama_folder.stored_tensors(config, published=published)
   save_peft(tmp_path / "new", *adapter, tensors, params)
   back = load_peft(tmp_path / "new", tensors, params)
@@ -226,19 +226,19 @@ def test_peft_itself_agrees_about_experts(published, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
   name = "llama/mixtral"
   config, params, _ = base(name)
-  adapter = ours(name, **EXPERTS)
+  adapter = random_adapter(name, **EXPERTS)
   tensors = llama_folder.stored_tensors(config, published=published)
   save_peft(tmp_path / "new", *adapter, tensors, params)
-  theirs = peft.PeftModel.from_pretrained(golden.base_model(name), tmp_path / "new").eval()
+  peer = peft.PeftModel.from_pretrained(golden.base_model(name), tmp_path / "new").eval()
   tokens = golden.tokens_of(name)
-  for got in (golden.logits(theirs, tokens), golden.logits(theirs.merge_and_unload(), tokens)):
+  for got in (golden.logits(peer, tokens), golden.logits(peer.merge_and_unload(), tokens)):
     assert relative_difference(got, logits(name, adapter)[0]) < 1e-5
 
 
 def test_the_format_for_servers(tmp_path):
   """It has one rank and one alpha, and only the published fields."""
   _, params, tensors = base("gpt2/tied")
-  adapter = ours(**CASES["rules"])
+  adapter = random_adapter(**CASES["rules"])
   save_peft(tmp_path / "new", *adapter, tensors, params, for_server=True)
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
   assert (written["r"], written["lora_alpha"]) == (5, 6)
@@ -248,7 +248,7 @@ def test_the_format_for_servers(tmp_path):
   assert {min(array.shape) for array in arrays.values()} == {5}
   got = logits("gpt2/tied", load_peft(tmp_path / "new", tensors, params))[0]
   assert relative_difference(got, logits("gpt2/tied", adapter)[0]) < 1e-5
-  adapter = ours(extra="ln_f/.*")
+  adapter = random_adapter(extra="ln_f/.*")
   with pytest.raises(ValueError, match="servers read no fully trained leaves: ln_f/bias"):
     save_peft(tmp_path / "other", *adapter, tensors, params, for_server=True)
 
@@ -265,7 +265,7 @@ def test_the_format_for_servers(tmp_path):
 def test_alpha_is_not_folded_into_b(name, settings, rank, alpha, tmp_path):
   """As long as one scaling holds for all modules, B is written as it was trained."""
   _, params, tensors = base(name)
-  config, trainable = ours(name, **settings)
+  config, trainable = random_adapter(name, **settings)
   for form in (False, True):
     save_peft(tmp_path / str(form), config, trainable, tensors, params, for_server=form)
     written = json.loads((tmp_path / str(form) / "adapter_config.json").read_text())
@@ -286,7 +286,7 @@ def test_the_keys_that_servers_read(tmp_path):
   config, params, tensors = base("llama/llama3")
   save_peft(
     tmp_path / "new",
-    *ours("llama/llama3", target=r".*/attn/(query|out)/kernel"),
+    *random_adapter("llama/llama3", target=r".*/attn/(query|out)/kernel"),
     tensors,
     params,
     base_model="meta-llama/Meta-Llama-3-8B",
@@ -313,14 +313,14 @@ def test_the_keys_that_servers_read(tmp_path):
 def test_what_peft_has_no_format_for(tmp_path):
   _, params, tensors = base("gpt2/tied")
   with pytest.raises(ValueError, match=r"PEFT trains all biases, .* has transformer\.h\.0\.attn"):
-    save_peft(tmp_path / "new", *ours(extra="h_0/attn/out/bias"), tensors, params)
+    save_peft(tmp_path / "new", *random_adapter(extra="h_0/attn/out/bias"), tensors, params)
   with pytest.raises(ValueError, match=r"transformer.ln_f has ln_f/bias, ln_f/scale, of which"):
-    save_peft(tmp_path / "new", *ours(extra="ln_f/scale"), tensors, params)
+    save_peft(tmp_path / "new", *random_adapter(extra="ln_f/scale"), tensors, params)
   with pytest.raises(ValueError, match=r"wte is the head too .* PEFT trains only the lookup"):
-    save_peft(tmp_path / "new", *ours(target="wte/embedding"), tensors, params)
+    save_peft(tmp_path / "new", *random_adapter(target="wte/embedding"), tensors, params)
   (tmp_path / "there").mkdir()
   with pytest.raises(FileExistsError, match="nothing is overwritten"):
-    save_peft(tmp_path / "there", *ours(), tensors, params)
+    save_peft(tmp_path / "there", *random_adapter(), tensors, params)
   assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
