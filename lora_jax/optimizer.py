@@ -38,7 +38,8 @@ def freeze(
       gradients, optimizer state and updates are constrained to (`lora_jax.shardings`); None
       leaves them to the compiler.
   Raises:
-    ValueError: if `optimizer` has no `init` and `update`, or `mask` is not a tree of bools with a True.
+    ValueError: if `optimizer` lacks `init` or `update`, or `mask` is not a tree of bools with a
+      True.
   """
   if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
     raise ValueError(f"optimizer must be an optax.GradientTransformation, got {optimizer!r:.100}")
