@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 SECONDS = 10.0  # of processor time, for all renderings of one conversation
 MEMORY = 2**29  # bytes, of the child
 MAX_CHARACTERS = 10**7  # of one rendered text
+READY = "ready\n"  # the child's first line
 START, END = "\ufdd0", "\ufdd1"  # around an assistant's text; Unicode keeps both free of text
 
 _lock = threading.Lock()
@@ -118,8 +119,12 @@ def _ask(request: str) -> str | None:
 
 
 def _start() -> subprocess.Popen[str]:
-  """Returns a new child; `-P` keeps this folder's modules from hiding others of their name."""
-  return subprocess.Popen(
+  """Returns a new child; `-P` keeps this folder's modules from hiding others of their name.
+
+  Raises:
+    RuntimeError: if it ends before it is ready, as without Jinja.
+  """
+  process = subprocess.Popen(
     [sys.executable, "-P", __file__],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -127,6 +132,20 @@ def _start() -> subprocess.Popen[str]:
     encoding="ascii",  # of JSON with its escapes
     start_new_session=True,  # Ctrl-C is the parent's
   )
+  assert process.stdout is not None
+  first = ""
+  try:
+    first = process.stdout.readline()
+  finally:  # also if interrupted
+    if first != READY:
+      process.kill()
+      process.communicate()
+  if first != READY:
+    raise RuntimeError(
+      f"{sys.executable} could not start to render chat templates; its own error is above. It "
+      "needs Jinja, as every Python with lora_jax's requirements has, on Linux or macOS"
+    )
+  return process
 
 
 @atexit.register
@@ -153,6 +172,7 @@ def serve() -> None:
 
   with contextlib.suppress(ValueError, OSError):  # macOS takes no such limit
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  print(READY, end="", flush=True)
   for line in sys.stdin:
     source, today, names, messages, jobs, seconds = json.loads(line)
     signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends the process

@@ -1,6 +1,7 @@
 """Chat templates: the text is transformers', with the assistant's segments."""
 
 import json
+import shutil
 from datetime import datetime
 
 import numpy as np
@@ -227,6 +228,15 @@ def test_a_template_without_end_is_stopped(name, monkeypatch):
     render_chat(ChatTemplate(ENDLESS[name]), TURNS[:1])
   monkeypatch.undo()
   assert render_chat(template("chatml"), TURNS[:1]).startswith("<|im_start|>user")
+
+
+def test_a_process_that_does_not_start_is_not_blamed_on_the_template(monkeypatch):
+  rendering._stop()
+  monkeypatch.setattr(rendering.sys, "executable", shutil.which("false"))
+  with pytest.raises(RuntimeError, match="false could not start to render chat templates"):
+    render_chat(template("chatml"), TURNS[:1])
+  monkeypatch.undo()
+  assert render_chat(template("chatml"), TURNS[:1])
 
 
 def test_an_interrupted_rendering_leaves_no_answer_behind(monkeypatch):
