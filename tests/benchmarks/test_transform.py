@@ -24,7 +24,7 @@ SMALL = [
 )
 def test_the_benchmark_prints_its_table_and_counts_equal_flops(form, ways, capsys, monkeypatch):
   monkeypatch.setattr(transform, "WAYS", ways)
-  options = transform.parse([*SMALL, "--forms", form])
+  options = transform.parse([*SMALL, "--layers", "1", "--forms", form])
   with jax.numpy_rank_promotion("allow"):
     results = {form: transform.measure(options, form)}
   transform.print_table(results)
@@ -73,7 +73,7 @@ def test_a_comparison_measures_the_package_of_the_checkout_that_it_names(tmp_pat
     transform.compare(options)
 
 
-def test_a_folder_without_the_package_is_no_checkout(tmp_path, capsys):
+def test_a_folder_without_the_package_is_refused(tmp_path, capsys):
   with pytest.raises(SystemExit):
     transform.parse(["--against", str(tmp_path)])
   assert "--against must be a checkout with lora_jax/ in it" in capsys.readouterr().err

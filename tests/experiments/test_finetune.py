@@ -1,4 +1,4 @@
-"""The finetune experiment: own lines and an own model in, an adapter that others read out."""
+"""The finetune experiment: a user's data and model in, an adapter for other packages out."""
 
 import json
 import math
@@ -110,6 +110,7 @@ def chats(chat_folder, tmp_path_factory):
   return finished_run(chat_folder, tmp_path_factory.mktemp("chats"), chats=True)
 
 
+@pytest.mark.long
 def test_a_model_with_a_sliding_window_over_several_devices(tmp_path):
   """Prompts are longer than the window, and as many are answered at once as devices share rows."""
   config = LlamaConfig(
@@ -279,7 +280,7 @@ def test_the_report_says_how_to_load_it(completions, capsys):
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(completions, tmp_path, monkeypatch):
-  """It is broken off in training, and once more after it."""
+  """It is interrupted during training, and once more after it."""
   config, result = completions
   step = result["num_train_steps"] // 2
   other = apply(config, {"workdir": str(tmp_path / "again"), "fit.checkpoint_every_steps": step})
@@ -305,7 +306,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(completions, tmp_path, monk
   resumed = finetune.run(other)
   assert resumed["valid_loss"] == result["valid_loss"]
   assert resumed["samples"] == result["samples"]
-  assert resumed["train_tokens"] == 0  # of this sitting
+  assert resumed["train_tokens"] == 0  # in this session
 
 
 def test_data_that_has_changed_since_a_run_was_finished(completions):
@@ -401,7 +402,7 @@ def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path
     finetune.run(config_of(chat_folder, data, tmp_path / "run2"))
 
 
-def test_too_few_lines(chat_folder, tmp_path):
+def test_too_few_examples(chat_folder, tmp_path):
   data = tmp_path / "mine.jsonl"
   data.write_text('{"prompt": "a", "completion": "b"}')
   with pytest.raises(ValueError, match="has 1 different prompts, of which 1 are held out"):
@@ -457,7 +458,7 @@ def test_a_dry_run_allocates_nothing_large(method, chat_folder, tmp_path, monkey
 
 
 def test_a_variant_of_lora(chat_folder, tmp_path, capsys):
-  """It needs its row alone, and a dry run no weights."""
+  """It needs only its row, and a dry run needs no weights."""
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "dora", "lora.target": "all-linear", "samples.count": 1}
   config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)

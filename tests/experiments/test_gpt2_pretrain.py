@@ -105,6 +105,7 @@ def test_prepared_text_is_made_once(finished, capsys):
   assert gpt2_pretrain.run(config) == result
 
 
+@pytest.mark.long
 def test_an_interrupted_run_resumes_to_the_same_bits(finished):
   root, config, result = finished
   config = apply(config, {"fit.checkpoint_every_steps": 5})
@@ -155,8 +156,8 @@ def test_text_must_be_given_and_be_enough(tmp_path):
     gpt2_pretrain.run(config)
 
 
-def test_operations_are_those_of_the_products():
-  """Of every product with a weight, 2 a weight; of attention, 4 T D a layer; backward twice."""
+def test_operations_are_those_of_the_matmuls():
+  """Per token 2 for each weight in a matmul, 4 T D for each layer's attention; backward twice."""
   config = configs.get_config()
   model = pretrained_config(read_config(PretrainConfig, config))
   dense = 6 * (4 * 256**2 + 2 * 256 * 1024) + 8192 * 256
