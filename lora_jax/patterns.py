@@ -7,6 +7,7 @@ lookarounds and flags; back references, atomic groups and possessive repeats are
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -34,12 +35,12 @@ def fullmatch(pattern: str, text: str) -> bool:
   Raises:
     ValueError: if the pattern is not a regular expression that can be matched in this way.
   """
-  return len(text) in compiled(pattern)(text, {0})
+  return compiled(pattern)(text)
 
 
 @functools.lru_cache(maxsize=4096)
-def compiled(pattern: str) -> Step:
-  """Returns a pattern as a function of positions.
+def compiled(pattern: str) -> Callable[[str], bool]:
+  """Returns a function that tells whether a pattern matches the whole of a text.
 
   Raises:
     ValueError: if it is not a regular expression, too long, or has a back reference or the like.
@@ -50,13 +51,15 @@ def compiled(pattern: str) -> Step:
     )
   try:
     parsed = _parser.parse(pattern)
-    return _sequence(parsed, _Context(parsed.state))
+    context = _Context(parsed.state)
+    step, ending = _sequence(parsed, context), _ending(parsed, context)
   except (re.error, OverflowError) as error:
     raise ValueError(f"{pattern!r} is not a regular expression for paths: {error}") from error
   except RecursionError:
     raise ValueError(
       f"{pattern[:40]!r}... is not a regular expression for paths: nested too deeply"
     ) from None
+  return lambda text: ending(text) and len(text) in step(text, {0})
 
 
 class _Context(NamedTuple):
@@ -109,6 +112,20 @@ def _characters(items: Sequence[Any], context: _Context) -> Step:
     return {hit.end() for start in starts if (hit := match(text, start))}
 
   return run
+
+
+def _ending(items: Iterable[Any], context: _Context) -> Callable[[str], bool]:
+  """Returns a quick test of a text's last characters, which most texts fail."""
+  items = list(items)
+  if items and str(items[-1][0]) == "SUBPATTERN":
+    _, added, removed, inner = items[-1][1]
+    return _ending(inner, context.group(added, removed))
+  one = (str(name) in _ONE_CHARACTER and str(name) != "AT" for name, _ in reversed(items))
+  length = sum(1 for _ in itertools.takewhile(bool, one))
+  if not length:
+    return lambda text: True
+  last = _characters(items[len(items) - length :], context)
+  return lambda text: len(text) >= length and bool(last(text, {len(text) - length}))
 
 
 def _step(name: str, value: Any, context: _Context) -> Step:
