@@ -152,7 +152,7 @@ def packed_batches(
   """Returns batches with as many examples in a row as fit; every example once an epoch.
 
   Args:
-    examples: as of `text.encode`.
+    examples: as in `text.encode`.
     batch_size: rows of a global batch. The last of an epoch is filled up with empty rows.
     row_length: T, tokens.
     loss_length: K, targets; see `suggest_loss_length`.

@@ -146,7 +146,7 @@ def bucketed_batches(
   """Returns batches of examples of similar length; every example exactly once an epoch.
 
   Args:
-    examples: as of `encode`.
+    examples: as in `encode`.
     batch_size: rows of a global batch. An epoch's last batch is filled up with empty rows.
     row_lengths: the lengths T to pad to, tokens; one program is compiled for each.
     seed: of the order, another one in each epoch: random, then sorted by length within windows,

@@ -162,7 +162,7 @@ class Rows:
   The end of the stream that does not fill a row is not used.
 
   Args:
-    stream: as of `encode_stream`.
+    stream: as in `encode_stream`.
     end_of_text: the token that starts a document.
     batch_size: B, rows.
     row_length: T, tokens.

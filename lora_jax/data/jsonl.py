@@ -143,7 +143,7 @@ def encode_chat_prompts(
   """Returns the tokens that answers are generated from.
 
   Args:
-    prompts: as of `chat.prompt_parts`.
+    prompts: as in `chat.prompt_parts`.
   Raises:
     ValueError: if the tokenizer cuts or pads, or has no tokens for a part within a text.
   """
@@ -197,7 +197,7 @@ def encode_rendered(
   tokens of each prompt. Where a token would join the end of a prompt to the answer, as " Hello"
   does after a prompt that ends with a space, the prompt and the rest are encoded separately.
 
-  A token is supervised if any of its text is. Arguments and errors as of `encode_completions`.
+  A token is supervised if any of its text is. Arguments and errors as in `encode_completions`.
   """
   where = [record.where for record in records]
   texts = [["".join(text for text, _ in part) for part in record.parts] for record in records]
@@ -279,7 +279,8 @@ def _within_texts(
   for i, text in enumerate(texts):
     if i not in encoded:
       raise ValueError(
-        f"{where[i]}: the tokenizer has no token of a line break or NUL alone before {text[:20]!r}"
+        f"{where[i]}: the tokenizer has no separate token for a line break or NUL before "
+        f"{text[:20]!r}"
       )
   return [encoded[i] for i in range(len(texts))]
 

@@ -197,7 +197,7 @@ def search_within(
   lengths: Int[Array, " B"],
   margin: int,
 ) -> Search:
-  """Continues a search while `margin` slots are free; other arguments as of `search_batch`."""
+  """Continues a search while `margin` slots are free; other arguments as in `search_batch`."""
   beams, limit, slots = config.num_beams, config.max_new_tokens, search.visible.shape[-1]
 
   def is_running(search: Search) -> Bool[Array, ""]:

@@ -45,8 +45,8 @@ def from_linen(
 
   Args:
     module: with the methods `extend` and `logits`, as `GPT2`.
-    make_cache: as of `CachedModel`.
-    max_positions: as of `CachedModel`.
+    make_cache: as in `CachedModel`.
+    max_positions: as in `CachedModel`.
   """
 
   def extend(params: PyTree, *args: Any) -> Any:

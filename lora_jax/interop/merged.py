@@ -197,7 +197,7 @@ def _changed(
   leaves: Mapping[str, Any],
   new_leaves: _NewLeaves,
 ) -> dict[str, StoredTensor]:
-  """Returns the tensors to write, by their names in the base's files.
+  """Returns the tensors to write, by their names in the base model's files.
 
   Raises:
     ValueError: if one is missing or misshapen, or a leaf is in no tensor.

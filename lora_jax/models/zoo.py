@@ -102,7 +102,7 @@ def load_causal_lm(
 
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
-    shardings: as of `load_gpt2`.
+    shardings: as in `load_gpt2`.
     param_dtype: to convert the weights to.
     **computation: fields of the family's config that the folder does not set: `dtype`,
       `scan_layers`, `remat`, `attention`.
@@ -124,7 +124,7 @@ def plan_causal_lm(
   Args:
     shardings: a function from the params' shapes to a tree of their shardings, or None.
 
-  Other arguments and errors as of `load_causal_lm`; the weights are not read.
+  Other arguments and errors as in `load_causal_lm`; the weights are not read.
   """
   folder, model_type, family = _find(name)
   config = family.read_config(folder, param_dtype=param_dtype, **computation)

@@ -276,8 +276,8 @@ class Checkpoints:
     label = f"the checkpoint of step {step} in {self.folder}"
     if about["base"] != base:
       raise ValueError(
-        f"{label} belongs to a base with fingerprint {about['base']}, and this one has {base}. "
-        "Load the base model that it was trained on, or give another workdir"
+        f"{label} belongs to a base model with fingerprint {about['base']}, and this one has "
+        f"{base}. Load the base model that it was trained on, or give another workdir"
       )
     arrays = _arrays(like)
     expected, stored = _shapes(arrays), about["shapes"]

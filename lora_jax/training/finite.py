@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop a run: which they are, and what to do."""
+"""Stops a run with numbers that are not finite, naming them and the remedy."""
 
 from collections.abc import Callable
 

@@ -56,7 +56,7 @@ class Window:
     self._diagnosis = diagnosis
     self._steps: list[tuple[int, StepMetrics]] = []
     self._timed_tokens = 0
-    self._compiled_speed = 0.0  # of the first step, compilation included; for a line of it alone
+    self._compiled_speed = 0.0  # of the first step, compilation included; if no other is timed
     self._compiled: tuple[int, float] | None = None  # the session's first step, and its end
     self.restart()
 

@@ -181,7 +181,7 @@ def _copy(leaf: Any) -> Any:
 
 
 def _buffers(leaf: Any) -> set[Any]:
-  """Returns what identifies a leaf's memory: its addresses, by device."""
+  """Returns the addresses of a leaf's memory, by device."""
   if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.size(leaf):
     return set()
   if not isinstance(leaf, jax.Array):

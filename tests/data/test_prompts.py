@@ -49,7 +49,7 @@ HEADS = (
   "[{r}]\t",
 )
 TAILS = ("EOS\n", "EOS", "\n", " ", "\n\n", "EOS ", "")
-REFUSALS = ("no token of a line break or NUL alone", "is supervised", "completion has no tokens")
+REFUSALS = ("no separate token for a line break", "is supervised", "completion has no tokens")
 TOKENIZERS = ("gpt2", "llama", "llama_legacy", "gemma", "deberta", "bert", "bert_cased", "roberta")
 
 

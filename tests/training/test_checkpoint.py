@@ -150,7 +150,7 @@ def test_if_all_checkpoints_are_damaged_an_error_says_so(tmp_path):
 def test_another_base_and_another_state_are_refused(tmp_path):
   saved(tmp_path, {1: 1.0})
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(ValueError, match=f"base with fingerprint {BASE}, and this one has other"):
+    with pytest.raises(ValueError, match=f"model with fingerprint {BASE}, and this one has other"):
       checkpoints.restore_last(state(), "other")
     smaller = state() | {"w": jnp.zeros((64, 2))}
     with pytest.raises(

@@ -175,7 +175,7 @@ def read(
     folder: of the benchmark; the task's own is in it.
     skip_malformed: whether lines that cannot be read are left out, and their number logged;
       otherwise they are an error. QQP's files are known to have some, which TFDS leaves out too.
-    any_size: whether another number of rows than was published is accepted, as of an excerpt.
+    any_size: whether another number of rows than was published is accepted, as in an excerpt.
   Raises:
     FileNotFoundError: if the file does not exist.
     ValueError: if a line cannot be read, naming file and line, or lines are missing.

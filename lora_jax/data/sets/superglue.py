@@ -99,7 +99,7 @@ def read(
     name: of the task.
     split: `train`, `validation` or `test`.
     folder: of the benchmark; the task's own is in it.
-    any_size: whether another number of lines than was published is accepted, as of an excerpt.
+    any_size: whether another number of lines than was published is accepted, as in an excerpt.
   Raises:
     FileNotFoundError: if the file does not exist.
     ValueError: if a line cannot be read, naming file and line, or lines are missing.

@@ -15,7 +15,7 @@ _FOLDERS = (  # pattern of a file or folder, and what it says of the folder
   ),
   (
     "pytorch_lora_weights.safetensors",
-    "it holds a LoRA of diffusers, for a model of images, which does not exist here",
+    "it holds a LoRA of diffusers, for a model of images, which lora_jax does not have",
   ),
   (
     "axes/metadata",
@@ -215,12 +215,12 @@ def _magnitudes(tensors: Mismatch) -> str:
   named = "lora_magnitude_vector"
   if any(named in n for n in tensors.unexpected) and not any(named in n for n in tensors.expected):
     return (
-      f"the file has {named}s, as of DoRA, but use_dora is not true in adapter_config.json. Take "
+      f"the file has {named}s, as in DoRA, but use_dora is not true in adapter_config.json. Take "
       "both files from one training"
     )
   if any(named in n for n in tensors.missing) and not any(named in n for n in tensors.stored):
     return (
-      f"use_dora is true in adapter_config.json, but the file has no {named}s, as of plain LoRA. "
+      f"use_dora is true in adapter_config.json, but the file has no {named}s, as in plain LoRA. "
       "Take both files from one training"
     )
   return ""

@@ -140,9 +140,9 @@ def read_config(
 
   Args:
     folder: with config.json and safetensors, from whose names the parts are known.
-    num_labels: of the head, as of `load_bert`.
+    num_labels: of the head, as in `load_bert`.
     new_head: whether to make a new head.
-    **computation: as of `load_bert`.
+    **computation: as in `load_bert`.
   Raises:
     FileNotFoundError: if config.json or weights are missing.
     ValueError: if it is not such a model, or needs an option that is not supported.

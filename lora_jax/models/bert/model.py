@@ -63,7 +63,7 @@ class BertConfig:
     layer_norm_epsilon: added to the variance.
     pad_id: the token that pads rows.
     pooler: whether there is one; BERT's head needs it, RoBERTa's has its own layer.
-    num_labels: L, outputs of the head: classes, or 1 for a regression; None is no head.
+    num_labels: L, outputs of the head: classes, or 1 for a regression; None for no head.
     hidden_dropout: dropout rate after the embeddings and each sublayer.
     attention_dropout: dropout rate of the attention's weights.
     head_dropout: dropout rate before the head's layers.
@@ -71,7 +71,7 @@ class BertConfig:
     param_dtype: of new parameters.
     scan_layers: stacks the layers' parameters (`layers/...` with a leading axis) and scans over
       them; otherwise they are `layers_0/...`, `layers_1/...`.
-    remat: as of `GPT2Config`.
+    remat: as in `GPT2Config`.
   """
 
   kind: Literal["bert", "roberta"] = "bert"

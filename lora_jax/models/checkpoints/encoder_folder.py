@@ -72,7 +72,7 @@ def stored_by_module(
 def head_size(
   fields: Mapping[str, Any], names: Iterable[str], num_labels: int | None, is_new: bool
 ) -> int | None:
-  """Returns the number of labels of a model's head; None is no head.
+  """Returns the number of labels of a model's head; None for no head.
 
   Args:
     fields: the contents of config.json.
@@ -131,7 +131,7 @@ def load_encoder(
     model: with its config.
     stored: the tensors that hold the leaves, by their names without the prefix.
     prefix: of the encoder's names in some files, removed first.
-    shardings: as of `load_params`.
+    shardings: as in `load_params`.
     ignored: whether a tensor of this name in the files is not read.
     new_parts: top-level names of the parts of the tree to initialize from the key.
     key: None if there are none.
@@ -169,7 +169,7 @@ def save_encoder(
   max_shard_bytes: int,
   labels: Sequence[str] | None,
 ) -> None:
-  """Writes a folder; arguments as of `save_bert`, and:
+  """Writes a folder; arguments as in `save_bert`, and:
 
   Args:
     stored: the tensors to write.

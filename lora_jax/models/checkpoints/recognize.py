@@ -1,4 +1,4 @@
-"""Recognizes the folders, files and tensors that are not a model as we read it, and says why."""
+"""Recognizes folders, files and tensors that are not a readable model, and says why."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -45,7 +45,7 @@ _FILES = (  # first bytes of a file, and its kind
   (b"GGUF", "a GGUF file of llama.cpp"),
   (b"PK\x03\x04", "a zip archive or a pickle of torch.save"),
   (b"\x80", "a pickle"),
-  (b"\x89HDF", "an HDF5 file, as of TensorFlow"),
+  (b"\x89HDF", "an HDF5 file, such as TensorFlow's"),
   (b"\x1f\x8b", "compressed by gzip: unpack it"),
 )
 _QUANTIZED = (  # names of tensors, and the method
@@ -152,8 +152,8 @@ def _renamed(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...
   missing = [name for name in expected if name not in stored]
   extra = [name for name in stored if name not in expected]
   for longer, shorter, text in (
-    (extra, missing, "the names in the files begin with {!r}, as of a wrapped or larger model"),
-    (missing, extra, "the names in the files lack the prefix {!r}, as of a model without a head"),
+    (extra, missing, "the names in the files begin with {!r}, as in a wrapped or larger model"),
+    (missing, extra, "the names in the files lack the prefix {!r}, as in a model without a head"),
   ):
     if not shorter:
       continue

@@ -89,7 +89,7 @@ def load_params(
 def broadcast(
   shardings: PyTree | Callable[[PyTree], PyTree] | None, shapes: PyTree
 ) -> dict[str, Any]:
-  """Returns a sharding or None for each leaf of `shapes`; arguments as of `load_params`."""
+  """Returns a sharding or None for each leaf of `shapes`; arguments as in `load_params`."""
   tree = shardings(shapes) if callable(shardings) else shardings
   return jax.tree.broadcast(tree, shapes, is_leaf=lambda x: x is None)
 

@@ -100,9 +100,9 @@ def load_deberta(
     name: a folder with config.json and safetensors, or a hub repository.
     num_labels: of the head; None takes the folder's head, or no head if it has none.
     key: initializes a new head of `num_labels` instead of the folder's. None makes nothing.
-    param_dtype: as of `load_bert`.
-    shardings: as of `load_bert`.
-    **computation: as of `load_bert`, and `pooler_dropout`.
+    param_dtype: as in `load_bert`.
+    shardings: as in `load_bert`.
+    **computation: as in `load_bert`, and `pooler_dropout`.
 
   Returns:
     The model's config and params, `Deberta(config).apply({"params": params}, tokens, mask)`.
@@ -149,7 +149,7 @@ def read_config(
 ) -> DebertaConfig:
   """Returns the config of the model in a local folder, with its head.
 
-  Arguments and errors as of `bert.folder.read_config`.
+  Arguments and errors as in `bert.folder.read_config`.
   """
   path, fields = read_model_json(folder, ["deberta-v2"])
   fields = DEFAULTS | {key: value for key, value in fields.items() if value is not None}
@@ -207,7 +207,7 @@ def save_deberta(
 ) -> None:
   """Writes a model as a new folder that `transformers` and `load_deberta` read.
 
-  Arguments and errors as of `save_bert`.
+  Arguments and errors as in `save_bert`.
   """
   terms = {"p2c": config.position_to_content, "c2p": config.content_to_position}
   fields = {

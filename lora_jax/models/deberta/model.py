@@ -75,10 +75,10 @@ class DebertaConfig:
     position_to_content: whether the scores have this term.
     share_kernels: whether distances use the tokens' query and key kernels.
     norm_distances: whether the distances' embeddings are normalized.
-    conv_size: tokens that the convolution spans, an odd number; None is no convolution.
+    conv_size: tokens that the convolution spans, an odd number; None for no convolution.
     conv_activation: of the convolution.
     pad_id: the token that pads rows.
-    num_labels: L, outputs of the head: classes, or 1 for a regression; None is no head.
+    num_labels: L, outputs of the head: classes, or 1 for a regression; None for no head.
     head_activation: between the head's layers.
     hidden_dropout: dropout rate after the embeddings, each sublayer and the distances' embeddings.
     attention_dropout: dropout rate of the attention's weights.
@@ -86,8 +86,8 @@ class DebertaConfig:
     head_dropout: dropout rate before the head's last layer.
     dtype: of the computation; softmax, normalization and the head's last layer are float32.
     param_dtype: of new parameters.
-    scan_layers: as of `BertConfig`.
-    remat: as of `GPT2Config`.
+    scan_layers: as in `BertConfig`.
+    remat: as in `GPT2Config`.
   """
 
   vocab_size: NumRows = 128100
@@ -142,7 +142,7 @@ class LayerInputs(NamedTuple):
   Attributes:
     distances: (R, D), their embeddings, twice the span.
     rows: (T, S), the row of each query's distance to each key.
-    conv: (B, T, D), added to the first layer's output; None is nothing.
+    conv: (B, T, D), added to the first layer's output; None adds nothing.
     conv_norm: the scale and bias of the norm after that.
     is_token: (B, T, 1), False for padding; None is True everywhere.
   """

@@ -184,7 +184,7 @@ def save_llama(
 ) -> None:
   """Writes a model as a new folder that `transformers` and `load_llama` read.
 
-  Arguments and errors as of `save_gpt2`.
+  Arguments and errors as in `save_gpt2`.
   """
   dtype = str(jnp.result_type(*jax.tree.leaves(params)))
   written = written_config(config, end_of_text_id) | {"torch_dtype": dtype}

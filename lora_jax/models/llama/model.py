@@ -94,7 +94,7 @@ class LlamaConfig:
     activation: of the MLP's gate, by Hugging Face's name: `silu` or `gelu_pytorch_tanh`.
     rms_norm_epsilon: added to the mean square.
     rope_theta: the base of the rotation's wavelengths.
-    rope_scaling: their scaling; None is none.
+    rope_scaling: their scaling; None for no scaling.
     qkv_bias: whether query, key and value have biases (Qwen 2).
     out_bias: whether attention's output has one.
     mlp_bias: whether the MLP has biases.
@@ -108,8 +108,8 @@ class LlamaConfig:
     param_dtype: of new parameters.
     scan_layers: stacks the layers' parameters (`layers/...` with a leading axis) and scans over
       them; otherwise they are `layers_0/...`, `layers_1/...`.
-    remat: as of `GPT2Config`.
-    attention: as of `GPT2Config`.
+    remat: as in `GPT2Config`.
+    attention: as in `GPT2Config`.
   """
 
   vocab_size: NumRows = 32000

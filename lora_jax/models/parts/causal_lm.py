@@ -58,7 +58,7 @@ class Context(NamedTuple):
       everywhere.
     index: the first cache slot to write.
     token_index: (B, T), the tokens of each row whose output is computed; None is all.
-    rotation: (B, T, H) cosines and sines that rotate queries and keys by position; None is none.
+    rotation: (B, T, H) cosines and sines that rotate queries and keys by position, or None.
   """
 
   mask: Any = None
@@ -117,7 +117,7 @@ class CausalLM(nn.Module):
     segment_ids: Int[Array, "B S"] | None = None,
     token_index: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Returns the normalized output of the last layer; arguments as of `__call__`.
+    """Returns the normalized output of the last layer; arguments as in `__call__`.
 
     Args:
       token_index: indices in each row of the tokens to return the output of; None is all. With

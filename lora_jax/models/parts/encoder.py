@@ -119,7 +119,7 @@ class Encoder(nn.Module):
     token_index: Int[Array, "B A"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B A D"]:
-    """Returns the output of the last layer; arguments as of `__call__`.
+    """Returns the output of the last layer; arguments as in `__call__`.
 
     Args:
       token_index: indices in each row of the tokens to return the output of; None is all. With

@@ -33,7 +33,7 @@ class MixtureConfig:
     experts_per_token: the number of experts that each token is routed to.
     renormalize: whether the weights of a token's experts are scaled to sum to 1.
     shared_dim: inner width of a shared expert for all tokens, gated by its own weight between 0 and
-      1 (Qwen 2); None is no such expert.
+      1 (Qwen 2); None for no such expert.
   """
 
   num_experts: NumExperts

@@ -37,7 +37,7 @@ class ChatTemplate:
   Attributes:
     source: the template, in Jinja.
     special_tokens: the tokens it may name, as `{"eos_token": "</s>"}`.
-    today: the date that it is told, which some templates write into every text; None: the day.
+    today: the date, which some templates write into every text; None is the current day.
   """
 
   source: str
@@ -120,9 +120,9 @@ def chat_parts(
   of the turn included.
 
   Args:
-    messages, variables: as of `render_chat`.
+    messages, variables: as in `render_chat`.
   Raises:
-    ValueError: as of `render_chat`, or if the prompt for an answer is not how the chat begins, or
+    ValueError: as in `render_chat`, or if the prompt for an answer is not a prefix of the chat, or
       the template has no blocks and writes earlier turns differently from the last.
   """
   answers = _answers(messages)
@@ -152,9 +152,9 @@ def prompt_parts(
   """Returns the prompt for the assistant's next answer, in the same parts as `chat_parts`.
 
   Args:
-    messages, variables: as of `render_chat`.
+    messages, variables: as in `render_chat`.
   Raises:
-    ValueError: as of `render_chat`, or if the prompt for an earlier answer is not how it begins.
+    ValueError: as in `render_chat`, or if the prompt for an earlier answer is not a prefix of it.
   """
   answers = _answers(messages)
   jobs = [Job(i, add_generation_prompt=True) for i in (*answers, len(messages))]
@@ -244,7 +244,7 @@ def _check_prompt(i: int, prompt: str, whole: str) -> None:
 def _check_turn(i: int, turn: str, whole: str) -> None:
   if not whole.startswith(turn):
     raise ValueError(
-      f"message {i}: the chat up to it is not how the whole chat begins. "
+      f"message {i}: the chat up to it is not a prefix of the whole chat. "
       f"{_difference(turn, whole)}. The template writes earlier turns differently from the last: "
       "put {% generation %} and {% endgeneration %} around the assistant's text in it, or give "
       "one turn at a time"
@@ -252,7 +252,7 @@ def _check_turn(i: int, turn: str, whole: str) -> None:
 
 
 def _difference(start: str, whole: str) -> str:
-  """Says how a text goes on where another, which should begin with it, differs."""
+  """Describes where a text first differs from the start that it should have."""
   pairs = enumerate(zip(start, whole, strict=False))
   place = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
   begin = max(0, place - _SHOWN)
@@ -285,7 +285,7 @@ def _marked_spans(marked: str, whole: str) -> list[tuple[int, int]]:
 def _after_prompts(
   spans: list[tuple[int, int]], ends: Sequence[int], whole: str
 ) -> list[tuple[int, int]]:
-  """Returns the spans without what belongs to a prompt; each answer's first begins at its end."""
+  """Returns the spans without their parts in a prompt; each answer's first starts at its end."""
   for end, next_end in itertools.pairwise([*ends, len(whole)]):
     spans = [(end if start < end < stop else start, stop) for start, stop in spans]
     first = min((start for start, _ in spans if end <= start < next_end), default=end)

@@ -107,7 +107,7 @@ def build_sentencepiece(
   - Of several marks on one letter, as in U+0065 U+0301 U+0302, some may not be composed, or lost.
 
   Args:
-    model: as of `read_sentencepiece`.
+    model: as in `read_sentencepiece`.
     dummy_prefix: whether a space is put before a text.
     prefix_at_parts: whether one is put before the text after a control symbol, too.
     lower_case: whether the text is lower-cased first.
@@ -119,8 +119,8 @@ def build_sentencepiece(
   tokenizer.normalizer = normalizer  # pyright: ignore[reportAttributeAccessIssue]
   decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
   if dummy_prefix:
-    # The first puts a space before a text that has none, the second makes it SPACE. One alone
-    # would leave out the prefix of a text that begins with SPACE, as SentencePiece does not.
+    # The first puts a space before a text that has none, the second makes it SPACE. Either by
+    # itself would omit the prefix of a text that starts with SPACE, which SentencePiece keeps.
     scheme = "always" if prefix_at_parts else "first"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore
       [

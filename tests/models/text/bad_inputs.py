@@ -328,14 +328,14 @@ ROWS = [
     "an answer to nothing", template("a", TURNS[1:], chat_parts), ("before the assistant's first",)
   ),
   BadInput(
-    "a prompt that is not how the chat begins",
+    "a prompt that is not a prefix of the chat",
     template(
       "{% for m in messages %}B:{{ m.content }}{% endfor %}" + QUESTION_END, TURNS, chat_parts
     ),
     ("message 1", "'B:HiA:'", "'B:HiB:Yes'", "add_generation_prompt"),
   ),
   BadInput(
-    "an earlier prompt that is not how a later one begins",
+    "an earlier prompt that is not a prefix of a later one",
     template("{{ messages | length }}" + QUESTION_END, [*TURNS, USER], prompt_parts),
     ("message 1", "'1A:'", "'3A:'"),
   ),
