@@ -155,7 +155,7 @@ test-newest:  ## the core's tests on the newest JAX, if there is a Python 3.12 o
 	$(call run_core_tests,.venv-newest)
 
 .PHONY: test-peers
-test-peers:  ## the tests of models and adapters, beside transformers and PEFT themselves
+test-peers:  ## models and adapters compared with the installed transformers and PEFT
 	$(call find_python,11,$(PYTHON) $(call pythons,13 12 11))
 	$(call environment,.venv-peers)
 	.venv-peers/bin/python -m $(PYTEST) $(PEERS_TESTS)

@@ -20,7 +20,7 @@ It prints one table; each column is followed by its ratio to `hand` ("x"):
     retrace_s  the same for a fresh copy of the step, with JAX's own functions cached
     lower_s    seconds from the jaxpr to XLA's input
     gflop      operations in the matmuls of the compiled step, each iteration of a loop counted
-    temp_mb    memory that the compiled step allocates besides its arguments and results
+    temp_mb    memory that the compiled step allocates in addition to its arguments and results
     step_ms    milliseconds of one step
 
 Then it prints the operations counted in three ways, and which goals are met.

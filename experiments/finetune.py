@@ -159,7 +159,7 @@ def plan(config: ConfigDict, all_rows: bool = False) -> None:
   arguments = jax.random.key(0), model.params, data.train[0]
   trainable = loss.init(*arguments) if method.owns_base else jax.eval_shape(loss.init, *arguments)
   if method.exports_adapter:
-    if method.variant is None:  # others may need the base's weights for it
+    if method.variant is None:  # others may need the base model's weights for it
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trainable)
       check_export(settings, model, zeros)
     table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
@@ -189,13 +189,14 @@ def _gigabytes(size: int) -> str:
 def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable: PyTree) -> str:
   """Returns the model, the method, the data and the steps as text."""
   base, size, method = count(model.params), count_trained(trainable), find_method(config.method)
+  epochs = config.data.num_epochs
   rank = f", rank {config.lora.rank}" if method.uses("lora") else ""
   return "\n".join(
     [
       f"model      {config.model.folder}: {model.model_type}, {base:,} parameters",
       f"method     {method.label}{rank}, {size:,} parameters ({100 * size / base:.2f} %)",
       f"data       {config.data.file}: {data.num_train:,} examples, {data.num_valid:,} held out",
-      f"steps      {len(data.train):,} in {config.data.num_epochs} epochs, each of "
+      f"steps      {len(data.train):,} in {epochs} epoch{'s' if epochs > 1 else ''}, each of "
       f"{config.data.batch_size} rows of {data.train.row_lengths[-1]} tokens"
       f"{', packed' if config.data.packing else ''}",
     ]

@@ -14,6 +14,7 @@ Expect: the answers; of several prompts each after its prompt.
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from experiments.harness.launch import explained, make_parser
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = read_value(NonEmptyPath, options["folder"], "the folder of a run")
     generator = load_generator(folder, options.get("chat", False))
     answers = generator.answer(options["prompts"], sampling)
+  if "" in answers:
+    hint = "" if "chat" in options else ". A model trained on messages answers them with --chat"
+    print(
+      f"note: an empty answer means that the model generated its end token first{hint}",
+      file=sys.stderr,
+    )
   if len(answers) == 1:
     print(answers[0])
     return

@@ -66,8 +66,8 @@ def _results(runs: Sequence[Run]) -> str:
   note = (
     "Dev sets, percent. The median over the seeds of the best epoch, which the dev set chooses, as "
     "in the paper; in brackets the median of the last epoch; then the number of seeds. Trained: "
-    "without the head, which all methods train. The order of the rows is no ranking: other seeds "
-    "and machines change a score."
+    "without the head, which all methods train. The order of the rows is not a ranking: other "
+    "seeds and machines change a score."
   )
   return f"## Results\n\n{table.aligned(rows)}\n\n{note}"
 

@@ -86,7 +86,7 @@ def _results(groups: Sequence[Group]) -> str:
   ]
   note = (
     "Means over the seeds, ± their sample standard deviation if there are several. Validation loss "
-    "in nats/token. The order of the rows is no ranking; other machines change values as other "
+    "in nats/token. The order of the rows is not a ranking; other machines change values as other "
     "seeds do (docs/gpt2_e2e.md)."
   )
   return f"## Results\n\n{table.aligned([head, *rows])}\n\n{note}"

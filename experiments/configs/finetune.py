@@ -68,7 +68,7 @@ def get_config() -> Config:
   config.optimizer.eps = 1e-8
   config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
   config.optimizer.warmup_steps = 10  # at most a tenth of all steps
-  config.optimizer.clip_norm = 1.0  # of the gradient; 0 is no clipping
+  config.optimizer.clip_norm = 1.0  # of the gradient; 0 disables clipping
 
   config.fit = ConfigDict()
   config.fit.eval_every_steps = 100

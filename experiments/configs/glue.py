@@ -167,7 +167,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
   config.optimizer.warmup_ratio = 0.06  # of the steps; 0 uses warmup_steps
   config.optimizer.warmup_steps = 0
-  config.optimizer.clip_norm = 1.0  # of the gradient; 0 is no clipping
+  config.optimizer.clip_norm = 1.0  # of the gradient; 0 disables clipping
 
   config.fit = ConfigDict()
   config.fit.num_epochs = 10
@@ -294,7 +294,7 @@ def best_rates(config: Config) -> dict[str, float]:
   Prints the methods that the sweep lacks: it may be older than a method.
 
   Raises:
-    ValueError: if there are no runs, or as of `best_rate`.
+    ValueError: if there are no runs, or as in `best_rate`.
   """
   tuned = {run.method for run in map(_stored, _tuning_folders(config))}
   left_out = [method for method in names("glue") if method not in tuned]

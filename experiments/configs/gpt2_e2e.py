@@ -74,7 +74,7 @@ def get_config(variant: str = "mini") -> Config:
   config.optimizer.eps = 1e-6
   config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
   config.optimizer.warmup_steps = 20
-  config.optimizer.clip_norm = 0.0  # of the gradient; 0 is no clipping
+  config.optimizer.clip_norm = 0.0  # of the gradient; 0 disables clipping
   config.optimizer.label_smoothing = 0.0
 
   config.fit = ConfigDict()

@@ -1,1 +1,1 @@
-"""What experiments share; nothing here can be run."""
+"""Code shared by all experiments; none of it is a command."""

@@ -244,7 +244,7 @@ def with_pattern(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def replace_fields(config: Config, changes: Mapping[str, Any]) -> Config:
-  """Returns a config with some fields changed, by dotted name; errors as of `read_config`."""
+  """Returns a config with some fields changed, by dotted name; errors as in `read_config`."""
   values = dataclasses.asdict(config)
   for dotted, value in changes.items():
     *sections, name = dotted.split(".")

@@ -80,7 +80,7 @@ def fit_run(
     trainable: as `initialize` returns it. It is donated.
     batches: the training batches.
     mesh: as `make_mesh` returns it.
-    examples: the amount of training data for the printed line, such as "4,000 lines".
+    examples: the amount of training data for the printed line, such as "4,000 examples".
     num_train_steps: number of updates; 0 means one for each batch.
     keep: the checkpoint that is kept.
     decays: as in `make_optimizer`.

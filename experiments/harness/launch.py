@@ -290,7 +290,7 @@ def sweep_runs(
   before, runs, printed = flat(settled), [], []
   for changes in module.sweep(settled):
     known = {*named, *changes}
-    run, _ = settle(apply(config, changes), default, known)  # another method, another rate
+    run, _ = settle(apply(config, changes), default, known)  # another method, another learning rate
     if "method" in run:
       changed = {n: value for n, value in changes.items() if before[n] != value}
       check_used(run.method, changed, run.experiment)

@@ -62,6 +62,6 @@ def check_base(folder: str | Path, params: PyTree) -> None:
   expected, actual = (read_result(folder) or {}).get("base"), fingerprint(params)
   if expected not in (None, actual):
     raise ValueError(
-      f"{folder} was trained on a base with fingerprint {expected}, and this one has {actual}. "
-      "Load the base model that it was trained on: the adapter fits no other"
+      f"{folder} was trained on a base model with fingerprint {expected}, and this one has "
+      f"{actual}. Load the base model that it was trained on: the adapter fits no other"
     )

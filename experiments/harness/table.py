@@ -41,5 +41,5 @@ def by_rate(
   edges = [
     label for label, row in cells.items() if len(row) > 1 and best[label] in (min(row), max(row))
   ]
-  note = f"At an end of the rates that were tried: {'; '.join(edges)}." if edges else ""
+  note = f"At an end of the learning rates that were tried: {'; '.join(edges)}." if edges else ""
   return f"{aligned(rows)}\n\nThe best of each row in bold. {note}".rstrip()

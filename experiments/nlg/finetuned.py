@@ -72,7 +72,7 @@ def export(config: FinetuneConfig, model: LanguageModel, text: Text, trained: Py
 
 
 def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree) -> None:
-  """Raises ValueError if PEFT has no format for the adapter; to be called before training."""
+  """Raises ValueError if PEFT has no format for the adapter; call it before training."""
   if find_method(config.method).exports_adapter:
     with tempfile.TemporaryDirectory() as folder:
       _write_peft(config, model, trainable, Path(folder) / "peft")

@@ -62,7 +62,7 @@ class Generator(NamedTuple):
 
   Attributes:
     model: the functions of decoding.
-    params: what they take.
+    params: their parameters.
     tokenizer: of the run's base model.
     end_ids: the tokens that end an answer.
     encode: returns the tokens of prompts, in the format that the run was trained on.

@@ -33,10 +33,10 @@ class Statistic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs that differ in their seed alone, by seed.
+  """Runs that differ only in their seed, by seed.
 
   Attributes:
-    label: what tells it from the other groups.
+    label: distinguishes it from the other groups.
     family: the label without the learning rate.
     settings: the fields that the runs share and that matter to their method.
     runs: by seed.

@@ -83,11 +83,11 @@ def flops_per_token(model: GPT2Config, row_length: int) -> float:
 def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
   """Returns the GFLOP/s of a square float32 matmul, the best of several repeats."""
   x = jnp.ones((size, size))
-  product = jax.jit(jnp.matmul)
+  matmul = jax.jit(jnp.matmul)
   seconds = []
   for _ in range(repeats + 1):
     start = time.perf_counter()
-    jax.block_until_ready(product(x, x))
+    jax.block_until_ready(matmul(x, x))
     seconds.append(time.perf_counter() - start)
   return 2 * size**3 / min(seconds) / 1e9
 

@@ -177,7 +177,7 @@ def _turn_end_ids(tokenizer: Any, template: ChatTemplate) -> list[int]:
   if not special:
     logger.warning(
       "the chat template writes no special token after an answer: a model that is trained with it "
-      "learns no end of its answers, and generates up to samples.max_new_tokens"
+      "does not learn to end its answers, and generates until samples.max_new_tokens"
     )
   return special[:1]
 

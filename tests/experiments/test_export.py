@@ -85,7 +85,7 @@ def test_a_merged_model_has_the_base_models_dtype(runs, tmp_path, capsys):
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   config["model"]["folder"] = str(base)
   (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-  with pytest.raises(SystemExit, match="was trained on a base with fingerprint"):
+  with pytest.raises(SystemExit, match="was trained on a base model with fingerprint"):
     export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
   result = json.loads((tmp_path / "run" / "result.json").read_text())
   result["base"] = fingerprint(load_gpt2(base)[1])  # as if it had been

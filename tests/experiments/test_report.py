@@ -44,7 +44,7 @@ NAMES = ("lora1", "lora2", "rank8", "full", "frozen")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Finished runs, two of them made and the others like them; without Java, slow to start."""
+  """Finished runs: those of MADE are trained, the others derived; no Java, which starts slowly."""
   root = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PATH", "")
@@ -218,7 +218,7 @@ def test_each_methods_ranks_have_its_name(runs, tmp_path):
 
 
 def test_all_patterns_of_all_layers_are_one_group(runs, tmp_path):
-  """GPT-2's own pattern, the zoo's, and its name, as it once was stored."""
+  """GPT-2's own pattern, the zoo's, and `all-linear`, which older runs stored."""
   run_folders = [runs / "lora1"]
   for seed, pattern in enumerate(("all-linear", ALL_LINEAR), 2):
     changes = {"lora.target": pattern, "seed": seed}
@@ -262,7 +262,7 @@ def test_methods_by_the_pretraining_of_their_base(runs, tmp_path):
   assert gaps["1,000 tokens"][lora].startswith(f"{gap['bleu'].difference:+.2f} [")
 
 
-def test_a_rank_is_shown_at_its_best_rate(runs, tmp_path):
+def test_a_rank_is_shown_at_its_best_learning_rate(runs, tmp_path):
   variations = {  # alpha / rank is the same in all of them
     "slow": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 1e-3}, 7.5),
     "fast": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 5e-3}, 9.5),
@@ -302,7 +302,7 @@ def sweep_of_rates(runs, root):
 
 
 def test_a_sweep_of_learning_rates(runs, tmp_path):
-  """The losses fall from run to run, so that the last rate of each method is its best."""
+  """The losses fall from run to run, so that each method's last learning rate is its best."""
   folders_of_rates = sweep_of_rates(runs, tmp_path / "rates")
   text = report(folders_of_rates, tmp_path / "r")
   table = rows(text, "By learning rate")
@@ -313,7 +313,7 @@ def test_a_sweep_of_learning_rates(runs, tmp_path):
   assert best["0.1"].startswith("**")
   assert best["0.001"] == ""
   assert table["full fine-tuning, base of 0 tokens"]["0.01"].startswith("**")
-  assert "At an end of the rates that were tried: " in text
+  assert "At an end of the learning rates that were tried: " in text
   assert "Table 3" not in text
   assert "BLEU" not in text
   assert (tmp_path / "r.png").stat().st_size > 10_000
@@ -325,7 +325,7 @@ def test_seeds_are_not_learning_rates(runs):
   assert by_rate(group_runs(read_runs(folders(runs))[0])) == {}
 
 
-def test_labels_name_the_rate_if_nothing_else_differs(runs, tmp_path):
+def test_labels_name_the_learning_rate_if_nothing_else_differs(runs, tmp_path):
   change = {"optimizer.learning_rate": 0.5}
   folder = changed(runs / "lora1", tmp_path / "r", change, {})
   labels = [
