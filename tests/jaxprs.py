@@ -1,4 +1,4 @@
-"""Counts what a jaxpr creates."""
+"""Counts the values that a jaxpr creates."""
 
 import math
 from collections.abc import Iterator

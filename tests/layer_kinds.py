@@ -211,7 +211,7 @@ def scanned(block: Any) -> nn.Module:
 
 
 class First(nn.Module):
-  """Returns the carry of a block alone."""
+  """Returns only the carry of a block."""
 
   make: Callable[[], nn.Module]
 
@@ -588,7 +588,7 @@ kernel_dot.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, 
 
 
 def dot_rule(call, x, w):
-  """The rule of any opaque `x @ w`: the function itself for the base, all else from `dot`."""
+  """The rule of any opaque `x @ w`: the function for the base weight, all else from `dot`."""
   return w.dot(x, ((1,), (0,)), base=lambda x: call(x, w.base))
 
 

@@ -1,4 +1,4 @@
-"""Every bad input of the tables is refused with a message that names what is wrong."""
+"""Every bad input of the tables is refused with a message that names the fault."""
 
 import importlib
 

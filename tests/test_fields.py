@@ -107,6 +107,6 @@ def test_sections_are_read_with_their_parts():
       read_section(Whole, values)
 
 
-def test_a_dataclass_that_is_made_by_hand_is_checked_too():
+def test_a_dataclass_is_checked_when_constructed():
   with pytest.raises(ValueError, match=r"whole\.mode must be one of '', fast, got 'slow'"):
     Whole(Part(1.0), mode="slow")  # pyright: ignore[reportArgumentType]

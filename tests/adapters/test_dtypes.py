@@ -138,7 +138,7 @@ def test_full_finetuning_of_a_wide_base_is_the_base_itself():
   )
 
 
-def test_full_finetuning_leaves_integers_and_constants_alone():
+def test_full_finetuning_does_not_train_integers_and_constants():
   params = make_params("float32") | {"order": jnp.arange(6), "mode": "plain", "bits": 8}
   method = lj.full_finetuning(lambda p, x: fn(p, x)[:, p["order"]])
   trainable = method.init(KEY, params, X)

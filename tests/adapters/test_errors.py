@@ -43,7 +43,7 @@ def test_an_unknown_field_is_refused():
 # ---- the weights -----------------------------------------------------------------------
 
 
-def test_no_match_lists_near_names():
+def test_no_match_lists_similar_names():
   message = (
     r"target 'h_0/attn/querry/kernel' matches none of the 22 leaves \(patterns must match whole "
     r"paths\); did you mean h_0/attn/query/kernel"

@@ -39,7 +39,7 @@ def make_params():
 
 
 def model(out_sharding):
-  """An embedding, a product, a scan over layers and heads. Explicit meshes want out_shardings."""
+  """An embedding, a matmul, a scan over layers and heads. Explicit meshes want out_shardings."""
 
   def dot(x, w, spec):
     return jnp.einsum("bi,i...->b...", x, w, out_sharding=out_sharding(spec))

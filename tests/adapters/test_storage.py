@@ -71,7 +71,7 @@ def test_unpack_lists_every_difference():
     lj.unpack(arrays, axes, like)
 
 
-def test_checkpoint_there_and_back(tmp_path):
+def test_a_checkpoint_round_trip(tmp_path):
   _, _, trainable = example()
   save_adapter(tmp_path / "adapter", trainable)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)

@@ -111,8 +111,8 @@ def test_the_weighted_sum_is_exact(name):
     *(pytest.param(name, marks=pytest.mark.long) for name in ("unrolled", "stack")),
   ],
 )
-def test_the_truncated_rank_is_the_best_and_its_error_told(name):
-  """Against the singular values of each weight's whole delta."""
+def test_truncation_is_the_best_and_returns_its_error(name):
+  """Compared with the singular values of each weight's whole delta."""
   fn, params, zeros, adapters, _ = case(name)
   summed = lj.weighted_sum(adapters, [1.0, 1.0], params)
   before = delta(fn, zeros, *summed)

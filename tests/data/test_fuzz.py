@@ -48,7 +48,7 @@ def mutated(data, choice):
       data = data[:stop] + data[start:stop] + data[stop:]
     elif kind == 3:  # a part left out
       data = data[:start] + data[stop:]
-    else:  # a part for which something else stands
+    else:  # a part that is replaced
       data = data[:start] + choice.choice(WORDS) + data[stop:]
   return data
 

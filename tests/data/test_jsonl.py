@@ -1,4 +1,4 @@
-"""Users' own examples: read strictly, and supervised where they say."""
+"""Users' own examples are read strictly, and supervised where they say."""
 
 import json
 
@@ -132,8 +132,8 @@ LLAMA3_WORDS = (
     ("'s", "'s"),
   ],
 )
-def test_completions_by_llama_3s_words_begin_as_within_a_text(completion, first):
-  """Its words may begin with a sign, which a sign before them would take away."""
+def test_completions_by_llama_3s_words_start_as_within_a_text(completion, first):
+  """Its words may start with a sign, with which a sign before them would merge."""
   tokenizer = Tokenizer(models.BPE())
   split = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
   bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -189,7 +189,7 @@ def test_examples_that_are_too_long(caplog):
 
 
 def test_a_completion_that_is_cut_before_it_is_encoded_has_no_end():
-  """Of few tokens for its characters, as one of white space."""
+  """It has few tokens for its characters, as white space does."""
   record = Completion("f:1", "a", "b" + " " * 5000)
   tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "\n": 2}, unk_token="a"))
   tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n"), "isolated")

@@ -1,4 +1,4 @@
-"""Tokens and targets of a record, held to a second derivation of the reference's mask."""
+"""Tokens and targets of a record, compared with a second derivation of the reference's mask."""
 
 import logging
 from importlib import resources
@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def reference_arrays(tokenizer, record, length=512):
-  """Input, target and mask of Hu et al.'s padded rows, from their description alone."""
+  """Input, target and mask of Hu et al.'s padded rows, derived only from their description."""
   context = tokenizer.encode(record.context).ids
   completion = tokenizer.encode(" " + record.completion).ids
   whole = [*context, EOS, *completion, EOS][:length]

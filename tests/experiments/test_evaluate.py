@@ -1,4 +1,4 @@
-"""Decoding finished runs anew: the same settings give the same texts, others their own folder."""
+"""Decodes finished runs again: equal settings give equal texts, others have their own folder."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def without_java():
 def runs(tmp_path_factory, without_java):
   root = tmp_path_factory.mktemp("runs")
   rate = {"optimizer.learning_rate": 10.0, "optimizer.schedule": "constant"}
-  for seed in range(1, 9):  # far too high a rate: the best step is the last for some seeds alone
+  for seed in range(1, 9):  # far too high a learning rate: only some seeds' best step is the last
     run = gpt2_e2e.run(apply(tiny_config(root / "lora"), rate | {"seed": seed}))
     if run["best_step"] < run["num_train_steps"]:
       break

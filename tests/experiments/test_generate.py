@@ -44,7 +44,7 @@ def noisy(tree, scale=0.3):
 
 
 def finished(config, folder):
-  """Writes a finished run's files, but for what was trained."""
+  """Writes a finished run's files, except the trained weights."""
   folder.mkdir()
   stored = config.to_dict()
   del stored["workdir"]
@@ -148,3 +148,12 @@ def test_a_classifier_is_refused(tmp_path):
   message = "is a run of glue, which generates no text; expected a run of gpt2_e2e, finetune"
   with pytest.raises(SystemExit, match=message):
     generate.main([str(run), "Hi"])
+
+
+def test_an_empty_answer_is_explained(monkeypatch, capsys):
+  silent = type("Silent", (), {"answer": lambda self, prompts, sampling: ["" for _ in prompts]})
+  monkeypatch.setattr(generate, "load_generator", lambda folder, chat: silent())
+  generate.main(["run", "Hi"])
+  assert "a model trained on messages answers them with --chat" in capsys.readouterr().err.lower()
+  generate.main(["run", "Hi", "--chat"])
+  assert "generated its end token first\n" in capsys.readouterr().err

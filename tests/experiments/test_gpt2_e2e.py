@@ -102,7 +102,7 @@ def test_a_finished_adapter_generates_the_runs_predictions(finished):
   contexts = [group.context for group in e2e.grouped(e2e.read("test"))[:4]]
   predicted = (workdir / "predictions.txt").read_text().splitlines()
   assert run.generate(contexts) == predicted
-  # merged weights, not the base's
+  # merged weights, not the base model's
   query = run.params["h_0"]["attn"]["query"]["kernel"]
   assert np.abs(query - run.base.params["h_0"]["attn"]["query"]["kernel"]).max() > 0
 
@@ -265,7 +265,7 @@ with explained():
 
 @pytest.mark.long  # tests/training and harness/test_workdir.py fill up disks in `make test`
 def test_a_disk_that_fills_up_during_a_run_loses_nothing(finished, tmp_path):
-  """The run stops with what to do, and the same command later ends where it would have."""
+  """The run stops with a remedy; the same command later gives the uninterrupted result."""
   workdir = tmp_path / "run"
   # -B: Python puts a .pyc file that it could write in part alone in place of the whole one
   command = [sys.executable, "-B", "-c", FULL_DISK, workdir, tiny_folder()]

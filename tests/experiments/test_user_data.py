@@ -124,7 +124,7 @@ def test_prompts_as_asked_are_prefixes_of_what_is_trained_on(template, folder, t
 
 
 def test_a_template_that_writes_the_date_gives_the_same_tokens_on_another_day(folder, tmp_path):
-  """Not the day of the run, so that a resumed run sees the same tokens."""
+  """It does not get the day of the run, so that a resumed run sees the same tokens."""
   dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
   config, model = config_of(folder, tmp_path, CHATS, dated)
   text, data = load_data(config, model)

@@ -104,7 +104,7 @@ def with_header(header, data=b""):
 
 
 def header_of(content):
-  """Returns the header of a safetensors file, and what follows it."""
+  """Returns the header of a safetensors file, and the bytes after it."""
   stop = 8 + struct.unpack("<Q", content[:8])[0]
   return json.loads(content[8:stop]), content[stop:]
 

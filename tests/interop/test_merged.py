@@ -151,7 +151,7 @@ def narrow(folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
-def test_the_bases_dtype_is_kept_and_rounding_reported(folder, dtype, tmp_path):
+def test_the_base_models_dtype_is_kept_and_rounding_reported(folder, dtype, tmp_path):
   narrow(folder, dtype)
   model = load_causal_lm(folder)
   adapted, config, trainable = adapt(model)

@@ -66,7 +66,7 @@ def test_bleu_by_hand():
 
 
 def corpus_bleu(hypotheses, references):
-  """sacrebleu's own corpus score: its references stand in columns, None where there is none."""
+  """sacrebleu's own corpus score; it takes references by column, None where one is missing."""
   from sacrebleu.metrics.bleu import BLEU
 
   width = max(map(len, references))

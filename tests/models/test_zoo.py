@@ -104,7 +104,7 @@ def test_weights_come_in_the_dtype_asked_for():
 
 
 @pytest.mark.parametrize("model_type", ["falcon", None, ["gpt2"]])
-def test_a_model_that_the_zoo_has_not(model_type, tmp_path):
+def test_a_model_that_the_zoo_lacks(model_type, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
   with pytest.raises(ValueError, match=r"lora_jax\.lora\(fn, config\)") as raised:
     load_causal_lm(tmp_path)

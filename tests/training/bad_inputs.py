@@ -1,4 +1,4 @@
-"""What `fit`, meshes, checkpoints, the metrics log and adapters on disk refuse."""
+"""Bad inputs of `fit`, meshes, checkpoints, the metrics log and adapters on disk."""
 
 import functools
 import json

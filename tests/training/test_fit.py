@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from lora_jax.data.batches import as_grain
 from lora_jax.training import loop, progress
 from lora_jax.training.checkpoint import Checkpoints
-from lora_jax.training.finite import Diagnosis
+from lora_jax.training.finite import Diagnosis, all_finite
 from lora_jax.training.loop import Evaluation, FitConfig, evaluate_loss, fit
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
@@ -91,6 +91,13 @@ def copied(tmp_path, name="lora"):
   return tmp_path / "run"
 
 
+def test_one_program_looks_for_numbers_that_are_not_finite(tmp_path):
+  """Before the first step and at each checkpoint: of many leaves it takes seconds to compile."""
+  all_finite.clear_cache()
+  train(tmp_path)
+  assert all_finite._cache_size() == 1
+
+
 def test_a_run_learns_and_reports(tmp_path):
   fitted, workdir = undisturbed()
   log = read_metrics(workdir / "metrics.jsonl")
@@ -149,7 +156,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, name):
 
 
 def test_saving_by_time_changes_nothing(tmp_path):
-  """Step 5 is saved by its time alone, and the run resumes from there."""
+  """Step 5 is saved only because of the time, and the run resumes from there."""
   with interrupted_at(5):
     train(tmp_path, checkpoint_every_seconds=1e-9)
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:

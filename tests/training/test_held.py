@@ -109,7 +109,7 @@ def test_a_new_run_in_an_old_folder_writes_its_own(tmp_path, elsewhere):
 
 
 def test_nothing_is_written_for_an_adapter_without_frozen_arrays(tmp_path):
-  """As of plain LoRA: its part of the frozen tree has None only (`test_step.py`)."""
+  """Plain LoRA's part of the frozen tree has only None (`test_step.py`)."""
   write_held(tmp_path, {"w": None})
   assert not list(tmp_path.iterdir())
   assert read_held(tmp_path, {"w": None}) == {"w": None}

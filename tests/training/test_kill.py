@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.kill_training`."""
+"""A short run of `python -m tests.kill_training`."""
 
 import pytest
 

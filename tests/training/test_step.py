@@ -269,7 +269,7 @@ def test_a_trainable_tree_that_shares_arrays_with_the_base_is_refused():
 
 
 def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
-  """With a learning rate of zero the losses differ by their masks alone."""
+  """With a learning rate of zero the losses differ only by their masks."""
   half = {name: np.concatenate([array[:4]] * 2) for name, array in BATCH.items()}
 
   def losses(parts):
@@ -282,7 +282,7 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
     return values
 
   def apply(params, trainable, batch, *, lora_key, key):
-    """One mask for all rows, so that equal micro-batches differ by their keys alone."""
+    """One mask for all rows, so that equal micro-batches differ only by their keys."""
     keep = jax.random.uniform(lora_key, (1, 6))
     return full.apply(params, trainable, batch | {"x": batch["x"] * keep}, lora_key=None)
 
@@ -301,7 +301,7 @@ def test_dropout_differs_between_steps_and_micro_steps_and_not_between_runs():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_models_own_dropout_has_a_key_of_the_step(parts):
-  """With a learning rate of zero the losses differ by their masks alone."""
+  """With a learning rate of zero the losses differ only by their masks."""
 
   def noisy(params, batch, *, key=None):
     if key is None:

@@ -1,4 +1,4 @@
-"""A compiled step has no values of a weight's size that the base model's step has not."""
+"""A compiled step has no more values of a weight's size than the base model's step."""
 
 import math
 import re

@@ -25,14 +25,14 @@ MATERIALIZE = lj.LoraRule("w", on_unhandled="materialize")
 
 
 class Remedy(NamedTuple):
-  """A call that is refused, and what the message says to change.
+  """A call that is refused, and the remedy that the message names.
 
   Attributes:
     words: of the message.
     fn: the function.
     options: of the config, and `opaque`.
     change: the options that are different.
-    fixed: the function after the remedy, where that is what is different.
+    fixed: the function after the remedy, if the remedy changes the function.
   """
 
   words: str

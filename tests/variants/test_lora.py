@@ -43,7 +43,7 @@ def test_lora_plus_trains_b_faster(schedule):
   np.testing.assert_allclose(updates["second"], -0.1, rtol=1e-6)
 
 
-def test_lora_plus_leaves_what_an_adapter_holds_alone():
+def test_lora_plus_does_not_train_frozen_arrays():
   config = lj.LoraConfig(rank=2, alpha=2.0, target="first", variant=lj.DORA)
   trainable = lj.lora(fn, config).init(KEY, PARAMS, X)
   optimizer = lj.lora_plus(lambda rate: optax.adamw(rate, weight_decay=0.5), 0.1)

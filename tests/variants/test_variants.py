@@ -1,4 +1,4 @@
-"""Variants on the layer kinds: equal to the merged model, and to the base at step 0."""
+"""Variants on the layer kinds: equal to the merged model, and to the base model at step 0."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The E2E files: what is embedded, how lines are read, and what is said of bad ones."""
+"""The E2E files: the embedded copies, the reading of lines, and the errors of bad ones."""
 
 import hashlib
 

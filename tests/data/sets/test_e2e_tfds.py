@@ -126,7 +126,7 @@ def test_two_processes_prepare_the_embedded_copy_at_once_without_tensorflow(tmp_
 
 
 def test_the_process_that_comes_second_takes_the_firsts_files(folder, tmp_path, monkeypatch):
-  """The race as it is lost: the other's files appear while this process writes its own."""
+  """The process loses the race: the other's files appear while it writes its own."""
   generate = e2e_tfds.E2E._split_generators
 
   def late(self, dl_manager):

@@ -244,7 +244,7 @@ def test_a_changed_folder_is_prepared_again(tmp_path):
 
 
 def test_files_that_tfds_itself_has_prepared(folder, tmp_path):
-  """Our builder's files in the place of TFDS's: the same features, read from the files alone."""
+  """Our builder's files in the place of TFDS's: the same features, read only from the files."""
   with pytest.raises(FileNotFoundError, match=r"tfds\.builder\('glue/rte'.*array_record"):
     glue_tfds.load("rte", "train", "tfds", data_dir=tmp_path)
   builder = glue_tfds.Glue(config="rte", source=folder, data_dir=tmp_path, any_size=True)

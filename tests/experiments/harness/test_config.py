@@ -110,7 +110,7 @@ def test_a_stored_config_that_cannot_be_read_names_its_folder(tmp_path):
     read_run(E2EConfig, tmp_path)
 
 
-def test_a_run_of_another_experiment_is_told(tmp_path):
+def test_a_run_of_another_experiment_is_refused(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"experiment": "glue"}))
   with pytest.raises(ValueError, match=r"is a run of 'glue', expected a run of 'gpt2_e2e'$"):
     read_run(E2EConfig, tmp_path)

@@ -36,7 +36,7 @@ def run(config):
   config = read_config(E2EConfig, config)
   with open_workdir(config) as workdir:
     if config.lora.rank == 3:
-      raise ValueError("rank 3 is no good")
+      raise ValueError("rank 3 is bad")
     if config.lora.rank == 5:
       int("a bug")
     if config.lora.rank == 7:
@@ -157,7 +157,7 @@ def launched(package, forking):
     ("--config.lora.rank=four", "flag --config.lora.rank=four: invalid literal for int()"),
     ("--config.lora.rank=4.5", "flag --config.lora.rank=4.5: invalid literal for int()"),
     ("rubbish", "unexpected arguments rubbish; see --help"),
-    ("--config.lora.rank=3", "error: rank 3 is no good\n"),
+    ("--config.lora.rank=3", "error: rank 3 is bad\n"),
     ("--config.lora.rank=9", "error: [Errno 2] No such file or directory"),
   ],
 )
@@ -186,7 +186,7 @@ def test_bugs_keep_their_traceback(launched):
 
 @pytest.mark.parametrize(("rank", "code"), [(11, 130), (12, 143), (13, 143)])
 def test_a_signal_ends_with_one_line(launched, rank, code):
-  """It says what is saved, and the command that resumes, as it was typed."""
+  """The line names the last checkpoint, and the command to resume, as typed."""
   arguments = (f"--config.lora.rank={rank}", f"--config.workdir=a folder/{rank}")
   written = launched(*arguments, code=code)
   kept = f"no checkpoint was saved in a folder/{rank} yet"
@@ -215,7 +215,7 @@ def test_the_folder_is_named_by_what_the_flags_change(launched):
 def test_a_sweep_continues_after_a_failure_and_skips_finished_runs(launched):
   arguments = ("--sweep", "--config=ranks.py", "--config.workdir=ranks")
   written = launched(*arguments, "--sweep_shard=1/2", code=1)  # ranks 3 and 4
-  assert "failed: rank 3 is no good" in written
+  assert "failed: rank 3 is bad" in written
   assert "ran 4 ranks/lora.rank=4" in written
   assert "error: 1 of 2 runs failed: ranks/lora.rank=3" in written
   assert "Traceback" not in written

@@ -1,4 +1,4 @@
-"""The table of methods: what a row decides, and that no other place knows their names."""
+"""The table of methods: a row's effects, and that no other code has their names."""
 
 import ast
 import dataclasses
@@ -166,7 +166,7 @@ def test_each_method_of_a_sweep_has_its_learning_rate(capsys):
 
 
 def test_a_trained_folder_keeps_the_learning_rate_of_its_time(tmp_path, capsys):
-  """Methods had no learning rates of their own at first: all runs had the config file's."""
+  """Older runs have the config file's learning rate, whatever their method."""
   default = e2e_configs.get_config()
   full = apply(default, {"method": "full_finetuning", "workdir": str(tmp_path / "seed=1")})
   with open_workdir(read_config(E2EConfig, full)) as workdir:

@@ -1,4 +1,4 @@
-"""A run's folder: what may change, what is repeated, and what is cleaned up."""
+"""A run's folder: allowed changes of its config, repeated steps, and removed leftovers."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ def config(workdir, **fields):
 
 
 def result_of(settings):
-  """Returns a run's result; a made one has the decoding's beams."""
+  """Returns a run's result, and whether it is new."""
   calls = []
 
   def make(workdir):

@@ -48,7 +48,7 @@ def model(config):
 
 
 def logits(name, adapter, scan_layers=False):
-  """Returns the logits of an adapted base, branch by branch and merged."""
+  """Returns the logits of an adapted model, branch by branch and merged."""
   config, params, _ = base(name, scan_layers)
   adapted = lj.lora(model(config), adapter[0])
   tokens = jnp.asarray(golden.tokens_of(name))
@@ -127,8 +127,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ours_as_pefts(case, tmp_path):
-  """Of separate q and v, ranks add up on the fused weight: q's rows, k's zeros, v's rows."""
+def test_our_adapters_in_peft(case, tmp_path):
+  """Ranks of separate q and v add up on the fused weight: q's rows, k's zeros, v's rows."""
   scan_layers = CASES[case].get("scan_layers", False)
   adapter = random_adapter(**CASES[case])
   _, params, tensors = base("gpt2/tied", scan_layers)
@@ -368,7 +368,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @pytest.mark.parametrize(("saved", "loaded"), list(itertools.product(("float64", *DTYPES), DTYPES)))
 def test_a_saved_embedding_may_be_rounded(saved, loaded, llama_adapter):
-  """By the dtype of training or saving, and by that in which the base model is loaded now."""
+  """By the dtype of training or saving, and by the dtype in which the base model is loaded."""
   _, params, _ = base("llama/llama_biased")
   table = np.asarray(params["token_embedding"]["embedding"])
   copy, other = (table.astype(jnp.dtype(dtype)) for dtype in (saved, loaded))
@@ -381,7 +381,7 @@ def test_a_saved_embedding_may_be_rounded(saved, loaded, llama_adapter):
 
 
 def test_copies_and_names_of_a_state_dict_are_accepted(adapter):
-  """Names with the adapter's, and every tensor of the base model, a tied head included."""
+  """Names with the adapter's name, and all tensors of the base model, a tied head included."""
   _, params, tensors = base("gpt2/tied")
   path = adapter / "adapter_model.safetensors"
   arrays = load_file(path)
@@ -473,7 +473,7 @@ def test_the_docs_examples_run(adapter):
 
 
 def test_an_adapter_is_read_with_only_the_base_models_shapes():
-  """Shapes alone do, unless biases of B are to be added to the base's."""
+  """Shapes suffice unless biases of B must be added to the base model's."""
   _, params, tensors = base("gpt2/tied")
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
   _, trainable = load_peft(golden.GOLDEN / "fused", tensors, shapes)

@@ -137,7 +137,7 @@ def test_some_outputs_are_those_of_all():
 
 
 def test_padding_may_come_first():
-  """RoBERTa's positions count only tokens: the logits do not depend on the side of padding."""
+  """RoBERTa's positions count only tokens: the logits do not depend on where the padding is."""
   config, params = load_bert(golden.GOLDEN / "roberta_regression")
   (tokens, mask, _), outputs = expected("roberta_regression")
   moved, rolled_mask = (jnp.roll(array[1:], 4, axis=1) for array in (tokens, mask))

@@ -335,7 +335,7 @@ def test_a_broken_template_is_named():
     render_chat(ChatTemplate("{{ messages }}\n{% for %}"), TURNS)
 
 
-def test_the_date_that_a_template_is_told():
+def test_the_date_that_a_template_gets():
   source = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
   day = datetime(2024, 7, 26)
   assert render_chat(ChatTemplate(source, today=day), TURNS[:1]).startswith("26 Jul 2024")
