@@ -79,7 +79,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   """Writes a finished run's model for `transformers`, with its adapter merged.
 
   Returns:
-    The error of rounding each leaf to the base model's dtype, as of `save_merged`; empty for runs
+    The error of rounding each leaf to the base model's dtype, as in `save_merged`; empty for runs
     without an adapter or a base model's folder, whose weights are not rounded.
   Raises:
     FileExistsError: if there is such a folder.
@@ -170,8 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
       export_adapter(options.folder, options.out, options.server)
   print(f"wrote {options.out}")
-  if errors:
-    worst = max(errors, key=lambda path: errors[path])
+  worst = max(errors, key=errors.__getitem__, default="")
+  if worst and errors[worst] == 0:
+    print("merged in the base model's dtype, without rounding")
+  elif worst:
     print(f"rounding to the base model's dtype changed {len(errors)} weights by at most")
     print(f"{errors[worst]:.1e} of their largest element ({worst})")
 

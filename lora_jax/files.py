@@ -8,6 +8,7 @@ from typing import Any
 
 _MAX_DIGITS = 400  # of an integer in JSON; more than any float has
 _MAX_LINE = 2**26  # bytes
+_HUB_MODEL = r"(?:hf:/+|https?:/+huggingface\.co/)(?!datasets/|spaces/)([^/]+/[^/]+)"
 
 
 def local_path(path: str | Path) -> Path:
@@ -17,6 +18,11 @@ def local_path(path: str | Path) -> Path:
     ValueError: if it is the address of a bucket or a server, such as `gs://bucket/run`, which
       `pathlib` would silently turn into a local folder named `gs:`.
   """
+  if match := re.match(_HUB_MODEL, str(path)):
+    raise ValueError(
+      f"{path} is an https:// or hf:// address, expected a local path; for a model give the "
+      f"repository's name, {match[1]!r}"
+    )
   if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
     raise ValueError(
       f"{path} is a {match[1]}:// address, expected a local path. Copy the files to a local folder "
@@ -53,7 +59,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def regular_file(path: str | Path) -> Path:
-  """Returns the path of a regular file; errors as of `read_bytes`."""
+  """Returns the path of a regular file; errors as in `read_bytes`."""
   path = local_path(path)
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist")
@@ -64,7 +70,7 @@ def regular_file(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-  """Returns the text in a file; errors as of `read_bytes`, and ValueError if it is not UTF-8."""
+  """Returns the text in a file; errors as in `read_bytes`, and ValueError if it is not UTF-8."""
   try:
     return read_bytes(path).decode("utf-8")
   except UnicodeDecodeError as error:
@@ -77,7 +83,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
   A byte-order mark at the start is left out, and a carriage return at the end of a line.
 
   Raises:
-    FileNotFoundError, ValueError: as of `read_bytes`, or if a line is not UTF-8, has a NUL byte
+    FileNotFoundError, ValueError: as in `read_bytes`, or if a line is not UTF-8, has a NUL byte
       or more than 64 MiB.
   """
   path = regular_file(path)
@@ -90,7 +96,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def decode_line(line: bytes, where: str, is_first: bool) -> str:
-  """Returns the text of a line of a file; errors as of `read_lines`."""
+  """Returns the text of a line of a file; errors as in `read_lines`."""
   if is_first:
     line = line.removeprefix(b"\xef\xbb\xbf")
   if b"\0" in line:
@@ -150,7 +156,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: as of `read_text` and `parse_json`, or if the value is not an object.
+    ValueError: as in `read_text` and `parse_json`, or if the value is not an object.
   """
   value = parse_json(read_text(path), path)
   if not isinstance(value, dict):

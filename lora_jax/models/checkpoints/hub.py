@@ -10,7 +10,6 @@ import logging
 import math
 import mmap
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,8 +110,6 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
   """
   if not isinstance(name, str | Path) or not str(name).strip():
     raise ValueError(f"a model must be a folder or a hub repository, got {name!r}")
-  if match := re.fullmatch(r"(?:hf://|https?://huggingface\.co/)([^/]+/[^/]+)/?", str(name)):
-    raise ValueError(f"{name} is an address; give the repository's name, {match[1]!r}")
   path = local_path(name)
   if path.is_dir():
     return path
@@ -332,7 +329,7 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def dtype_of(folder: Path) -> np.dtype:
-  """Returns the dtype of most of a folder's numbers; errors as of `open_tensors`."""
+  """Returns the dtype of most of a folder's numbers; errors as in `open_tensors`."""
   counts = dict.fromkeys(FLOATS, 0)
   with open_tensors(folder) as tensors:
     for name in tensors:
