@@ -170,7 +170,7 @@ def fit(
     if first:
       frozen = {**frozen, "adapter": read_held(workdir, frozen["adapter"])}
     else:
-      check_initial(state.part["adapter"])
+      check_initial(state.part)  # compiled once for this and for the checkpoints
       write_held(workdir, frozen["adapter"])
     saved = time.monotonic()
     with (
