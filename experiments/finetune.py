@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments.harness.config import check_attention, read_config, replace_fields
+from experiments.harness.config import read_config, replace_fields
 from experiments.harness.fit import count, count_trained, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
@@ -124,7 +124,6 @@ def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Tex
     config: the run's config.
     model: as `plan_causal_lm` returns it.
   """
-  check_attention(config.model.attention, config.model.dtype)
   config.check_positions(model.num_positions, model.num_slots)
   text, data = load_data(config, model)
   config.check_batch(config.data.batch_size, data.train.row_lengths[-1])

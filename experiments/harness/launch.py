@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import logging as std_logging
 import os
@@ -122,7 +123,8 @@ def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, Config]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if a flag names a field that the config does not have.
+    ValueError: if it is not a config file or has no variants, or a flag names a field that the
+      config does not have.
   """
   for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
     if match := re.fullmatch(r"--?config(=.*)?", argument):
@@ -131,6 +133,10 @@ def _chosen(arguments: list[str], path: str) -> tuple[ModuleType, Config]:
   if not Path(file).is_file():
     raise FileNotFoundError(f"there is no config file {file!r}; expected --config=FILE.py:VARIANT")
   module = _load(file)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{file} has no function get_config(); expected --config=FILE.py:VARIANT")
+  if variant and not inspect.signature(module.get_config).parameters:
+    raise ValueError(f"{file} has no variants, got {variant[0]!r}; expected --config={file}")
   config = module.get_config(*variant)
   known = flat(config)
   for name in _named_fields(arguments):
@@ -348,8 +354,8 @@ def _hash(text: str) -> str:
 
 def _load(file: str) -> ModuleType:
   spec = importlib.util.spec_from_file_location("experiment_config", file)
-  assert spec is not None
-  assert spec.loader is not None
+  if spec is None or spec.loader is None:
+    raise ValueError(f"{file} is not a Python file; expected --config=FILE.py:VARIANT")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from experiments.harness.config import check_attention
 from experiments.harness.methods import adapt, find_method, lora_config
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest
@@ -24,7 +25,8 @@ from lora_jax.training.loss import language_model_loss
 
 
 def loading_options(config: FinetuneConfig, mesh: Mesh) -> dict[str, Any]:
-  """Returns the arguments of `load_causal_lm`."""
+  """Returns the arguments of `load_causal_lm`; raises ValueError as `check_attention` does."""
+  check_attention(config.model.attention, config.model.dtype)
   usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   model = config.model
   return {

@@ -17,6 +17,8 @@ from experiments.harness import launch
 from experiments.harness.config import check_attention, read_config, replace_fields
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig, TemplateConfig
 from experiments.nlg.e2e import decoded_inputs
+from experiments.nlg.finetuned import loading_options
+from lora_jax.training.mesh import make_mesh
 
 from tests.bad_inputs import BadInput
 
@@ -120,6 +122,13 @@ MODEL = [
     "e2e: cuDNN on a CPU",
     lambda folder: check_attention("cudnn", "bfloat16"),
     ("model.attention=cudnn", "needs an NVIDIA GPU", "a CPU", "Choose compact or xla"),
+  ),
+  BadInput(
+    "finetune: cuDNN on a CPU, before the model is planned",
+    lambda folder: loading_options(
+      replace_fields(config_of("finetune"), {"model.attention": "cudnn"}), make_mesh()
+    ),
+    ("model.attention=cudnn", "needs an NVIDIA GPU"),
   ),
 ]
 
