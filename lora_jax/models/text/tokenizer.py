@@ -131,7 +131,9 @@ def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
     values = read_json_if_present(path)
     for use in (f"{use}_token" for use in SPECIAL_TOKENS):
       token = values.get(use)
-      if token is not None:
+      if token == "":  # there is none: old folders of Llama
+        tokens.pop(use, None)
+      elif token is not None:
         tokens[use] = _options(path, use, {"content": token} if isinstance(token, str) else token)
   return tokens
 

@@ -185,7 +185,7 @@ ROWS = [
   BadInput("a number for a token", config(unk_token=3), ("unk_token", "text", "3")),
   BadInput("a list for a token", config(unk_token=["a"]), ("unk_token", "['a']")),
   BadInput("a token without content", config(unk_token={"lstrip": True}), ("unk_token",)),
-  BadInput("an empty token", config(unk_token=""), ("unk_token", "''")),
+  BadInput("a token of no text", config(unk_token={"content": ""}), ("unk_token", "''")),
   BadInput("a missing token", config(unk_token="<none>"), ("unk_token '<none>'", "not in the voc")),
   BadInput(
     "an option of another type",

@@ -371,6 +371,8 @@ def test_folders(tmp_path):
   assert load_chat_template(tmp_path) == ChatTemplate(LLAMA3, tokens)
   (tmp_path / "chat_template.jinja").write_text(MISTRAL, "utf-8")
   assert load_chat_template(tmp_path) == ChatTemplate(MISTRAL, tokens)
+  config.write_text(json.dumps({"bos_token": "", "eos_token": "</s>", "unk_token": ""}))
+  assert load_chat_template(tmp_path).special_tokens == {"eos_token": "</s>"}
   config.write_text('{"bos_token": 1}')
   with pytest.raises(ValueError, match="expected bos_token as text, got 1"):
     load_chat_template(tmp_path)
