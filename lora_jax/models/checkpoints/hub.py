@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from lora_jax.files import local_path, parse_json, read_json
+from lora_jax.files import local_path, make_folder, parse_json, read_json
 from lora_jax.models.checkpoints.recognize import (
   Stored,
   describe_file,
@@ -469,11 +469,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
   Raises:
     FileExistsError: if there is such a folder.
+    ValueError: if one of its parents is a file.
   """
   folder = local_path(folder)
   if folder.exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
-  folder.parent.mkdir(parents=True, exist_ok=True)
+  make_folder(folder.parent)
   with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
     temporary = Path(name) / "folder"
     temporary.mkdir()
