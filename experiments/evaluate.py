@@ -37,8 +37,8 @@ SETTINGS = {  # the flag: the field of the config
   "split": "decoding.split",
   "checkpoint": "fit.keep",
 }
-KEPT = ("experiment", "variant", "method", "seed", "num_train_records", "base_parameters")
-KEPT += ("trainable_parameters", "num_train_steps", "best_step")
+SHARED_FIELDS = ("experiment", "variant", "method", "seed", "num_train_records", "base_parameters")
+SHARED_FIELDS += ("trainable_parameters", "num_train_steps", "best_step")
 
 
 def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
   base = load_base(config, mesh)
   params, loss = restore_params(stored, config.fit.keep, base, mesh)
   return {
-    **{name: result[name] for name in KEPT if name in result},
+    **{name: result[name] for name in SHARED_FIELDS if name in result},
     "valid_loss": loss,
     **decode_and_score(config, base, params, mesh),
     "run": stored.workdir,

@@ -98,8 +98,8 @@ def _cell(runs: Sequence[Run]) -> str:
 def _check_alike(runs: Sequence[Run]) -> None:
   """Raises ValueError if runs differ in more than their seeds."""
   free = ("seed", "workdir", "optimizer.tuned_in")
-  first, *others = ({k: v for k, v in run.settings.items() if k not in free} for run in runs)
-  for run, other in zip(runs[1:], others, strict=True):
+  first, *settings = ({k: v for k, v in run.settings.items() if k not in free} for run in runs)
+  for run, other in zip(runs[1:], settings, strict=True):
     if names := sorted(k for k in first | other if first.get(k) != other.get(k)):
       raise ValueError(
         f"{runs[0].folder} and {run.folder} differ in more than their seed: {', '.join(names)}. "
@@ -126,8 +126,8 @@ def _tuning(runs: Sequence[Run]) -> str:
     label: {rate: f"{score:.1f}" for rate, score in row.items()} for label, row in scores.items()
   }
   best = {label: max(row, key=row.__getitem__) for label, row in scores.items()}
-  shown = table.by_rate("model, task, method", cells, best)
-  return f"## Learning rates\n\n{shown} Percent, on the part of train that was held out."
+  rates = table.by_rate("model, task, method", cells, best)
+  return f"## Learning rates\n\n{rates} Percent, on the part of train that was held out."
 
 
 def _origin(runs: Sequence[Run]) -> str:

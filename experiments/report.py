@@ -70,9 +70,9 @@ def report(
 
 
 def _results(groups: Sequence[Group]) -> str:
-  shown = HEADS if any(group.first.is_decoded for group in groups) else ["valid_loss"]
+  metrics = HEADS if any(group.first.is_decoded for group in groups) else ["valid_loss"]
   head = ["run", "trainable", "examples", "learning rate", "seeds"]
-  head += [HEADS[name] for name in shown]
+  head += [HEADS[name] for name in metrics]
   rows = [
     [
       group.label,
@@ -80,7 +80,7 @@ def _results(groups: Sequence[Group]) -> str:
       f"{group.first.result['num_train_records']:,}",
       "" if group.rate is None else f"{group.rate:g}",
       str(len(group.runs)),
-      *(_statistic(group, name) for name in shown),
+      *(_statistic(group, name) for name in metrics),
     ]
     for group in groups
   ]
@@ -136,17 +136,17 @@ def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path 
     return "No LoRA run was decoded; `--against=FOLDER` names a run to compare the others with."
   label, reference = chosen
   inputs = _inputs(reference)
-  others = [
+  other_runs = [
     group.first for group in decoded if group.label != label and _inputs(group.first) == inputs
   ]
   left_out = [group.label for group in decoded if _inputs(group.first) != inputs]
-  if not others:
+  if not other_runs:
     return ""
   labels = {run.folder: group.label for group in decoded for run in group.runs}
   head = ["run", *METRICS.values()]
   rows = [
     [labels[run.folder], *(_difference(name, by_name[name]) for name in METRICS)]
-    for run, by_name in zip(others, compare(others, reference), strict=True)
+    for run, by_name in zip(other_runs, compare(other_runs, reference), strict=True)
   ]
   note = (
     "Differences from it on the same inputs, first seeds, with 95 % paired bootstrap intervals "
@@ -288,13 +288,13 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
     ),
     {},
   )
-  others = {label: members for label, members in families.items() if members is not full}
-  rows = [["BLEU of full fine-tuning minus that of", *others]]
+  other_families = {label: members for label, members in families.items() if members is not full}
+  rows = [["BLEU of full fine-tuning minus that of", *other_families]]
   for tokens in budgets:
     if tokens not in full or not full[tokens].first.is_decoded:
       continue
     run, cells = full[tokens].first, []
-    for members in others.values():
+    for members in other_families.values():
       other = members[tokens].first if tokens in members else None
       if other is None or not other.is_decoded or _inputs(other) != _inputs(run):
         cells.append("")
@@ -306,7 +306,7 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
     "seeds or machines; ° contains zero."
   )
   title = "## Full fine-tuning against the other methods, by pretraining"
-  return f"{title}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and others else ""
+  return f"{title}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and other_families else ""
 
 
 def _origin(runs: Sequence[Run]) -> str:

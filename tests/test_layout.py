@@ -17,7 +17,7 @@ LAYERS = [  # each may import from those before it
   {"arithmetic"},
   {"training", "decoding", "interop"},
 ]
-BESIDE = {"models", "data", "metrics", "assets"}  # import the bottom at most
+INDEPENDENT = {"models", "data", "metrics", "assets"}  # import the bottom at most
 MAY_IMPORT_BESIDE = {"interop": {"models"}}  # other packages' names for the tensors
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 EXPERIMENT_LAYERS = [{"harness"}, {"nlg", "classification"}, {"(runnable)"}]
@@ -58,7 +58,7 @@ def test_imports_point_downwards(path):
   for other, _ in imported(path, "lora_jax"):
     if other == part or other in MAY_IMPORT_BESIDE.get(part, ()):
       continue
-    if part in BESIDE:
+    if part in INDEPENDENT:
       assert other in LAYERS[0], f"{part} imports {other}"
     else:
       assert other in FLOOR, f"{part} imports {other}"
@@ -67,7 +67,7 @@ def test_imports_point_downwards(path):
 
 def test_every_part_has_its_place():
   parts = {part_of(path, "lora_jax") for path in modules("lora_jax")}
-  assert parts | {"assets"} == {*FLOOR, *BESIDE}  # which has no module
+  assert parts | {"assets"} == {*FLOOR, *INDEPENDENT}  # which has no module
 
 
 def test_no_two_modules_import_each_other():

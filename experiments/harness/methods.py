@@ -152,10 +152,10 @@ def check_used(name: str, changed: Mapping[str, Any], experiment: str) -> None:
   """
   for field, value in changed.items():
     if not find_method(name, experiment).uses(field):
-      others = [other for other in names(experiment, trains=True) if METHODS[other].uses(field)]
+      users = [other for other in names(experiment, trains=True) if METHODS[other].uses(field)]
       raise ValueError(
         f"{field}={value!r} has no effect with method={name}: leave it out, or choose a method "
-        f"that uses it: {', '.join(others)}"
+        f"that uses it: {', '.join(users)}"
       )
 
 

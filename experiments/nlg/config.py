@@ -154,9 +154,9 @@ class E2EConfig(AdaptationConfig):
     Rows may be longer: positions restart with each example.
     """
     if self.decoding.num_inputs:
-      asked = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
+      length = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
       name = "1 + decoding.max_new_tokens"
-      check_at_most(name, asked, "the model's positions", num_positions)
+      check_at_most(name, length, "the model's positions", num_positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,8 +223,8 @@ class FinetuneConfig(AdaptationConfig):
     check_at_most("data.row_length", self.data.row_length, longest, num_positions)
     check_at_most("fit.loss_chunk", self.fit.loss_chunk, longest, num_positions)
     if self.samples.count:
-      asked = self.samples.max_new_tokens + 1  # after a prompt of at least one token
-      check_at_most("1 + samples.max_new_tokens", asked, longest, num_slots)
+      length = self.samples.max_new_tokens + 1  # after a prompt of at least one token
+      check_at_most("1 + samples.max_new_tokens", length, longest, num_slots)
 
 
 # ---- gpt2_pretrain -------------------------------------------------------------------------

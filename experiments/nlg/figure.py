@@ -13,7 +13,7 @@ from experiments.nlg.groups import Group
 from experiments.nlg.scores import METRICS
 
 VALUES = {"valid_loss": "validation loss, nats/token", **METRICS}
-OURS, PAPER = "tab:blue", "tab:orange"
+RUNS, PAPER = "tab:blue", "tab:orange"
 
 
 def draw(
@@ -58,10 +58,10 @@ def _by_group(groups: Sequence[Group], figure: SubFigure) -> None:
       if (statistic := group.statistic(name)) is None:
         continue
       if (interval := group.first.interval(name)) is not None:
-        axes.hlines(y, *interval, color=OURS, alpha=0.4)
+        axes.hlines(y, *interval, color=RUNS, alpha=0.4)
       values = [value for run in group.runs if (value := run.value(name)) is not None]
-      axes.plot(values, [y] * len(values), ".", color=OURS, alpha=0.5)
-      axes.plot([statistic.mean], [y], "D", color=OURS, markersize=6)
+      axes.plot(values, [y] * len(values), ".", color=RUNS, alpha=0.5)
+      axes.plot([statistic.mean], [y], "D", color=RUNS, markersize=6)
 
 
 def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
@@ -94,7 +94,7 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
       [value.mean for _, value in known],
       yerr=[value.deviation or 0.0 for _, value in known],
       fmt="o-",
-      color=OURS,
+      color=RUNS,
     )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))
@@ -102,7 +102,7 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("rank")
     axes.set_title(VALUES[name], fontsize="medium")
-    axes.tick_params(axis="y", labelcolor=OURS)
+    axes.tick_params(axis="y", labelcolor=RUNS)
     right = axes.twinx()
     paper = {rank: row[name] for rank, row in paper_tables.TABLE_18.items() if rank <= max(ranks)}
     right.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)

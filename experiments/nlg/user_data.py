@@ -112,12 +112,12 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
       return data_batches.packed_batches(examples, row_length=row_length, **shape)
     return data_batches.padded_batches(examples, row_lengths=[row_length], **shape)
 
-  shown = held_out[: config.samples.count]
+  sampled = held_out[: config.samples.count]
   data = Data(
     train=batches(train, config.seed, options.num_epochs),
     valid=batches(valid, None, 1),
-    prompts=prompts(text, shown),
-    answers=[_answer(record) for record in shown],
+    prompts=prompts(text, sampled),
+    answers=[_answer(record) for record in sampled],
     num_train=len(train),
     num_valid=len(valid),
     digest=examples_digest(train, valid),

@@ -72,9 +72,9 @@ def summary(
     scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{rank}"
     cells = (_shape(base[path]), *shapes, rank, scaling if rank else "")
     adapted.append(_Row(path, cells, sum(map(_size, arrays.values()))))
-  others = [_Row(path, (_shape(leaf), *blank), _size(leaf)) for path, leaf in fully_trained.items()]
+  extras = [_Row(path, (_shape(leaf), *blank), _size(leaf)) for path, leaf in fully_trained.items()]
   rows = []
-  for part, label in ((adapted, "adapter"), (others, "fully trained")):
+  for part, label in ((adapted, "adapter"), (extras, "fully trained")):
     if part:
       rows += _by_kind(part) if by_kind else part
       rows.append(_Row(label, ("", *blank), sum(row.size for row in part)))

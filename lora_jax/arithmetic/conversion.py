@@ -95,9 +95,9 @@ def _converted(
   outputs = delta.shape[len(batch) + len(inputs) :]
   matrices = delta.reshape(*batch, int(np.prod(inputs)), -1)
   u, values, v = jnp.linalg.svd(matrices, full_matrices=False)
-  kept = min(rank, values.shape[-1]) if rank is not None else _rank_for(values, energy)
-  a, b, error = balanced_factors(u, values, v, kept)
-  lora_a, lora_b = a.reshape(*batch, *inputs, kept), b.reshape(*batch, kept, *outputs)
+  new_rank = min(rank, values.shape[-1]) if rank is not None else _rank_for(values, energy)
+  a, b, error = balanced_factors(u, values, v, new_rank)
+  lora_a, lora_b = a.reshape(*batch, *inputs, new_rank), b.reshape(*batch, new_rank, *outputs)
   return LoraWeight(lora_a, lora_b, axes, weight.layers), error
 
 

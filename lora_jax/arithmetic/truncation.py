@@ -68,6 +68,6 @@ def balanced_factors(
   """
   half = jnp.sqrt(values[..., :rank])
   a, b = u[..., :rank] * half[..., None, :], half[..., None] * v[..., :rank, :]
-  lost, total = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
-  error = jnp.where(total > 0, lost / jnp.maximum(total, jnp.finfo(total.dtype).tiny), 0.0)
+  residual, total = jnp.linalg.norm(values[..., rank:]), jnp.linalg.norm(values)
+  error = jnp.where(total > 0, residual / jnp.maximum(total, jnp.finfo(total.dtype).tiny), 0.0)
   return a, b, error

@@ -263,19 +263,19 @@ def _within_texts(
   """
   encoded: dict[int, tuple[list[int], list[Span]]] = {}
   for boundary in BOUNDARIES:
-    left = [
+    numbers = [
       i
       for i, text in enumerate(texts)
       if i not in encoded and not (boundary.isspace() and text[0].isspace())
     ]
-    before = encode_texts(tokenizer, [boundary])[0].ids
-    encodings = encode_texts(tokenizer, [boundary + texts[i] for i in left])
-    for i, encoding in zip(left, encodings, strict=True):
+    prefix = encode_texts(tokenizer, [boundary])[0].ids
+    encodings = encode_texts(tokenizer, [boundary + texts[i] for i in numbers])
+    for i, encoding in zip(numbers, encodings, strict=True):
       is_joined = any(start < 1 < end for start, end in encoding.offsets)
-      if before and encoding.ids[: len(before)] == before and not is_joined:
-        spans = _spans(encoding)[len(before) :]
+      if prefix and encoding.ids[: len(prefix)] == prefix and not is_joined:
+        spans = _spans(encoding)[len(prefix) :]
         shifted = [(max(0, start - 1), end - 1) for start, end in spans]
-        encoded[i] = encoding.ids[len(before) :], shifted
+        encoded[i] = encoding.ids[len(prefix) :], shifted
   for i, text in enumerate(texts):
     if i not in encoded:
       raise ValueError(

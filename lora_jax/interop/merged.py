@@ -218,10 +218,10 @@ def _changed(
     for stored_tensor in tensors
     if new_leaves.errors.keys() & set(stored_tensor.paths)
   }
-  if lost := sorted(
+  if missing := sorted(
     set(new_leaves.errors) - {p for stored_tensor in changed.values() for p in stored_tensor.paths}
   ):
-    raise ValueError(f"the model has no tensor for {', '.join(lost)}")
+    raise ValueError(f"the model has no tensor for {', '.join(missing)}")
   expected = expected_shapes(list(changed.values()), leaves)
   for name, stored_tensor in changed.items():
     shape = base.shape(name) if name in present else None

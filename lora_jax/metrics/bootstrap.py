@@ -119,9 +119,9 @@ def differences(
   for name in a.statistics.keys() & b.statistics.keys():
     first, second = a.statistics[name], b.statistics[name]
     difference = first.score() - second.score()
-    drawn = first.resampled(counts) - second.resampled(counts)
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    against = np.mean(drawn * np.sign(difference) <= 0)
+    samples = first.resampled(counts) - second.resampled(counts)
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    against = np.mean(samples * np.sign(difference) <= 0)
     by_metric[name] = Difference(difference, float(low), float(high), float(against))
   return by_metric
 

@@ -212,10 +212,10 @@ class Checkpoints:
       if jax.process_index() == 0:
         _remove_leftovers(self.folder, str(step))
       steps = self.steps()
-      kept = f"Those of steps {steps} are untouched" if steps else "None was saved before"
+      earlier = f"Those of steps {steps} are untouched" if steps else "None was saved before"
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder} ({reason(error)}). "
-        f"{kept}. Make room, then rerun the same command: it resumes from the last one"
+        f"{earlier}. Make room, then rerun the same command: it resumes from the last one"
       ) from error
     losses, steps = self._losses(), self.steps()
     best = min(losses, key=losses.__getitem__, default=None)

@@ -106,8 +106,8 @@ class Window:
     self._bar.set_postfix_str(text)
     if self._prints_lines:
       total = self._num_train_steps
-      left = self._time_left(step)
-      print(f"step {step:,} of {total:,}: {text}{left}", file=sys.stderr, flush=True)
+      time_left = self._time_left(step)
+      print(f"step {step:,} of {total:,}: {text}{time_left}", file=sys.stderr, flush=True)
 
   def _time_left(self, step: int) -> str:
     """Returns an estimate from this session's steps after the first, which is compiled."""
@@ -115,8 +115,8 @@ class Window:
     if step == first:
       return ""
     seconds = (time.perf_counter() - since) / (step - first)
-    left = round(seconds * (self._num_train_steps - step))
-    return f", {datetime.timedelta(seconds=left)} left"
+    remaining = round(seconds * (self._num_train_steps - step))
+    return f", {datetime.timedelta(seconds=remaining)} left"
 
 
 def progress_bar(

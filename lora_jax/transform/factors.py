@@ -163,8 +163,8 @@ class Term:
     if self.key is None:
       return x
     keep = jax.random.bernoulli(self.key, 1 - self.dropout_rate, x.shape)
-    kept = x / jnp.asarray(1 - self.dropout_rate).astype(x.dtype)
-    return jnp.where(keep, kept, jnp.zeros_like(kept))
+    scaled = x / jnp.asarray(1 - self.dropout_rate).astype(x.dtype)
+    return jnp.where(keep, scaled, jnp.zeros_like(scaled))
 
   def product(self, shape: Sequence[int], dtype: Any) -> jax.Array:
     """Materializes the term to `shape`."""

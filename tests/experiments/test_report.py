@@ -28,8 +28,8 @@ from tests.tiny_e2e import tiny_config
 
 INPUTS = e2e.grouped(e2e.read("test"))[:4]
 REFERENCES = [group.references for group in INPUTS]
-MADE = {"lora1": {"seed": 1}, "full": {"seed": 1, "method": "full_finetuning"}}
-CHANGED = {  # which run, the config's fields, the result's, the texts
+TRAINED_RUNS = {"lora1": {"seed": 1}, "full": {"seed": 1, "method": "full_finetuning"}}
+DERIVED_RUNS = {  # which run, the config's fields, the result's, the texts
   "lora2": ("lora1", {"seed": 2}, {"seed": 2, "valid_loss": 8.5}, [refs[0] for refs in REFERENCES]),
   "rank8": ("lora1", {"lora.rank": 8}, {"valid_loss": 8.25}, [refs[-1] for refs in REFERENCES]),
   "frozen": (
@@ -44,13 +44,13 @@ NAMES = ("lora1", "lora2", "rank8", "full", "frozen")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Finished runs: those of MADE are trained, the others derived; no Java, which starts slowly."""
+  """Finished runs: TRAINED_RUNS are trained, the others derived; no Java, which starts slowly."""
   root = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PATH", "")
-    for name, changes in MADE.items():
+    for name, changes in TRAINED_RUNS.items():
       gpt2_e2e.run(apply(tiny_config(root / name), changes))
-    for name, (source, config, of_result, texts) in CHANGED.items():
+    for name, (source, config, of_result, texts) in DERIVED_RUNS.items():
       folder = changed(root / source, root / name, config, of_result)
       write_json(folder / "result.json", result(root, name) | score(texts, INPUTS, folder))
   return root

@@ -12,7 +12,7 @@ from lora_jax.models.text.tokenizer import load_tokenizer, read_special_tokens
 from tests.tiny_e2e import EMBEDDED, tiny_folder
 
 END = "<|endoftext|>"
-OWN = (
+USER_TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{{ eos_token }}\n"
   "{% endfor %}"
   "{% if add_generation_prompt %}<assistant>\n{% endif %}"
@@ -21,14 +21,14 @@ BASE = "B {{ messages[0].content }}{{ eos_token }}"
 NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": BASE}]
 MESSAGES = [{"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Yo"}]
 CASES = {  # tokenizer_config.json, other files, the user's own template
-  "own": (None, {}, OWN),
-  "own instead of the config's": ({"eos_token": END, "chat_template": BASE}, {}, OWN),
-  "own instead of a file": ({"eos_token": END}, {"chat_template.jinja": BASE}, OWN),
-  "own instead of several": ({"eos_token": END, "chat_template": NAMED}, {}, OWN),
+  "own": (None, {}, USER_TEMPLATE),
+  "own instead of the config's": ({"eos_token": END, "chat_template": BASE}, {}, USER_TEMPLATE),
+  "own instead of a file": ({"eos_token": END}, {"chat_template.jinja": BASE}, USER_TEMPLATE),
+  "own instead of several": ({"eos_token": END, "chat_template": NAMED}, {}, USER_TEMPLATE),
   "own with special_tokens_map.json": (
     None,
     {"special_tokens_map.json": json.dumps({"eos_token": END, "bos_token": END})},
-    OWN,
+    USER_TEMPLATE,
   ),
   "of the config": ({"tokenizer_class": "GPT2Tokenizer", "chat_template": BASE}, {}, None),
   "of a file": ({"eos_token": {"content": END}}, {"chat_template.jinja": BASE}, None),
@@ -114,7 +114,7 @@ def test_a_tokenizer_of_another_format_is_kept_and_written_as_json(tmp_path):
   (base / "vocab.json").write_text(json.dumps(model["vocab"]))
   (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
   reloaded = load_tokenizer(base)
-  files = text_files(base, reloaded, (0,), OWN)
+  files = text_files(base, reloaded, (0,), USER_TEMPLATE)
   assert {"vocab.json", "merges.txt", "tokenizer.json", "chat_template.jinja"} <= set(files)
   write_with(files, tmp_path / "peft", lambda path: path.mkdir())
   text = "Is it näive? 42"

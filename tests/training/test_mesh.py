@@ -82,11 +82,11 @@ def test_shapes_and_arrays_have_the_same_initial_state(name):
   if trainable is params:
     trainable_shapes = params_shapes
 
-  def began(params, trainable):
+  def initial(params, trainable):
     state, _, _ = start(params, trainable, optax.adamw(1e-2), jax.random.key(0), mesh)
     return state.part, state.opt_state
 
-  run, plan = began(params, trainable), began(params_shapes, trainable_shapes)
+  run, plan = initial(params, trainable), initial(params_shapes, trainable_shapes)
   assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(plan))
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding == b.sharding, True), run, plan)
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), run, plan)

@@ -189,8 +189,8 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
   """
   _check_method(entries, path)
   known = {field.name for field in dataclasses.fields(_Fields)}
-  others = {"peft_type", "init_lora_weights", *IGNORED, *OTHER_METHODS}
-  for key in sorted(set(entries) - known - others):
+  other_keys = {"peft_type", "init_lora_weights", *IGNORED, *OTHER_METHODS}
+  for key in sorted(set(entries) - known - other_keys):
     if entries[key] not in (None, False, [], {}):
       raise ValueError(
         f"{path}: unknown field {key[:100]}={repr(entries[key])[:100]}; did you mean "

@@ -82,8 +82,8 @@ def save_peft(
       fused[module.name] = joined
   chosen = [module for module in modules if module.name in fused]
   placed = {path for module in chosen for path in module.stored.paths}
-  if lost := sorted(set(weights) - placed):
-    raise ValueError(f"the model has no module for the adapted {', '.join(lost)}")
+  if missing := sorted(set(weights) - placed):
+    raise ValueError(f"the model has no module for the adapted {', '.join(missing)}")
   trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
   check_tied(folder, [m for m in trained if m.stored.is_embedding], tensors)
   if for_server:
@@ -228,8 +228,8 @@ def _fully_trained(
       )
     biases += picked
   saved = {stored.name for stored in trained}
-  others = [stored for stored in tensors if stored.is_bias and stored.name not in saved]
-  word, biases = _which_biases(biases, others, adapted, whole, leaves)
+  other_biases = [stored for stored in tensors if stored.is_bias and stored.name not in saved]
+  word, biases = _which_biases(biases, other_biases, adapted, whole, leaves)
   arrays = {}
   for stored in (*trained, *biases):
     array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
