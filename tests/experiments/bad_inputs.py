@@ -18,6 +18,7 @@ from experiments.harness.config import check_attention, read_config, replace_fie
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig, TemplateConfig
 from experiments.nlg.e2e import decoded_inputs
 from experiments.nlg.finetuned import loading_options
+from experiments.nlg.text_files import write_with
 from lora_jax.training.mesh import make_mesh
 
 from tests.bad_inputs import BadInput
@@ -334,7 +335,13 @@ def make_folder(path: Path) -> Path:
   return path
 
 
+def exported_below_a_file(folder: Path) -> None:
+  (folder / "file").touch()
+  write_with({}, folder / "file" / "export", lambda path: None)
+
+
 REPORTS = [
+  BadInput("export: below a file", exported_below_a_file, ("cannot be a folder", "file is a file")),
   reported("", "--out must not be empty"),
   reported("a\0b", "--out must be a path without NUL"),
   reported("gs://bucket/report", "--out", "gs:// address"),

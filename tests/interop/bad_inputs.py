@@ -170,11 +170,6 @@ def changed_by_a_bit(arrays):
   return arrays | {f"{LLAMA}embed_tokens.base_layer.weight": narrow}
 
 
-def save_below_a_file(folder):
-  (folder / "file").touch()
-  save_to(folder / "file" / "adapter")
-
-
 def save_to(folder, base_folder=None):
   """Saves an adapter, or a merged model if the base model's folder is given."""
   model, config = base("gpt2/tied"), lj.LoraConfig(2, 4.0, "h_0/attn/query/kernel")
@@ -426,7 +421,6 @@ PATHS = [
   of_path("a device", ("not a folder",), os.devnull, FileNotFoundError),
   BadInput("save to a bucket", lambda folder: save_to("s3://bucket/x"), ("s3://bucket/x", "local")),
   BadInput("save to a folder", save_to, ("nothing is overwritten",), FileExistsError),
-  BadInput("save below a file", save_below_a_file, ("cannot be a folder", "file is a file")),
   BadInput(
     "merge a bucket", lambda folder: save_to(folder / "new", "gs://b/x"), ("gs://b/x", "local")
   ),
