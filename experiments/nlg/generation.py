@@ -24,6 +24,7 @@ from lora_jax.data.batches import fill
 from lora_jax.data.jsonl import encode_prompts
 from lora_jax.data.text import encode_context
 from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
+from lora_jax.decoding.sampling import not_tiny
 from lora_jax.fields import Within, check_fields
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.models.zoo import LanguageModel, load_causal_lm
@@ -43,7 +44,7 @@ class Sampling:
   """
 
   max_new_tokens: NewTokens = 64
-  temperature: Annotated[float, Within("[0, 100]")] = 0.0
+  temperature: Annotated[float, Within("[0, 100]"), not_tiny] = 0.0
   top_p: Annotated[float, Within("(0, 1]")] = 1.0
   seed: Seed = 0
   batch_size: Rows = 8

@@ -22,6 +22,12 @@ from lora_jax.decoding.cached_model import (
 from lora_jax.fields import Within, check_fields
 
 
+def not_tiny(name: str, value: float) -> None:
+  """Raises ValueError if a temperature is so small that logits divided by it may overflow."""
+  if 0 < value < 1e-6:
+    raise ValueError(f"{name} must be 0, which takes the likeliest token, or >= 1e-6, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
   """How to sample.
@@ -38,7 +44,7 @@ class SamplingConfig:
   """
 
   eos_ids: tuple[TokenId, ...]
-  temperature: Annotated[float, Within("[0, 1_000]")] = 1.0
+  temperature: Annotated[float, Within("[0, 1_000]"), not_tiny] = 1.0
   top_p: Annotated[float, Within("(0, 1]")] = 1.0
   max_new_tokens: NewTokens = 64
   pad_id: TokenId = 0

@@ -69,6 +69,7 @@ ROWS = [
   sampling("temperature -1", ("temperature", "[0, 1_000]", "got -1"), temperature=-1.0),
   sampling("temperature NaN", ("temperature", "finite", "nan"), temperature=NAN),
   sampling("temperature infinite", ("temperature", "inf"), temperature=INF),
+  sampling("temperature 1e-38", ("temperature", ">= 1e-6", "got 1e-38"), temperature=1e-38),
   sampling("temperature as text", ("temperature", "'hot'"), temperature="hot"),
   sampling("temperature null", ("temperature", "None"), temperature=None),
   sampling("top_p 0", ("top_p", "(0, 1]", "got 0"), top_p=0.0),

@@ -409,6 +409,7 @@ GENERATE = [
   generated("negative temperature", ("Hi", "--temperature=-1"), "--temperature", "[0, 100]"),
   generated("temperature nan", ("Hi", "--temperature=nan"), "--temperature", "got nan"),
   generated("temperature inf", ("Hi", "--temperature=inf"), "--temperature", "got inf"),
+  generated("tiny temperature", ("Hi", "--temperature=1e-38"), "--temperature must be 0", "1e-6"),
   generated("top_p 0", ("Hi", "--top_p=0", "--temperature=1"), "--top_p", "(0, 1]", "got 0.0"),
   generated("top_p 1.5", ("Hi", "--top_p=1.5", "--temperature=1"), "--top_p", "got 1.5"),
   generated("top_p of greedy decoding", ("Hi", "--top_p=0.5"), "--top_p=0.5 has no effect"),
