@@ -18,7 +18,7 @@ DIGITS = {"valid_loss": 3, "bleu": 2, "nist": 3, "meteor": 2, "rouge_l": 2, "cid
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
   """Returns a Markdown table with a row for each result."""
-  head = ["model and method", "trainable", "lines", "valid loss", *METRICS.values()]
+  head = ["model and method", "trainable", "examples", "valid loss", *METRICS.values()]
   return aligned([head, *map(_row, results)])
 
 

@@ -62,7 +62,7 @@ def test_the_report_shows_row_samples_and_paths(finished):
   workdir, result = finished
   text = gpt2_e2e.report(workdir, result)
   head, _, row = text.splitlines()[:3]
-  assert all(name in head for name in ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr", "lines"))
+  assert all(name in head for name in ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr", "examples"))
   assert f"{result['trainable_parameters']:,}" in row
   assert text.count("\ninput ") == text.count("\ngenerated ") == 4
   for path in re.findall(r"^wrote +(.*)$", text, flags=re.MULTILINE):
