@@ -20,6 +20,7 @@ from lora_jax.models.bert.folder import load_bert
 from lora_jax.models.bert.folder import read_config as read_bert_config
 from lora_jax.models.bert.model import Bert
 from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.deberta.folder import load_deberta
 from lora_jax.models.deberta.model import Deberta
 from lora_jax.models.text.tokenizer import load_tokenizer
@@ -36,6 +37,9 @@ class Base(NamedTuple):
   module: Bert | Deberta
   params: PyTree
   tokenizer: Any
+
+  def __repr__(self) -> str:
+    return f"Base({type(self.module).__name__}, {outline(self.params)})"
 
 
 def num_labels(config: GlueConfig) -> int:

@@ -46,6 +46,9 @@ class FinishedEncoder(NamedTuple):
   trainable: PyTree
   params: PyTree
 
+  def __repr__(self) -> str:
+    return f"FinishedEncoder({self.config.workdir}, {self.base!r})"
+
   def classify(self, texts: Sequence[tuple[str, str | None]]) -> Float[np.ndarray, "N L"]:
     """Returns the head's outputs for pairs of texts; the second of a single text is None."""
     records = [Record(first, second, None) for first, second in texts]

@@ -16,6 +16,7 @@ from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, PretrainConfig
 from lora_jax.decoding import CachedModel, from_linen
 from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.gpt2.folder import load_gpt2, params_shapes
 from lora_jax.models.gpt2.folder import read_config as read_gpt2_config
 from lora_jax.models.gpt2.model import GPT2, GPT2Config, init_cache
@@ -31,6 +32,9 @@ class Base(NamedTuple):
   params: PyTree
   tokenizer: Any
   end_of_text: int
+
+  def __repr__(self) -> str:
+    return f"Base({type(self.module).__name__}, {outline(self.params)})"
 
   @property
   def config(self) -> GPT2Config:

@@ -35,6 +35,9 @@ class Finished(NamedTuple):
   params: PyTree
   mesh: Mesh
 
+  def __repr__(self) -> str:
+    return f"Finished({self.config.workdir}, {self.base!r})"
+
   def generate(self, contexts: list[str]) -> list[str]:
     """Returns one text for each context, by the run's beam search."""
     return generate(self.config, self.base, self.params, contexts, self.mesh)

@@ -164,6 +164,7 @@ def test_a_variant_of_lora(finished, tmp_path):
   result = glue.run(config)
   assert result["trainable_parameters"] == finished[1]["trainable_parameters"] + 2 * 32
   run = load_encoder(tmp_path / "run")
+  assert len(repr(run)) < len(str(tmp_path)) + 120
   texts, expected = assert_predicts(run, tmp_path / "run")
   export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
   _, params = load_bert(tmp_path / "merged")

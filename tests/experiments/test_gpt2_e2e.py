@@ -99,6 +99,8 @@ def test_other_decoding_is_repeated_without_training(finished, tmp_path, monkeyp
 def test_a_finished_adapter_generates_the_runs_predictions(finished):
   workdir, _ = finished
   run = load_run(workdir)
+  assert repr(run).startswith(f"Finished({workdir}, Base(GPT2, ")
+  assert len(repr(run)) < len(str(workdir)) + 100
   contexts = [group.context for group in e2e.grouped(e2e.read("test"))[:4]]
   predicted = (workdir / "predictions.txt").read_text().splitlines()
   assert run.generate(contexts) == predicted
