@@ -52,6 +52,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
 def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   start = time.perf_counter()
+  config.check_steps()
   check_attention(config.model.attention, config.model.dtype)
   mesh, method = config.mesh.make(), find_method(config.method)
   base = load_base(config, mesh)

@@ -66,6 +66,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
 def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict[str, Any]:
   start = time.perf_counter()
+  config.check_steps()
   check_attention(config.model.attention, config.model.dtype)
   mesh, model, text = config.mesh.make(), pretrained_config(config), prepare(config)
   check_same(workdir / "text.json", text.folder.name, "text")

@@ -144,9 +144,12 @@ class E2EConfig(AdaptationConfig):
       raise ValueError(
         f"data.loss_length={data.loss_length} must be at most data.row_length={data.row_length}"
       )
+    check_chunk(self.fit.loss_chunk, "data.loss_length", data.loss_length)
+
+  def check_steps(self) -> None:
+    """Raises ValueError if the warmup is longer than the training, as in some older runs."""
     if self.fit.num_train_steps:
       self.check_warmup(self.fit.num_train_steps)
-    check_chunk(self.fit.loss_chunk, "data.loss_length", data.loss_length)
 
   def check_positions(self, num_positions: int) -> None:
     """Raises ValueError if decoded texts are longer than the model's positions.
@@ -282,5 +285,8 @@ class PretrainConfig(TrainingConfig):
     check_at_most(
       "data.row_length", data.row_length, "model.num_positions", self.model.num_positions
     )
-    self.check_warmup(self.num_train_steps)
     check_chunk(self.fit.loss_chunk, "data.row_length", data.row_length)
+
+  def check_steps(self) -> None:
+    """Raises ValueError if the warmup is longer than the training, as in some older runs."""
+    self.check_warmup(self.num_train_steps)

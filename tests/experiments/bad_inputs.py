@@ -57,6 +57,18 @@ def fields(experiment: str, changes: dict[str, Any], *words: str) -> BadInput:
   )
 
 
+def steps(experiment: str, changes: dict[str, Any], *words: str) -> BadInput:
+  """Returns the row of a training that is too short for its config: such a config can be read."""
+  row = fields(experiment, changes, *words)
+
+  def call(folder: Path) -> None:
+    config = row.call(folder)
+    assert isinstance(config, E2EConfig | PretrainConfig)
+    config.check_steps()
+
+  return row._replace(call=call)
+
+
 OPTIMIZER = [
   field("e2e", "optimizer.learning_rate", -1e-3, "finite number in (0, inf)", "got -0.001"),
   field("finetune", "optimizer.learning_rate", 0.0, "finite number in (0, inf)", "got 0.0"),
@@ -204,8 +216,8 @@ FIT = [
     "fit.loss_chunk=129 must be at most data.row_length = 128",
   ),
   field("finetune", "fit.keep", "first", "one of best, last", "got 'first'"),
-  fields("e2e", {"fit.num_train_steps": 5}, "optimizer.warmup_steps=20", "the 5 steps"),
-  fields("pretrain", {"data.num_train_tokens": 200_000}, "optimizer.warmup_steps=100", "24 steps"),
+  steps("e2e", {"fit.num_train_steps": 5}, "optimizer.warmup_steps=20", "the 5 steps"),
+  steps("pretrain", {"data.num_train_tokens": 200_000}, "optimizer.warmup_steps=100", "24 steps"),
   field("e2e", "mesh.data", 0, "[1, ", "got 0"),
   field("e2e", "mesh.fsdp", -1, "[1, ", "got -1"),
   field("e2e", "mesh.tensor", "2", "an integer", "got '2'"),
