@@ -8,7 +8,6 @@ Expect: a falling loss, some answers, and the lines of Python that load the adap
 `run` does it all: data -> model -> method -> fit -> samples -> files for other packages.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from experiments.nlg.finetuned import (
   weights_digests,
 )
 from experiments.nlg.user_data import Data, Text, load_data
+from lora_jax.files import read_json
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.step import make_train_step, start
@@ -244,7 +244,7 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
     f"model = transformers.AutoModelForCausalLM.from_pretrained({model!r})",
     f"model = peft.PeftModel.from_pretrained(model, {str(folder)!r})",
   ]
-  written = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+  written = read_json(folder / "adapter_config.json")
   ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
   rank = next((rank for rank in ranks if rank >= written["r"]), None)
   served = find_method(config.method).has_servers and "target_parameters" not in written

@@ -107,7 +107,7 @@ def samples(
 ) -> list[dict[str, str]]:
   """Returns the adapted model's answers to held-out prompts, and the answers in the data."""
   room = model.num_slots - config.samples.max_new_tokens
-  if not data.prompts or room < 1:
+  if not data.prompts:
     return []
   base = find_method(config.method).remaining_base(model.params, trained)
   search = SamplingConfig(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jaxtyping import PyTree
 from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, PretrainConfig
 from lora_jax.decoding import CachedModel, from_linen
+from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.gpt2.folder import load_gpt2, params_shapes
@@ -94,7 +94,7 @@ def pretraining_tokens(config: E2EConfig) -> int | None:
   if config.model.start == "random":
     return 0
   path = model_folder(config) / PRETRAINING
-  return json.loads(path.read_text("utf-8"))["train_tokens"] if path.is_file() else None
+  return read_json(path)["train_tokens"] if path.is_file() else None
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import numpy as np
 from experiments.harness.workdir import file_digest, write_json
 from experiments.nlg.config import PretrainConfig
 from lora_jax.data import corpus
+from lora_jax.files import read_json
 from lora_jax.models.gpt2.model import GPT2Config
 
 END_OF_TEXT_ID = 0
@@ -52,7 +53,7 @@ def prepare(config: PretrainConfig) -> Text:
       _prepare(files, about, Path(name) / "text")
       if not folder.exists():  # another run may have been faster
         (Path(name) / "text").rename(folder)
-  about = json.loads((folder / "about.json").read_text("utf-8"))
+  about = read_json(folder / "about.json")
   train, held_out = (np.load(folder / f"{name}.npy", "r") for name in ("train", "held_out"))
   return Text(folder, train, held_out, about["held_out_bytes"], about["files"])
 

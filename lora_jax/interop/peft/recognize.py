@@ -1,11 +1,11 @@
 """Recognizes why an adapter's tensors are not the expected ones, and says what to do about it."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_jax.models.checkpoints.recognize import Stored
+from lora_jax.models.checkpoints.recognize import Stored, first_match, quantized_tensor
 
 _FOLDERS = (  # pattern of a file or folder, and what it says of the folder
   (
@@ -42,10 +42,6 @@ _OTHER_METHODS = (  # names of tensors, and the method
   (r"\.(oft|boft)_[rRs](\.|$)", "OFT or BOFT"),
   (r"\.(fourierft_spectrum|hra_u|randlora_lambda|vblora_logits)(\.|$)", "another method of PEFT"),
   (r"\.(token_adapter|trainable_tokens_\w+)\.", "trainable tokens"),
-)
-_QUANTIZED = (
-  r"\.(absmax|quant_map|nested_absmax|nested_quant_map|SCB|weight_format|qweight|qzeros|g_idx)$"
-  r"|\.quant_state\.|\.scales$|\.weight_(packed|scale|zero_point)$"
 )
 _WRAPPERS = (  # prefixes, and what put them there
   ("_orig_mod.", "torch.compile", "model._orig_mod"),
@@ -111,7 +107,7 @@ def describe_mismatch(tensors: Mismatch) -> str:
 
 def _foreign(tensors: Mismatch) -> str:
   for pattern, form in _FORMATS:
-    if name := _first(pattern, tensors.unexpected):
+    if name := first_match(pattern, tensors.unexpected):
       return (
         f"{name} is a name in the format of {form}, expected PEFT's "
         f"({_PREFIX}... .lora_A.weight). Convert the file, or merge the adapter where it was "
@@ -122,7 +118,7 @@ def _foreign(tensors: Mismatch) -> str:
 
 def _other_method(tensors: Mismatch) -> str:
   for pattern, method in _OTHER_METHODS:
-    if name := _first(pattern, tensors.unexpected):
+    if name := first_match(pattern, tensors.unexpected):
       return (
         f"{name} is of an adapter of {method}, though adapter_config.json says LORA. Take both "
         "files from one training; only LoRA and DoRA are read"
@@ -161,9 +157,9 @@ def _whole_model(tensors: Mismatch) -> str:
 
 
 def _quantized(tensors: Mismatch) -> str:
-  if name := _first(_QUANTIZED, tensors.unexpected):
+  if part := quantized_tensor(tensors.unexpected):
     return (
-      f"{name} is part of the quantized base model (bitsandbytes, GPTQ or AWQ), not of the "
+      f"{part.name} is part of the quantized base model (bitsandbytes, GPTQ or AWQ), not of the "
       "adapter. Save the adapter without it: model.save_pretrained(folder, "
       "save_embedding_layers=False); the adapter itself works on the original model"
     )
@@ -172,7 +168,7 @@ def _quantized(tensors: Mismatch) -> str:
 
 def _tied_head(tensors: Mismatch) -> str:
   """Recognizes an adapted or trained head where the model has none of its own."""
-  name = _first(rf"^{re.escape(_PREFIX)}lm_head\.", tensors.unexpected)
+  name = first_match(rf"^{re.escape(_PREFIX)}lm_head\.", tensors.unexpected)
   return tied_head(name) if name else ""
 
 
@@ -271,7 +267,3 @@ def _numbers(numbers: set[int]) -> str:
   if ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 1:
     return f"{ordered[0]} to {ordered[-1]}"
   return ", ".join(map(str, ordered[:8])) + (", ..." if len(ordered) > 8 else "")
-
-
-def _first(pattern: str, names: Iterable[str]) -> str | None:
-  return next((name for name in names if re.search(pattern, name)), None)

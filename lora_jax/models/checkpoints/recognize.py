@@ -72,6 +72,13 @@ class Stored(NamedTuple):
   dtype: str
 
 
+class QuantizedTensor(NamedTuple):
+  """The name of a part of quantized weights, and the method of quantization."""
+
+  name: str
+  method: str
+
+
 def describe_folder(folder: Path) -> str:
   """Returns what a folder without a readable model is, and the remedy; empty if unknown."""
   if folder.is_dir():
@@ -118,9 +125,8 @@ def _quantized(stored: Mapping[str, Stored], dtypes: Collection[str]) -> str:
     "Quantized weights are not read: give the folder of the original model, or dequantize it in "
     "transformers: model.dequantize(), then save_pretrained"
   )
-  for pattern, method in _QUANTIZED:
-    if name := _first(pattern, stored):
-      return f"the weights are quantized ({method}), as {name} shows. {remedy}"
+  if part := quantized_tensor(stored):
+    return f"the weights are quantized ({part.method}), as {part.name} shows. {remedy}"
   for name, (shape, dtype) in stored.items():
     if name.endswith(".weight") and len(shape) > 1 and dtype not in dtypes:
       return f"the weights are quantized or cast: {name} is of {dtype}. {remedy}"
@@ -128,7 +134,7 @@ def _quantized(stored: Mapping[str, Stored], dtypes: Collection[str]) -> str:
 
 
 def _wrapped(stored: Mapping[str, Stored]) -> str:
-  if name := _first(r"\.(base_layer|lora_[AB]|modules_to_save|original_module)\.", stored):
+  if name := first_match(r"\.(base_layer|lora_[AB]|modules_to_save|original_module)\.", stored):
     return (
       f"the model was saved inside PEFT's wrappers, as {name} shows. Save it by "
       "model.merge_and_unload().save_pretrained(...), or give the base model's folder and load the "
@@ -139,7 +145,7 @@ def _wrapped(stored: Mapping[str, Stored]) -> str:
 
 def _foreign(stored: Mapping[str, Stored]) -> str:
   for pattern, format_ in _FORMATS:
-    if name := _first(pattern, stored):
+    if name := first_match(pattern, stored):
       return (
         f"{name} is a name of {format_}. Convert the folder to the format of transformers, or give "
         "the converted one"
@@ -195,7 +201,7 @@ def _resized(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...
 def _other_head(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> str:
   missing = [name for name in expected if name not in stored]
   extra = [name for name in stored if name not in expected]
-  if name := _first(_HEADS, extra):
+  if name := first_match(_HEADS, extra):
     return (
       f"{name} belongs to the head of another task, such as classification. Expected a model "
       "without it: give the one that it was fine-tuned from"
@@ -230,5 +236,14 @@ def check_layer_count(
     )
 
 
-def _first(pattern: str, names: Iterable[str]) -> str | None:
+def quantized_tensor(names: Collection[str]) -> QuantizedTensor | None:
+  """Returns a tensor that only quantized weights have, and the method; None if there is none."""
+  for pattern, method in _QUANTIZED:
+    if name := first_match(pattern, names):
+      return QuantizedTensor(name, method)
+  return None
+
+
+def first_match(pattern: str, names: Iterable[str]) -> str | None:
+  """Returns the first name in which a regular expression is found; None if there is none."""
   return next((name for name in names if re.search(pattern, name)), None)
