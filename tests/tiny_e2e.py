@@ -1,6 +1,7 @@
 """A run of the E2E experiment that takes seconds: real lines, a tiny model with random weights."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def tiny_folder() -> Path:
   params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
   folder = Path(tempfile.mkdtemp(prefix="tiny-gpt2-")) / "model"
   save_gpt2(folder, config, params, tokenizer_from=EMBEDDED, end_of_text_id=0)
+  return folder
+
+
+def chat_folder(folder: Path, template: str) -> Path:
+  """Makes an empty folder the tiny GPT-2's, with a chat template; returns it."""
+  for file in tiny_folder().iterdir():
+    (folder / file.name).symlink_to(file)
+  config = {"eos_token": "<|endoftext|>", "chat_template": template}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return folder
 
 

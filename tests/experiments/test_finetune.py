@@ -37,7 +37,7 @@ from lora_jax.training.metrics_log import read_metrics
 from lora_jax.training.step import make_eval_step, make_train_step
 
 from tests.make_tokenizer_golden import GOLDEN
-from tests.tiny_e2e import EMBEDDED, tiny_folder
+from tests.tiny_e2e import EMBEDDED, chat_folder, tiny_folder
 from tests.tiny_training import interrupted_at
 from tests.toy_models import relative_difference
 
@@ -51,14 +51,9 @@ OWN_TEMPLATE = f"Chat\n{CHAT_TEMPLATE}"
 
 
 @pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
+def chat_model(tmp_path_factory):
   """The tiny GPT-2, with a chat template."""
-  folder = tmp_path_factory.mktemp("chat")
-  for file in tiny_folder().iterdir():
-    (folder / file.name).symlink_to(file)
-  config = {"eos_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE}
-  (folder / "tokenizer_config.json").write_text(json.dumps(config))
-  return folder
+  return chat_folder(tmp_path_factory.mktemp("chat"), CHAT_TEMPLATE)
 
 
 def write_lines(path, chats=False, count=60):
@@ -91,9 +86,9 @@ def config_of(model, data, workdir):
   return apply(config, changes)
 
 
-def finished_run(chat_folder, folder, chats):
+def finished_run(chat_model, folder, chats):
   data = write_lines(folder / "mine.jsonl", chats)
-  config = config_of(chat_folder, data, folder / "run")
+  config = config_of(chat_model, data, folder / "run")
   if chats:
     config.data.chat_template = str(folder / "mine.jinja")
     (folder / "mine.jinja").write_text(OWN_TEMPLATE)
@@ -101,13 +96,13 @@ def finished_run(chat_folder, folder, chats):
 
 
 @pytest.fixture(scope="module")
-def completions(chat_folder, tmp_path_factory):
-  return finished_run(chat_folder, tmp_path_factory.mktemp("completions"), chats=False)
+def completions(chat_model, tmp_path_factory):
+  return finished_run(chat_model, tmp_path_factory.mktemp("completions"), chats=False)
 
 
 @pytest.fixture(scope="module")
-def chats(chat_folder, tmp_path_factory):
-  return finished_run(chat_folder, tmp_path_factory.mktemp("chats"), chats=True)
+def chats(chat_model, tmp_path_factory):
+  return finished_run(chat_model, tmp_path_factory.mktemp("chats"), chats=True)
 
 
 @pytest.mark.long
@@ -190,11 +185,11 @@ def test_a_mixture_of_experts_with_a_sentencepiece_tokenizer(tmp_path, capsys):
   assert relative_difference(merged.call(merged.params, TOKENS % 300), adapted) < 1e-5
 
 
-def test_both_files_have_one_format(chat_folder, tmp_path):
+def test_both_files_have_one_format(chat_model, tmp_path):
   first = write_lines(tmp_path / "first.jsonl", count=20)
   second = write_lines(tmp_path / "second.jsonl", chats=True, count=20)
   for data, valid in ((first, second), (second, first)):
-    config = apply(config_of(chat_folder, data, tmp_path / "run"), {"data.valid_file": str(valid)})
+    config = apply(config_of(chat_model, data, tmp_path / "run"), {"data.valid_file": str(valid)})
     with pytest.raises(ValueError, match=r"have two formats"):
       finetune.run(config)
 
@@ -211,9 +206,9 @@ def test_it_learns_and_answers(form, request):
   )
 
 
-def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
+def test_the_exported_adapter_is_the_trained_one(completions, chat_model):
   config, _ = completions
-  model = load_causal_lm(chat_folder)
+  model = load_causal_lm(chat_model)
   lora_config, loaded = load_peft(f"{config.workdir}/peft", model.stored, model.params)
   got = lj.lora(model.call, lora_config).apply(model.params, loaded, TOKENS)
   lora = lj.lora(model.call, lj.LoraConfig(**config.lora.to_dict()))
@@ -225,11 +220,11 @@ def test_the_exported_adapter_is_the_trained_one(completions, chat_folder):
   assert relative_difference(model.call(model.params, TOKENS), expected) > 1e-2
 
 
-def test_the_merged_model_is_the_adapted_one(completions, chat_folder, tmp_path, capsys):
+def test_the_merged_model_is_the_adapted_one(completions, chat_model, tmp_path, capsys):
   config, _ = completions
   export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
   assert "the base model's dtype" in capsys.readouterr().out
-  model, merged = load_causal_lm(chat_folder), load_causal_lm(tmp_path / "merged")
+  model, merged = load_causal_lm(chat_model), load_causal_lm(tmp_path / "merged")
   lora_config, adapter = load_peft(f"{config.workdir}/peft", model.stored, model.params)
   expected = lj.lora(model.call, lora_config).apply(model.params, adapter, TOKENS)
   assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
@@ -335,21 +330,21 @@ def test_runs_are_compared(completions, tmp_path):
   assert "9.000" in by_rate
 
 
-def test_data_may_be_corrected_before_training(chat_folder, tmp_path):
+def test_data_may_be_corrected_before_training(chat_model, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   lines = data.read_text()
   data.write_text(lines + "{}")
-  config = apply(config_of(chat_folder, data, tmp_path / "run"), {"samples.count": 0})
+  config = apply(config_of(chat_model, data, tmp_path / "run"), {"samples.count": 0})
   with pytest.raises(ValueError, match=r"mine.jsonl:"):
     finetune.run(config)
   data.write_text(lines)
   assert finetune.run(config)["num_train_steps"] > 0
 
 
-def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
+def test_a_dry_run_needs_no_weights(chat_model, tmp_path):
   bare = tmp_path / "model"
   bare.mkdir()
-  for file in chat_folder.iterdir():
+  for file in chat_model.iterdir():
     if file.suffix != ".safetensors":
       (bare / file.name).symlink_to(file)
   data = write_lines(tmp_path / "mine.jsonl")
@@ -383,14 +378,14 @@ def test_a_dry_run_needs_no_weights(chat_folder, tmp_path):
     ({"data.row_length": 8}, "examples have more than 8 tokens, .*mine.jsonl:1"),
   ],
 )
-def test_bad_values_are_refused(changes, message, chat_folder, tmp_path):
+def test_bad_values_are_refused(changes, message, chat_model, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
-  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  config = apply(config_of(chat_model, data, tmp_path / "run"), changes)
   with pytest.raises(ValueError, match=message):
     finetune.run(config)
 
 
-def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path):
+def test_chats_without_a_template_or_with_one_that_refuses(chat_model, tmp_path):
   data = write_lines(tmp_path / "mine.jsonl", chats=True, count=20)
   with pytest.raises(FileNotFoundError, match=r"no chat template|tokenizer_config"):
     finetune.run(config_of(tiny_folder(), data, tmp_path / "run"))
@@ -399,27 +394,27 @@ def test_chats_without_a_template_or_with_one_that_refuses(chat_folder, tmp_path
     file.write(json.dumps({"messages": messages}) + "\n")
   count = len(data.read_text().splitlines())
   with pytest.raises(ValueError, match=f"mine.jsonl:{count}: expected a message before"):
-    finetune.run(config_of(chat_folder, data, tmp_path / "run2"))
+    finetune.run(config_of(chat_model, data, tmp_path / "run2"))
 
 
-def test_too_few_examples(chat_folder, tmp_path):
+def test_too_few_examples(chat_model, tmp_path):
   data = tmp_path / "mine.jsonl"
   data.write_text('{"prompt": "a", "completion": "b"}')
   with pytest.raises(ValueError, match="has 1 different prompts, of which 1 are held out"):
-    finetune.run(config_of(chat_folder, data, tmp_path / "run"))
+    finetune.run(config_of(chat_model, data, tmp_path / "run"))
 
 
-def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
+def test_full_finetuning_leaves_a_model(chat_model, tmp_path, capsys):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "full_finetuning", "optimizer.learning_rate": 3e-3, "samples.count": 1}
-  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  config = apply(config_of(chat_model, data, tmp_path / "run"), changes)
   result = finetune.run(config)
   assert result["trainable_parameters"] == result["base_parameters"] == 295_808
   assert len(result["samples"]) == 1
   assert not (tmp_path / "run" / "adapter").exists()
   names, out = {}, capsys.readouterr().out
   exec(out.split("# here\n")[1].split("# in transformers")[0], names)
-  trained, base = names["model"], load_causal_lm(chat_folder)
+  trained, base = names["model"], load_causal_lm(chat_model)
   assert relative_difference(base.call(base.params, TOKENS), trained.call(trained.params, TOKENS))
   text, held_out = load_data(read_config(FinetuneConfig, config), trained)
   loss = lj.full_finetuning(language_model_loss(trained.module))
@@ -438,7 +433,7 @@ def test_full_finetuning_leaves_a_model(chat_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["full_finetuning", "lora", "dora"])
-def test_a_dry_run_allocates_nothing_large(method, chat_folder, tmp_path, monkeypatch):
+def test_a_dry_run_allocates_nothing_large(method, chat_model, tmp_path, monkeypatch):
   """It sees the arrays when the step is compiled, while the optimizer's state is held."""
   sizes = []
 
@@ -450,18 +445,18 @@ def test_a_dry_run_allocates_nothing_large(method, chat_folder, tmp_path, monkey
 
   monkeypatch.setattr(finetune, "make_train_step", seen)
   data = write_lines(tmp_path / "mine.jsonl", count=20)
-  config = apply(config_of(chat_folder, data, tmp_path / "run"), {"method": method})
+  config = apply(config_of(chat_model, data, tmp_path / "run"), {"method": method})
   before = {id(leaf) for leaf in jax.live_arrays()}
   finetune.plan(config)
   assert sizes
   assert max(sizes) < 1000
 
 
-def test_a_variant_of_lora(chat_folder, tmp_path, capsys):
+def test_a_variant_of_lora(chat_model, tmp_path, capsys):
   """It needs only its row, and a dry run needs no weights."""
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "dora", "lora.target": "all-linear", "samples.count": 1}
-  config = apply(config_of(chat_folder, data, tmp_path / "run"), changes)
+  config = apply(config_of(chat_model, data, tmp_path / "run"), changes)
   finetune.plan(config, all_rows=True)
   out = capsys.readouterr().out
   assert re.search(r"method +DoRA, rank 4, 5,184 parameters", out)  # a magnitude for each output

@@ -25,7 +25,7 @@ from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.mesh import make_mesh
 
-from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
+from tests.tiny_e2e import EMBEDDED, chat_folder, tiny_config
 
 PROMPTS = ["name : Aromi", "name : The Vaults | Type : pub"]
 TEMPLATE = (
@@ -57,12 +57,7 @@ def finished(config, folder):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
   """A GPT-2 with a chat template."""
-  folder = tmp_path_factory.mktemp("model")
-  for file in tiny_folder().iterdir():
-    (folder / file.name).symlink_to(file)
-  config = {"eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
-  (folder / "tokenizer_config.json").write_text(json.dumps(config))
-  return folder
+  return chat_folder(tmp_path_factory.mktemp("model"), TEMPLATE)
 
 
 def finetuned_run(model_folder, folder, method):
