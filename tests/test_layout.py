@@ -10,7 +10,7 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = [  # each may import from those before it
-  {"patterns", "trees", "axes", "placement", "extras", "fields", "files"},
+  {"patterns", "trees", "axes", "placement", "extras", "fields", "files", "quantization"},
   {"adaptation", "transform"},
   {"adapters", "optimizer", "flax_nnx"},
   {"variants", "methods"},

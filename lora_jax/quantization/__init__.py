@@ -1,0 +1,1 @@
+"""Quantized weights of a frozen base model: codes and scales, dequantized where they are used."""

@@ -1,0 +1,7 @@
+"""The formats of quantized weights, by name."""
+
+from lora_jax.quantization.format import Format
+from lora_jax.quantization.ggml import GGML
+from lora_jax.quantization.int8 import INT8
+
+FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (*GGML, INT8)}
