@@ -92,6 +92,10 @@ venv:  ## set up .venv, or bring it up to date
 e2e: venv  ## the main job: GPT-2 adapted to E2E with LoRA, from the data to the scores
 	.venv/bin/python -m experiments.gpt2_e2e
 
+.PHONY: smollm2
+smollm2: venv  ## fetch SmolLM2-135M-Instruct (98 MB) into the cache, for --model=smollm2
+	.venv/bin/python -m lora_jax.models.checkpoints.pretrained smollm2
+
 .PHONY: test
 test: lint types  ## lint, types, tests and doctests
 	.venv/bin/python -m $(PYTEST)

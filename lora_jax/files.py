@@ -1,6 +1,7 @@
 """Local paths, and the text and JSON in files that others may have written."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ def local_path(path: str | Path) -> Path:
       "first, or mount the bucket (gcsfuse, mountpoint-s3) and name the mounted folder"
     )
   return Path(path)
+
+
+def cache_folder() -> Path:
+  """Returns `lora_jax` in the user's folder for cached files: `$XDG_CACHE_HOME` or `~/.cache`."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_jax"
 
 
 def make_folder(path: str | Path) -> Path:

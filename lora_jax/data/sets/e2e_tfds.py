@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from lora_jax.data.sets import e2e
-from lora_jax.files import local_path
+from lora_jax.files import cache_folder, local_path
 
 DOWNLOAD = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 
@@ -125,8 +125,7 @@ def default_data_dir() -> Path:
   """Returns `$TFDS_DATA_DIR`, or `lora_jax/tfds` in the user's folder for cached files."""
   if "TFDS_DATA_DIR" in os.environ:
     return local_path(os.environ["TFDS_DATA_DIR"])
-  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(cache) / "lora_jax" / "tfds"
+  return cache_folder() / "tfds"
 
 
 def _folder_of(source: str | os.PathLike[str], form: e2e.Form) -> str:

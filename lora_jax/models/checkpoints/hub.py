@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from lora_jax.files import local_path, make_folder, parse_json, read_json
+from lora_jax.models.checkpoints.pretrained import PRETRAINED, find_pretrained
 from lora_jax.models.checkpoints.recognize import (
   Stored,
   describe_file,
@@ -115,6 +116,8 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     return path
   if path.exists():
     raise ValueError(f"{path} is a file; expected its folder, with config.json and *.safetensors")
+  if str(name) in PRETRAINED:
+    return find_pretrained(str(name))
   repository = str(name)
   if repository.count("/") > 1 or repository.startswith((".", "/", "~")):
     raise FileNotFoundError(f"{repository} is not a folder; expected one with config.json")
