@@ -1,34 +1,92 @@
 """llama.cpp's block formats, as GGUF files store them; the reference is the package `gguf`.
 
 The bytes of a block are split into arrays, one for each field of the C struct, so that scales,
-minima and codes are aligned; together they have the size of the file's blocks.
+minima and codes are aligned; together they have the size of the file's blocks. The order of a
+format's parts is that of the struct.
+
+A product of a scale, a sub-scale and a code has at most 24 significant bits, so that no compiler
+can round it otherwise: values equal the reference's, bit for bit, eager and under `jit`. Where a
+scale is infinite or NaN, so are the values; the bits of a NaN may differ. XLA on CPUs flushes
+numbers below 2**-126 to 0, which are MXFP4's blocks whose scale has the byte 0 or 1.
 """
 
-import jax
-import jax.numpy as jnp
+import math
 
-from lora_jax.quantization.format import Arrays, Format, Part
+import numpy as np
 
-
-def _halves(codes: jax.Array) -> jax.Array:
-  """Returns 4-bit codes (..., 16) as (..., 32): the low ones first, then the high ones."""
-  return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
-
-
-def _values(blocks: jax.Array) -> jax.Array:
-  return blocks.reshape(*blocks.shape[:-2], -1)
-
-
-def _q4_1(arrays: Arrays) -> jax.Array:
-  """w = d * q + m."""
-  d, m = (arrays[name].astype(jnp.float32)[..., None] for name in ("d", "m"))
-  return _values(d * _halves(arrays["qs"]).astype(jnp.float32) + m)
-
-
-Q4_1 = Format(
-  "Q4_1",
-  32,
-  {"d": Part("float16"), "m": Part("float16"), "qs": Part("uint8", (16,))},
-  _q4_1,
+from lora_jax.quantization.format import Arrays, Format
+from lora_jax.quantization.ggml_blocks import IQ4_NL, MXFP4, NVFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from lora_jax.quantization.ggml_grids import (
+  IQ1_M,
+  IQ1_S,
+  IQ2_S,
+  IQ2_XS,
+  IQ2_XXS,
+  IQ3_S,
+  IQ3_XXS,
 )
-GGML = (Q4_1,)
+from lora_jax.quantization.ggml_superblocks import (
+  IQ4_XS,
+  Q2_K,
+  Q3_K,
+  Q4_K,
+  Q5_K,
+  Q6_K,
+  TQ1_0,
+  TQ2_0,
+)
+
+GGML = (
+  *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, NVFP4),
+  *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, TQ1_0, TQ2_0, IQ4_XS),
+  *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S),
+)
+
+
+def block_bytes(kind: Format) -> int:
+  """Returns the bytes of one block in a file.
+
+  >>> block_bytes(Q4_1)
+  20
+  """
+  return sum(np.dtype(part.dtype).itemsize * math.prod(part.shape) for part in kind.parts.values())
+
+
+def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns the arrays of a format from the blocks of a file.
+
+  Args:
+    kind: of `GGML`.
+    raw: uint8 (..., num_blocks * block_bytes).
+  Returns:
+    By name, (..., num_blocks, *part.shape); copies.
+  Raises:
+    ValueError: if the last axis is not a whole number of blocks.
+  """
+  size = block_bytes(kind)
+  if raw.dtype != np.uint8 or not raw.ndim or raw.shape[-1] % size:
+    raise ValueError(
+      f"{kind.name} has blocks of {size} bytes, expected uint8 (..., a multiple of {size}), got "
+      f"{raw.dtype} {raw.shape}"
+    )
+  blocks = raw.reshape(*raw.shape[:-1], -1, size)
+  arrays, start = {}, 0
+  for name, part in kind.parts.items():
+    dtype = np.dtype(part.dtype).newbyteorder("<")
+    end = start + dtype.itemsize * math.prod(part.shape)
+    field = np.ascontiguousarray(blocks[..., start:end]).view(dtype)
+    arrays[name] = field.reshape(*blocks.shape[:-1], *part.shape).astype(part.dtype, copy=False)
+    start = end
+  return arrays
+
+
+def join(kind: Format, arrays: Arrays) -> np.ndarray:
+  """Returns the blocks of a file, uint8 (..., num_blocks * block_bytes); the inverse of `split`."""
+  fields = []
+  for name, part in kind.parts.items():
+    array = np.asarray(arrays[name])
+    lead = array.shape[: array.ndim - len(part.shape)]
+    little = np.ascontiguousarray(array.reshape(*lead, -1), np.dtype(part.dtype).newbyteorder("<"))
+    fields.append(little.view(np.uint8))
+  blocks = np.concatenate(fields, axis=-1)
+  return blocks.reshape(*blocks.shape[:-2], -1)
