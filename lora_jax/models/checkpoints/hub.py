@@ -57,6 +57,9 @@ class StoredTensor(NamedTuple):
     expert: the index into leaves with stacked experts; None if it holds all of them.
     is_parameter: whether its module in `transformers` has it as a plain parameter instead of a
       common layer: fused experts, a router.
+    heads: the number of heads whose outputs it interleaves, as llama.cpp's rotation needs them;
+      None if they are in our order. `our_outputs` has the order.
+    offset: added to the numbers of our leaf in it.
   """
 
   name: str
@@ -66,6 +69,8 @@ class StoredTensor(NamedTuple):
   is_embedding: bool = False
   expert: int | None = None
   is_parameter: bool = False
+  heads: int | None = None
+  offset: float = 0.0
 
   @property
   def module(self) -> str:
@@ -81,8 +86,21 @@ class StoredTensor(NamedTuple):
     """The index of its part in stacked leaves."""
     return tuple(i for i in (self.layer, self.expert) if i is not None)
 
+  def our_outputs(self, size: int) -> np.ndarray:
+    """Returns the index in it of each output of our leaf.
+
+    Outputs i and i + H / 2 of a head, which are rotated together, are neighbours in a tensor with
+    interleaved heads: `leaf = tensor[:, our_outputs]`, `tensor = leaf[:, argsort(our_outputs)]`.
+
+    Args:
+      size: the number of outputs.
+    """
+    if self.heads is None:
+      return np.arange(size)
+    return np.arange(size).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
   def to_ours(self, array: np.ndarray) -> np.ndarray:
-    """Returns an array of its axes in the axes of our leaves."""
+    """Returns an array of its axes in the axes of our leaves; outputs stay in its order."""
     return array.transpose(np.argsort(self.axes_to_file(tuple(range(array.ndim)))))
 
   def to_file(self, array: np.ndarray) -> np.ndarray:
@@ -451,19 +469,19 @@ def save_folder(
     folder: the new folder.
     config: the content of config.json.
     tensors: names and arrays, taken one by one; one shard at a time is in memory.
-    tokenizer_from: a folder to copy the tokenizer's files from.
+    tokenizer_from: a folder or GGUF file to take the tokenizer's files from.
     max_shard_bytes: the largest size of one file; more weights are split, with an index.
   Raises:
     FileExistsError: if there is such a folder.
     FileNotFoundError: if `tokenizer_from` holds no tokenizer.
     OSError: if it cannot be written, such as on a full disk; nothing is left behind.
   """
-  copied = [] if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
+  files = {} if tokenizer_from is None else tokenizer_files(Path(tokenizer_from))
   with new_folder(folder) as temporary:
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     _save_shards(temporary, tensors, max_shard_bytes)
-    for file in copied:
-      shutil.copyfile(file, temporary / file.name)
+    for name, content in files.items():
+      (temporary / name).write_bytes(content)
 
 
 @contextmanager
