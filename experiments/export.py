@@ -28,14 +28,13 @@ from experiments.classification.restore import load_encoder
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.workdir import read_finished, read_run, stored_config
+from experiments.nlg.base import Base, load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import export_folder, weights_digests
-from experiments.nlg.gpt2 import Base, load_base, model_folder
 from experiments.nlg.restore import load_adapter, load_run
 from experiments.nlg.text_files import exported_text_files, text_files, write_with
 from lora_jax.interop import load_peft, save_merged, save_peft
 from lora_jax.models.checkpoints.hub import find_folder
-from lora_jax.models.gpt2.folder import save_gpt2, stored_tensors
 from lora_jax.models.text.tokenizer import tokenizer_files
 from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
@@ -56,7 +55,7 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
     raise ValueError(_written_already(config))
   if isinstance(config, GlueConfig):
     run, source = load_encoder(folder), encoder_folder(config)
-    files = {path.name: path.read_bytes() for path in tokenizer_files(source)}
+    files = tokenizer_files(source)
     write_with(files, out, lambda path: run.save_adapter(path, base_model, for_server))
     return
   if config.model.start == "random":
@@ -64,7 +63,7 @@ def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False
   base = load_base(config, make_mesh())
   adapter, stored, lora = (
     load_adapter(config, base),
-    stored_tensors(base.config),
+    base.model.stored,
     lora_config(config),
   )
   options: dict[str, Any] = {"base_model": base_model, "for_server": for_server}
@@ -92,7 +91,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
     return load_encoder(folder).save_merged(out)
   if find_method(config.method).exports_adapter and config.model.start != "random":
     base = load_base(config, make_mesh())
-    adapter, stored = load_adapter(config, base), stored_tensors(base.config)
+    adapter, stored = load_adapter(config, base), base.model.stored
     lora, source = lora_config(config), model_folder(config)
     return write_with(
       _text_files(config, base),
@@ -100,11 +99,11 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
       lambda path: save_merged(path, source, lora, adapter, stored, base.params),
     )
   run = load_run(folder)
-  model, end_id = run.base.config, run.base.end_of_text
+  model, end_id = run.base.model, run.base.end_of_text
   write_with(
     _text_files(config, run.base),
     out,
-    lambda path: save_gpt2(path, model, run.params, end_of_text_id=end_id),
+    lambda path: model.save(path, run.params, end_of_text_id=end_id),
   )
   return {}
 

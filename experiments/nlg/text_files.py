@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_jax.files import read_json_if_present
 from lora_jax.models.checkpoints.hub import new_folder
+from lora_jax.models.text.gguf import read_model_json
 from lora_jax.models.text.tokenizer import read_special_tokens, tokenizer_files
 
 T = TypeVar("T")
@@ -20,7 +20,8 @@ def text_files(
   """Returns the files with which `transformers` tokenizes, renders and stops as in training.
 
   Args:
-    folder: of the base model; its tokenizer's files and generation settings are copied.
+    folder: of the base model, or its GGUF file; the tokenizer's files and generation settings are
+      copied, or made from the metadata.
     tokenizer: the folder's, as it was loaded.
     end_ids: the tokens that end an answer, the one that ends a text first.
     chat_template: the user's own; None keeps the folder's.
@@ -28,8 +29,8 @@ def text_files(
   Returns:
     The content by name.
   """
-  files = {path.name: path.read_bytes() for path in tokenizer_files(folder)}
-  config = read_json_if_present(folder / "tokenizer_config.json")
+  files = tokenizer_files(folder)
+  config = read_model_json(folder, "tokenizer_config.json")
   special = {"eos_token": tokenizer.id_to_token(end_ids[0])} | read_special_tokens(folder)
   config |= {use: token for use, token in special.items() if not _is_read(config.get(use))}
   if config.get("tokenizer_class") is None:  # which transformers would guess from the model
@@ -42,7 +43,7 @@ def text_files(
       files["chat_template.json"] = _as_json({"chat_template": chat_template})
   files["tokenizer_config.json"] = _as_json(config)
   ids = list(dict.fromkeys(end_ids))
-  generation = read_json_if_present(folder / "generation_config.json")
+  generation = read_model_json(folder, "generation_config.json")
   generation["eos_token_id"] = ids if len(ids) > 1 else ids[0]
   files["generation_config.json"] = _as_json(generation)
   return files

@@ -24,7 +24,7 @@ from lora_jax.data.jsonl import (
   read_jsonl,
 )
 from lora_jax.data.text import Example
-from lora_jax.files import read_json_if_present, read_text
+from lora_jax.files import read_text
 from lora_jax.models.text.chat import (
   ChatTemplate,
   Message,
@@ -33,10 +33,12 @@ from lora_jax.models.text.chat import (
   prompt_parts,
   text_after_answers,
 )
+from lora_jax.models.text.gguf import read_model_json
 from lora_jax.models.text.tokenizer import END_OF_TEXT, load_tokenizer, read_special_tokens
 from lora_jax.models.zoo import LanguageModel
 
 logger = logging.getLogger(__name__)
+TODAY = "2024-07-26"
 
 
 class Data(NamedTuple):
@@ -90,7 +92,8 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
       )
   else:
     records, held_out = _hold_out(config, records)
-  text = load_text(config, model, isinstance(records[0], Conversation))
+  chats = isinstance(records[0], Conversation)
+  text = load_text(model, chats, options.chat_template, options.today)
   limit = options.row_length or model.num_positions
   train, valid = (encode(text, part, limit, options.truncate) for part in (records, held_out))
   longest = max(len(example.tokens) for example in (*train, *valid))
@@ -137,19 +140,28 @@ def end_token_id(folder: Path, tokenizer: Any) -> int:
   return token_id
 
 
-def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text:
-  """Returns the tokenizer of a model's folder, its end tokens, and of chats the template."""
+def load_text(
+  model: LanguageModel, chats: bool, chat_template: str = "", today: str = TODAY
+) -> Text:
+  """Returns the tokenizer of a model's folder, its end tokens, and of chats the template.
+
+  Args:
+    model: its weights are not needed.
+    chats: whether the examples are chats.
+    chat_template: a file with a template; "" is the model's own.
+    today: the date for templates that write one.
+  """
   tokenizer = load_tokenizer(model.folder, model.module.config.vocab_size)
   end_id, template = end_token_id(model.folder, tokenizer), None
-  if chats and config.data.chat_template:
-    source = read_text(config.data.chat_template)
+  if chats and chat_template:
+    source = read_text(chat_template)
     template = ChatTemplate(source, read_special_tokens(model.folder))
   elif chats:
     template = load_chat_template(model.folder)
   if template is not None:
     special = {"eos_token": tokenizer.id_to_token(end_id), **template.special_tokens}
-    today = datetime.fromisoformat(config.data.today)
-    template = dataclasses.replace(template, special_tokens=special, today=today)
+    day = datetime.fromisoformat(today)
+    template = dataclasses.replace(template, special_tokens=special, today=day)
   end_ids = {end_id, *generation_end_ids(model.folder, model.module.config.vocab_size)}
   if template is not None:
     end_ids.update(_turn_end_ids(tokenizer, template))
@@ -157,8 +169,8 @@ def load_text(config: FinetuneConfig, model: LanguageModel, chats: bool) -> Text
 
 
 def generation_end_ids(folder: Path, vocab_size: int) -> list[int]:
-  """Returns the end tokens in generation_config.json, which servers stop at."""
-  value = read_json_if_present(folder / "generation_config.json").get("eos_token_id")
+  """Returns the end tokens of generation_config.json or a GGUF file, which servers stop at."""
+  value = read_model_json(folder, "generation_config.json").get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]
   for token_id in ids:
     if type(token_id) is not int or not 0 <= token_id < vocab_size:

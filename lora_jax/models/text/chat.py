@@ -19,7 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lora_jax.files import local_path, read_json_if_present, read_text
+from lora_jax.files import local_path, read_text
+from lora_jax.models.text.gguf import read_model_json
 from lora_jax.models.text.rendering import END, START, Job, render
 from lora_jax.models.text.tokenizer import read_special_tokens
 
@@ -46,14 +47,14 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: str | Path) -> ChatTemplate:
-  """Returns the template of chat_template.jinja, or of tokenizer_config.json.
+  """Returns the template of chat_template.jinja, of tokenizer_config.json, or of a GGUF file.
 
   Raises:
     FileNotFoundError: if the folder has none, as those of models without training on chats.
     ValueError: if it is not text.
   """
   folder = local_path(folder)
-  config = read_json_if_present(folder / "tokenizer_config.json")
+  config = read_model_json(folder, "tokenizer_config.json")
   file = folder / "chat_template.jinja"
   source = read_text(file) if file.exists() else config.get("chat_template")
   if isinstance(source, list):  # of several for different uses
@@ -62,7 +63,7 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     }
     if "default" not in named:
       raise ValueError(
-        f"{folder}/tokenizer_config.json: expected a chat_template named 'default', got "
+        f"{folder}: expected a chat_template named 'default' in tokenizer_config.json, got "
         f"{', '.join(map(repr, named)) or 'none with a name'}"
       )
     source = named["default"]

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, as `tokenizers.Tokenizer`, from each of their formats.
+"""Tokenizers of models, as `tokenizers.Tokenizer`, from each of their formats.
 
     tokenizer.json             any
     tokenizer.model            SentencePiece of Llama 2, Mistral and Gemma
@@ -6,8 +6,9 @@
     vocab.txt                  WordPiece of BERT
     vocab.json, merges.txt     byte-level BPE of GPT-2 and RoBERTa
 
-The first that is present is read. A tokenizer that is built here gives the ids of the reference:
-SentencePiece's own, `transformers`' for the others.
+The first that is present in a folder is read. A tokenizer that is built here gives the ids of the
+reference: SentencePiece's own, `transformers`' for the others. A GGUF file has its tokenizer in its
+metadata (`gguf.py`).
 """
 
 import dataclasses
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_jax.fields import CountOrZero, Within, read_section, read_value
 from lora_jax.files import local_path, parse_json, read_json, read_json_if_present, read_text
+from lora_jax.models.checkpoints.gguf import is_gguf
+from lora_jax.models.text.ends import mark_ends, with_id
+from lora_jax.models.text.gguf import gguf_text_files, read_model_json
 from lora_jax.models.text.sentencepiece import build_sentencepiece, read_sentencepiece
 
 if TYPE_CHECKING:
@@ -63,8 +67,9 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
   """Returns the tokenizer of a folder, from the first of the formats above that it has.
 
   Args:
-    folder: a local folder.
-    vocab_size: of the model, whose table may be padded above the tokenizer's vocabulary.
+    folder: a local folder, or a GGUF file.
+    vocab_size: of the model, whose table may be padded above the tokenizer's vocabulary; not in a
+      GGUF file, where padding has tokens too.
   Raises:
     FileNotFoundError: if there is no tokenizer.
     ValueError: if its files are broken, or it does not fit the model.
@@ -90,6 +95,11 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
   if not ids:
     raise ValueError(f"{folder}: the tokenizer has no tokens")
   size = max(ids) + 1
+  if is_gguf(folder) and vocab_size not in (None, size):
+    raise ValueError(
+      f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}, expected one for "
+      "each row of the embedding. Convert the model again"
+    )
   if vocab_size is not None and not 0 <= vocab_size - size < max(1024, vocab_size // 20):
     raise ValueError(
       f"{folder}: the tokenizer has {size:,} tokens and the model {vocab_size:,}; they do not "
@@ -107,16 +117,21 @@ def end_of_text_id(tokenizer: Any) -> int:
   return token_id
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-  """Returns the files of a folder's tokenizer, which must load."""
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+  """Returns the files of a tokenizer, which must load, by name; of a GGUF file those made of it."""
   load_tokenizer(folder)
-  return [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
+  if is_gguf(folder):
+    files = gguf_text_files(folder)
+    return {name: files[name] for name in TOKENIZER_FILES if name in files}
+  paths = (folder / name for name in TOKENIZER_FILES)
+  return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def read_special_tokens(folder: str | Path) -> dict[str, str]:
-  """Returns a folder's special tokens by their use, as `{"bos_token": "<s>"}`.
+  """Returns a model's special tokens by their use, as `{"bos_token": "<s>"}`.
 
-  They are those of tokenizer_config.json and, in older folders, of special_tokens_map.json.
+  They are those of tokenizer_config.json and, in older folders, of special_tokens_map.json; or
+  those of a GGUF file.
 
   Raises:
     ValueError: if one of them is not text.
@@ -127,8 +142,8 @@ def read_special_tokens(folder: str | Path) -> dict[str, str]:
 def _special_tokens(folder: Path) -> dict[str, dict[str, Any]]:
   """Returns the special tokens with the options of their search in a text."""
   tokens: dict[str, dict[str, Any]] = {}
-  for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-    values = read_json_if_present(path)
+  for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    values, path = read_model_json(folder, name), folder / name
     for use in (f"{use}_token" for use in SPECIAL_TOKENS):
       token = values.get(use)
       if token == "":  # there is none: old folders of Llama
@@ -159,6 +174,8 @@ def _read_config(folder: Path) -> TokenizerConfig:
 def _build(folder: Path) -> "Tokenizer | None":
   from tokenizers import Tokenizer, processors
 
+  if is_gguf(folder):
+    return Tokenizer.from_str(gguf_text_files(folder)["tokenizer.json"].decode())
   if (folder / "tokenizer.json").exists():
     text = read_text(folder / "tokenizer.json")
     parse_json(text, folder / "tokenizer.json")  # is stricter than the library
@@ -181,7 +198,7 @@ def _build(folder: Path) -> "Tokenizer | None":
     tokenizer = _byte_level_bpe(folder, config)
     if _is_roberta(folder, config):
       special = _add_tokens(tokenizer, folder, config, ROBERTA_TOKENS)
-      ends = (_with_id(tokenizer, special[f"{use}_token"]) for use in ("sep", "cls"))
+      ends = (with_id(tokenizer, special[f"{use}_token"]) for use in ("sep", "cls"))
       space = bool(config.add_prefix_space)
       tokenizer.post_processor = processors.RobertaProcessing(  # pyright: ignore
         *ends, trim_offsets=True, add_prefix_space=space
@@ -316,12 +333,6 @@ def _add_tokens(
   return {use: token["content"] for use, token in special.items()}
 
 
-def _with_id(tokenizer: "Tokenizer", token: str) -> tuple[str, int]:
-  token_id = tokenizer.token_to_id(token)
-  assert token_id is not None, "special tokens have been added"
-  return token, token_id
-
-
 def _mark_ends(
   tokenizer: "Tokenizer",
   folder: Path,
@@ -330,8 +341,6 @@ def _mark_ends(
   add_bos: bool,
 ) -> None:
   """Puts the start and end tokens around texts that tokenizer_config.json asks for."""
-  from tokenizers import processors
-
   flags = {"bos_token": config.add_bos_token, "eos_token": config.add_eos_token}
   flags["bos_token"] = add_bos if flags["bos_token"] is None else flags["bos_token"]
   ends = [use for use, is_wanted in flags.items() if is_wanted]
@@ -344,12 +353,7 @@ def _mark_ends(
       )
   start = [special[use] for use in ends if use == "bos_token"]
   end = [special[use] for use in ends if use == "eos_token"]
-  single = [*start, "$A", *end]
-  tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
-    single=single,
-    pair=[*single, *(f"{piece}:1" for piece in [*start, "$B", *end])],
-    special_tokens=[_with_id(tokenizer, special[use]) for use in ends],
-  )
+  mark_ends(tokenizer, start, end)
 
 
 def _mark_sentences(tokenizer: "Tokenizer", special: Mapping[str, str]) -> None:
@@ -360,5 +364,5 @@ def _mark_sentences(tokenizer: "Tokenizer", special: Mapping[str, str]) -> None:
   tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
     single=[start, "$A", end],
     pair=[start, "$A", end, "$B:1", f"{end}:1"],
-    special_tokens=[_with_id(tokenizer, start), _with_id(tokenizer, end)],
+    special_tokens=[with_id(tokenizer, start), with_id(tokenizer, end)],
   )
