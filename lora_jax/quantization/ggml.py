@@ -10,11 +10,12 @@ scale is infinite or NaN, so are the values; the bits of a NaN may differ. XLA o
 numbers below 2**-126 to 0, which are MXFP4's blocks whose scale has the byte 0 or 1.
 """
 
+import itertools
 import math
 
 import numpy as np
 
-from lora_jax.quantization.format import Arrays, Format
+from lora_jax.quantization.format import Arrays, Format, Part
 from lora_jax.quantization.ggml_blocks import IQ4_NL, MXFP4, NVFP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from lora_jax.quantization.ggml_grids import (
   IQ1_M,
@@ -49,7 +50,7 @@ def block_bytes(kind: Format) -> int:
   >>> block_bytes(Q4_1)
   20
   """
-  return sum(np.dtype(part.dtype).itemsize * math.prod(part.shape) for part in kind.parts.values())
+  return sum(_part_bytes(part) for part in kind.parts.values())
 
 
 def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
@@ -63,6 +64,11 @@ def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
   Raises:
     ValueError: if the last axis is not a whole number of blocks.
   """
+  return {name: field(kind, name, raw) for name in kind.parts}
+
+
+def field(kind: Format, name: str, raw: np.ndarray) -> np.ndarray:
+  """Returns one of the arrays of `split`, whose other arguments and errors it has."""
   size = block_bytes(kind)
   if raw.dtype != np.uint8 or not raw.ndim or raw.shape[-1] % size:
     raise ValueError(
@@ -70,14 +76,16 @@ def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
       f"{raw.dtype} {raw.shape}"
     )
   blocks = raw.reshape(*raw.shape[:-1], -1, size)
-  arrays, start = {}, 0
-  for name, part in kind.parts.items():
-    dtype = np.dtype(part.dtype).newbyteorder("<")
-    end = start + dtype.itemsize * math.prod(part.shape)
-    field = np.ascontiguousarray(blocks[..., start:end]).view(dtype)
-    arrays[name] = field.reshape(*blocks.shape[:-1], *part.shape).astype(part.dtype, copy=False)
-    start = end
-  return arrays
+  before = itertools.takewhile(lambda part: part != name, kind.parts)
+  start = sum(_part_bytes(kind.parts[part]) for part in before)
+  part = kind.parts[name]
+  values = np.ascontiguousarray(blocks[..., start : start + _part_bytes(part)])
+  values = values.view(np.dtype(part.dtype).newbyteorder("<"))
+  return values.reshape(*blocks.shape[:-1], *part.shape).astype(part.dtype, copy=False)
+
+
+def _part_bytes(part: Part) -> int:
+  return np.dtype(part.dtype).itemsize * math.prod(part.shape)
 
 
 def join(kind: Format, arrays: Arrays) -> np.ndarray:
