@@ -1,15 +1,29 @@
 """llama.cpp's formats with one scale for each block of 32 values, or of 16 (NVFP4)."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.quantization.bits import groups, lookup, pack_groups, pack_planes, planes, trailing
+from lora_jax.quantization.bits import (
+  along,
+  groups,
+  lookup,
+  pack_groups,
+  pack_planes,
+  planes,
+  trailing,
+)
 from lora_jax.quantization.format import Arrays, Format, Part
 
 F16 = Part("float16")
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FLOAT4_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # the magnitudes, doubled; the fourth bit is the sign
+
+
+Codes = Callable[[Arrays], jax.Array]
 
 
 def bytes_(count: int) -> Part:
@@ -44,14 +58,14 @@ def _pack5(codes: jax.Array) -> dict[str, jax.Array]:
   return {"qh": pack_groups(trailing(codes >> 4, 1, 4, 8), 1), "qs": _pack4(codes)}
 
 
-def _symmetric(offset: int, codes):
+def _symmetric(offset: int, codes: Codes) -> Codes:
   def dequantize(arrays: Arrays) -> jax.Array:
     return values(scale(arrays, "d") * (codes(arrays).astype(jnp.float32) - offset))
 
   return dequantize
 
 
-def _with_minimum(codes):
+def with_minimum(codes: Codes) -> Codes:
   def dequantize(arrays: Arrays) -> jax.Array:
     return values(scale(arrays, "d") * codes(arrays).astype(jnp.float32) + scale(arrays, "m"))
 
@@ -100,7 +114,7 @@ def _quantize_symmetric(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
   return d[..., 0].astype(jnp.float16), codes.astype(jnp.uint8)
 
 
-def _quantize_with_minimum(x: jax.Array, largest: int) -> tuple[dict[str, jax.Array], jax.Array]:
+def quantize_with_minimum(x: jax.Array, largest: int) -> tuple[dict[str, jax.Array], jax.Array]:
   """Returns scales and minima, and codes: 0 is the minimum, `largest` the maximum."""
   blocks = blocks_of(x, 32)
   low = jnp.min(blocks, axis=-1, keepdims=True)
@@ -121,12 +135,12 @@ def _quantize_q5_0(x: jax.Array) -> dict[str, jax.Array]:
 
 
 def _quantize_q4_1(x: jax.Array) -> dict[str, jax.Array]:
-  scales, codes = _quantize_with_minimum(x, 15)
+  scales, codes = quantize_with_minimum(x, 15)
   return {**scales, "qs": _pack4(codes)}
 
 
 def _quantize_q5_1(x: jax.Array) -> dict[str, jax.Array]:
-  scales, codes = _quantize_with_minimum(x, 31)
+  scales, codes = quantize_with_minimum(x, 31)
   return {**scales, **_pack5(codes)}
 
 
@@ -152,6 +166,23 @@ def _mxfp4_scale(e: jax.Array) -> jax.Array:
   wide = e.astype(jnp.uint32)
   small = jnp.uint32(0x200000) << jnp.minimum(wide, 1)
   return lax.bitcast_convert_type(jnp.where(wide < 2, small, (wide - 1) << 23), jnp.float32)
+
+
+def _floor_log2(x: jax.Array) -> jax.Array:
+  """Returns the whole part of log2(x) in float32, rounded up just below a power of two."""
+  mantissa, exponent = jnp.frexp(x)
+  exponent = exponent.astype(jnp.float32)
+  return exponent - (exponent + jnp.log1p(mantissa - 1) / math.log(2) < exponent)
+
+
+def _quantize_mxfp4(x: jax.Array) -> dict[str, jax.Array]:
+  """Rounds to the nearest of 15 values; the largest magnitude of a block is 4 to 8 times 1."""
+  blocks = blocks_of(x, 32)
+  largest = jnp.max(jnp.abs(blocks), axis=-1)
+  e = jnp.where(largest > 0, _floor_log2(largest) - 2 + 127, 0).astype(jnp.uint8)
+  levels = along(_float4().astype(jnp.float32), blocks, -1) * _mxfp4_scale(e)[..., None]
+  distances = jnp.abs(levels[..., None, :] - blocks[..., None])
+  return {"e": e, "qs": _pack4(jnp.argmin(distances, axis=-1).astype(jnp.uint8))}
 
 
 def _mxfp4(arrays: Arrays) -> jax.Array:
@@ -186,7 +217,7 @@ def _eight_bits(arrays: Arrays) -> jax.Array:
 
 Q4_0 = Format("Q4_0", 32, {"d": F16, "qs": bytes_(16)}, _symmetric(8, _four_bits), _quantize_q4_0)
 Q4_1 = Format(
-  "Q4_1", 32, {"d": F16, "m": F16, "qs": bytes_(16)}, _with_minimum(_four_bits), _quantize_q4_1
+  "Q4_1", 32, {"d": F16, "m": F16, "qs": bytes_(16)}, with_minimum(_four_bits), _quantize_q4_1
 )
 Q5_0 = Format(
   "Q5_0", 32, {"d": F16, "qh": bytes_(4), "qs": bytes_(16)}, _symmetric(16, codes5), _quantize_q5_0
@@ -195,12 +226,12 @@ Q5_1 = Format(
   "Q5_1",
   32,
   {"d": F16, "m": F16, "qh": bytes_(4), "qs": bytes_(16)},
-  _with_minimum(codes5),
+  with_minimum(codes5),
   _quantize_q5_1,
 )
 Q8_0 = Format(
   "Q8_0", 32, {"d": F16, "qs": Part("int8", (32,))}, _symmetric(0, _eight_bits), _quantize_q8_0
 )
 IQ4_NL = Format("IQ4_NL", 32, {"d": F16, "qs": bytes_(16)}, _iq4_nl)
-MXFP4 = Format("MXFP4", 32, {"e": Part("uint8"), "qs": bytes_(16)}, _mxfp4)
+MXFP4 = Format("MXFP4", 32, {"e": Part("uint8"), "qs": bytes_(16)}, _mxfp4, _quantize_mxfp4)
 NVFP4 = Format("NVFP4", 64, {"d": bytes_(4), "qs": bytes_(32)}, _nvfp4)
