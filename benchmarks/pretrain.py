@@ -36,9 +36,14 @@ from experiments.configs.gpt2_pretrain import get_config
 from experiments.harness.config import read_config
 from experiments.harness.launch import apply
 from experiments.harness.optimizer import make_optimizer
+from experiments.nlg.base import random_params
 from experiments.nlg.config import PretrainConfig
-from experiments.nlg.gpt2 import pretrained_config, random_params
-from experiments.nlg.pretraining import END_OF_TEXT_ID, flops_per_token, matmul_gflops
+from experiments.nlg.pretraining import (
+  END_OF_TEXT_ID,
+  flops_per_token,
+  matmul_gflops,
+  pretrained_config,
+)
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.training.allocator import keep_freed_memory
@@ -68,7 +73,7 @@ def run(way: str, rows: int, steps: int) -> None:
   draw = np.random.default_rng(0)
   stream = draw.integers(1, model.vocab_size, 2 * rows * config.data.row_length, np.uint16)
   batch = corpus.Rows(stream, END_OF_TEXT_ID, seed=None, **shape)[0]
-  params = random_params(model, mesh, jax.random.key(0))
+  params = random_params(GPT2(model), mesh, jax.random.key(0))
   loss = lj.full_finetuning(language_model_loss(GPT2(model)))
   optimizer, _ = make_optimizer(config.optimizer, 1000)
   state, frozen, optimizer = start(params, params, optimizer, jax.random.key(1), mesh)

@@ -18,12 +18,13 @@ from typing import Any
 
 from experiments.harness.config import flat, replace_fields
 from experiments.harness.launch import explained, make_parser
-from experiments.harness.methods import check_used
+from experiments.harness.methods import check_used, find_method
 from experiments.harness.workdir import provenance, read_finished, read_run, run_once
+from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.e2e import decode_and_score
-from experiments.nlg.gpt2 import load_base
+from experiments.nlg.e2e import decode_and_score, load_data, validation_loss
 from experiments.nlg.restore import restore_params
+from experiments.nlg.rounding import rounded
 from experiments.nlg.scores import markdown
 from lora_jax.fields import NonEmptyPath, read_value
 
@@ -34,8 +35,10 @@ SETTINGS = {  # the flag: the field of the config
   "max_new_tokens": "decoding.max_new_tokens",
   "scoring": "decoding.scoring",
   "num_inputs": "decoding.num_inputs",
+  "num_shots": "decoding.num_shots",
   "split": "decoding.split",
   "checkpoint": "fit.keep",
+  "rounded_to": "model.rounded_to",
 }
 SHARED_FIELDS = ("experiment", "variant", "method", "seed", "num_train_records", "base_parameters")
 SHARED_FIELDS += ("trainable_parameters", "num_train_steps", "best_step")
@@ -56,6 +59,15 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
   stored, result = read_run(E2EConfig, folder), read_finished(folder)
   config = replace_fields(stored, {SETTINGS[name]: value for name, value in settings.items()})
   check_used(config.method, _changed(stored, config), config.experiment)
+  if stored.model.rounded_to not in ("", config.model.rounded_to):
+    raise ValueError(
+      f"{folder} adapts weights that are rounded to {stored.model.rounded_to}; only an adapter of "
+      "the unrounded ones can be evaluated on others"
+    )
+  if find_method(stored.method).owns_base and config.model.rounded_to != stored.model.rounded_to:
+    raise ValueError(
+      f"--rounded_to rounds the weights below an adapter, and {folder} is a run of {stored.method}"
+    )
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; give the number of inputs: --num_inputs=630")
   workdir = Path(folder) / "evaluations" / _name(stored, config)
@@ -69,8 +81,12 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
 def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> dict[str, Any]:
   start = time.perf_counter()
   mesh = config.mesh.make()
-  base = load_base(config, mesh)
+  base = load_base(stored, mesh)
   params, loss = restore_params(stored, config.fit.keep, base, mesh)
+  if config.model.rounded_to != stored.model.rounded_to:
+    served = rounded(base.params, config.model.rounded_to)
+    params, _ = restore_params(stored, config.fit.keep, base, mesh, served)
+    loss = validation_loss(base, params, load_data(stored, base), mesh)
   return {
     **{name: result[name] for name in SHARED_FIELDS if name in result},
     "valid_loss": loss,
@@ -105,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--scoring", help="the rules: transformers, or reference (the paper's)")
   parser.add_argument("--num_inputs", type=int, help="decodes the first distinct inputs")
   parser.add_argument("--split", choices=("train", "valid", "test"), help="the split of the inputs")
+  parser.add_argument("--num_shots", type=int, help="solved examples before each input")
+  parser.add_argument("--rounded_to", help="serves the adapter on weights rounded to this format")
   parser.add_argument(
     "--checkpoint", choices=("best", "last"), help="the best by validation loss, or the last"
   )

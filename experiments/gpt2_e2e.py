@@ -1,6 +1,9 @@
-"""GPT-2 on the E2E NLG Challenge: trains, decodes and scores one row of the paper's Table 3.
+"""A language model on the E2E NLG Challenge: trains, decodes and scores one row of a table.
 
     python -m experiments.gpt2_e2e [--config=experiments/configs/gpt2_e2e.py:VARIANT]
+    python -m experiments.gpt2_e2e --config=experiments/configs/gpt2_e2e.py:smollm2   # make smollm2
+
+`--config.model.folder=` takes any causal language model of the zoo.
 
 Time: 4 minutes on 2 CPU cores (`mini`, the default); the paper's variants have not been run here.
 Expect: 1.464 to 1.473 nats/token and BLEU 43.2 to 49.6 over two seeds and three machines, with LoRA
@@ -18,7 +21,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments.harness.config import check_attention, read_config
+from experiments.harness.config import check_attention, read_config, replace_fields
 from experiments.harness.fit import count, fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
@@ -29,13 +32,11 @@ from experiments.harness.workdir import (
   read_run,
   run_once,
 )
+from experiments.nlg.base import Base, load_base, pretraining_tokens
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data
-from experiments.nlg.gpt2 import Base, load_base, pretraining_tokens
+from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data, validation_loss
 from experiments.nlg.scores import markdown
-from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
-from lora_jax.training.step import make_eval_step
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -88,8 +89,9 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
       base.module, config.optimizer.label_smoothing, config.fit.loss_chunk or None
     )
   )
+  num_steps = config.fit.num_train_steps or len(data.train)
   trained = fit_run(
-    config,
+    with_warmup(config, num_steps),
     find_method(config.method),
     loss,
     base.params,
@@ -97,21 +99,29 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
     data.train,
     mesh,
     examples=f"{data.num_train_records:,} examples",
-    num_train_steps=config.fit.num_train_steps,
+    num_train_steps=num_steps,
     keep=config.fit.keep,
     eval_loss=eval_loss,
     eval_batches=lambda: iter(data.valid),
   )
   losses = {"valid_loss": trained.loss, "last_valid_loss": trained.fitted.last_loss}
-  return eval_loss.merge(base.params, trained.kept), trained.fields | losses
+  return eval_loss.merge(lj.dequantize(base.params), trained.kept), trained.fields | losses
+
+
+def with_warmup(config: E2EConfig, num_train_steps: int) -> E2EConfig:
+  """Returns the config with the steps of its `optimizer.warmup_share`, if it has one."""
+  if not config.optimizer.warmup_share:
+    return config
+  steps = max(1, round(config.optimizer.warmup_share * num_train_steps))
+  return replace_fields(config, {"optimizer.warmup_share": 0.0, "optimizer.warmup_steps": steps})
 
 
 def measure(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
   """Returns the base params and their validation loss, for methods that do not train."""
   del config
-  loss = lj.full_finetuning(language_model_loss(base.module))
-  valid_loss = evaluate_loss(make_eval_step(loss), base.params, base.params, iter(data.valid), mesh)
-  return base.params, {"trainable_parameters": 0, "valid_loss": valid_loss}
+  params = lj.dequantize(base.params)
+  valid_loss = validation_loss(base, params, data, mesh)
+  return params, {"trainable_parameters": 0, "valid_loss": valid_loss}
 
 
 def report(workdir: Path, result: dict[str, Any]) -> str:

@@ -28,15 +28,17 @@ from experiments.harness.fit import fit_run, initialize
 from experiments.harness.launch import launch
 from experiments.harness.methods import METHODS
 from experiments.harness.workdir import check_same, provenance, run_once, write_json
+from experiments.nlg.base import random_params
 from experiments.nlg.config import PretrainConfig
-from experiments.nlg.gpt2 import PRETRAINING, pretrained_config, random_params
 from experiments.nlg.pretraining import (
   END_OF_TEXT_ID,
+  PRETRAINING,
   Text,
   flops_per_token,
   matmul_gflops,
   model_card,
   prepare,
+  pretrained_config,
 )
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.folder import save_gpt2
@@ -77,7 +79,7 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
   num_valid = max(1, min(len(valid), config.data.num_valid_rows // config.data.batch_size))
 
   key, _ = jax.random.split(jax.random.key(config.seed))
-  params = random_params(model, mesh, key)
+  params = random_params(GPT2(model), mesh, key)
   loss = lj.full_finetuning(
     language_model_loss(GPT2(model), chunk_size=config.fit.loss_chunk or None)
   )

@@ -1,4 +1,4 @@
-"""GPT-2 on the E2E NLG Challenge (Hu et al. 2021, Tables 3, 11 and 18).
+"""GPT-2 and SmolLM2 on the E2E NLG Challenge (Hu et al. 2021, Tables 3, 11 and 18).
 
     python -m experiments.gpt2_e2e                                             # mini, on CPUs
     python -m experiments.gpt2_e2e --config=experiments/configs/gpt2_e2e.py:medium
@@ -7,7 +7,8 @@
 
 Variants: `mini` adapts the embedded base model on part of the data in minutes on 2 CPU cores;
 expect 1.464 to 1.473 nats/token and BLEU 43.2 to 49.6. `small`, `medium` and `large` are the
-paper's recipe on GPT-2 from the hub or a folder (`--config.model.folder=`).
+paper's recipe on GPT-2 from the hub or a folder (`--config.model.folder=`). `smollm2` adapts
+SmolLM2-135M-Instruct (`make smollm2`) on 4,000 examples; docs/smollm2.md has its results.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,18 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
-from experiments.harness.config import read_config
+from experiments.harness.config import ALL_LINEAR, read_config
 from experiments.nlg.config import E2EConfig
 
 # GPT-2's part of harness.config.ALL_LINEAR. Stored configs hold this text, so it must not change.
 GPT2_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
 QUERY_AND_VALUE = r".*/attn/(query|value)/kernel"
-FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280}
+FULL_RANK = {"mini": 256, "small": 768, "medium": 1024, "large": 1280, "smollm2": 576}
 MINI_RATES = {64: 3e-3, 256: 3e-3}  # of the sweep's large ranks
 
 
 def get_config(variant: str = "mini") -> Config:
-  """Returns the config of a variant: mini, small, medium or large."""
+  """Returns the config of a variant: mini, small, medium, large or smollm2."""
   if variant not in FULL_RANK:
     raise ValueError(f"variant must be one of {', '.join(FULL_RANK)}, got {variant!r}")
   config: Config = ConfigDict()
@@ -38,10 +39,13 @@ def get_config(variant: str = "mini") -> Config:
   config.method = "lora"  # of harness/methods.py; frozen_base trains nothing
 
   config.model = ConfigDict()
-  config.model.folder = ""  # a folder, or a hub repository; "" is the embedded base model
+  # Any causal language model of the zoo: a Hugging Face folder, a hub repository, a GGUF file, or
+  # smollm2; "" is the embedded base model.
+  config.model.folder = ""
   config.model.start = "pretrained"  # or random: the same shape with random weights
   config.model.dtype = "float32"  # of the computation; bfloat16 on GPUs and TPUs
-  config.model.param_dtype = "float32"  # of the frozen weights
+  config.model.param_dtype = "float32"  # of the frozen weights; or stored, int8, nf4: quantized
+  config.model.rounded_to = ""  # linear weights rounded: Q8_0, Q4_0, nf4, rtn3, rtn2; "" is none
   config.model.scan_layers = False  # True compiles deep models faster
   config.model.remat = ""  # a policy such as nothing_saveable: less memory, more time
   config.model.attention = "compact"  # or xla, or cudnn (on a GPU, with bfloat16)
@@ -58,6 +62,7 @@ def get_config(variant: str = "mini") -> Config:
   config.data = ConfigDict()
   config.data.form = "reference"  # the files of the paper's code; or official, the CSV files
   config.data.source = "embedded"  # or download (official only), or a folder with the files
+  config.data.prompt = "separator"  # an end token after the input; or newline, or chat
   config.data.num_train_records = 4000  # a fixed random part, the same for every seed; 0 is all
   config.data.num_valid_records = 500  # as above
   config.data.num_epochs = 1
@@ -74,6 +79,7 @@ def get_config(variant: str = "mini") -> Config:
   config.optimizer.eps = 1e-6
   config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
   config.optimizer.warmup_steps = 20
+  config.optimizer.warmup_share = 0.0  # of all steps, instead of a number of steps
   config.optimizer.clip_norm = 0.0  # of the gradient; 0 disables clipping
   config.optimizer.label_smoothing = 0.0
 
@@ -101,10 +107,23 @@ def get_config(variant: str = "mini") -> Config:
   config.decoding.max_new_tokens = 64
   config.decoding.scoring = "transformers"  # or reference: the rules of the paper's code
   config.decoding.batch_size = 16  # inputs; CPUs decode one batch per core
+  config.decoding.num_shots = 0  # solved training examples before each input
+  config.decoding.tokenize = False  # True separates punctuation, for models that do not learn to
 
-  if variant != "mini":
+  if variant == "smollm2":
+    _smollm2(config)
+  elif variant != "mini":
     _paper(config, variant)
   return config
+
+
+def _smollm2(config: Config) -> None:
+  """Sets what differs for SmolLM2-135M-Instruct; its examples have 30 to 110 tokens."""
+  config.model.folder = "smollm2"
+  config.lora.target = ALL_LINEAR
+  config.data.update({"prompt": "newline", "row_length": 128, "loss_length": 96})
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 0, "warmup_share": 0.02})
+  config.fit.update({"eval_every_steps": 1_000_000, "checkpoint_every_steps": 50})
 
 
 def _paper(config: Config, variant: str) -> None:

@@ -52,6 +52,8 @@ Devices = Annotated[int, Within("[1, 1_048_576]")]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
+ParamDtype = Literal["float32", "bfloat16", "float16", "stored", "int8", "nf4"]
+ParamDtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16", "stored", "int8", "nf4"]
 Attention = Literal["compact", "xla", "cudnn"]
 Remat = Literal[
   "",

@@ -14,6 +14,8 @@ from experiments.harness.config import (
   Length,
   LengthOrZero,
   Optimizer,
+  ParamDtype,
+  ParamDtypeOrAuto,
   PartOfOne,
   Records,
   Remat,
@@ -28,6 +30,9 @@ from lora_jax.data.sets.e2e import Form, Split
 from lora_jax.fields import LocalPath, NonEmptyPath, Share, Within
 
 Checkpoint = Literal["best", "last"]
+Prompt = Literal["separator", "newline", "chat"]
+Rounding = Literal["", "Q8_0", "Q4_0", "nf4", "rtn3", "rtn2"]
+Shots = Annotated[int, Within("[0, 100]")]
 NewTokens = Annotated[int, Within("[1, 65_536]")]
 Inputs = Annotated[int, Within("[0, 1_000_000]")]
 
@@ -52,7 +57,7 @@ def check_chunk(chunk: int, name: str, length: int) -> None:
 class LanguageModel:
   folder: LocalPath
   dtype: DtypeOrAuto
-  param_dtype: DtypeOrAuto
+  param_dtype: ParamDtypeOrAuto
   scan_layers: bool
   remat: Remat
   attention: Attention
@@ -70,8 +75,21 @@ class KeepingFit(Fit):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EModel(LanguageModel):
   dtype: Dtype
-  param_dtype: Dtype
+  param_dtype: ParamDtype
   start: Literal["pretrained", "random"]
+  rounded_to: Rounding = ""  # defaults are for runs that were stored without the field
+
+  def __post_init__(self):
+    if self.start == "random" and self.param_dtype in ("stored", "int8", "nf4"):
+      raise ValueError(
+        f"model.param_dtype={self.param_dtype} is for pretrained weights; with model.start=random "
+        "choose float32, bfloat16 or float16"
+      )
+    if self.rounded_to and self.param_dtype != "float32":
+      raise ValueError(
+        f"model.rounded_to={self.rounded_to} rounds float32 weights, and model.param_dtype is "
+        f"{self.param_dtype}. Set model.param_dtype=float32"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +107,20 @@ class E2EData(Texts):
   batch_size: Rows
   row_length: Length
   loss_length: Length
+  prompt: Prompt = "separator"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class E2EOptimizer(Optimizer):
   label_smoothing: Share
+  warmup_share: Share = 0.0
+
+  def __post_init__(self):
+    if self.warmup_share and self.warmup_steps:
+      raise ValueError(
+        f"optimizer.warmup_share={self.warmup_share} and optimizer.warmup_steps="
+        f"{self.warmup_steps} exclude each other; set one of them to 0"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +142,8 @@ class Decoding(DecodedInputs):
   max_new_tokens: NewTokens
   scoring: Literal["transformers", "reference"]
   batch_size: Rows
+  num_shots: Shots = 0
+  tokenize: bool = False
 
   def __post_init__(self):
     size = self.batch_size * self.num_beams * self.max_new_tokens

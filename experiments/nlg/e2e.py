@@ -1,6 +1,7 @@
 """The E2E NLG Challenge: batches, inputs to decode, generated texts and their scores."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+import lora_jax as lj
 from experiments.harness.workdir import examples_digest
+from experiments.nlg.base import Base
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.gpt2 import Base, cached_model
+from experiments.nlg.prompts import as_line, encode, encode_prompts, end_ids
 from lora_jax.data import text
 from lora_jax.data.batches import Batches, packed_batches, padded_batches
 from lora_jax.data.sets import e2e, e2e_tfds
 from lora_jax.decoding import BeamConfig, beam_search
 from lora_jax.metrics import intervals, measure
+from lora_jax.training.loop import evaluate_loss
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.step import make_eval_step
 
 
 class Data(NamedTuple):
@@ -37,11 +43,11 @@ def load_data(config: E2EConfig, base: Base) -> Data:
     ValueError: if there are fewer examples than the config says, or fewer inputs to decode.
   """
   inputs_of(config)  # so that an error comes before training
-  data, limit = config.data, min(512, base.config.num_positions)
+  data, limit = config.data, min(512, base.model.num_positions)
 
   def examples(split: e2e.Split, count: int) -> list[text.Example]:
     records = _random_part(e2e_tfds.load(split, data.form, data.source), split, count)
-    return text.encode(base.tokenizer, records, base.end_of_text, limit, truncate=True)
+    return encode(base, records, limit)
 
   train = examples("train", data.num_train_records)
   valid = examples("valid", data.num_valid_records)
@@ -61,6 +67,12 @@ def load_data(config: E2EConfig, base: Base) -> Data:
 
   in_epochs, once = batches(train, config.seed, data.num_epochs), batches(valid, None, 1)
   return Data(in_epochs, once, len(train), examples_digest(train, valid))
+
+
+def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:
+  """Returns the loss of some params on the validation examples, nats per token."""
+  step = make_eval_step(lj.full_finetuning(language_model_loss(base.module)))
+  return evaluate_loss(step, params, params, iter(data.valid), mesh)
 
 
 def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.Record]:
@@ -95,6 +107,27 @@ def inputs_of(config: E2EConfig) -> list[e2e.Group]:
   return decoded_inputs(data.form, data.source, decoding.split, decoding.num_inputs)
 
 
+def shots_of(config: E2EConfig) -> list[e2e.Record]:
+  """Returns the solved training examples that come before each input, the same for all of them."""
+  data, count = config.data, config.decoding.num_shots
+  if not count:
+    return []
+  return _random_part(e2e_tfds.load("train", data.form, data.source), "train", count)
+
+
+def tokenized(line: str) -> str:
+  """Returns a text with spaces around punctuation, as E2E's references in Hu et al.'s format.
+
+  >>> tokenized("Aromi's a pub, near Café Brazil (£20-25).")
+  "Aromi 's a pub , near Café Brazil ( £ 20 - 25 ) ."
+  """
+  line = re.sub(r"([£(),;:!?])", r" \1 ", line)
+  line = re.sub(r"(?<=\w)-(?=\w)", " - ", line)
+  line = re.sub(r"\.(?=\s|$)", " . ", line)
+  line = re.sub(r"(?<=\w)((?:n't|'(?:s|re|ve|ll|d|m))\b)", r" \1", line)
+  return " ".join(line.split())
+
+
 def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) -> dict[str, Any]:
   """Decodes the inputs of a run with some params; returns its fields of `result.json`."""
   groups = inputs_of(config)
@@ -103,12 +136,6 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
   texts = generate(config, base, params, [group.context for group in groups], mesh)
   seconds = time.perf_counter() - start
   return {**score(texts, groups, Path(config.workdir)), "decode_seconds": seconds}
-
-
-def end_ids(base: Base) -> tuple[int, ...]:
-  """Returns the tokens that end a text: the end of text, and a blank line if it is one token."""
-  newlines = base.tokenizer.encode("\n\n", add_special_tokens=False).ids
-  return (base.end_of_text, *(newlines if len(newlines) == 1 else ()))
 
 
 def generate(
@@ -125,18 +152,19 @@ def generate(
     pad_id=base.end_of_text,
     scoring=decoding.scoring,
   )
-  room = min(448, base.config.num_positions - decoding.max_new_tokens)
-  prompts = text.encode_context(base.tokenizer, contexts, base.end_of_text)
+  room = base.model.num_slots - decoding.max_new_tokens
+  prompts = encode_prompts(base, contexts, shots_of(config))
+  room = room if decoding.num_shots else min(448, room)
   hypotheses = beam_search(
-    cached_model(base.config),
+    base.decoder,
     params,
     [ids[-room:] for ids in prompts],
     search,
     batch_size=decoding.batch_size,
     mesh=mesh,
   )
-  texts = (base.tokenizer.decode(ids).split("\n\n")[0] for ids in hypotheses.best())
-  return [" ".join(text.splitlines()).strip() for text in texts]
+  texts = [as_line(base, base.tokenizer.decode(ids)) for ids in hypotheses.best()]
+  return [tokenized(line) for line in texts] if decoding.tokenize else texts
 
 
 def score(texts: Sequence[str], groups: Sequence[e2e.Group], folder: Path) -> dict[str, Any]:

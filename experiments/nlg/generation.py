@@ -15,14 +15,13 @@ from experiments.harness.methods import find_method
 from experiments.harness.restore import restore_trained
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.config import E2EConfig, FinetuneConfig, NewTokens, PretrainConfig
-from experiments.nlg.e2e import end_ids
 from experiments.nlg.finetuned import adapted_loss, cached_model, export_folder, loading_options
-from experiments.nlg.gpt2 import cached_model as cached_gpt2
+from experiments.nlg.prompts import encode_prompts as encode_inputs
+from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_run
 from experiments.nlg.user_data import chat_prompts, load_text
 from lora_jax.data.batches import fill
 from lora_jax.data.jsonl import encode_prompts
-from lora_jax.data.text import encode_context
 from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
 from lora_jax.decoding.sampling import not_tiny
 from lora_jax.fields import Within, check_fields
@@ -137,13 +136,12 @@ def load_generator(folder: str | Path, chat: bool = False) -> Generator:
 def _load_e2e(folder: str | Path, chat: bool) -> Generator:
   del chat
   run = load_run(folder)
-  tokenizer, end = run.base.tokenizer, run.base.end_of_text
   return Generator(
-    cached_gpt2(run.base.config),
+    run.base.decoder,
     run.params,
-    tokenizer,
+    run.base.tokenizer,
     end_ids(run.base),
-    lambda prompts: encode_context(tokenizer, prompts, end),
+    lambda prompts: encode_inputs(run.base, prompts),
     run.mesh,
   )
 
@@ -176,7 +174,7 @@ def _load_finetuned(folder: str | Path, chat: bool) -> Generator:
   else:
     model = load_causal_lm(exported, **loading_options(config, mesh))
     decoder, params = _decoder(model), model.params
-  text = load_text(config, model, chat)
+  text = load_text(model, chat, config.data.chat_template, config.data.today)
 
   def encode(prompts: Sequence[str]) -> list[list[int]]:
     if chat:

@@ -1,5 +1,6 @@
 """Prepares the tokens of a pretraining, once for all runs, and writes its model card."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from lora_jax.files import read_json
 from lora_jax.models.gpt2.model import GPT2Config
 
 END_OF_TEXT_ID = 0
+PRETRAINING = "pretraining.json"  # what `experiments.gpt2_pretrain` writes next to a model
 
 
 class Text(NamedTuple):
@@ -31,6 +33,14 @@ class Text(NamedTuple):
   held_out: np.ndarray
   held_out_bytes: int
   files: list[str]
+
+
+def pretrained_config(config: PretrainConfig) -> GPT2Config:
+  """Returns the model's shape; dtype `auto` is bfloat16, or float32 on CPUs."""
+  shape = dataclasses.asdict(config.model)
+  if shape["dtype"] == "auto":
+    shape["dtype"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return GPT2Config(vocab_size=config.data.vocab_size, **shape)
 
 
 def prepare(config: PretrainConfig) -> Text:

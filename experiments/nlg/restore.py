@@ -7,12 +7,13 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+import lora_jax as lj
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.restore import check_base, restore_trained
 from experiments.harness.workdir import read_finished, read_run
+from experiments.nlg.base import Base, load_base
 from experiments.nlg.config import Checkpoint, E2EConfig
 from experiments.nlg.e2e import generate
-from experiments.nlg.gpt2 import Base, load_base
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import fill
 from lora_jax.training.checkpoint import restore_adapter
@@ -57,7 +58,7 @@ def load_run(folder: str | Path) -> Finished:
 
 
 def restore_params(
-  config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh
+  config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh, served: PyTree | None = None
 ) -> tuple[PyTree, float | None]:
   """Returns a finished run's params, with its adapter merged, and its validation loss.
 
@@ -66,18 +67,21 @@ def restore_params(
     checkpoint: best or last.
     base: the run's base model, as `load_base` returns it.
     mesh: the devices of the base model.
+    served: other params of the base model, into which the adapter is merged; None is its own. The
+      loss is that of its own.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
     ValueError: if they belong to another base model or another method.
   """
   result = read_finished(config.workdir)
+  served = lj.dequantize(base.params if served is None else served)
   if not find_method(config.method).trains:
-    return base.params, result["valid_loss"]
+    return served, result["valid_loss"]
   adaptation, trainable = _initial(config, base)
   trained, loss = restore_trained(
     config, base.params, trainable, mesh, checkpoint=checkpoint, saved=config.fit.keep
   )
-  return adaptation.merge(base.params, trained), loss
+  return adaptation.merge(served, trained), loss
 
 
 def load_adapter(config: E2EConfig, base: Base) -> PyTree:

@@ -12,9 +12,9 @@ from experiments.evaluate import evaluate_run
 from experiments.harness.config import replace_fields
 from experiments.harness.launch import apply
 from experiments.harness.workdir import read_run, write_json
+from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import load_data
-from experiments.nlg.gpt2 import load_base
 from experiments.nlg.restore import restore_params
 from experiments.report import report
 from lora_jax.training.mesh import make_mesh
@@ -123,7 +123,7 @@ def test_full_finetuning_from_its_checkpoint(runs):
   base = load_base(config, mesh)
   params, loss = restore_params(config, "best", base, mesh)
   assert loss == stored(runs / "full")["valid_loss"]
-  tuned = base._replace(params=params)
+  tuned = base._replace(model=base.model._replace(params=params))
   measured = gpt2_e2e.measure(config, tuned, load_data(config, base), mesh)[1]["valid_loss"]
   assert measured == pytest.approx(loss, rel=1e-6)
 

@@ -15,9 +15,9 @@ from experiments.harness.config import read_config
 from experiments.harness.fit import initialize
 from experiments.harness.launch import apply
 from experiments.nlg import finetuned
+from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.generation import Sampling, load_generator
-from experiments.nlg.gpt2 import load_base
 from experiments.nlg.restore import _initial
 from lora_jax.data.batches import fill
 from lora_jax.models.gpt2.folder import save_gpt2

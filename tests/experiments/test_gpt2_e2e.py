@@ -17,8 +17,8 @@ from experiments.harness.config import read_config
 from experiments.harness.launch import apply
 from experiments.harness.workdir import read_run
 from experiments.nlg import e2e as nlg_e2e
+from experiments.nlg.base import load_base, model_folder
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.gpt2 import load_base, model_folder
 from experiments.nlg.restore import load_run
 from lora_jax.data.sets import e2e
 from lora_jax.decoding import Hypotheses

@@ -12,8 +12,7 @@ from experiments.configs import gpt2_pretrain as configs
 from experiments.harness.config import read_config
 from experiments.harness.launch import apply
 from experiments.nlg.config import PretrainConfig
-from experiments.nlg.gpt2 import pretrained_config
-from experiments.nlg.pretraining import flops_per_token
+from experiments.nlg.pretraining import flops_per_token, pretrained_config
 from lora_jax.data import corpus
 from lora_jax.data.sets import e2e
 from lora_jax.models.gpt2.folder import load_gpt2

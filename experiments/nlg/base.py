@@ -1,0 +1,113 @@
+"""Loads the language model that is adapted: its weights, tokenizer, text format and decoder."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from experiments.harness.sharding import sharding_of
+from experiments.nlg.config import E2EConfig, Prompt
+from experiments.nlg.pretraining import PRETRAINING
+from experiments.nlg.rounding import rounded
+from experiments.nlg.user_data import Text, load_text
+from lora_jax.decoding import CachedModel, from_linen
+from lora_jax.files import read_json
+from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.checkpoints.stored import outline
+from lora_jax.models.parts.causal_lm import CausalLM
+from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
+
+
+class Base(NamedTuple):
+  """A pretrained language model with its tokenizer.
+
+  Attributes:
+    model: with its weights.
+    text: the tokenizer, the end tokens, and for the format `chat` the chat template.
+    prompt: the format of the examples.
+    decoder: the functions of decoding; there is one, so that each is compiled once.
+  """
+
+  model: LanguageModel
+  text: Text
+  prompt: Prompt
+  decoder: CachedModel
+
+  def __repr__(self) -> str:
+    return f"Base({type(self.module).__name__}, {outline(self.params)})"
+
+  @property
+  def module(self) -> CausalLM:
+    return self.model.module
+
+  @property
+  def params(self) -> PyTree:
+    return self.model.params
+
+  @property
+  def config(self) -> Any:
+    return self.model.module.config
+
+  @property
+  def tokenizer(self) -> Any:
+    return self.text.tokenizer
+
+  @property
+  def end_of_text(self) -> int:
+    return self.text.end_id
+
+
+def load_base(config: E2EConfig, mesh: Mesh) -> Base:
+  """Loads the model that is adapted, placed on the mesh, and its tokenizer.
+
+  Raises:
+    ValueError: before any weights are read, if the config does not fit the model.
+  """
+  folder = model_folder(config)
+  options: dict[str, Any] = {
+    "shardings": sharding_of(mesh),
+    "param_dtype": config.model.param_dtype,
+    "dtype": config.model.dtype,
+    "scan_layers": config.model.scan_layers,
+    "remat": config.model.remat or None,
+    "attention": config.model.attention,
+  }
+  model = plan_causal_lm(folder, **options)
+  config.check_positions(model.num_slots)
+  text = load_text(model, chats=config.data.prompt == "chat")
+  if config.model.start == "random":
+    model = model._replace(params=random_params(model.module, mesh, jax.random.key(config.seed)))
+  else:
+    model = load_causal_lm(folder, **options)
+  model = model._replace(params=rounded(model.params, config.model.rounded_to))
+  decoder = from_linen(model.module, model.init_cache, model.num_slots)
+  return Base(model, text, config.data.prompt, decoder)
+
+
+def random_params(module: nn.Module, mesh: Mesh, key: jax.Array) -> PyTree:
+  """Returns a language model's random weights; each device initializes its part of them."""
+
+  def init(key: jax.Array) -> PyTree:
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+  return jax.jit(init, out_shardings=sharding_of(mesh)(jax.eval_shape(init, key)))(key)
+
+
+def model_folder(config: E2EConfig) -> Path:
+  """Returns the base model's folder or file; the embedded one's if the config names none."""
+  if config.model.folder:
+    return find_folder(config.model.folder)
+  return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
+
+
+def pretraining_tokens(config: E2EConfig) -> int | None:
+  """Returns the number of tokens of the base model's pretraining; None if it is unknown."""
+  if config.model.start == "random":
+    return 0
+  path = model_folder(config) / PRETRAINING
+  return read_json(path)["train_tokens"] if path.is_file() else None

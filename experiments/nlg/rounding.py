@@ -1,0 +1,51 @@
+"""Rounds a model's linear weights to a quantized format and back, to study what that costs.
+
+The rounded weights are float32 arrays: they train and decode as fast as the model's own, with the
+numbers of the format. `model.param_dtype` keeps codes and scales in memory instead.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from experiments.harness.config import ALL_LINEAR
+from experiments.nlg.config import Rounding
+from lora_jax.quantization.formats import FORMATS
+from lora_jax.trees import leaves_with_path, matches, replace_leaves
+
+
+def rounded(params: PyTree, name: Rounding) -> PyTree:
+  """Returns params with the kernels of the linear layers rounded; embeddings and head are kept.
+
+  Args:
+    params: float32.
+    name: a format of `lora_jax.quantization`; "" rounds nothing.
+  Raises:
+    ValueError: if the number of inputs is not a multiple of the format's block.
+  """
+  if not name:
+    return params
+  kernels = {path: leaf for path, leaf in leaves_with_path(params) if matches(ALL_LINEAR, path)}
+  return replace_leaves(params, {path: _round(path, leaf, name) for path, leaf in kernels.items()})
+
+
+def _round(path: str, kernel: Float[Array, "*stack d_in d_out"], name: str) -> Float[Array, "..."]:
+  kind = FORMATS[name]
+  assert kind.quantize is not None, "the config names formats that can be written"
+  inputs, block = kernel.shape[-2], kind.block or 1
+  if inputs % block:
+    raise ValueError(
+      f"model.rounded_to={name} rounds blocks of {block} inputs, and {path} has {inputs}. Choose "
+      "another format or model"
+    )
+  return _through(kernel, name)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _through(kernel: Float[Array, "*stack d_in d_out"], name: str) -> Float[Array, "..."]:
+  quantize = FORMATS[name].quantize
+  assert quantize is not None
+  values = jnp.moveaxis(kernel, -2, -1)  # blocks run along the inputs, as in a file's rows
+  return jnp.moveaxis(FORMATS[name].dequantize(quantize(values)), -1, -2)
