@@ -1,7 +1,15 @@
 """Exchanges adapters with other packages."""
 
+from lora_jax.interop.gguf import load_gguf_adapter, save_gguf_adapter
 from lora_jax.interop.merged import merged_params, save_merged
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
 
-__all__ = ["load_peft", "merged_params", "save_merged", "save_peft"]
+__all__ = [
+  "load_gguf_adapter",
+  "load_peft",
+  "merged_params",
+  "save_gguf_adapter",
+  "save_merged",
+  "save_peft",
+]

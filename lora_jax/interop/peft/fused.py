@@ -1,23 +1,28 @@
-"""Builds the arrays of one module in PEFT from those of our leaves that are its parts."""
+"""Builds the arrays of another package's modules from those of our leaves that are their parts."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from lora_jax.adapters.delta import LoraWeight
+from lora_jax.adapters.checks import check_adapter
+from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
+from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
-from lora_jax.interop.peft.modules import Module
-from lora_jax.variants.dora import column_norm_squared
+from lora_jax.interop.peft.modules import Module, find_modules, has_values, values_of
+from lora_jax.models.checkpoints.hub import StoredTensor
+from lora_jax.trees import weights_with_path
+from lora_jax.variants.dora import DORA, column_norm_squared
+from lora_jax.variants.lora import LORA
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-  """One module's arrays in PEFT: `alpha / rank * b @ a`, and DoRA's magnitude.
+  """One module's arrays: its delta is `alpha / rank * b @ a`; and DoRA's magnitude.
 
   Attributes:
     a: (rank, in), of stacked experts (experts, rank, in).
@@ -48,6 +53,109 @@ class Fused:
     return dataclasses.replace(self, a=a, b=b, alpha=alpha)
 
 
+class AdapterParts(NamedTuple):
+  """A trained tree that has been checked, and the modules that another package has for it.
+
+  Attributes:
+    weights: the adapted weights, by path.
+    extra: the fully trained leaves, by path.
+    targets: the settings of the adapted weights, by path.
+    leaves: of the base model, or their shapes, by path.
+    modules: all of the model's, adapted or not.
+  """
+
+  weights: dict[str, LoraWeight]
+  extra: dict[str, Any]
+  targets: dict[str, Target]
+  leaves: dict[str, Any]
+  modules: list[Module]
+
+  @property
+  def adapted(self) -> list[Module]:
+    """The modules with an adapted leaf."""
+    return [module for module in self.modules if set(module.stored.paths) & set(self.weights)]
+
+  @property
+  def trained(self) -> list[Module]:
+    """The modules with an adapted or fully trained leaf."""
+    paths = {*self.weights, *self.extra}
+    return [module for module in self.modules if paths & set(module.stored.paths)]
+
+  def uses_dora(self, package: str) -> bool:
+    """Returns whether all weights are adapted by DoRA, and not by LoRA.
+
+    Args:
+      package: whose format has one setting for all modules, for messages.
+    Raises:
+      ValueError: if some are adapted by DoRA and others by LoRA, or one by another variant.
+    """
+    variants = {path: self.targets[path].variant or LORA for path in self.weights}
+    for path, variant in variants.items():
+      if variant not in (LORA, DORA):
+        raise ValueError(
+          f"{package}'s format is for LoRA and DoRA, and {path} is adapted by {variant.name}. "
+          "lora_jax.convert gives the nearest LoRA"
+        )
+    plain = [path for path, variant in variants.items() if variant == LORA]
+    if plain and len(plain) < len(self.weights):
+      raise ValueError(
+        f"{package} has one variant for all modules, and {', '.join(plain)} are adapted by LoRA, "
+        f"the others by DoRA: {package} would rescale them, unless their magnitude followed "
+        "|W + scaling * A B|. Adapt all by one, or take the nearest LoRA of lora_jax.convert"
+      )
+    return not plain
+
+  def fuse(self, use_dora: bool = False) -> dict[Module, Fused]:
+    """Returns the arrays of the adapted modules, in the order of `modules`.
+
+    Raises:
+      ValueError: if an adapted weight is in no module; or as `fused_arrays`.
+    """
+    scalings = {path: target.scaling for path, target in self.targets.items()}
+    fused = {}
+    for module in self.adapted:
+      joined = fused_arrays(module, self.weights, scalings, self.leaves, use_dora)
+      if joined is not None:
+        fused[module] = joined
+    placed = {path for module in fused for path in module.stored.paths}
+    if missing := sorted(set(self.weights) - placed):
+      raise ValueError(f"the model has no module for the adapted {', '.join(missing)}")
+    return fused
+
+
+def check_parts(
+  config: LoraConfig, trainable: PyTree, tensors: Sequence[StoredTensor], params: PyTree
+) -> AdapterParts:
+  """Checks a trained tree, and finds the modules that another package has for it.
+
+  Args:
+    config: of the adapter.
+    trainable: the trained tree.
+    tensors: of the model, by that package's names.
+    params: of the base model, or their shapes.
+  Raises:
+    ValueError: if the tree is not for the config and the base model.
+  """
+  leaves = dict(weights_with_path(params))
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  weights, full = adapter_weights(trainable), adapter_extra(trainable)
+  return AdapterParts(weights, full, targets, leaves, find_modules(tensors, leaves))
+
+
+def with_one_rank(fused: Mapping[Module, Fused], alpha: float) -> dict[Module, Fused]:
+  """Returns equivalents of one rank and one alpha, padded with zeros.
+
+  Args:
+    fused: the arrays of the adapted modules.
+    alpha: to which B is rescaled where modules have different scalings.
+  """
+  rank = max(joined.rank for joined in fused.values())
+  scalings = {joined.scaling for joined in fused.values()}
+  alpha = scalings.pop() * rank if len(scalings) == 1 else alpha
+  return {module: joined.with_rank(rank, alpha) for module, joined in fused.items()}
+
+
 def fused_arrays(
   module: Module,
   weights: Mapping[str, LoraWeight],
@@ -58,13 +166,13 @@ def fused_arrays(
   """Returns the arrays of a module from those of its parts; None if none is adapted.
 
   Args:
-    module: in PEFT.
+    module: of the other package.
     weights: the adapted weights, by path.
     scalings: by path.
     leaves: of the base model, or their shapes.
     use_dora: whether the weights are adapted by DoRA.
   Raises:
-    ValueError: if PEFT has no format for the axes, or it needs |W| of a part that is not adapted
+    ValueError: if there is no format for the axes, or it needs |W| of a part that is not adapted
       and its leaf is a shape.
   """
   parts = [_of_place(weights.get(path), module) for path in module.stored.paths]
@@ -106,7 +214,7 @@ def _of_place(weight: LoraWeight | None, module: Module) -> _Part | None:
   if weight is None:
     return None
   if weight.axes.inputs > weight.axes.outputs:
-    raise ValueError(f"PEFT has no format for factors with axes {weight.axes}")
+    raise ValueError(f"other packages have no format for factors with axes {weight.axes}")
   arrays = {name: np.asarray(array, np.float32) for name, array in weight.arrays.items()}
   a, b, magnitude = arrays["lora_a"], arrays["lora_b"], arrays.get("magnitude")
   if module.is_conv:
@@ -126,18 +234,18 @@ def _of_place(weight: LoraWeight | None, module: Module) -> _Part | None:
 def _magnitude(module: Module, parts: list[_Part | None], leaves: Mapping[str, Any]) -> np.ndarray:
   """Returns a module's magnitude: |W| for the parts that are not adapted.
 
-  B has zeros in the rows of such a part, so that its weight in PEFT is the base model's.
+  B has zeros in the rows of such a part, so that its weight there is the base model's.
   """
   pieces = []
   for path, part in zip(module.stored.paths, parts, strict=True):
     if part is not None:
       pieces.append(part.magnitude)
       continue
-    if isinstance(leaves[path], jax.ShapeDtypeStruct):
+    if not has_values(leaves[path]):
       raise ValueError(
-        f"{path} is a part of {module.name} in PEFT and is not adapted: DoRA needs the norms of "
+        f"{path} is a part of {module.name} there and is not adapted: DoRA needs the norms of "
         "its weight, and params have only its shape. Give real arrays, or adapt it too"
       )
-    w = jnp.asarray(leaves[path])[module.stored.place]
+    w = values_of(leaves[path])[module.stored.place]
     pieces.append(np.sqrt(column_norm_squared(w, LoraAxes((), (0,), (1,)))))
   return np.concatenate(pieces)

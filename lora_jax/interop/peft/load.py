@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,15 @@ from lora_jax.interop.peft.modules import (
   check_tied,
   factor_names,
   find_modules,
+  has_values,
   magnitude_name,
+  values_of,
   whole_name,
 )
 from lora_jax.interop.peft.read import is_fully_trained, read_arrays, which_base
 from lora_jax.interop.peft.recognize import describe_folder
 from lora_jax.models.checkpoints.hub import StoredTensor
-from lora_jax.trees import leaves_with_path, nest
+from lora_jax.trees import nest, weights_with_path
 from lora_jax.variants.dora import DORA, column_norm_squared
 from lora_jax.variants.lora import LORA
 
@@ -68,7 +70,7 @@ def load_peft(
   if not (folder / CONFIG).exists() and (text := describe_folder(folder)):
     raise FileNotFoundError(f"{folder / CONFIG} does not exist; {text}")
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
-  leaves = dict(leaves_with_path(params))
+  leaves = dict(weights_with_path(params))
   known = find_modules(tensors, leaves)
   modules = _targeted(folder, config, known)
   trained = [module for module in known if module in modules or config.saves(module.name)]
@@ -77,36 +79,81 @@ def load_peft(
   if config.use_dora:
     _check_values(folder, modules, leaves)
   arrays = read_arrays(folder, config, modules, tensors, leaves)
-  targets: dict[str, dict[tuple[int, ...], LoraWeight]] = {}
-  settings: dict[str, tuple[int, float]] = {}
+  factors = {}
   for module in modules:
     a, b = module.from_file(*(arrays[key] for key in factor_names(module, modules)))
-    by_output = {"lora_b": b}
-    if config.use_dora:
-      by_output["magnitude"] = arrays[magnitude_name(module)].reshape(-1)
-    table, axes = IN_FILE if config.use_dora else LORA.table, _axes(a.ndim, module.is_conv)
+    magnitude = arrays[magnitude_name(module)].reshape(-1) if config.use_dora else None
+    factors[module] = Factors(a, b, config.scaling_of(module.name), magnitude)
+  weights, settings = split_modules(folder, factors, leaves)
+  if config.use_dora:
+    weights = {path: _with_norm(weight, leaves[path]) for path, weight in weights.items()}
+  extra = _extra(config, modules, arrays, tensors, leaves)
+  lora_config, trainable = as_tree(weights, settings, extra)
+  if config.use_dora:
+    lora_config = dataclasses.replace(lora_config, variant=DORA)
+  return lora_config, trainable
+
+
+class Factors(NamedTuple):
+  """The arrays of one module of another package, in the axes of our leaves.
+
+  Attributes:
+    a: (..., in, rank).
+    b: (..., rank, out).
+    scaling: of their matmul.
+    magnitude: DoRA's, (out,); None for LoRA.
+  """
+
+  a: np.ndarray
+  b: np.ndarray
+  scaling: float
+  magnitude: np.ndarray | None = None
+
+
+Settings = dict[str, tuple[int, float]]
+"""Rank and alpha by path."""
+
+
+def split_modules(
+  where: Path, factors: Mapping[Module, Factors], leaves: Mapping[str, Any]
+) -> tuple[dict[str, LoraWeight], Settings]:
+  """Returns the nodes of our leaves, with stacked layers and experts, and their settings.
+
+  A node of DoRA still lacks the norms of the base model's weight.
+
+  Args:
+    where: the file or folder, for messages.
+    factors: of the adapted modules.
+    leaves: of the base model, or their shapes, by path.
+  Raises:
+    ValueError: if the layers of a stack have different ranks or alphas.
+  """
+  targets: dict[str, dict[tuple[int, ...], LoraWeight]] = {}
+  settings: Settings = {}
+  for module, (a, b, scaling, magnitude) in factors.items():
+    by_output = {"lora_b": b} if magnitude is None else {"lora_b": b, "magnitude": magnitude}
+    table, axes = LORA.table if magnitude is None else IN_FILE, _axes(a.ndim, module.is_conv)
     offsets = np.cumsum([0, *module.outputs])
     for path, start, stop in zip(module.stored.paths, offsets, offsets[1:], strict=False):
       part = {name: array[..., start:stop] for name, array in by_output.items()}
       weight = LoraWeight.from_arrays({"lora_a": a, **part}, table, axes, None)
       targets.setdefault(path, {})[module.stored.place] = weight
-      setting = weight.rank, config.scaling_of(module.name) * weight.rank
+      setting = weight.rank, scaling * weight.rank
       if settings.setdefault(path, setting) != setting:
         raise ValueError(
-          f"{folder}: the layers stacked in {path} have different ranks or alphas; load the model "
+          f"{where}: the layers stacked in {path} have different ranks or alphas; load the model "
           "with scan_layers=False"
         )
-  weights = {
-    path: _stacked(by_place, tuple(leaves[path].shape)) for path, by_place in targets.items()
-  }
-  if config.use_dora:
-    weights = {path: _with_norm(weight, leaves[path]) for path, weight in weights.items()}
-  extra = _extra(config, modules, arrays, tensors, leaves)
-  items = [(tuple(path.split("/")), leaf) for path, leaf in (weights | extra).items()]
-  lora_config = _lora_config(settings, weights, extra)
-  if config.use_dora:
-    lora_config = dataclasses.replace(lora_config, variant=DORA)
-  return lora_config, jax.tree.map(jnp.asarray, nest(items))
+  stacked = {path: _stacked(parts, tuple(leaves[path].shape)) for path, parts in targets.items()}
+  return stacked, settings
+
+
+def as_tree(
+  weights: Mapping[str, LoraWeight], settings: Settings, extra: Mapping[str, Any]
+) -> tuple[LoraConfig, PyTree]:
+  """Returns the config and the trainable tree of nodes and fully trained leaves by path."""
+  items = [(tuple(path.split("/")), leaf) for path, leaf in {**weights, **extra}.items()]
+  return _lora_config(settings, weights, extra), jax.tree.map(jnp.asarray, nest(items))
 
 
 def _targeted(folder: Path, config: PeftConfig, known: Sequence[Module]) -> list[Module]:
@@ -166,7 +213,7 @@ def _excluded(config: PeftConfig) -> str:
 def _check_values(folder: Path, modules: Sequence[Module], leaves: Mapping[str, Any]) -> None:
   """Raises ValueError if params are only shapes of the adapted weights."""
   paths = [path for module in modules for path in module.stored.paths]
-  shapes = [path for path in paths if isinstance(leaves[path], jax.ShapeDtypeStruct)]
+  shapes = [path for path in paths if not has_values(leaves[path])]
   if shapes:
     raise ValueError(
       f"{folder}: use_dora: DoRA needs the norms of the base model's weights, and params have only "
@@ -212,7 +259,7 @@ def _stacked(of_places: Mapping[tuple[int, ...], LoraWeight], shape: tuple[int, 
 def _with_norm(weight: LoraWeight, leaf: jax.Array) -> LoraWeight:
   """Returns a node of DoRA, with |W|^2 of the base model's weight."""
   axes, layers = weight.axes, weight.layers
-  norm_squared = column_norm_squared(adapted_layers(jnp.asarray(leaf), axes, layers), axes)
+  norm_squared = column_norm_squared(adapted_layers(values_of(leaf), axes, layers), axes)
   arrays = weight.arrays | {"norm_squared": norm_squared}
   return LoraWeight.from_arrays(arrays, DORA.table, axes, layers)
 
@@ -236,7 +283,7 @@ def _extra(
       if not stored.place:
         loaded[path] = piece
       else:  # other layers are unchanged
-        loaded.setdefault(path, np.array(leaves[path], np.float32))[stored.place] = piece
+        loaded.setdefault(path, np.array(values_of(leaves[path]), np.float32))[stored.place] = piece
 
   for stored in tensors:
     if is_fully_trained(config, stored, adapted):
@@ -257,7 +304,7 @@ def _extra(
 
 
 def _lora_config(
-  settings: Mapping[str, tuple[int, float]],
+  settings: Settings,
   weights: Mapping[str, LoraWeight],
   extra: Mapping[str, Any],
 ) -> LoraConfig:

@@ -26,9 +26,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models.checkpoints.hub import StoredTensor
+from lora_jax.quantization.leaf import dequantize
 
 Arrays = dict[str, np.ndarray]
 
@@ -155,9 +158,19 @@ def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
   return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
 
 
+def has_values(leaf: Any) -> bool:
+  """Returns whether a leaf of the base model, quantized or not, is more than its shape."""
+  return not any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))
+
+
+def values_of(leaf: Any) -> jax.Array:
+  """Returns a leaf of the base model as one array."""
+  return jnp.asarray(dequantize(leaf))
+
+
 def base_array(stored: StoredTensor, leaves: Mapping[str, Any]) -> np.ndarray:
   """Returns a tensor of the base model as in its files, from the leaves, in their dtype."""
-  parts = [np.asarray(leaves[path])[stored.place] for path in stored.paths]
+  parts = [np.asarray(values_of(leaves[path]))[stored.place] for path in stored.paths]
   return stored.to_file(np.concatenate(parts, axis=-1))
 
 

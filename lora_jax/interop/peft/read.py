@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,6 +18,7 @@ from lora_jax.interop.peft.modules import (
   Module,
   base_array,
   factor_names,
+  has_values,
   is_language_model,
   magnitude_name,
   whole_name,
@@ -187,8 +187,8 @@ def _drop_base_copies(
       raise ValueError(f"{folder}: {resized(name, shape[0], base_shape[0])}")
     if shape != base_shape or stored[name].dtype not in FLOATS:
       continue  # is named with the unexpected ones
-    has_values = not isinstance(leaves[tensor.paths[0]], jax.ShapeDtypeStruct)
-    if has_values and not is_copy(read(name), base_array(tensor, leaves)):
+    has_array = has_values(leaves[tensor.paths[0]])
+    if has_array and not is_copy(read(name), base_array(tensor, leaves)):
       raise ValueError(f"{folder}: {_changed(name, plain, by_name[plain].name)}")
     del stored[name]
 

@@ -5,17 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
-from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.files import local_path
 from lora_jax.interop.peft.config import pattern_of, shortest_endings
-from lora_jax.interop.peft.fused import fused_arrays
+from lora_jax.interop.peft.fused import check_parts, with_one_rank
 from lora_jax.interop.peft.modules import (
   CONFIG,
   WEIGHTS,
@@ -24,15 +20,12 @@ from lora_jax.interop.peft.modules import (
   check_called,
   check_tied,
   factor_names,
-  find_modules,
+  has_values,
   is_language_model,
   magnitude_name,
   whole_name,
 )
 from lora_jax.models.checkpoints.hub import StoredTensor, new_folder, save_tensors
-from lora_jax.trees import leaves_with_path
-from lora_jax.variants.dora import DORA
-from lora_jax.variants.lora import LORA
 
 CLASSIFIER = "classifier"  # the head of a model for sequence classification
 
@@ -65,35 +58,18 @@ def save_peft(
   folder = local_path(folder)
   if folder.exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
-  leaves = dict(leaves_with_path(params))
-  weights, whole = adapter_weights(trainable), adapter_extra(trainable)
-  targets, extra = find_leaves(config, params)
-  check_adapter(trainable, targets, extra)
-  scalings = {path: target.scaling for path, target in targets.items()}
-  modules = find_modules(tensors, leaves)
-  check_called(folder, [m for m in modules if set(m.stored.paths) & set(weights)])
-  use_dora = _uses_dora(weights, targets)
+  parts = check_parts(config, trainable, tensors, params)
+  check_called(folder, parts.adapted)
+  use_dora = parts.uses_dora("PEFT")
   if use_dora:
-    _check_dora([m for m in modules if set(m.stored.paths) & set(weights)], for_server)
-  fused = {}
-  for module in modules:
-    joined = fused_arrays(module, weights, scalings, leaves, use_dora)
-    if joined is not None:
-      fused[module.name] = joined
-  chosen = [module for module in modules if module.name in fused]
-  placed = {path for module in chosen for path in module.stored.paths}
-  if missing := sorted(set(weights) - placed):
-    raise ValueError(f"the model has no module for the adapted {', '.join(missing)}")
-  trained = [m for m in modules if m in chosen or set(m.stored.paths) & set(whole)]
-  check_tied(folder, [m for m in trained if m.stored.is_embedding], tensors)
+    _check_dora(parts.adapted, for_server)
+  fused = parts.fuse(use_dora)
+  check_tied(folder, [module for module in parts.trained if module.stored.is_embedding], tensors)
   if for_server:
-    rank = max(joined.rank for joined in fused.values())
-    scalings = {joined.scaling for joined in fused.values()}
-    alpha = scalings.pop() * rank if len(scalings) == 1 else config.alpha
-    fused = {name: joined.with_rank(rank, alpha) for name, joined in fused.items()}
+    fused = with_one_rank(fused, config.alpha)
+  chosen = list(fused)
   arrays = {}
-  for module in chosen:
-    joined = fused[module.name]
+  for module, joined in fused.items():
     factors = module.to_file(joined.a, joined.b)
     arrays |= dict(zip(factor_names(module, chosen), factors, strict=True))
     if joined.magnitude is not None:
@@ -105,8 +81,8 @@ def save_peft(
       f"servers read no target_parameters: {', '.join(parameters)}. Give tensors by which "
       "each expert has its own, stored_tensors(config, published=True)"
     )
-  rank, ranks = pattern_of({name: joined.rank for name, joined in fused.items()})
-  alpha, alphas = pattern_of({name: joined.alpha for name, joined in fused.items()})
+  rank, ranks = pattern_of({module.name: joined.rank for module, joined in fused.items()})
+  alpha, alphas = pattern_of({module.name: joined.alpha for module, joined in fused.items()})
   written = {
     "peft_type": "LORA",
     "base_model_name_or_path": base_model,
@@ -115,7 +91,7 @@ def save_peft(
     "r": rank,
     "lora_alpha": _whole_number(alpha),
     "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
-    "target_modules": _endings(linear, _names(modules)),
+    "target_modules": _endings(linear, _names(parts.modules)),
     "bias": "none",
     "fan_in_fan_out": not any(module.stored.transposed for module in chosen if module.is_linear),
   }
@@ -126,10 +102,12 @@ def save_peft(
     written |= {"rank_pattern": ranks, "alpha_pattern": alphas}
   if use_dora:
     written["use_dora"] = True
-  if whole:
+  if parts.extra:
     if for_server:
-      raise ValueError(f"servers read no fully trained leaves: {', '.join(whole)}")
-    names, biases, full = _fully_trained(whole, tensors, leaves, {m.module for m in chosen})
+      raise ValueError(f"servers read no fully trained leaves: {', '.join(parts.extra)}")
+    names, biases, full = _fully_trained(
+      parts.extra, tensors, parts.leaves, {module.module for module in chosen}
+    )
     written |= {"bias": biases, "modules_to_save": names or None}
     arrays |= full
     if CLASSIFIER in names:  # which PEFT then adds to modules_to_save
@@ -150,29 +128,6 @@ def _whole_number(value: float) -> float:
 
 def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
   return shortest_endings(chosen, names) if chosen else []
-
-
-def _uses_dora(weights: Mapping[str, LoraWeight], targets: Mapping[str, Target]) -> bool:
-  """Returns whether all weights are adapted by DoRA, and not by LoRA.
-
-  Raises:
-    ValueError: if some are adapted by DoRA and others by LoRA, or one by another variant.
-  """
-  variants = {path: targets[path].variant or LORA for path in weights}
-  for path, variant in variants.items():
-    if variant not in (LORA, DORA):
-      raise ValueError(
-        f"PEFT's format is for LoRA and DoRA, and {path} is adapted by {variant.name}. "
-        "lora_jax.convert gives the nearest LoRA"
-      )
-  plain = [path for path, variant in variants.items() if variant == LORA]
-  if plain and len(plain) < len(weights):
-    raise ValueError(
-      f"PEFT has one use_dora for all modules, and {', '.join(plain)} are adapted by LoRA, the "
-      "others by DoRA: PEFT would rescale them, unless their magnitude followed |W + scaling * A B|"
-      ". Adapt all by one variant, or take the nearest LoRA of lora_jax.convert"
-    )
-  return not plain
 
 
 def _check_dora(modules: Sequence[Module], for_server: bool) -> None:
@@ -274,7 +229,7 @@ def _which_biases(
 
 def _is_unchanged(leaf: Any, base: Any, stored: StoredTensor) -> bool:
   """Returns whether a layer's part of a leaf is the base model's; False if that is a shape."""
-  if isinstance(base, jax.ShapeDtypeStruct):
+  if not has_values(base):
     return False
   return np.array_equal(_whole(leaf, stored), _whole(base, stored))
 
