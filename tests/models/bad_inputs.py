@@ -462,8 +462,8 @@ FILES = [
   files_row(
     "a PEFT adapter", {"config.json": "", "adapter_config.json": "{}"}, "PEFT", error=MISSING
   ),
-  files_row("GGUF alone", {"config.json": "", "m.gguf": "GGUF"}, "GGUF", error=MISSING),
-  files_row("GGUF", {"m.gguf": "GGUF"}, "weights are missing", "GGUF", error=MISSING),
+  files_row("GGUF alone", {"config.json": "", "m.gguf": "GGUF"}, "give the file", error=MISSING),
+  files_row("GGUF", {"m.gguf": "GGUF"}, "weights are missing", "give the file", error=MISSING),
   files_row("pickles", {"pytorch_model.bin": b"\x80"}, "pickles", "save_pretrained", error=MISSING),
   files_row("TensorFlow", {"tf_model.h5": "x"}, "TensorFlow", error=MISSING),
   files_row("msgpack", {"flax_model.msgpack": "x"}, "msgpack", error=MISSING),
@@ -561,7 +561,7 @@ NAMES = [
   name_row(" ", "a folder or a hub repository, got ' '"),
   name_row(None, "a folder or a hub repository, got None"),
   name_row(5, "a folder or a hub repository, got 5"),
-  name_row(str(FOLDERS["gpt2"] / WEIGHTS), "is a file; expected its folder"),
+  name_row(str(FOLDERS["gpt2"] / WEIGHTS), "is a file; expected a GGUF file, or a folder"),
   BadInput(
     "a bucket to write to", lambda _: new_folder("gs://bucket/new").__enter__(), ("gs:// address",)
   ),

@@ -14,9 +14,14 @@ def read_config_json(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
   Raises:
     FileNotFoundError: if there is none, saying what the folder is instead if that is known.
-    ValueError: if it is not a JSON object.
+    ValueError: if it is not a JSON object, or the folder is a file.
   """
   path = Path(folder) / "config.json"
+  if Path(folder).is_file():
+    raise ValueError(
+      f"{folder} is a file, expected a folder with config.json. A language model in a GGUF file is "
+      "loaded by load_causal_lm"
+    )
   try:
     return path, read_json(path)
   except FileNotFoundError as error:

@@ -12,10 +12,10 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from lora_jax.files import local_path, make_folder, parse_json, read_json
+from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.checkpoints.pretrained import PRETRAINED, find_pretrained
 from lora_jax.models.checkpoints.recognize import (
   Stored,
@@ -32,14 +33,25 @@ from lora_jax.models.checkpoints.recognize import (
 )
 from lora_jax.models.text.tokenizer import TOKENIZER_FILES, tokenizer_files
 
+if TYPE_CHECKING:
+  from lora_jax.models.checkpoints.gguf_tensors import GGUFTensors
+
 logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
 
-Index = tuple[slice, ...]
-Parts: TypeAlias = "np.ndarray | list[Parts]"
-"""An array, or the parts that are stacked to one."""
+Index = tuple[Any, ...]
+"""A slice per axis; the rows of a tensor may be their numbers."""
+Parts: TypeAlias = "np.ndarray | Later | list[Parts]"
+"""An array, one to be computed, or the parts that are stacked to one."""
+
+
+class Later(NamedTuple):
+  """An array that is computed when it is copied, so that only one is in memory."""
+
+  shape: tuple[int, ...]
+  compute: Callable[[], np.ndarray]
 
 
 class StoredTensor(NamedTuple):
@@ -118,10 +130,10 @@ class StoredTensor(NamedTuple):
 
 
 def find_folder(name: str | Path, weights: bool = True) -> Path:
-  """Returns a local folder: `name` itself if it is one, else a hub repository's files.
+  """Returns a local folder or GGUF file: `name` itself if it is one, else a repository's files.
 
   Args:
-    name: a folder or a repository.
+    name: a folder, a GGUF file, a named model or a hub repository.
     weights: whether to download a repository's weights with its other files.
   Raises:
     FileNotFoundError: if there is neither, with the remedy.
@@ -130,10 +142,14 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
   if not isinstance(name, str | Path) or not str(name).strip():
     raise ValueError(f"a model must be a folder or a hub repository, got {name!r}")
   path = local_path(name)
-  if path.is_dir():
+  if path.is_dir() or (path.exists() and is_gguf(path)):
     return path
   if path.exists():
-    raise ValueError(f"{path} is a file; expected its folder, with config.json and *.safetensors")
+    raise ValueError(
+      f"{path} is a file; expected a GGUF file, or a folder with config.json and *.safetensors"
+    )
+  if is_gguf(path):
+    raise FileNotFoundError(f"{path} does not exist; expected a GGUF file")
   if str(name) in PRETRAINED:
     return find_pretrained(str(name))
   repository = str(name)
@@ -193,7 +209,15 @@ def _from_hub(repository: str, weights: bool) -> tuple[Path, list[str]]:
 
 
 class Tensors:
-  """The tensors of a folder by name; open only inside `open_tensors`."""
+  """The tensors of a folder by name; open only inside `open_tensors`.
+
+  Attributes:
+    readable: the dtypes that are read.
+    described_by: what says which tensors there should be.
+  """
+
+  readable: Collection[str] = FLOATS
+  described_by = "config.json"
 
   def __init__(self, files: Mapping[str, "_File"]):
     self._files = files  # by the tensors' names
@@ -227,6 +251,10 @@ class Tensors:
     if not {self.dtype(name), self.dtype(other)} <= FLOATS.keys():
       return False
     return np.array_equal(self.read(name).astype("float64"), self.read(other).astype("float64"))
+
+  def explain(self, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns why tensors are not the expected ones, and the remedy; empty if unknown."""
+    return describe_tensors(stored, expected, FLOATS)
 
   def _bytes(self, name: str) -> np.ndarray:
     file = self._files[name]
@@ -361,7 +389,7 @@ def dtype_of(folder: Path) -> np.dtype:
 
 def check_tensors(
   folder: Path,
-  tensors: Tensors,
+  tensors: "Tensors | GGUFTensors",
   expected: Mapping[str, tuple[int, ...]],
   ignored: Callable[[str], bool] = lambda name: False,
 ) -> None:
@@ -379,15 +407,16 @@ def check_tensors(
     if name in stored and stored[name].shape != shape
   ]
   faults += [
-    f"{name} is of {stored[name].dtype}, expected one of {', '.join(FLOATS)}"
+    f"{name} is of {stored[name].dtype}, expected one of {', '.join(tensors.readable)}"
     for name in expected
-    if name in stored and stored[name].dtype not in FLOATS
+    if name in stored and stored[name].dtype not in tensors.readable
   ]
   if faults:
-    cause = describe_tensors(stored, expected, FLOATS)
+    cause = tensors.explain(stored, expected)
     more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
     raise ValueError(
-      f"{folder}: {cause}{'. ' if cause else ''}The tensors are not those of its config.json: "
+      f"{folder}: {cause}{'. ' if cause else ''}The tensors are not those of its "
+      f"{tensors.described_by}: "
       f"{'; '.join(faults[:12])}{more}"
     )
 
@@ -445,7 +474,9 @@ def _aligned_copy(parts: Parts, dtype: Any) -> np.ndarray:
 
 
 def _shape(parts: Parts) -> tuple[int, ...]:
-  return parts.shape if isinstance(parts, np.ndarray) else (len(parts), *_shape(parts[0]))
+  if isinstance(parts, list):
+    return (len(parts), *_shape(parts[0]))
+  return parts.shape
 
 
 def _copy_into(out: np.ndarray, parts: Parts) -> None:
@@ -453,7 +484,7 @@ def _copy_into(out: np.ndarray, parts: Parts) -> None:
     for target, part in zip(out, parts, strict=True):
       _copy_into(target, part)
   else:
-    out[...] = parts
+    out[...] = parts.compute() if isinstance(parts, Later) else parts
 
 
 def save_folder(

@@ -21,7 +21,7 @@ _FOLDERS = (  # pattern of a file, and what it says of the folder; the first tha
   ),
   ("model_index.json", "it is a pipeline of diffusers, not a single model"),
   ("metrics.jsonl", "it is the folder of a run: give its folder merged, once it is exported"),
-  ("*.gguf", "GGUF is not read: give the folder that it was converted from"),
+  ("*.gguf", "it has a GGUF file: give the file itself, {file}"),
   (
     "params.json",
     "it has Meta's original format: convert it by convert_llama_weights_to_hf.py of transformers",
@@ -42,7 +42,7 @@ _FOLDERS = (  # pattern of a file, and what it says of the folder; the first tha
 _FILES = (  # first bytes of a file, and its kind
   (b"version https://git-lfs", "a pointer of git-lfs: run `git lfs pull` where it was cloned"),
   (b"<", "a page in HTML or XML: download the file itself"),
-  (b"GGUF", "a GGUF file of llama.cpp"),
+  (b"GGUF", "a GGUF file of llama.cpp: name it *.gguf, and give the file"),
   (b"PK\x03\x04", "a zip archive or a pickle of torch.save"),
   (b"\x80", "a pickle"),
   (b"\x89HDF", "an HDF5 file, such as TensorFlow's"),
@@ -83,8 +83,8 @@ def describe_folder(folder: Path) -> str:
   """Returns what a folder without a readable model is, and the remedy; empty if unknown."""
   if folder.is_dir():
     for pattern, text in _FOLDERS:
-      if next(folder.glob(pattern), None) is not None:
-        return text
+      if files := sorted(folder.glob(pattern)):
+        return text.format(file=files[0])
     inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
     if inside:
       return f"there is a config.json in {', '.join(inside[:5])}: did you mean that folder?"

@@ -1,17 +1,25 @@
 """Converts params from and to the tensors of a Hugging Face folder, given `StoredTensor`s."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
+from lora_jax.models.checkpoints.gguf import open_gguf
+from lora_jax.models.checkpoints.gguf_tensors import GGUFTensors
 from lora_jax.models.checkpoints.hub import (
+  FLOATS,
   Index,
+  Later,
   Parts,
   StoredTensor,
   Tensors,
@@ -19,6 +27,10 @@ from lora_jax.models.checkpoints.hub import (
   make_leaf,
   open_tensors,
 )
+from lora_jax.models.checkpoints.loaded_weights import BLOCKS, QUANTIZED, loaded_shape
+from lora_jax.quantization.ggml import field
+from lora_jax.quantization.leaf import Quantized, is_quantized
+from lora_jax.quantization.quantize import quantize
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """The tensors that hold a leaf by their index into it, and its offset on their last axis."""
@@ -36,54 +48,174 @@ class Loaded(NamedTuple):
 
 def outline(params: PyTree) -> str:
   """Returns the number of parameters and their dtypes, `124,439,808 parameters, float32`."""
-  leaves = jax.tree.leaves(params)
-  dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-  return f"{sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(dtypes)}"
+  leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+  dtypes = {leaf.format if is_quantized(leaf) else str(leaf.dtype) for leaf in leaves}
+  return f"{sum(leaf.size for leaf in leaves):,} parameters, {' and '.join(sorted(dtypes))}"
+
+
+@contextmanager
+def open_model(
+  path: Path, expected: Mapping[str, tuple[int, ...]]
+) -> Iterator[Tensors | GGUFTensors]:
+  """Opens the tensors of a folder or a GGUF file.
+
+  Args:
+    path: of the folder or the file.
+    expected: the shapes of the tensors by name.
+  """
+  if path.is_file():
+    yield GGUFTensors(open_gguf(path), expected)
+  else:
+    with open_tensors(path) as tensors:
+      yield tensors
 
 
 def load_params(
-  folder: Path,
+  path: Path,
   stored: Sequence[StoredTensor],
   shapes: PyTree,
   shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
   ignored: Callable[[str], bool] = lambda name: False,
+  weights: str | None = None,
 ) -> PyTree:
   """Returns a model's params; each device reads its own part.
 
   Args:
-    folder: with safetensors.
+    path: of a folder with safetensors, or of a GGUF file.
     stored: the tensors that hold the leaves, or the layers and experts of stacked leaves.
     shapes: `ShapeDtypeStruct`s of the params.
     shardings: a tree like `shapes` or a prefix of it, a function from `shapes` to such a tree, or
       None for the default device.
     ignored: whether a tensor of this name may be stored and is not read.
+    weights: `stored`, `int8` or `nf4`, as in `loaded_weights`; None converts to the dtypes of
+      `shapes`.
   Raises:
     FileNotFoundError: if weights are missing.
     ValueError: if tensors are missing, unexpected, misshapen, truncated or not floats.
   """
-  leaves, structure = jax.tree.flatten(shapes)
-  paths = [path for path, _ in _with_path(shapes)]
-  sizes = dict(zip(paths, leaves, strict=True))
+  leaves = dict(_with_path(shapes))
+  by_leaf = dict(_with_path(broadcast(shardings, shapes)))
+  holding = _holding(stored, leaves)
+  expected = expected_shapes(stored, leaves)
+  with open_model(path, expected) as tensors:
+    check_tensors(path, tensors, expected, ignored)
+    loaded = _loaded_shapes(path, tensors, holding, leaves, weights)
+
+    def leaf(name: str) -> Any:
+      shape, sharding = loaded[name], by_leaf[name]
+      if is_quantized(shape) and shape.format in BLOCKS:
+        return _load_blocks(tensors, holding[name], shape, sharding)
+      if is_quantized(shape):
+        return _load_quantized(tensors, holding[name], name, shape, sharding)
+      return _load_floats(tensors, holding[name], shape, sharding)
+
+    one_by_one = weights in QUANTIZED  # for the memory of a dequantized weight
+    with ThreadPoolExecutor(1 if one_by_one else os.cpu_count()) as pool:  # copies release the GIL
+      arrays = list(pool.map(leaf, leaves))
+  return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def plan_params(
+  path: Path,
+  stored: Sequence[StoredTensor],
+  shapes: PyTree,
+  ignored: Callable[[str], bool] = lambda name: False,
+  weights: str | None = None,
+) -> PyTree:
+  """Returns the shapes of the params of `load_params`, whose arguments and errors it has.
+
+  Only the names, shapes and types of the tensors are read.
+  """
+  leaves = dict(_with_path(shapes))
+  expected = expected_shapes(stored, leaves)
+  with open_model(path, expected) as tensors:
+    check_tensors(path, tensors, expected, ignored)
+    loaded = _loaded_shapes(path, tensors, _holding(stored, leaves), leaves, weights)
+  return jax.tree.unflatten(jax.tree.structure(shapes), list(loaded.values()))
+
+
+def _holding(stored: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> dict[str, Holding]:
   holding: dict[str, Holding] = {}
   for tensor in stored:
     start = 0
     for path in tensor.paths:
       holding.setdefault(path, {})[tensor.place] = tensor, start
-      start += sizes[path].shape[-1]
-  by_leaf = jax.tree.leaves(broadcast(shardings, shapes), is_leaf=lambda x: x is None)
-  with open_tensors(folder) as tensors:
-    check_tensors(folder, tensors, expected_shapes(stored, sizes), ignored)
+      start += leaves[path].shape[-1]
+  return {path: holding[path] for path in leaves}
 
-    def leaf(path: str, shape: Any, sharding: Any) -> jax.Array:
-      def read(index: Index) -> Parts:
-        last = range(shape.shape[-1])[index[-1]]  # as numbers, for a part of a fused tensor
-        return _read(tensors, holding[path], (*index[:-1], slice(last.start, last.stop)))
 
-      return make_leaf(shape.shape, shape.dtype, read, sharding)
+def _loaded_shapes(
+  path: Path,
+  tensors: Tensors | GGUFTensors,
+  holding: Mapping[str, Holding],
+  leaves: Mapping[str, Any],
+  weights: str | None,
+) -> dict[str, Any]:
+  """Returns the shape of each leaf as it is loaded."""
+  loaded = {}
+  for name, parts in holding.items():
+    types = {tensors.dtype(tensor.name) for tensor, _ in parts.values()}
+    num_stacked = len(next(iter(parts)))
+    try:
+      loaded[name] = loaded_shape(name, leaves[name], types, num_stacked, weights)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+  return loaded
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # copies release the GIL
-      arrays = list(pool.map(leaf, paths, leaves, by_leaf))
-  return jax.tree.unflatten(structure, arrays)
+
+def _load_floats(
+  tensors: Tensors | GGUFTensors, holding: Holding, shape: Any, sharding: Any
+) -> jax.Array:
+  def read(index: Index) -> Parts:
+    whole = zip(index, shape.shape, strict=True)
+    return _read(tensors, holding, tuple(slice(*part.indices(size)[:2]) for part, size in whole))
+
+  return make_leaf(shape.shape, shape.dtype, read, sharding)
+
+
+def _load_quantized(
+  tensors: Tensors | GGUFTensors, holding: Holding, path: str, shape: Quantized, sharding: Any
+) -> Quantized:
+  """Returns a leaf in a format that the file does not have, quantized layer by layer."""
+
+  def one(held: Holding, sizes: tuple[int, ...], sharding: Any) -> Quantized:
+    leaf = _load_floats(tensors, held, jax.ShapeDtypeStruct(sizes, shape.dtype), sharding)
+    return quantize({path: leaf}, shape.format, re.escape(path), shape.axis)[path]
+
+  if next(iter(holding.values()))[0].layer is None:
+    leaf = one(holding, shape.shape, sharding)
+  else:
+    layers = _inner(holding, slice(None))
+    inner = None if sharding is None else _without_first_axis(sharding)
+    leaf = jax.tree.map(
+      lambda *arrays: jnp.stack(arrays), *(one(held, shape.shape[1:], inner) for held in layers)
+    )
+  return leaf if sharding is None else jax.device_put(leaf, shape.shardings(sharding))
+
+
+def _without_first_axis(sharding: Any) -> Any:
+  return sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+
+
+def _load_blocks(
+  tensors: GGUFTensors, holding: Holding, shape: Quantized, sharding: Any
+) -> Quantized:
+  """Returns a leaf with the blocks of the file."""
+  shardings = None if sharding is None else shape.shardings(sharding)
+
+  def array(name: str) -> jax.Array:
+    def read(index: Index) -> Parts:
+      rows, inside = index[: shape.ndim - 1], index[shape.ndim - 1 :]
+      whole = zip(rows, shape.stored_shape, strict=False)
+      rows = tuple(slice(*part.indices(size)[:2]) for part, size in whole)
+      return _read_blocks(tensors, holding, shape, name, rows, inside)
+
+    target = shape.arrays[name]
+    placed = None if shardings is None else shardings.arrays[name]
+    return make_leaf(target.shape, target.dtype, read, placed)
+
+  arrays = {name: array(name) for name in shape.arrays}
+  return Quantized(arrays, shape.format, shape.axis, shape.dtype)
 
 
 def broadcast(
@@ -107,17 +239,57 @@ def stored_shape(tensor: StoredTensor, shapes: Mapping[str, Any]) -> tuple[int, 
   return tensor.axes_to_file((*parts[0][:-1], sum(part[-1] for part in parts)))
 
 
-def _read(tensors: Tensors, holding: Holding, index: Index) -> Parts:
+def _read(tensors: Tensors | GGUFTensors, holding: Holding, index: Index) -> Parts:
   """Returns a part of a leaf; stacked layers and experts come from one tensor each."""
-  if () in holding:
-    (tensor, start), last = holding[()], index[-1]
-    index = (*index[:-1], slice(start + last.start, start + last.stop))
-    return tensor.to_ours(tensors.read(tensor.name, tensor.axes_to_file(index)))
+  if () not in holding:
+    return [_read(tensors, inner, index[1:]) for inner in _inner(holding, index[0])]
+  tensor, start = holding[()]
+  outputs = _outputs(tensors, tensor, start, index[-1])
+  in_file = tensor.axes_to_file((*index[:-1], outputs))
+
+  def part() -> np.ndarray:
+    array = tensor.to_ours(tensors.read(tensor.name, in_file))
+    return array.astype(np.float32) - tensor.offset if tensor.offset else array
+
+  if tensors.dtype(tensor.name) in FLOATS:
+    return part()
+  return Later(tuple(part.stop - part.start for part in index), part)
+
+
+def _read_blocks(
+  tensors: GGUFTensors, holding: Holding, shape: Quantized, name: str, rows: Index, inside: Index
+) -> Parts:
+  """Returns a part of an array of a quantized leaf: some rows, and in these some blocks."""
+  if () not in holding:
+    return [
+      _read_blocks(tensors, inner, shape, name, rows[1:], inside)
+      for inner in _inner(holding, rows[0])
+    ]
+  tensor, start = holding[()]
+  if tensor.transposed:  # rows are outputs
+    rows = (*rows[:-1], _outputs(tensors, tensor, start, rows[-1]))
+  kind = BLOCKS[shape.format]
+  array = field(kind, name, tensors.blocks(tensor.name, rows))
+  return array[(*[slice(None)] * len(rows), *inside)]
+
+
+def _inner(holding: Holding, numbers: slice) -> Iterator[Holding]:
+  """Yields the tensors that hold each of these layers or experts."""
   by_first: dict[int, Holding] = {}
   for (first, *rest), tensor in holding.items():
     by_first.setdefault(first, {})[tuple(rest)] = tensor
-  numbers = range(len(by_first))[index[0]]
-  return [_read(tensors, by_first[i], index[1:]) for i in numbers]
+  for i in range(len(by_first))[numbers]:
+    yield by_first[i]
+
+
+def _outputs(
+  tensors: Tensors | GGUFTensors, tensor: StoredTensor, start: int, outputs: slice
+) -> Any:
+  """Returns where in a tensor the outputs of a leaf are, which may be interleaved there."""
+  outputs = slice(start + outputs.start, start + outputs.stop)
+  if tensor.heads is None:
+    return outputs
+  return tensor.our_outputs(tensors.shape(tensor.name)[0])[outputs]
 
 
 def tensors_of(
@@ -142,5 +314,5 @@ def tensors_of(
 
 
 def _with_path(tree: PyTree) -> list[tuple[str, Any]]:
-  flat = jax.tree_util.tree_leaves_with_path(tree)
+  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
   return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in flat]

@@ -1,5 +1,6 @@
 """Loads and saves GPT-2 as a Hugging Face folder, where query, key and value are one c_attn."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ from lora_jax.models.checkpoints.hub import (
   open_tensors,
   save_folder,
 )
+from lora_jax.models.checkpoints.loaded_weights import float_dtype, weights_format
 from lora_jax.models.checkpoints.recognize import check_layer_count
-from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
+from lora_jax.models.checkpoints.stored import Loaded, load_params, plan_params, tensors_of
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 
@@ -83,7 +85,7 @@ def load_gpt2(
 
   Args:
     name: a folder with config.json and safetensors, or a hub repository.
-    param_dtype: to convert the weights to.
+    param_dtype: to convert the weights to; or a format, as in `load_causal_lm`.
     shardings: of the params, each device reading its own part: a tree like theirs or a prefix of
       it, such as one `Sharding` for all; or a function from `params_shapes` to such a tree. None
       is the default device.
@@ -98,21 +100,47 @@ def load_gpt2(
       unexpected, misshapen or truncated.
   """
   folder = find_folder(name)
-  config = read_config(folder, param_dtype=param_dtype, **computation)
+  config = read_config(folder, param_dtype=float_dtype(param_dtype), **computation)
+  stored = _stored_in(folder, config)
+  unused = functools.partial(_is_unused, config=config)
+  weights = weights_format(param_dtype)
+  params = load_params(folder, stored, params_shapes(config), shardings, unused, weights)
+  return Loaded(config, params)
+
+
+def plan_gpt2(folder: Path, config: GPT2Config, weights: str) -> PyTree:
+  """Returns the shapes of the params of `load_gpt2`, of which only the tensors' dtypes are read.
+
+  Args:
+    folder: with safetensors.
+    config: of the model.
+    weights: `stored`, `int8` or `nf4`.
+  """
+  stored = _stored_in(folder, config)
+  unused = functools.partial(_is_unused, config=config)
+  return plan_params(folder, stored, params_shapes(config), unused, weights)
+
+
+def _stored_in(folder: Path, config: GPT2Config) -> list[StoredTensor]:
+  """Returns the tensors of a folder's files, by their names there.
+
+  Raises:
+    ValueError: if they have other layers or another head than the config.
+  """
   with open_tensors(folder) as tensors:
     check_layer_count(folder, tensors, "h", "n_layer", config.num_layers)
     if config.tie_head:
       check_tied(folder, tensors, HEAD, "transformer.wte.weight", "wte.weight")
     is_old = any(name.startswith(("wte.", "h.")) for name in tensors)
   stored = stored_tensors(config)
-  if is_old:
-    stored = [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
+  if not is_old:
+    return stored
+  return [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
 
-  def ignored(tensor: str) -> bool:  # constants of old files, and a stored copy of a tied head
-    return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 
-  params = load_params(folder, stored, params_shapes(config), shardings, ignored)
-  return Loaded(config, params)
+def _is_unused(tensor: str, config: GPT2Config) -> bool:
+  """Returns whether a tensor is a constant of old files, or a stored copy of a tied head."""
+  return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 
 
 def params_shapes(config: GPT2Config) -> PyTree:
