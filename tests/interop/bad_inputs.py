@@ -5,21 +5,31 @@ import json
 import os
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from lora_jax.interop import load_peft, save_merged, save_peft
+from lora_jax.interop import (
+  load_gguf_adapter,
+  load_peft,
+  save_gguf_adapter,
+  save_merged,
+  save_peft,
+)
+from lora_jax.models.checkpoints.gguf import open_gguf, write_gguf
 from lora_jax.models.zoo import load_causal_lm
 
 from tests.bad_inputs import BadInput
+from tests.make_gguf_adapter_golden import FOLDER
 from tests.make_peft_golden import GOLDEN, MODELS
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model.transformer."
 A = f"{PREFIX}h.0.attn.c_attn.lora_A.weight"
 LLAMA = "base_model.model.model."
+GGUF = FOLDER / "llama.gguf"
 
 base = functools.cache(lambda name: load_causal_lm(MODELS / name))
 golden_arrays = functools.cache(lambda name: load_file(GOLDEN / name / WEIGHTS))
@@ -425,4 +435,155 @@ PATHS = [
     "merge a bucket", lambda folder: save_to(folder / "new", "gs://b/x"), ("gs://b/x", "local")
   ),
 ]
-ROWS = [*CONFIGS, *TEXTS, *ARRAYS, *BYTES, *FOLDERS, *PATHS]
+
+
+def of_gguf(name, words, change=dict, fields=None, model="llama/llama3", error=ValueError, **about):
+  """Returns the row of a golden GGUF adapter with other tensors, fields, kind or architecture."""
+
+  def call(folder):
+    file = open_gguf(GGUF)
+    arrays = {key: x.bytes().view(np.float32).reshape(x.shape) for key, x in file.tensors.items()}
+    given = {"adapter.type": "lora", "adapter.lora.alpha": 8.0} | (fields or {})
+    given = {key: value for key, value in given.items() if value is not None}
+    options = {"architecture": "llama", "kind": "adapter"} | about
+    write_gguf(folder / "bad.gguf", metadata=given, tensors=change(arrays), **options)
+    return load_gguf_adapter(folder / "bad.gguf", base(model).module.config, base(model).params)
+
+  return BadInput(f"GGUF: {name}", call, words, error)
+
+
+def of_gguf_bytes(name, words, change):
+  """Returns the row of a golden GGUF adapter whose bytes are changed."""
+
+  def call(folder):
+    (folder / "bad.gguf").write_bytes(change(GGUF.read_bytes()))
+    return load_gguf_adapter(folder / "bad.gguf", base("llama/llama3").module.config, {})
+
+  return BadInput(f"GGUF: {name}", call, words)
+
+
+def without(*names):
+  return lambda arrays: {name: array for name, array in arrays.items() if name not in names}
+
+
+def swapped(arrays):
+  """Returns A and B as llama.cpp's converter writes them for a transposed weight."""
+  factors = {"a": np.ones((4, 32), np.float32), "b": np.ones((128, 4), np.float32)}
+  return {f"blk.0.ffn_down.weight.lora_{name}": array for name, array in factors.items()}
+
+
+def to_gguf(
+  name, words, model="gpt2/tied", dtype="float32", factor=1.0, error=ValueError, **config
+):
+  """Returns the row of an adapter made here that llama.cpp cannot express."""
+
+  def call(folder):
+    settings = {"rank": 2, "alpha": 4.0, "target": ".*/attn/out/kernel"} | config
+    lora_config = lj.LoraConfig(**settings)
+    params = base(model).params
+    adapted = lj.lora(base(model).call, lora_config)
+    trainable = adapted.init(jax.random.key(0), params, np.zeros((1, 2), np.int32))
+    trainable = jax.tree.map(lambda leaf: leaf * factor, trainable)
+    options = {"dtype": dtype}
+    save_gguf_adapter(
+      folder / "new.gguf", lora_config, trainable, base(model).module.config, params, **options
+    )
+
+  return BadInput(f"to GGUF: {name}", call, words)
+
+
+QUERY_A = "blk.0.attn_q.weight.lora_a"
+GGUFS = [
+  of_gguf("a model", ("general.type is 'model'", "load_causal_lm"), kind="model"),
+  of_gguf(
+    "another architecture", ("'qwen2'", "expected 'llama'", "trained on"), architecture="qwen2"
+  ),
+  of_gguf("no type", ("adapter.type", "'lora'"), fields={"adapter.type": None}),
+  of_gguf("another type", ("adapter.type", "control"), fields={"adapter.type": "control"}),
+  of_gguf("alpha as text", ("adapter.lora.alpha", "'8'"), fields={"adapter.lora.alpha": "8"}),
+  of_gguf(
+    "an infinite alpha", ("adapter.lora.alpha", "inf"), fields={"adapter.lora.alpha": np.inf}
+  ),
+  of_gguf(
+    "activated LoRA",
+    ("invocation_tokens", "no support"),
+    fields={"adapter.alora.invocation_tokens": [5, 6]},
+  ),
+  of_gguf("no tensors", ("it has no tensors",), lambda arrays: {}),
+  of_gguf("no A", (f"missing {QUERY_A}",), without(QUERY_A)),
+  of_gguf("no B", ("missing blk.0.attn_q.weight.lora_b",), without(QUERY_A.replace("_a", "_b"))),
+  of_gguf(
+    "a trained norm",
+    ("unexpected blk.0.attn_norm.weight", "neither"),
+    lambda arrays: arrays | {"blk.0.attn_norm.weight": np.ones(32, np.float32)},
+  ),
+  of_gguf(
+    "more layers",
+    ("unexpected blk.9.attn_q.weight.lora_a", "did you mean blk."),
+    lambda arrays: arrays | {QUERY_A.replace("blk.0", "blk.9"): arrays[QUERY_A]},
+  ),
+  of_gguf(
+    "an adapter of another width",
+    (QUERY_A, "(4, 48)", "(4, 32)", "trained on"),
+    lambda arrays: arrays | {QUERY_A: np.ones((4, 48), np.float32)},
+  ),
+  of_gguf(
+    "another rank of A",
+    (QUERY_A, "(3, 32)", "rank of 4"),
+    lambda arrays: arrays | {QUERY_A: np.ones((3, 32), np.float32)},
+  ),
+  of_gguf(
+    "swapped factors",
+    ("swapped", "convert_lora_to_gguf.py", "PEFT"),
+    swapped,
+    model="gpt2/tied",
+    architecture="gpt2",
+  ),
+  of_gguf(
+    "numbers that are not finite",
+    (QUERY_A, "infinite or not a number"),
+    lambda arrays: arrays | {QUERY_A: np.full((4, 32), np.nan, np.float32)},
+  ),
+  of_gguf(
+    "a tied embedding",
+    ("token_embd.weight", "tied", "untie"),
+    lambda arrays: (
+      {f"token_embd.weight.lora_{x}": np.ones((64, 2), np.float32) for x in "ab"}
+      | {"token_embd.weight.lora_b": np.ones((32, 2), np.float32)}
+    ),
+    model="gpt2/tied",
+    architecture="gpt2",
+  ),
+  of_gguf(
+    "positions",
+    ("position_embd.weight", "wpe/embedding"),
+    lambda arrays: {
+      "position_embd.weight.lora_a": np.ones((24, 2), np.float32),
+      "position_embd.weight.lora_b": np.ones((32, 2), np.float32),
+    },
+    model="gpt2/tied",
+    architecture="gpt2",
+  ),
+  of_gguf_bytes("truncated", ("truncated",), lambda content: content[: len(content) // 2]),
+  of_gguf_bytes("safetensors", ("not a GGUF file",), lambda content: with_header({})),
+  to_gguf("DoRA", ("plain LoRA", "DoRA", "lora_jax.convert", "--merged"), variant=lj.DORA),
+  to_gguf("biases", ("no fully trained leaves", "h_0/attn/out/bias"), extra=".*/out/bias"),
+  to_gguf("norms", ("no fully trained leaves", "ln_f/scale"), extra="ln_f/scale"),
+  to_gguf("a tied embedding", ("wte/embedding", "tied", "untie"), target="wte/embedding"),
+  to_gguf("positions", ("wpe/embedding", "without its adapter"), target="wpe/embedding"),
+  to_gguf("too large for float16", ("attn_output", "float16"), dtype="float16", factor=1e6),
+  to_gguf("not finite", ("attn_output", "not finite"), factor=float("nan")),
+  to_gguf("another activation", ("gelu_new", "relu"), model="gpt2/relu"),
+  BadInput(
+    "to GGUF: an existing file",
+    lambda folder: save_gguf_adapter(__file__, *[None] * 4),
+    ("nothing is overwritten",),
+    FileExistsError,
+  ),
+  BadInput(
+    "to GGUF: a bucket",
+    lambda folder: save_gguf_adapter("gs://bucket/x.gguf", *[None] * 4),
+    ("gs://bucket/x.gguf", "local"),
+  ),
+]
+ROWS = [*CONFIGS, *TEXTS, *ARRAYS, *BYTES, *FOLDERS, *PATHS, *GGUFS]
