@@ -9,6 +9,7 @@ CORE_TESTS ?= $(filter-out tests/test_notebooks.py,$(wildcard tests/test_*.py)) 
 PEERS_TESTS ?= tests/interop tests/models tests/decoding/test_beam.py tests/docs/test_parity.py \
   tests/experiments/test_finetune.py
 PEERS_EXTRAS = $(EXTRAS),peers
+LLAMA_CPP := 3.22.1
 NIGHTLY_INDEX ?=
 
 # The libraries that follow JAX's releases: `make test-newest` takes the newest of each and the
@@ -169,6 +170,30 @@ test-peers:  ## models and adapters compared with the installed transformers and
 	$(call pip_install,.venv-peers,-c constraints.txt -e '.[$(PEERS_EXTRAS)]')
 	echo "$(EXTRAS)" > $@
 
+.PHONY: test-served
+test-served:  ## GGUF models and adapters in llama.cpp itself, if there is node
+	if ! node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null \
+	  || ! npm --version >/dev/null 2>&1; then
+	  echo "test-served: nothing tested, node 20 or newer with npm is needed for llama.cpp"
+	  exit 0
+	fi
+	$(MAKE) venv .served/$(LLAMA_CPP)
+	.venv/bin/python -m pytest --no-header -m served tests/served
+
+# On Linux the packages for GPUs, 640 MB, are left out.
+.served/$(LLAMA_CPP):
+	echo "Installing llama.cpp (node-llama-cpp $(LLAMA_CPP)) into .served ..."
+	rm -rf .served
+	mkdir .served
+	platform=$$(node -p 'process.platform + "-" + process.arch')
+	case "$$platform" in
+	  linux-*) packages="--omit=optional @node-llama-cpp/$$platform@$(LLAMA_CPP)" ;;
+	  *) packages=
+	esac
+	npm install --prefix .served --ignore-scripts --no-audit --no-fund --loglevel=error --save-exact \
+	  node-llama-cpp@$(LLAMA_CPP) $$packages >/dev/null
+	touch $@
+
 .PHONY: test-nightly
 test-nightly:  ## the core's tests on a JAX nightly, where pip finds one
 	$(find_newest_python)
@@ -211,4 +236,4 @@ clean:  ## remove caches and build outputs
 
 .PHONY: clean-venvs
 clean-venvs:  ## remove the virtual environments; .venv-newest then gets that day's newest JAX
-	rm -rf .venv .venv-newest .venv-nightly .venv-peers
+	rm -rf .venv .venv-newest .venv-nightly .venv-peers .served
