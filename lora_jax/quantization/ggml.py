@@ -64,11 +64,14 @@ def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
   Raises:
     ValueError: if the last axis is not a whole number of blocks.
   """
-  return {name: field(kind, name, raw) for name in kind.parts}
+  return {name: np.array(field(kind, name, raw), order="C") for name in kind.parts}
 
 
 def field(kind: Format, name: str, raw: np.ndarray) -> np.ndarray:
-  """Returns one of the arrays of `split`, whose other arguments and errors it has."""
+  """Returns one of the arrays of `split`, whose other arguments and errors it has.
+
+  It is a view of `raw` on little-endian machines, and may not be aligned.
+  """
   size = block_bytes(kind)
   if raw.dtype != np.uint8 or not raw.ndim or raw.shape[-1] % size:
     raise ValueError(
@@ -79,7 +82,7 @@ def field(kind: Format, name: str, raw: np.ndarray) -> np.ndarray:
   before = itertools.takewhile(lambda part: part != name, kind.parts)
   start = sum(_part_bytes(kind.parts[part]) for part in before)
   part = kind.parts[name]
-  values = np.ascontiguousarray(blocks[..., start : start + _part_bytes(part)])
+  values = blocks[..., start : start + _part_bytes(part)]
   values = values.view(np.dtype(part.dtype).newbyteorder("<"))
   return values.reshape(*blocks.shape[:-1], *part.shape).astype(part.dtype, copy=False)
 

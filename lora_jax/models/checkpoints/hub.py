@@ -44,14 +44,14 @@ HUB_TIMEOUT = 5.0  # seconds, for the hub's first answer
 Index = tuple[Any, ...]
 """A slice per axis; the rows of a tensor may be their numbers."""
 Parts: TypeAlias = "np.ndarray | Later | list[Parts]"
-"""An array, one to be computed, or the parts that are stacked to one."""
+"""An array, one to be written, or the parts that are stacked to one."""
 
 
 class Later(NamedTuple):
-  """An array that is computed when it is copied, so that only one is in memory."""
+  """An array that is written where it is needed, so that no other copy is in memory."""
 
   shape: tuple[int, ...]
-  compute: Callable[[], np.ndarray]
+  write_to: Callable[[np.ndarray], None]
 
 
 class StoredTensor(NamedTuple):
@@ -483,8 +483,10 @@ def _copy_into(out: np.ndarray, parts: Parts) -> None:
   if isinstance(parts, list):
     for target, part in zip(out, parts, strict=True):
       _copy_into(target, part)
+  elif isinstance(parts, Later):
+    parts.write_to(out)
   else:
-    out[...] = parts.compute() if isinstance(parts, Later) else parts
+    out[...] = parts
 
 
 def save_folder(

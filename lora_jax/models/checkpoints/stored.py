@@ -1,5 +1,6 @@
 """Converts params from and to the tensors of a Hugging Face folder, given `StoredTensor`s."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +29,13 @@ from lora_jax.models.checkpoints.hub import (
   open_tensors,
 )
 from lora_jax.models.checkpoints.loaded_weights import BLOCKS, QUANTIZED, loaded_shape
-from lora_jax.quantization.ggml import field
+from lora_jax.quantization.ggml import block_bytes, field
 from lora_jax.quantization.leaf import Quantized, is_quantized
 from lora_jax.quantization.quantize import quantize
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """The tensors that hold a leaf by their index into it, and its offset on their last axis."""
+_CHUNK = 2**22  # bytes of blocks that are copied at once
 
 
 class Loaded(NamedTuple):
@@ -253,7 +255,11 @@ def _read(tensors: Tensors | GGUFTensors, holding: Holding, index: Index) -> Par
 
   if tensors.dtype(tensor.name) in FLOATS:
     return part()
-  return Later(tuple(part.stop - part.start for part in index), part)
+
+  def write_to(out: np.ndarray) -> None:
+    out[...] = part()
+
+  return Later(tuple(part.stop - part.start for part in index), write_to)
 
 
 def _read_blocks(
@@ -268,9 +274,20 @@ def _read_blocks(
   tensor, start = holding[()]
   if tensor.transposed:  # rows are outputs
     rows = (*rows[:-1], _outputs(tensors, tensor, start, rows[-1]))
-  kind = BLOCKS[shape.format]
-  array = field(kind, name, tensors.blocks(tensor.name, rows))
-  return array[(*[slice(None)] * len(rows), *inside)]
+  kind, (first, *others) = BLOCKS[shape.format], rows
+  first = np.r_[first]
+  sizes = zip(inside, shape.arrays[name].shape[shape.ndim - 1 :], strict=True)
+  lengths = [len(first), *(part.stop - part.start for part in others)]
+  row_bytes = math.prod(lengths[1:]) * shape.stored_shape[-1] // kind.block * block_bytes(kind)
+  step = max(_CHUNK // row_bytes, 1)
+  lengths += [len(range(size)[part]) for part, size in sizes]
+
+  def write_to(out: np.ndarray) -> None:
+    for start in range(0, len(out), step):  # each maps the file anew, which frees read pages
+      raw = tensors.blocks(tensor.name, (first[start : start + step], *others))
+      out[start : start + step] = field(kind, name, raw)[(*[slice(None)] * len(rows), *inside)]
+
+  return Later(tuple(lengths), write_to)
 
 
 def _inner(holding: Holding, numbers: slice) -> Iterator[Holding]:
