@@ -11,7 +11,10 @@ RANK = -1
 RANK2 = -2
 """The label of a second inner axis."""
 
-INNER: Mapping[str, int] = {"rank": RANK, "rank2": RANK2}
+GROUPS = -3
+"""The label of an axis that has one entry for each group of inputs."""
+
+INNER: Mapping[str, int] = {"rank": RANK, "rank2": RANK2, "groups": GROUPS}
 
 
 class LoraAxes(NamedTuple):

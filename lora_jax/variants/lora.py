@@ -35,7 +35,13 @@ def weight(w: Factored, p: Any, scaling: Any) -> Factored:
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
   """Returns the initial A and B, drawn by the config's `init`."""
-  a_shape, b_shape = (site.array_shape(words) for words in ARRAYS.values())
+  return initial_pair(key, site, *(site.array_shape(words) for words in ARRAYS.values()))
+
+
+def initial_pair(
+  key: PRNGKeyArray, site: Site, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> dict[str, jax.Array]:
+  """Returns A and B of these shapes, drawn by the config's `init`."""
   pair = site.initialize(key, a_shape, b_shape, site.num_inputs)
   if not isinstance(pair, tuple | list) or len(pair) != 2:
     raise ValueError(f"{site.path}: init must return (lora_a, lora_b), got {pair!r:.100}")
