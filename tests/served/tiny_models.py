@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
 }
 LLAMA = SHAPE | {"num_kv_heads": 2, "mlp_dim": 56}
 EXPERTS = LLAMA | {"embed_dim": 16, "mlp_dim": 12}
-LLAMA3 = RopeScaling("llama3", 4.0, original_positions=16)
+LLAMA3 = RopeScaling("llama3", 4.0)
 CONFIGS: dict[str, LlamaConfig | GPT2Config] = {
   "llama": LlamaConfig(**LLAMA),
   "llama_tied": LlamaConfig(**LLAMA, tie_head=True, rope_theta=500000.0, rope_scaling=LLAMA3),
