@@ -69,8 +69,9 @@ def load_chat_template(folder: str | Path) -> ChatTemplate:
     source = named["default"]
   if source is None:
     raise FileNotFoundError(
-      f"{folder} has no chat template: expected chat_template.jinja, or a chat_template in "
-      "tokenizer_config.json. Take an instruction-tuned model, or write a chat_template.jinja"
+      f"{folder} has no chat template: expected chat_template.jinja, a chat_template in "
+      "tokenizer_config.json, or in a GGUF file tokenizer.chat_template. Take an "
+      "instruction-tuned model, or write a chat_template.jinja"
     )
   if not isinstance(source, str):
     raise ValueError(f"{folder}: expected the chat template as text, got {type(source).__name__}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from lora_jax.fields import Within, read_value
-from lora_jax.files import local_path, parse_json, read_json_if_present
+from lora_jax.files import local_path, parse_json, read_json_if_present, regular_file
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.text.ends import mark_ends
 from lora_jax.models.text.sentencepiece import (
@@ -36,7 +36,7 @@ PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # in the keys, spelled as there
 USES = ("bos", "eos", "unk", "sep", "pad", "mask")
 DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unk": 0}}  # of llama.cpp
-ENDS = (  # llama.cpp stops at tokens of these names, whatever the metadata says about them
+ENDS = (  # of turns and texts; llama.cpp stops at them, whatever the metadata says about them
   *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
   *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"),
 )
@@ -94,7 +94,7 @@ def gguf_text_files(path: str | Path) -> Mapping[str, bytes]:
     FileNotFoundError: if there is no such file, or it has no tokenizer.
     ValueError: if its tokenizer is of an unsupported kind, or broken.
   """
-  status = (path := local_path(path)).stat()
+  status = (path := regular_file(path)).stat()
   return _text_files(path, status.st_mtime_ns, status.st_size)
 
 
@@ -191,6 +191,11 @@ def _list(
 def _build(path: Path, metadata: Mapping[str, Any], vocabulary: Vocabulary) -> "Tokenizer":
   pre = _read(path, metadata, "tokenizer.ggml.pre", str)
   if vocabulary.model == "llama":
+    if pre not in (None, "default"):
+      raise ValueError(
+        f"{path}: expected no tokenizer.ggml.pre, or 'default', with SentencePiece (the "
+        f"tokenizer.ggml.model 'llama'), got the tokenizer.ggml.pre {pre!r:.100}"
+      )
     tokenizer, add_bos = _sentencepiece(path, metadata, vocabulary), True
   else:
     tokenizer, add_bos = _byte_level_bpe(path, metadata, vocabulary, pre), pre == "llama-bpe"
@@ -272,6 +277,12 @@ def _byte_level_bpe(
   tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=pre == "llama-bpe"))
   tokenizer.pre_tokenizer = _pre_tokenizer(pre)  # pyright: ignore[reportAttributeAccessIssue]
   tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+  if Kind.BYTE in vocabulary.kinds:
+    i = vocabulary.kinds.index(Kind.BYTE)
+    raise ValueError(
+      f"{path}: token {i}, {vocabulary.tokens[i]!r:.100}, has the type of a byte (6), which tokens "
+      f"of byte-level BPE do not have. {REMEDY}"
+    )
   kinds = (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)
   tokenizer.add_tokens(
     [

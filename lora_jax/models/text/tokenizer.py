@@ -83,7 +83,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> "Tokeni
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
       raise
     present = ", ".join(name for name in TOKENIZER_FILES[:6] if (folder / name).exists())
-    raise ValueError(f"{folder}: the tokenizer is broken, in {present}: {error}") from error
+    where = present or "the metadata"
+    raise ValueError(f"{folder}: the tokenizer is broken, in {where}: {error}") from error
   if tokenizer is None:
     raise FileNotFoundError(
       f"{folder} holds no tokenizer: expected tokenizer.json, tokenizer.model, spm.model, "

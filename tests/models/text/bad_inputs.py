@@ -20,6 +20,7 @@ from lora_jax.models.text.chat import (
 from lora_jax.models.text.tokenizer import load_tokenizer, read_special_tokens
 
 from tests.bad_inputs import BadInput
+from tests.gguf_vocabularies import write_tiny
 from tests.paths import GOLDEN
 from tests.tiny_e2e import EMBEDDED
 
@@ -91,6 +92,17 @@ def pathological():
   pattern = tokenizers.Regex("(a+)+c")
   built.pre_tokenizer = tokenizers.pre_tokenizers.Split(pattern, "isolated")
   return built
+
+
+def gguf(model="gpt2", call=load_tokenizer, **values):
+  """Returns the call for a GGUF file with keys that are changed, or left out by None."""
+  return lambda folder: call(write_tiny(folder, model, **values))
+
+
+def truncated_gguf(folder):
+  path = write_tiny(folder, "gpt2")
+  path.write_bytes(path.read_bytes()[:-40])
+  return load_tokenizer(path)
 
 
 def nested(levels):
@@ -251,6 +263,135 @@ ROWS = [
     "another model's",
     lambda _: load_tokenizer(EMBEDDED, 50257),
     ("8,192 tokens", "50,257", "belong together"),
+  ),
+  # ---- GGUF files
+  BadInput(
+    "a GGUF file that is missing",
+    lambda folder: load_tokenizer(folder / "model.gguf"),
+    ("model.gguf does not exist",),
+    FileNotFoundError,
+  ),
+  BadInput(
+    "special tokens of a GGUF file that is a folder",
+    lambda folder: ((folder / "a.gguf").mkdir(), read_special_tokens(folder / "a.gguf")),
+    ("a.gguf is a folder, expected a file",),
+  ),
+  BadInput("a truncated GGUF file", truncated_gguf, ("tiny.gguf", "truncated")),
+  BadInput(
+    "a GGUF file without a tokenizer",
+    gguf(model=None),
+    ("tiny.gguf holds no tokenizer", "no tokenizer.ggml.model"),
+    FileNotFoundError,
+  ),
+  BadInput(
+    "a GGUF file without tokens",
+    gguf(tokens=None),
+    ("holds no tokenizer", "no tokenizer.ggml.tokens"),
+    FileNotFoundError,
+  ),
+  BadInput(
+    "another model of tokenizers", gguf("bert"), ("'bert'", "gpt2, llama", "tokenizer.json")
+  ),
+  BadInput("a model that is a number", gguf(7), ("tokenizer.ggml.model must be a string", "7")),
+  BadInput(
+    "an unknown pre-tokenizer",
+    gguf(pre="tekken"),
+    ("tokenizer.ggml.pre 'tekken'", "gpt-2, smollm, llama-bpe, qwen2"),
+  ),
+  BadInput(
+    "the default pre-tokenizer",
+    gguf(pre="default"),
+    ("does not say how text is split", "gpt-2, smollm, llama-bpe, qwen2", "--pre-tokenizer"),
+  ),
+  BadInput(
+    "no pre-tokenizer", gguf(pre=None), ("does not say how text is split", "tokenizer.ggml")
+  ),
+  BadInput(
+    "SentencePiece with a pre-tokenizer",
+    gguf("llama", pre="qwen2"),
+    ("tokenizer.ggml.pre 'qwen2'", "SentencePiece"),
+  ),
+  BadInput("no list of merges", gguf(merges=None), ("has no tokenizer.ggml.merges", "Convert")),
+  BadInput("merges that are numbers", gguf(merges=[1]), ("merges must be a list of str", "[1]")),
+  BadInput("merges that are text", gguf(merges="a b"), ("merges must be a list of str", "'a b'")),
+  BadInput("a merge of one token", gguf(merges=["ab"]), ("merges[0]", "two tokens", "'ab'")),
+  BadInput("a merge of three", gguf(merges=["a b", "a b a"]), ("merges[1]", "'a b a'")),
+  BadInput(
+    "a merge of an unknown token", gguf(merges=["a c"]), ("merges", "'a' with 'c'", "no 'c'")
+  ),
+  BadInput("a merge to an unknown token", gguf(merges=["b a"]), ("'b' with 'a'", "no 'ba'")),
+  BadInput(
+    "tokens that are numbers", gguf(tokens=[1, 2]), ("tokens must be a list of str", "[1, 2]")
+  ),
+  BadInput(
+    "a token twice in a GGUF file",
+    gguf(tokens=["<unk>", "<s>", "</s>", "a", "b", "a"]),
+    ("tokens 3 and 5 are both 'a'",),
+  ),
+  BadInput(
+    "an empty token in a GGUF file",
+    gguf(tokens=["<unk>", "<s>", "</s>", "a", "b", ""]),
+    ("token 5 has 0 characters",),
+  ),
+  BadInput("no token types", gguf(token_type=None), ("has no tokenizer.ggml.token_type",)),
+  BadInput(
+    "too few token types", gguf(token_type=[1] * 5), ("token_type has 5 entries", "6 tokens")
+  ),
+  BadInput(
+    "an unknown token type", gguf(token_type=[3] * 5 + [9]), ("token 5, 'ab'", "9", "1 to 6")
+  ),
+  BadInput("a byte among merges", gguf(token_type=[3] * 5 + [6]), ("token 5, 'ab'", "byte")),
+  BadInput("an end out of range", gguf(eos_token_id=6), ("eos_token_id", "[0, 5]", "6")),
+  BadInput(
+    "padding out of range", gguf(padding_token_id=2**32 - 1), ("padding_token_id", "[0, 5]")
+  ),
+  BadInput("a turn's end that is text", gguf(eot_token_id="</s>"), ("eot_token_id", "'</s>'")),
+  BadInput(
+    "a start without its id", gguf(add_bos_token=True, bos_token_id=None), ("bos_token_id",)
+  ),
+  BadInput(
+    "a flag that is a number", gguf(add_eos_token=1), ("add_eos_token", "true or false", "1")
+  ),
+  BadInput("no scores", gguf("llama", scores=None), ("has no tokenizer.ggml.scores",)),
+  BadInput("too few scores", gguf("llama", scores=[0.0]), ("scores has 1 entries", "264 tokens")),
+  BadInput(
+    "a score that is not finite",
+    gguf("llama", scores=[float("nan")] * 264),
+    ("scores has a score that is not finite",),
+  ),
+  BadInput(
+    "too few bytes",
+    gguf("llama", token_type=[2, 3, 3, 1, 1, 1, 1, 1, *[6] * 255, 1]),
+    ("255 of the 256 byte tokens", "<0xFF> is missing"),
+  ),
+  BadInput(
+    "a GGUF file of another model",
+    lambda folder: load_tokenizer(write_tiny(folder, "gpt2"), 64),
+    ("6 tokens", "model 64", "each row of the embedding"),
+  ),
+  BadInput(
+    "a template that is no text in a GGUF file",
+    gguf(call=load_chat_template, **{"tokenizer.chat_template": 3}),
+    ("tokenizer.chat_template must be a string", "3"),
+  ),
+  BadInput(
+    "a named template that is no text",
+    gguf(call=load_chat_template, **{"tokenizer.chat_template.rag": ["a"]}),
+    ("tokenizer.chat_template.rag must be a string",),
+  ),
+  BadInput(
+    "a GGUF file without a template",
+    gguf(call=load_chat_template),
+    ("no chat template", "tokenizer.chat_template"),
+    FileNotFoundError,
+  ),
+  BadInput(
+    "a GGUF file without a default template",
+    gguf(call=load_chat_template, **{"tokenizer.chat_template.rag": "a"}),
+    ("named 'default'", "'rag'"),
+  ),
+  BadInput(
+    "a temperature that is text", gguf(**{"general.sampling.temp": "hot"}), ("temp", "'hot'")
   ),
   # ---- chat templates
   BadInput(
