@@ -2,6 +2,7 @@
 
 from lora_jax.interop.gguf import load_gguf_adapter, save_gguf_adapter
 from lora_jax.interop.merged import merged_params, save_merged
+from lora_jax.interop.mlx import save_mlx
 from lora_jax.interop.peft.load import load_peft
 from lora_jax.interop.peft.save import save_peft
 
@@ -11,5 +12,6 @@ __all__ = [
   "merged_params",
   "save_gguf_adapter",
   "save_merged",
+  "save_mlx",
   "save_peft",
 ]
