@@ -29,8 +29,10 @@ MERGEABLE = [name for name, kind in FORMATS.items() if "m" in kind.parts]
 """The formats whose blocks have a minimum that is one float16 number."""
 
 
-def merge_quantized(config: LoraConfig, params: PyTree, trainable: PyTree) -> PyTree:
-  """Returns params with a QA-LoRA adapter merged into its quantized weights.
+def merge_quantized(
+  config: LoraConfig, params: PyTree, trainable: PyTree
+) -> tuple[PyTree, dict[str, float]]:
+  """Merges a QA-LoRA adapter into the quantized weights that it adapts.
 
   The formats and sizes are unchanged. The only error is that of rounding each block's new minimum
   to float16, at most 2**-11 of it. Fully trained leaves of the config are replaced.
@@ -40,6 +42,10 @@ def merge_quantized(config: LoraConfig, params: PyTree, trainable: PyTree) -> Py
     params: of the base model; every adapted weight is quantized as Q4_1 or Q5_1 along its (last)
       input axis, in blocks of which a group has a whole number.
     trainable: the adapter.
+
+  Returns:
+    The params, and by path the error of an adapted weight over the size of its update, both as
+    norms over the whole weight; 0 where there is no update.
   Raises:
     ValueError: naming the weight, if it is not quantized so, is adapted by another variant, or a
       minimum exceeds float16's range; if the adapter is not for these params.
@@ -49,8 +55,10 @@ def merge_quantized(config: LoraConfig, params: PyTree, trainable: PyTree) -> Py
   weights = adapter_weights(trainable)
   for path, weight in weights.items():
     _check(targets[path], weight)
-  merged = {path: _merged(targets[path], weight) for path, weight in weights.items()}
-  return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable)))
+  merged, errors = {}, {}
+  for path, weight in weights.items():
+    merged[path], errors[path] = _merged(targets[path], weight)
+  return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable))), errors
 
 
 def _check(target: Target, weight: LoraWeight) -> None:
@@ -89,28 +97,32 @@ def _group_size(leaf: Any, weight: LoraWeight) -> int:
   return num_inputs // weight.lora_a.shape[-2]
 
 
-def _merged(target: Target, weight: LoraWeight) -> Quantized:
+def _merged(target: Target, weight: LoraWeight) -> tuple[Quantized, float]:
   leaf = target.leaf
-  minima = _added(leaf, weight, jnp.float32(target.scaling))
-  if not np.isfinite(minima).all():
+  minima, error, size = _added(leaf, weight, jnp.float32(target.scaling))
+  if not np.isfinite(error):
     raise ValueError(
       f"{target.path}: a minimum exceeds float16's largest number, 65504, after merging; the "
       "adapter has diverged"
     )
-  return Quantized({**leaf.arrays, "m": minima}, leaf.format, leaf.axis, leaf.dtype)
+  merged = Quantized({**leaf.arrays, "m": minima}, leaf.format, leaf.axis, leaf.dtype)
+  return merged, float(error / size) if size else 0.0
 
 
 @jax.jit
-def _added(leaf: Quantized, weight: LoraWeight, scaling: jax.Array) -> jax.Array:
-  """Returns the minima of a weight's blocks plus the update, float16."""
-  axes, minima = weight.axes, leaf.arrays["m"]
+def _added(
+  leaf: Quantized, weight: LoraWeight, scaling: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the minima plus the update, float16; the norms of its rounding and of the update."""
+  axes, minima = weight.axes, leaf.arrays["m"].astype(jnp.float32)
   *lead, dim = axes.inputs
   a, b = (Factor(weight.arrays[name], axes.labels(words)) for name, words in ARRAYS.items())
   rows = ungrouped(a, axes.inputs, [*(leaf.shape[other] for other in lead), minima.shape[-1]])
   if weight.layers is not None:
     stack = axes.batch[0]
     rows, b = (spread_layers(x, stack, weight.layers, leaf.shape[stack], 0.0) for x in (rows, b))
-  delta = scaling * rows.sum_over(b, (RANK,)).along(
-    (*(other for other in range(leaf.ndim) if other != dim), dim)
-  )
-  return (minima.astype(jnp.float32) + delta).astype(jnp.float16)
+  stored = (*(other for other in range(leaf.ndim) if other != dim), dim)
+  delta = scaling * rows.sum_over(b, (RANK,)).along(stored)
+  merged = (minima + delta).astype(jnp.float16)
+  error = (merged.astype(jnp.float32) - minima) - delta
+  return merged, jnp.linalg.norm(error), jnp.linalg.norm(delta)

@@ -115,14 +115,17 @@ def test_the_merge_changes_minima_only_and_is_exact_up_to_their_rounding(format,
   config = dataclasses.replace(CONFIG, variant=lj.qa_lora_variant(group_size))
   adapted = lj.lora(dense, config)
   trainable = moved(adapted.init(KEY, params, x))
-  merged = lj.merge_quantized(config, params, trainable)
+  merged, errors = lj.merge_quantized(config, params, trainable)
   for name, array in merged["w"].arrays.items():
     assert array.dtype == params["w"].arrays[name].dtype
     if name != "m":
       np.testing.assert_array_equal(array, params["w"].arrays[name])
   node = trainable["w"]
   delta = jnp.repeat(2.0 * node.lora_a @ node.lora_b, group_size, axis=0)
-  check_minima_were_rounded(merged["w"], params["w"].dequantize() + delta)
+  exact = params["w"].dequantize() + delta
+  check_minima_were_rounded(merged["w"], exact)
+  error = jnp.linalg.norm(merged["w"].dequantize() - exact) / jnp.linalg.norm(delta)
+  assert errors == {"w": pytest.approx(float(error), rel=1e-2)}
   exact = jnp.asarray(params["w"].arrays["m"], jnp.float32) + delta[::32].T
   np.testing.assert_array_equal(merged["w"].arrays["m"], exact.astype(jnp.float16))
   out = dense(lj.dequantize(merged), x)
@@ -138,7 +141,7 @@ def test_some_layers_of_a_stack_of_heads_are_merged():
   plain = lj.dequantize(params)
   trainable = moved(lj.lora(fn, config).init(KEY, plain, x))
   assert trainable["w"].axes == LoraAxes((0,), (1, 2), (3,))
-  merged = lj.merge_quantized(config, params, trainable)
+  merged, _ = lj.merge_quantized(config, params, trainable)
   expected = lj.lora(fn, config).merge(plain, trainable)["w"]
   np.testing.assert_array_equal(merged["w"].dequantize()[1], plain["w"][1])
   check_minima_were_rounded(merged["w"], expected)
