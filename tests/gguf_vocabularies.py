@@ -16,7 +16,7 @@ NAMES = (*BYTE_LEVEL, *SENTENCEPIECE)
 ADDED = {  # to the embedded vocabulary
   **{"<|im_start|>": Kind.CONTROL, "<|im_end|>": Kind.NORMAL, "<think>": Kind.USER_DEFINED},
   **{"  x ": Kind.USER_DEFINED, "<unk>": Kind.UNKNOWN, "[PAD9]": Kind.UNUSED},
-  **{"unmerged": Kind.NORMAL, "ĠðŁĮĪx": Kind.NORMAL},  # words that no merges give
+  **{"unmerged": Kind.NORMAL, "ðŁĮĪx": Kind.NORMAL},  # words that no merges give
 }
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -28,7 +28,7 @@ TEXTS = [
   *("a\u0308\u0323 Z\u0351\u036b", "👩🏽‍🚀🏳️‍🌈 🇩🇪", "Ⅷ ½²³ ¼ ٣٤٥ 一二三", "'S 'LL don'T I'M 'ſ"),
   *("   12  345   6789 1 2", "\u00a0\u2003\u3000x\u00a0 y", "$1,234.56 +42% #tag @me", "𐍈𐎠𒀀"),
   *("<|im_start|>user\nHi <|im_end|>\n<|endoftext|> <|im_start|", "a<|im_end|><|im_end|>  b"),
-  *("a  x b<think> <unk>[PAD9]", " unmerged 🌈x 🌈xy", "İIıi ẞß"),
+  *("a  x b<think> <unk>[PAD9]", "unmerged\n🌈x 🌈x", "İIıi ẞß"),
 ]
 
 
