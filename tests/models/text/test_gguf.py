@@ -1,8 +1,6 @@
 """GGUF files give llama.cpp's ids, templates and end tokens; `transformers` reads the same."""
 
-import csv
 import json
-import lzma
 import os
 
 import pytest
@@ -14,7 +12,7 @@ from lora_jax.models.text.tokenizer import load_tokenizer, read_special_tokens, 
 
 from tests.gguf_vocabularies import BYTE_LEVEL, NAMES, write_tiny, write_vocabulary
 from tests.make_gguf_tokenizer_golden import FILE, TEXTS
-from tests.paths import ROOT, SHARED
+from tests.real_lines import real_lines
 
 EXPECTED = json.loads(FILE.read_text())
 PREFIXED = ("<s>", "</s>", "<unk>", "▁")  # a space is put after the first three; the last is one
@@ -160,26 +158,10 @@ def test_every_row_of_the_embedding_has_a_token(tmp_path):
 
 # ---- transformers' own reading of the same file
 
-EXAMPLES = SHARED / "data"  # not everyone has it
-
 
 @pytest.fixture(scope="module")
 def lines():
-  """2,000 lines: most of Wikipedia with letters of other scripts, others of it, code, chats."""
-  if not EXAMPLES.is_dir():
-    pytest.skip("the texts are not beside this checkout")
-  wiki = {True: [], False: []}
-  with lzma.open(EXAMPLES / "text" / "enwiki2021-shard00.txt.xz", "rt", encoding="utf-8") as file:
-    while len(wiki[True]) < 1200:
-      line = file.readline().rstrip("\n")
-      wiki[sum(ord(letter) > 0x24F for letter in line) >= 3].append(line)
-  code = (path.read_bytes().decode() for path in sorted((ROOT / "lora_jax").rglob("*.py")))
-  e2e = (EXAMPLES / "e2e" / "valid.txt").read_text("utf-8").splitlines()
-  with (EXAMPLES / "samsum" / "test.csv").open(encoding="utf-8", newline="") as file:
-    chats = [row["dialogue"] for row in csv.DictReader(file)]  # several lines each, with emoji
-  code = [line for text in code for line in text.splitlines(keepends=True)]
-  chosen = [*wiki[True], *wiki[False][:250], *code[1000:1250], *e2e[:100], *chats[:200]]
-  return [*chosen[: 2000 - len(TEXTS)], *TEXTS]
+  return real_lines()
 
 
 def peers_tokenizer(path):
