@@ -18,33 +18,10 @@ from experiments.harness.workdir import commit, run_once
 from experiments.nlg.config import TemplateConfig
 from experiments.nlg.e2e import decoded_inputs, score
 from experiments.nlg.scores import markdown
+from lora_jax.metrics.slots import parse_slots
 
-SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
 PRICES = {"less than £ 20", "£ 20 - 25", "more than £ 30"}
-
-
-def parse(context: str) -> dict[str, str]:
-  """Returns the slots of an input in the reference format.
-
-  >>> parse("name : The Vaults | Type : pub")
-  {'name': 'The Vaults', 'Type': 'pub'}
-
-  Raises:
-    ValueError: if a slot is unknown or appears twice, or the name is missing.
-  """
-  slots: dict[str, str] = {}
-  for part in context.split("|"):
-    name, colon, value = (piece.strip() for piece in part.partition(":"))
-    if name not in SLOTS or name in slots or not colon or not value:
-      raise ValueError(
-        f"expected 'slot : value | ...' with each of {', '.join(SLOTS)} at most once, got "
-        f"{part.strip()!r} in {context!r}"
-      )
-    slots[name] = value
-  if "name" not in slots:
-    raise ValueError(f"expected a name, got {context!r}")
-  return slots
 
 
 def describe(slots: Mapping[str, str]) -> str:
@@ -93,7 +70,7 @@ def run(config: TemplateConfig) -> dict[str, Any]:
 def _run(config: TemplateConfig, workdir: Path) -> dict[str, Any]:
   data, inputs = config.data, config.decoding
   groups = decoded_inputs(data.form, data.source, inputs.split, inputs.num_inputs)
-  texts = [describe(parse(group.context)) for group in groups]
+  texts = [describe(parse_slots(group.context)) for group in groups]
   return {
     "experiment": config.experiment,
     "variant": config.variant,

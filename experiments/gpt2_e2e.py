@@ -144,6 +144,12 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
     "validation examples",
     f"time       {result['seconds']:.0f} s on {result['device']}",
   ]
+  if errors := result.get("slot_errors"):
+    counts = ", ".join(f"{errors[name]:,} {name}" for name in ("missing", "wrong", "added"))
+    lines.append(
+      f"slots      {counts} of {errors['slots']:,}; SER of the references "
+      f"{result['reference_slot_error_rate']:.2f}"
+    )
   for name, reason in result.get("scores", {}).get("missing", {}).items():
     lines.append(f"no {name}: {reason}")
   lines += ["", *(f"wrote      {path}" for path in sorted(workdir.glob("[!.]*")))]

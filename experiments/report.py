@@ -22,11 +22,11 @@ from experiments.nlg.e2e import decoded_inputs
 from experiments.nlg.figure import draw
 from experiments.nlg.groups import Group, by_budget, by_rank, by_rate, group_runs
 from experiments.nlg.report_csv import write_csv
-from experiments.nlg.scores import DIGITS, METRICS, number
+from experiments.nlg.scores import DIGITS, METRICS, SCORES, number
 from lora_jax.fields import NonEmptyPath, read_value
 from lora_jax.metrics import Difference, differences, measure
 
-HEADS = {"valid_loss": "valid loss", **METRICS}
+HEADS = {"valid_loss": "valid loss", **SCORES}
 INPUTS = ("data.form", "data.source", "decoding.split", "decoding.num_inputs")
 PAPER = "Hu et al. 2021, arXiv 2106.09685v2"
 
@@ -103,21 +103,29 @@ def _statistic(group: Group, name: str) -> str:
 
 
 def _over_inputs(groups: Sequence[Group]) -> str:
-  head = ["run", "seed", "inputs", *METRICS.values()]
+  head = ["run", "seed", "inputs", *SCORES.values()]
   rows = [
     [
       group.label,
       str(group.first.seed),
       f"{group.first.result['num_inputs']:,}",
-      *(_interval(group.first, name) for name in METRICS),
+      *(_interval(group.first, name) for name in SCORES),
     ]
     for group in groups
     if group.first.is_decoded
   ]
   note = (
     "The first seed of each group: its score and the 95 % bootstrap interval over the inputs, "
-    "which does not cover other seeds or machines."
+    "which does not cover other seeds or machines. SER is the slot error rate, x 100, by patterns "
+    "(lora_jax/metrics/slots.py)"
   )
+  floors = {
+    run.result["reference_slot_error_rate"]
+    for group in groups
+    for run in group.runs
+    if "reference_slot_error_rate" in run.result
+  }
+  note += "".join(f"; the references have {floor:.2f}" for floor in sorted(floors)) + "."
   return f"## Over the inputs\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 

@@ -144,6 +144,7 @@ class Decoding(DecodedInputs):
   batch_size: Rows
   num_shots: Shots = 0
   tokenize: bool = False
+  official_references: bool = False
 
   def __post_init__(self):
     size = self.batch_size * self.num_beams * self.max_new_tokens

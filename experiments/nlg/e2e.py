@@ -21,10 +21,13 @@ from lora_jax.data import text
 from lora_jax.data.batches import Batches, packed_batches, padded_batches
 from lora_jax.data.sets import e2e, e2e_tfds
 from lora_jax.decoding import BeamConfig, beam_search
-from lora_jax.metrics import intervals, measure
+from lora_jax.metrics import intervals, measure, slot_scores
+from lora_jax.metrics.slots import parse_slots
 from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.step import make_eval_step
+
+COUNTS = ("missing", "wrong", "added", "slots")
 
 
 class Data(NamedTuple):
@@ -135,7 +138,11 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
   print(f"decoding {len(groups)} inputs, beam {config.decoding.num_beams} ...", flush=True)
   texts = generate(config, base, params, [group.context for group in groups], mesh)
   seconds = time.perf_counter() - start
-  return {**score(texts, groups, Path(config.workdir)), "decode_seconds": seconds}
+  official: list[e2e.Group] = []
+  if config.decoding.official_references:
+    official = official_groups(groups, config.decoding.split)
+  scores = score(texts, groups, Path(config.workdir), official)
+  return {**scores, "decode_seconds": seconds}
 
 
 def generate(
@@ -167,24 +174,59 @@ def generate(
   return [tokenized(line) for line in texts] if decoding.tokenize else texts
 
 
-def score(texts: Sequence[str], groups: Sequence[e2e.Group], folder: Path) -> dict[str, Any]:
+def score(
+  texts: Sequence[str],
+  groups: Sequence[e2e.Group],
+  folder: Path,
+  official: Sequence[e2e.Group] = (),
+) -> dict[str, Any]:
   """Writes predictions.txt and returns the scores' fields of `result.json`.
 
   Args:
     texts: one for each input.
     groups: the inputs with their references.
     folder: the run's folder.
+    official: the same inputs with the official references, by which they are scored too.
   """
   (folder / "predictions.txt").write_text("".join(f"{line}\n" for line in texts), "utf-8")
   print("scoring ...", flush=True)
   start = time.perf_counter()
   measured = measure([texts], [group.references for group in groups])[0]
-  return {
+  slots = slot_scores(texts, [group.context for group in groups])
+  pairs = [(text, group.context) for group in groups for text in group.references]
+  of_references = slot_scores(*zip(*pairs, strict=True))
+  result = {
     "num_inputs": len(groups),
-    "scores": dataclasses.asdict(measured.scores()),
+    "scores": dataclasses.asdict(measured.scores()) | {"slot_error_rate": slots.rate},
     "intervals": {
       name: None if interval is None else [interval.low, interval.high]
       for name, interval in intervals(measured).items()
-    },
-    "score_seconds": time.perf_counter() - start,
+    }
+    | {"slot_error_rate": list(slots.interval())},
+    "slot_errors": dict(zip(COUNTS, slots.counts.sum(0).tolist(), strict=True)),
+    "reference_slot_error_rate": of_references.rate,
   }
+  if official:
+    others = measure([texts], [group.references for group in official])[0]
+    result["official_scores"] = dataclasses.asdict(others.scores())
+  return {**result, "score_seconds": time.perf_counter() - start}
+
+
+def official_groups(groups: Sequence[e2e.Group], split: e2e.Split) -> list[e2e.Group]:
+  """Returns inputs with the references of the official CSV file, by the values of their slots.
+
+  Raises:
+    ValueError: if an input is not in that file.
+  """
+  found = {_key(group): group for group in e2e.grouped(e2e.read(split, "official"))}
+  missing = [group.context for group in groups if _key(group) not in found]
+  if missing:
+    raise ValueError(
+      f"{len(missing)} of {len(groups)} inputs are not in the official {split} file, the first "
+      f"{missing[0]!r}. Set decoding.official_references=False"
+    )
+  return [found[_key(group)] for group in groups]
+
+
+def _key(group: e2e.Group) -> frozenset[tuple[str, str]]:
+  return frozenset(parse_slots(group.context).items())

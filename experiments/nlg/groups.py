@@ -13,6 +13,7 @@ from experiments.harness.config import ALL_LINEAR
 from experiments.harness.methods import Method
 from experiments.harness.runs import Run
 from experiments.nlg.config import E2EConfig
+from experiments.nlg.scores import model_label
 from lora_jax.trees import matches
 
 RATE = "optimizer.learning_rate"
@@ -221,7 +222,7 @@ def _label(method: str, settings: dict[str, Any], fields: set[str]) -> str:
 def _setting(name: str, value: Any) -> str:
   match name:
     case "variant":
-      return f"GPT-2 {value}"
+      return model_label(value)
     case "lora.rank":
       return f"rank {value}"
     case "lora.target":

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from experiments.harness import paper as paper_tables
 from experiments.nlg.groups import RATE, Group
-from experiments.nlg.scores import METRICS
+from experiments.nlg.scores import METRICS, SCORES
 
-VALUES = ("valid_loss", *METRICS)
+VALUES = ("valid_loss", *SCORES)
 LABELS = ("source", "run", "trainable", "examples", "learning_rate", "rank", "seeds")
 PARTS = ("", "_deviation", "_low", "_high")  # deviation over seeds; the first seed's interval
 

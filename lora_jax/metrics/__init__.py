@@ -14,6 +14,7 @@
 
 The last three are defined after the Penn Treebank tokenizer, a Java program, without punctuation.
 Where Java or a package is missing, their cells are None and `NlgScores.missing` says why.
+`slots.py` counts the slot errors of E2E texts.
 """
 
 from lora_jax.metrics.bootstrap import Difference as Difference
@@ -26,3 +27,5 @@ from lora_jax.metrics.nlg import Measured as Measured
 from lora_jax.metrics.nlg import NlgScores as NlgScores
 from lora_jax.metrics.nlg import measure as measure
 from lora_jax.metrics.nlg import score as score
+from lora_jax.metrics.slots import SlotScores as SlotScores
+from lora_jax.metrics.slots import slot_scores as slot_scores

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from experiments import e2e_template
-from experiments.e2e_template import describe, parse, run
+from experiments.e2e_template import describe, run
 from experiments.nlg.config import TemplateConfig
 from experiments.report import report
 from lora_jax.data.sets import e2e
+from lora_jax.metrics.slots import parse_slots
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def test_a_text_of_all_slots():
     "name : Alimentum | Type : coffee shop | food : Italian | price : moderate | "
     "customer rating : average | area : city centre | family friendly : no | near : Café Sicilia"
   )
-  assert describe(parse(context)) == (
+  assert describe(parse_slots(context)) == (
     "Alimentum is a coffee shop that serves Italian food with a moderate price range . "
     "It has an average customer rating . "
     "It is located in the city centre near Café Sicilia and is not family friendly ."
@@ -48,12 +49,12 @@ def test_a_text_of_all_slots():
   ],
 )
 def test_texts_of_some_slots(context, text):
-  assert describe(parse(context)) == text
+  assert describe(parse_slots(context)) == text
 
 
 def test_every_value_of_the_training_inputs_is_in_the_text():
   for group in e2e.grouped(e2e.read("train")):
-    slots = parse(group.context)
+    slots = parse_slots(group.context)
     text = describe(slots)
     for name, value in slots.items():
       if name != "family friendly":
@@ -75,7 +76,7 @@ def test_every_value_of_the_training_inputs_is_in_the_text():
 )
 def test_inputs_that_cannot_be_read(context, message):
   with pytest.raises(ValueError, match=message):
-    parse(context)
+    parse_slots(context)
 
 
 def test_the_run_and_its_scores(tmp_path, without_java, capsys):

@@ -11,7 +11,7 @@ from experiments import gpt2_e2e
 from experiments import report as reports
 from experiments.configs import e2e_budgets
 from experiments.configs import gpt2_e2e as configs
-from experiments.e2e_template import describe, parse
+from experiments.e2e_template import describe
 from experiments.harness import paper as paper_tables
 from experiments.harness.config import ALL_LINEAR
 from experiments.harness.launch import apply
@@ -23,6 +23,7 @@ from experiments.nlg.scores import markdown
 from experiments.report import compare, report
 from lora_jax.data.sets import e2e
 from lora_jax.metrics import paired_bootstrap
+from lora_jax.metrics.slots import parse_slots
 
 from tests.tiny_e2e import tiny_config
 
@@ -36,7 +37,7 @@ DERIVED_RUNS = {  # which run, the config's fields, the result's, the texts
     "full",
     {"method": "frozen_base"},
     {"method": "frozen_base", "trainable_parameters": 0, "num_train_records": 0},
-    [describe(parse(group.context)) for group in INPUTS],
+    [describe(parse_slots(group.context)) for group in INPUTS],
   ),
 }
 NAMES = ("lora1", "lora2", "rank8", "full", "frozen")

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from lora_jax import metrics
-from lora_jax.metrics import coco, glue, java, ngrams
+from lora_jax.metrics import coco, glue, java, ngrams, slots
 from lora_jax.metrics.nlg import Measured
 from lora_jax.metrics.segments import mean_of_segments
 
@@ -95,5 +95,18 @@ ROWS = [
   BadInput("nist: other sizes", lambda _: ngrams.nist(["a"], []), ("1", "0")),
   BadInput("rouge_l: other sizes", lambda _: coco.rouge_l(["a"], []), ("1", "0")),
   BadInput("cider: no segments", lambda _: coco.cider([], []), ("at least one segment",)),
+  BadInput("slots: other sizes", lambda _: slots.slot_scores(["a"], []), ("1 texts", "0 inputs")),
+  BadInput("slots: no texts", lambda _: slots.slot_scores([], []), ("0 texts",)),
+  BadInput(
+    "slots: an unknown slot",
+    lambda _: slots.parse_slots("name : Aromi | colour : red"),
+    ("Type", "'colour : red'"),
+  ),
+  BadInput(
+    "slots: a slot twice",
+    lambda _: slots.parse_slots("name[Aromi], name[Cotto]"),
+    ("at most once", "'name[Cotto'"),
+  ),
+  BadInput("slots: no name", lambda _: slots.parse_slots("Type : pub"), ("expected a name",)),
   BadInput("java: a text of two lines", lambda _: java.run_java([], ["a\nb"]), ("line break",)),
 ]

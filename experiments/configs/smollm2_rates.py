@@ -1,0 +1,58 @@
+"""SmolLM2 on E2E: the learning rate of each method, by validation loss on 1,000 examples.
+
+    python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_rates.py
+    python -m experiments.report runs/smollm2/rates/*
+
+The same four rates for every method, half a decade apart, one epoch, with a seed that no table
+reports. A best rate at either end is not bracketed yet: add a rate beyond it to `RATES`. `BEST` has
+the rates of smollm2_finals.py and smollm2_served.py; None marks those that have not been run.
+"""
+
+from collections.abc import Iterator
+
+from experiments.configs import Config, gpt2_e2e
+from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
+from experiments.harness.config import read_config
+from experiments.nlg.config import E2EConfig
+
+Changes = dict[str, object]
+
+ARMS: dict[str, Changes] = {  # in order of worth
+  "LoRA, rank 16": {"lora.rank": 16},
+  "full": {"method": "full_finetuning"},
+  "LoRA, rank 4, q,v": {"lora.rank": 4, "lora.target": QUERY_AND_VALUE},
+  "LoRA, rank 4": {"lora.rank": 4},
+  "DoRA, rank 16": {"method": "dora", "lora.rank": 16},
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+BEST: dict[str, float | None] = dict.fromkeys(ARMS)  # not run yet
+SEED = 0
+
+
+def get_config() -> Config:
+  """Returns the config that the runs change."""
+  config = gpt2_e2e.get_config("smollm2")
+  config.workdir = "runs/smollm2/rates"
+  config.seed = SEED
+  config.data.num_train_records = 1000
+  config.decoding.num_inputs = 0
+  return config
+
+
+def sweep(config: Config) -> Iterator[Changes]:
+  """Yields the changed fields of each run."""
+  read_config(E2EConfig, config)
+  for changes in ARMS.values():
+    for rate in RATES:
+      yield {**changes, "optimizer.learning_rate": rate}
+
+
+def best_rate(arm: str) -> float:
+  """Returns the best rate of an arm; raises ValueError if it is not known yet."""
+  rate = BEST[arm]
+  if rate is None:
+    raise ValueError(
+      f"the learning rate of {arm} is not known yet: run the sweep of smollm2_rates.py, and write "
+      "the best one into BEST there"
+    )
+  return rate
