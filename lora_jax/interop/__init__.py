@@ -1,6 +1,7 @@
 """Exchanges adapters with other packages."""
 
 from lora_jax.interop.gguf import load_gguf_adapter, save_gguf_adapter
+from lora_jax.interop.gguf_merged import save_merged_gguf
 from lora_jax.interop.merged import merged_params, save_merged
 from lora_jax.interop.mlx import save_mlx
 from lora_jax.interop.peft.load import load_peft
@@ -12,6 +13,7 @@ __all__ = [
   "merged_params",
   "save_gguf_adapter",
   "save_merged",
+  "save_merged_gguf",
   "save_mlx",
   "save_peft",
 ]
