@@ -135,7 +135,7 @@ def end_token_id(folder: Path, tokenizer: Any) -> int:
   if token_id is None:
     raise ValueError(
       f"{folder}: the tokenizer has no token {name!r} to end a text with; name its own as "
-      "eos_token in tokenizer_config.json"
+      "eos_token in tokenizer_config.json, in a GGUF file as tokenizer.ggml.eos_token_id"
     )
   return token_id
 

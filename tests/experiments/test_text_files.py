@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from experiments.nlg.text_files import text_files, write_with
+from experiments.nlg.user_data import end_token_id, generation_end_ids
 from lora_jax.models.text.chat import ChatTemplate, load_chat_template, render_chat
 from lora_jax.models.text.tokenizer import load_tokenizer, read_special_tokens
 
+from tests.gguf_vocabularies import write_vocabulary
 from tests.tiny_e2e import EMBEDDED, tiny_folder
 
 END = "<|endoftext|>"
@@ -119,6 +121,30 @@ def test_a_tokenizer_of_another_format_is_kept_and_written_as_json(tmp_path):
   write_with(files, tmp_path / "peft", lambda path: path.mkdir())
   text = "Is it näive? 42"
   assert load_tokenizer(tmp_path / "peft").encode(text).ids == reloaded.encode(text).ids
+
+
+@pytest.mark.parametrize("name", ["smollm", "llama"])
+def test_a_gguf_files_metadata_become_a_folders_files(name, tmp_path):
+  base = write_vocabulary(name, tmp_path)
+  tokenizer, rows = load_tokenizer(base), len(load_tokenizer(base).get_vocab())
+  end_id, template = end_token_id(base, tokenizer), load_chat_template(base)
+  end_ids = generation_end_ids(base, rows)
+  assert end_ids[0] == end_id
+  files = text_files(base, tokenizer, end_ids)
+  write_with(files, tmp_path / "merged", lambda path: path.mkdir())
+  folder = tmp_path / "merged"
+  expected = render_chat(template, MESSAGES, add_generation_prompt=True)
+  ids = tokenizer.encode(expected).ids
+  assert load_tokenizer(folder).encode(expected).ids == ids
+  assert render_chat(load_chat_template(folder), MESSAGES, True) == expected
+  assert generation_end_ids(folder, rows) == end_ids
+  transformers = pytest.importorskip("transformers", reason="the peer is not installed")
+  peer = transformers.AutoTokenizer.from_pretrained(folder)
+  text = peer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+  assert text == expected
+  assert peer(text)["input_ids"] == ids
+  ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+  assert ends == (end_ids if len(end_ids) > 1 else end_id)
 
 
 def test_nothing_is_left_if_writing_fails(tmp_path):
