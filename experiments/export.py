@@ -2,76 +2,117 @@
 
     python -m experiments.export runs/gpt2_e2e/mini FOLDER            # the adapter, for PEFT
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --server   # the adapter, for servers
+    python -m experiments.export runs/gpt2_e2e/mini adapter.gguf      # the adapter, for llama.cpp
+    python -m experiments.export runs/gpt2_e2e/mini FOLDER --format=mlx
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --merged   # a model for `transformers`
 
 An adapter of separate query, key and value is written for GPT-2's fused c_attn exactly; their ranks
-add up. A merged model needs no adapter and no LoRA: the run's method may be any. It has the files
-and the dtype of the base model's folder, and the error of rounding to that dtype is printed.
+add up. `--format=peft-experts` gives each expert of a mixture its own factors, for servers.
 
+A merged model needs no adapter and no LoRA: the run's method may be any. It has the files and the
+dtype of the base model's folder, and the error of rounding to that dtype is printed.
+
+Every adapter comes with a model card, README.md, and `adapter.gguf` with a Modelfile for Ollama.
 Tokenizer, chat template and end tokens are exported too, as they were in training.
 
 A run of `experiments.finetune` has written its adapter in PEFT's format, for servers too, to
 `peft/`, or its fully trained model to `model/`. A run of `experiments.glue` exports its new head
-too, which the format for servers does not have.
+too, which only PEFT's format has.
 
 Time: seconds for the embedded base model; a merged model is read and written one weight at a time.
-Expect: a folder whose model computes the same as the run's.
+Expect: files with which other packages compute the same as the run's model.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.methods import find_method, lora_config
+from experiments.harness.model_card import CARD, BaseModel, model_card
 from experiments.harness.workdir import read_finished, read_run, stored_config
+from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
 from experiments.nlg.base import Base, load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
-from experiments.nlg.finetuned import export_folder, weights_digests
+from experiments.nlg.finetuned import export_folder, load_exported, weights_digests
+from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_adapter, load_run
 from experiments.nlg.text_files import exported_text_files, text_files, write_with
-from lora_jax.interop import load_peft, save_merged, save_peft
+from lora_jax.interop import load_peft, save_merged
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.text.tokenizer import tokenizer_files
 from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
+EMBEDDED = "lora_jax/assets/gpt2"
 EXPORTED = {kind.NAME: kind for kind in (E2EConfig, GlueConfig, FinetuneConfig)}
 
 
-def export_adapter(folder: str | Path, out: str | Path, for_server: bool = False) -> None:
-  """Writes the adapter of a finished run in PEFT's format.
+def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -> None:
+  """Writes the adapter of a finished run, with a model card.
 
+  Args:
+    folder: of the run.
+    out: the folder to make, or for `gguf` the file.
+    form: of the files, as in `write_adapter`.
   Raises:
-    FileExistsError: if there is such a folder.
-    ValueError: if the run's method has no adapter, or PEFT has no format for it.
+    FileExistsError: if there is such a file or folder.
+    ValueError: if the run's method has no adapter, or the format does not have such adapters.
   """
   config = _config_of(folder)
-  base_model = config.model.folder or None
-  if isinstance(config, FinetuneConfig):
-    raise ValueError(_written_already(config))
   if isinstance(config, GlueConfig):
-    run, source = load_encoder(folder), encoder_folder(config)
-    files = tokenizer_files(source)
-    write_with(files, out, lambda path: run.save_adapter(path, base_model, for_server))
-    return
+    _export_encoder(config, out, form)
+  elif isinstance(config, E2EConfig):
+    write_adapter(_e2e_adapter(config), out, form)
+  elif form in ("peft", "server"):
+    raise ValueError(_written_already(config))
+  else:
+    write_adapter(load_exported(config), out, form)
+
+
+def _e2e_adapter(config: E2EConfig) -> RunAdapter:
+  """Returns the adapter of a run of `experiments.gpt2_e2e`."""
   if config.model.start == "random":
-    raise ValueError(f"{folder} adapts random weights, which no one else has. Export it --merged")
+    raise ValueError(
+      f"{config.workdir} adapts random weights, which no one else has. Export it --merged"
+    )
   base = load_base(config, make_mesh())
-  adapter, stored, lora = (
-    load_adapter(config, base),
-    base.model.stored,
+  adapter, result = load_adapter(config, base), read_finished(config.workdir)
+  name, digests = config.model.folder or EMBEDDED, {"fingerprint": result["base"]}
+  decode = base.tokenizer.decode
+  return RunAdapter(
+    config,
+    result,
     lora_config(config),
-  )
-  options: dict[str, Any] = {"base_model": base_model, "for_server": for_server}
-  write_with(
+    adapter,
+    base.model,
+    BaseModel(name, base.model.folder, digests),
     _text_files(config, base),
-    out,
-    lambda path: save_peft(path, lora, adapter, stored, base.params, **options),
+    tuple(decode([token], skip_special_tokens=False) for token in end_ids(base)),
+    is_chat=base.prompt == "chat",
   )
+
+
+def _export_encoder(config: GlueConfig, out: str | Path, form: Format) -> None:
+  """Writes the adapter of a run of `experiments.glue`, in PEFT's format."""
+  if form not in ("peft", "server"):
+    raise ValueError(
+      f"{config.workdir} adapts an encoder with a new head, which only PEFT's format has: leave "
+      f"out --format={form}"
+    )
+  run, source = load_encoder(config.workdir), encoder_folder(config)
+  name, result = config.model.folder, read_finished(config.workdir)
+  base = BaseModel(name, source, {"fingerprint": result["base"]} if "base" in result else {})
+  usage = ["See docs/peft.md of lora_jax: PEFT loads the adapter with its head, as SEQ_CLS."]
+  card = model_card("peft", base, config, result, usage, task="text-classification")
+
+  def write(path: Path) -> None:
+    run.save_adapter(path, name or None, form == "server")
+    (path / CARD).write_text(card, "utf-8")
+
+  write_with(tokenizer_files(source), out, write)
 
 
 def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
@@ -153,21 +194,41 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
   )
 
 
+def format_of(out: str, name: str | None, is_for_servers: bool) -> Format:
+  """Returns the format of an adapter: the named one, or else that of the suffix.
+
+  Raises:
+    ValueError: if the two disagree.
+  """
+  is_file = out.lower().endswith(".gguf")
+  form = name or ("gguf" if is_file else "peft")
+  if is_file != (form == "gguf"):
+    expected = "a file named *.gguf" if form == "gguf" else "a folder"
+    raise ValueError(f"--format={form} writes {expected}, got {out}")
+  if is_for_servers and form != "peft":
+    raise ValueError(f"--server is PEFT's format with one rank and alpha, got --format={form} too")
+  return "server" if is_for_servers else form  # pyright: ignore[reportReturnType]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("export", __doc__)
   parser.add_argument("folder", help="of a finished run")
-  parser.add_argument("out", help="the folder to make")
+  parser.add_argument("out", help="the folder or the file *.gguf to make")
+  parser.add_argument("--format", choices=FORMATS, help="of the adapter; default: by the suffix")
   formats = parser.add_mutually_exclusive_group()
   formats.add_argument("--merged", action="store_true", help="the whole model, for transformers")
   formats.add_argument("--server", action="store_true", help="one rank and one alpha for all")
   options = parser.parse_args(arguments)
+  if options.merged and options.format:
+    parser.error("argument --format: not allowed with argument --merged")
   errors: dict[str, float] = {}
   with explained():
     if options.merged:
       errors = export_merged(options.folder, options.out)
     else:
-      export_adapter(options.folder, options.out, options.server)
+      form = format_of(options.out, options.format, options.server)
+      export_adapter(options.folder, options.out, form)
   print(f"wrote {options.out}")
   worst = max(errors, key=errors.__getitem__, default="")
   if worst and errors[worst] == 0:

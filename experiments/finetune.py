@@ -31,6 +31,7 @@ from experiments.harness.workdir import (
   provenance,
   run_once,
 )
+from experiments.nlg import usage
 from experiments.nlg.config import FinetuneConfig
 from experiments.nlg.finetuned import (
   adapted_loss,
@@ -43,6 +44,9 @@ from experiments.nlg.finetuned import (
 )
 from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.files import read_json
+from lora_jax.models.checkpoints.gguf import is_gguf
+from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.checkpoints.pretrained import PRETRAINED
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.step import make_train_step, start
@@ -87,8 +91,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
     eval_loss=loss,
     eval_batches=lambda: iter(data.valid),
   )
-  export(config, model, text, trained.kept)
-  return {
+  result = {
     "experiment": config.experiment,
     "model": config.model.folder,
     "weights": weights,
@@ -96,13 +99,17 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
     "seed": config.seed,
     "num_train_records": data.num_train,
     "num_valid_records": data.num_valid,
+    "chats": text.template is not None,
     "base_parameters": base_parameters,
     **trained.fields,
     "valid_loss": trained.loss,
     "last_valid_loss": trained.fitted.last_loss,
+    **provenance(),
+  }
+  export(config, model, text, trained.kept, result)
+  return result | {
     "samples": samples(config, model, text, data, trained.kept, mesh),
     "seconds": time.perf_counter() - begin,
-    **provenance(),
   }
 
 
@@ -232,26 +239,16 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
       "import transformers",
       f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})",
     ]
-  lines = [
-    "# here",
-    "import lora_jax, lora_jax.interop, lora_jax.models.zoo",
-    f"base = lora_jax.models.zoo.load_causal_lm({model!r})",
-    f"config, adapter = lora_jax.interop.load_peft({str(folder)!r}, base.stored, base.params)",
-    "adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, tokens)",
-    "",
-    "# in PEFT",
-    "import peft, transformers",
-    f"model = transformers.AutoModelForCausalLM.from_pretrained({model!r})",
-    f"model = peft.PeftModel.from_pretrained(model, {str(folder)!r})",
-  ]
+  lines = ["# here", *usage.in_lora_jax(model, str(folder)), ""]
+  path = find_folder(model) if model in PRETRAINED else Path(model)
+  lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")
-  ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
-  rank = next((rank for rank in ranks if rank >= written["r"]), None)
   served = find_method(config.method).has_servers and "target_parameters" not in written
-  if rank is not None and served:
+  if served and not is_gguf(path) and (command := usage.in_vllm(model, str(folder), written["r"])):
     lines += ["", "# in a server that supports LoRA for models of this type"]
-    lines += [f"# vllm serve {model} --enable-lora --max-lora-rank {rank} \\"]
-    lines += [f"#   --lora-modules mine={folder}"]
+    lines += [f"# {line}" for line in command]
+  lines += ["", "# for llama.cpp and Ollama"]
+  lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
   return lines
 
 

@@ -1,6 +1,7 @@
 """Fine-tunes a user's model: the adapted loss, answers to prompts, and exported files."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,25 @@ from jaxtyping import PyTree
 import lora_jax as lj
 from experiments.harness.config import check_attention
 from experiments.harness.methods import adapt, find_method, lora_config
+from experiments.harness.model_card import BaseModel
 from experiments.harness.sharding import sharding_of
-from experiments.harness.workdir import file_digest
+from experiments.harness.workdir import file_digest, read_finished
+from experiments.nlg.adapters import Format, RunAdapter, write_adapter
 from experiments.nlg.config import FinetuneConfig
-from experiments.nlg.text_files import text_files, write_with
+from experiments.nlg.text_files import (
+  end_token_ids,
+  exported_text_files,
+  text_files,
+  write_with,
+)
 from experiments.nlg.user_data import Data, Text
 from lora_jax.adapters.delta import adapter_weights
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
-from lora_jax.interop import save_peft
+from lora_jax.interop import load_peft
+from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
-from lora_jax.models.zoo import LanguageModel
+from lora_jax.models.text.tokenizer import load_tokenizer
+from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.loss import language_model_loss
 
 
@@ -45,7 +55,14 @@ def adapted_loss(config: FinetuneConfig, model: LanguageModel) -> lj.Adaptation:
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-  """Returns the SHA-256 of each of the base model's weight files, by name."""
+  """Returns the SHA-256 of each of the base model's weight files, by name.
+
+  Args:
+    folder: of the base model, or its GGUF file.
+  """
+  if is_gguf(folder):
+    paths = {tensor.path for tensor in open_gguf(folder).tensors.values()}
+    return {path.name: file_digest(path) for path in sorted(paths)}
   return {name: file_digest(folder / name) for name in weight_files(folder)[0]}
 
 
@@ -55,10 +72,23 @@ def export_folder(config: FinetuneConfig) -> Path:
   return Path(config.workdir) / ("peft" if adapter else "model")
 
 
-def export(config: FinetuneConfig, model: LanguageModel, text: Text, trained: PyTree) -> None:
+def export(
+  config: FinetuneConfig,
+  model: LanguageModel,
+  text: Text,
+  trained: PyTree,
+  result: Mapping[str, Any],
+) -> None:
   """Writes the trained adapter or model, with its tokenizer, chat template and end tokens.
 
   A folder that exists is kept.
+
+  Args:
+    config: of the run.
+    model: the base model.
+    text: its tokenizer.
+    trained: the trained tree.
+    result: the part of the run's result that is known, for the model card.
   """
   folder = export_folder(config)
   if folder.exists():
@@ -67,7 +97,9 @@ def export(config: FinetuneConfig, model: LanguageModel, text: Text, trained: Py
   end_ids = (text.end_id, *text.end_ids)
   files = text_files(model.folder, text.tokenizer, end_ids, own_template)
   if find_method(config.method).exports_adapter:
-    write_with(files, folder, lambda path: _write_peft(config, model, trained, path))
+    base = BaseModel(config.model.folder, model.folder, result["weights"])
+    run = RunAdapter(config, result, lora_config(config), trained, model, base, files)
+    write_adapter(run, folder, _format(config, model, trained))
     return
   params = adapted_loss(config, model).merge(model.params, trained)
   write_with(files, folder, lambda path: model.save(path, params, end_of_text_id=text.end_id))
@@ -77,23 +109,50 @@ def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree
   """Raises ValueError if PEFT has no format for the adapter; call it before training."""
   if find_method(config.method).exports_adapter:
     with tempfile.TemporaryDirectory() as folder:
-      _write_peft(config, model, trainable, Path(folder) / "peft")
+      base = BaseModel(config.model.folder, model.folder, {})
+      run = RunAdapter(config, {}, lora_config(config), trainable, model, base, {})
+      write_adapter(run, Path(folder) / "peft", _format(config, model, trainable))
 
 
-def _write_peft(
-  config: FinetuneConfig, model: LanguageModel, adapter: PyTree, folder: Path
-) -> None:
-  """Writes the adapter in PEFT's format, and in that of servers if they read such adapters."""
+def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Format:
+  """Returns the format of servers if they read such adapters, or else PEFT's."""
   adapted = set(adapter_weights(adapter))
   fused = any(tensor.is_parameter and adapted & set(tensor.paths) for tensor in model.stored)
-  save_peft(
-    folder,
-    lora_config(config),
+  return "server" if find_method(config.method).has_servers and not fused else "peft"
+
+
+def load_exported(config: FinetuneConfig) -> RunAdapter:
+  """Returns the adapter that a finished run has exported, and the shapes of its base model.
+
+  A variant's adapter may need the base model's weights, which are read then.
+
+  Raises:
+    FileNotFoundError, ValueError: if the run is not finished, has no adapter, or its files are
+      gone or damaged.
+  """
+  result, method = read_finished(config.workdir), find_method(config.method)
+  folder = export_folder(config)
+  if not method.exports_adapter:
+    raise ValueError(
+      f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
+    )
+  model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
+  lora, adapter = load_peft(folder, model.stored, model.params)
+  base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))
+  files = exported_text_files(folder)
+  tokenizer, ids = load_tokenizer(folder), end_token_ids(folder)
+  ends = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)
+  return RunAdapter(
+    config,
+    result,
+    lora,
     adapter,
-    model.stored,
-    model.params,
-    base_model=config.model.folder,
-    for_server=find_method(config.method).has_servers and not fused,
+    model,
+    base,
+    files,
+    ends,
+    result.get("chats"),
+    has_own_template=bool(config.data.chat_template),
   )
 
 

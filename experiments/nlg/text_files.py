@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import new_folder
 from lora_jax.models.text.gguf import read_model_json
 from lora_jax.models.text.tokenizer import read_special_tokens, tokenizer_files
 
 T = TypeVar("T")
 
-WEIGHTS = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+OTHERS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "README.md")
 
 
 def text_files(
@@ -50,9 +51,15 @@ def text_files(
 
 
 def exported_text_files(folder: Path) -> dict[str, bytes]:
-  """Returns the files of an exported adapter's folder other than the adapter itself."""
+  """Returns the files of an exported adapter's folder other than the adapter and its card."""
   paths = (path for path in sorted(folder.iterdir()) if path.is_file())
-  return {path.name: path.read_bytes() for path in paths if path.name not in WEIGHTS}
+  return {path.name: path.read_bytes() for path in paths if path.name not in OTHERS}
+
+
+def end_token_ids(folder: Path) -> list[int]:
+  """Returns the tokens that end an answer, by the generation settings of an exported folder."""
+  ids = read_json(folder / "generation_config.json")["eos_token_id"]
+  return ids if isinstance(ids, list) else [ids]
 
 
 def write_with(files: dict[str, bytes], folder: str | Path, write: Callable[[Path], T]) -> T:

@@ -1,6 +1,7 @@
 """Exported runs compute the same as the run's own model, and have its tokenizer and end token."""
 
 import json
+import os
 import re
 import shutil
 
@@ -13,14 +14,16 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from experiments import export, gpt2_e2e
 from experiments.harness.launch import apply
+from experiments.harness.model_card import BaseModel
 from experiments.nlg.restore import load_run
-from lora_jax.interop import load_peft
+from lora_jax.interop import load_gguf_adapter, load_peft
+from lora_jax.models.checkpoints.gguf import write_gguf
 from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.training.fingerprint import fingerprint
 
-from tests.tiny_e2e import tiny_config, tiny_folder
+from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
 from tests.toy_models import relative_difference
 
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
@@ -107,3 +110,120 @@ def test_what_cannot_be_exported(runs, tmp_path):
     export.main([str(tmp_path), str(tmp_path / "new")])
   with pytest.raises(SystemExit, match="exists; nothing is overwritten"):
     export.main([str(runs / "lora"), str(tmp_path)])
+
+
+def front_matter(card):
+  yaml = pytest.importorskip("yaml")
+  _, text, _ = card.split("---\n", 2)
+  return yaml.safe_load(text)
+
+
+def test_an_adapter_for_llama_cpp(runs, tmp_path, capsys):
+  """With its card, and a Modelfile that stops where the run's texts stop."""
+  export.main([str(runs / "lora"), str(tmp_path / "new" / "my.gguf")])
+  assert capsys.readouterr().out == f"wrote {tmp_path / 'new' / 'my.gguf'}\n"
+  names = ["my.Modelfile", "my.README.md", "my.gguf"]
+  assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+  config, params = load_gpt2(tiny_folder())
+  lora_config, trainable = load_gguf_adapter(tmp_path / "new" / "my.gguf", config, params)
+  adapted = lj.lora(lambda p, tokens: GPT2(config).apply({"params": p}, tokens), lora_config)
+  expected = logits_of(load_run(runs / "lora"))
+  assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
+  assert (tmp_path / "new" / "my.Modelfile").read_text().splitlines() == [
+    f"# {tiny_folder()}, converted by llama.cpp's convert_hf_to_gguf.py",
+    "FROM ./base.gguf",
+    "ADAPTER ./my.gguf",
+    "# trained on prompts without a chat template",
+    'TEMPLATE """{{ .Prompt }}"""',
+    'PARAMETER stop "<|endoftext|>"',
+  ]
+  card = (tmp_path / "new" / "my.README.md").read_text()
+  assert front_matter(card)["library_name"] == "gguf"
+  assert "llama-server -m base.gguf --lora my.gguf" in card
+  assert '"cache_prompt": false' in card
+  with pytest.raises(SystemExit, match=r"my\.gguf exists; nothing is overwritten"):
+    export.main([str(runs / "lora"), str(tmp_path / "new" / "my.gguf")])
+  (tmp_path / "my.Modelfile").touch()
+  with pytest.raises(SystemExit, match=r"my\.Modelfile exists; nothing is overwritten"):
+    export.main([str(runs / "lora"), str(tmp_path / "my.gguf")])
+
+
+def test_an_adapter_for_mlx(runs, tmp_path):
+  for name in ("lora", "dora"):
+    export.main([str(runs / name), str(tmp_path / name), "--format=mlx"])
+    config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == name
+    assert "model.h.1.attn.c_attn.lora_a" in load_file(tmp_path / name / "adapters.safetensors")
+    check_text_files(tmp_path / name)
+    assert "mlx_lm.generate" in (tmp_path / name / "README.md").read_text()
+
+
+def test_the_model_card(runs, tmp_path):
+  """The base model and its licence, the data, the losses, the config, and how to use it."""
+  export.main([str(runs / "lora"), str(tmp_path / "new"), "--server"])
+  card = (tmp_path / "new" / "README.md").read_text()
+  assert front_matter(card) == {
+    "library_name": "peft",
+    "pipeline_tag": "text-generation",
+    "tags": ["lora", "lora_jax"],
+  }
+  result = json.loads((runs / "lora" / "result.json").read_text())
+  digest = json.loads((runs / "lora" / "examples.json").read_text())
+  for text in (
+    f"| base model | `{tiny_folder()}` |",
+    f"| its weights | fingerprint {result['base']} |",
+    "| its licence | unknown: ",
+    f"SHA-256 of its examples as tokens: {digest}",
+    "LoRA, rank 4, alpha 32",
+    f"{result['valid_loss']:.4f} nats/token",
+    "peft.PeftModel.from_pretrained(model, '.')",
+    f"vllm serve {tiny_folder()} --enable-lora --max-lora-rank 16",
+  ):
+    assert text in card, text
+  config = json.loads(card.split("```json\n")[1].split("```")[0])
+  assert config == json.loads((runs / "lora" / "config.json").read_text())
+
+
+def test_a_base_model_for_the_card(tmp_path):
+  """Repositories are named as on the hub; the licence is that of the files, or unknown."""
+  assert BaseModel("smollm2", tmp_path, {}).repository == "HuggingFaceTB/SmolLM2-135M-Instruct"
+  assert BaseModel("user/model", tmp_path, {}).repository == "user/model"
+  assert BaseModel(str(tmp_path), tmp_path, {}).repository is None
+  assert BaseModel("", EMBEDDED, {}).license == "cc-by-sa-4.0"
+  assert BaseModel("", tmp_path, {}).license == "unknown"
+  (tmp_path / "LICENSE").write_text("Our own terms")
+  assert BaseModel("", tmp_path, {}).license == "see LICENSE"
+  (tmp_path / "LICENSE").write_text("  Apache License\n   Version 2.0, January 2004")
+  assert BaseModel("", tmp_path, {}).license == "apache-2.0"
+  metadata = {"general.license": "apache-2.0"}
+  write_gguf(tmp_path / "x.gguf", "llama", metadata, {"a": np.zeros((1, 32), np.float32)})
+  assert BaseModel("", tmp_path / "x.gguf", {}).license == "apache-2.0"
+
+
+def test_nothing_is_left_of_an_adapter_that_cannot_be_written(runs, tmp_path, monkeypatch):
+  """Three files are moved to their places; if one fails, none is there."""
+  rename = os.rename
+
+  def fail(source, target):
+    if str(target).endswith("my.README.md"):
+      raise OSError(28, "No space left on device", str(target))
+    rename(source, target)
+
+  monkeypatch.setattr(os, "rename", fail)
+  with pytest.raises(SystemExit, match="No space left on device"):
+    export.main([str(runs / "lora"), str(tmp_path / "my.gguf")])
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_that_do_not_fit(runs, tmp_path):
+  for name, out, flags, words in (
+    ("dora", "my.gguf", [], "plain LoRA, and h_0/attn/key/kernel is adapted by DoRA"),
+    ("lora", "new", ["--format=gguf"], r"writes a file named \*\.gguf, got"),
+    ("lora", "my.gguf", ["--format=mlx"], "writes a folder, got"),
+    ("lora", "new", ["--format=mlx", "--server"], "--format=mlx too"),
+    ("lora", "new", ["--format=peft-experts"], "has no experts"),
+    ("full", "my.gguf", [], "full_finetuning, which has no adapter"),
+  ):
+    with pytest.raises(SystemExit, match=words):
+      export.main([str(runs / name), str(tmp_path / out), *flags])
+  assert list(tmp_path.iterdir()) == []
