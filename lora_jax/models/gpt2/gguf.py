@@ -9,6 +9,7 @@ from typing import Any
 from lora_jax.models.checkpoints.gguf import GGUF
 from lora_jax.models.checkpoints.gguf_config import EMBEDDING, HEAD, read_metadata, vocab_size
 from lora_jax.models.checkpoints.hub import StoredTensor
+from lora_jax.models.gpt2.folder import params_shapes as params_shapes
 from lora_jax.models.gpt2.model import GPT2Config
 
 ARCHITECTURE = "gpt2"

@@ -49,10 +49,9 @@ EXPERT_FIELDS = {"num_experts": "expert_count", "experts_per_token": "expert_use
 EXPERT_WIDTH, SHARED_WIDTH = "expert_feed_forward_length", "expert_shared_feed_forward_length"
 ROPE_BASE, ROPE_SIZE = "rope.freq_base", "rope.dimension_count"
 ROPE_TYPE, ROPE_FACTOR = "rope.scaling.type", "rope.scaling.factor"
-ROPE_LENGTH = "rope.scaling.original_context_length"
 OTHERS = ("feed_forward_length", "attention.value_length", *OPTIONAL.values())
 OTHERS += (*EXPERT_FIELDS.values(), EXPERT_WIDTH, SHARED_WIDTH, "expert_weights_norm")
-OTHERS += (ROPE_BASE, ROPE_SIZE, ROPE_TYPE, ROPE_FACTOR, ROPE_LENGTH)
+OTHERS += (ROPE_BASE, ROPE_SIZE, ROPE_TYPE, ROPE_FACTOR, "rope.scaling.original_context_length")
 FIXED = {"expert_gating_func": 1, "expert_weights_scale": 1.0}  # 1 is a softmax
 LAYER = {  # our leaf: the tensor
   "attn_norm/scale": "attn_norm.weight",
@@ -203,6 +202,7 @@ def _with_factors(file: GGUF, config: LlamaConfig) -> LlamaConfig:
   The rotation of each pair of a head's elements is divided by its factor. Those of Llama 3 are 1
   for high frequencies, the largest for low ones, and between them 1 / factor is linear in the
   frequency: two of those give the bounds, up to a common multiple, for which low_freq_factor is 1.
+  All published models have 1 and 4 as factors, and so one frequency is enough.
   """
   if ROPE_FACTORS not in file.tensors:
     return config
@@ -215,25 +215,29 @@ def _with_factors(file: GGUF, config: LlamaConfig) -> LlamaConfig:
   if config.rope_scaling is not None:
     raise ValueError(f"both {ROPE_FACTORS} and a linear scaling of the rotation are not supported")
   plain = np.asarray(frequencies(config), np.float64)
-  length = file.metadata.get(f"{file.architecture}.{ROPE_LENGTH}", 8192)
   largest = float(str(np.float32(factors.max())))
-  bounds = [(1.0, 4.0, length)]  # of all published models
-  turns = plain[(factors > 1) & (factors < largest)] / (2 * math.pi)
-  if len(turns) > 1:
-    middle = factors[(factors > 1) & (factors < largest)]
-    shares = (1 / middle - 1 / largest) / (1 - 1 / largest)
-    slope, start = np.polyfit(turns, shares, 1)  # length / (high - 1) and -1 / (high - 1)
-    if start < 0:
-      bounds.append((1.0, 1 - 1 / start, max(round(slope / -start), 1)))
-  for low, high, positions in bounds:
-    scaling = RopeScaling("llama3", largest, low, float(high), positions)
-    scaled = dataclasses.replace(config, rope_scaling=scaling)
-    if np.allclose(plain / np.asarray(frequencies(scaled)), factors, rtol=1e-5, atol=0):
-      return scaled
-  raise ValueError(
+  refusal = ValueError(
     f"{ROPE_FACTORS} is not a scaling of Llama 3's kind, which is the only one that is supported: "
     f"its factors are from {factors.min():.6g} to {factors.max():.6g}"
   )
+  if not (np.all(factors >= 1) and np.all(np.isfinite(factors))):
+    raise refusal
+  between = (factors > 1) & (factors < largest)
+  turns = plain[between] / (2 * math.pi)  # of one token
+  shares = (1 / factors[between] - 1 / largest) / (1 - 1 / largest)
+  bounds = [(4.0, 8192)]
+  if len(turns):
+    bounds.append((4.0, max(round((3 * shares[0] + 1) / turns[0]), 1)))
+  if len(turns) > 1:
+    slope, start = np.polyfit(turns, shares, 1)  # length / (high - 1) and -1 / (high - 1)
+    if start < 0:
+      bounds.append((float(1 - 1 / start), max(round(slope / -start), 1)))
+  for high, positions in bounds:
+    scaling = RopeScaling("llama3", largest, 1.0, high, positions)
+    scaled = dataclasses.replace(config, rope_scaling=scaling)
+    if np.allclose(plain / np.asarray(frequencies(scaled)), factors, rtol=1e-5, atol=0):
+      return scaled
+  raise refusal
 
 
 def written_metadata(config: LlamaConfig, architecture: str | None = None) -> dict[str, Any]:
