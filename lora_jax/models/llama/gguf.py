@@ -143,7 +143,8 @@ def read_config(file: GGUF, **computation: Any) -> LlamaConfig:
 
 def _fields(file: GGUF) -> dict[str, Any]:
   prefix = f"{file.architecture}."
-  num_experts = read_value(CountOrZero, file.metadata.get(f"{prefix}expert_count", 0), "experts")
+  key = f"{prefix}expert_count"
+  num_experts = read_value(CountOrZero, file.metadata.get(key, 0), key)
   keys = FIELDS | {name: key for name, key in OPTIONAL.items() if prefix + key in file.metadata}
   in_experts = num_experts and file.architecture != "llama"  # Mixtral's width has the plain key
   keys["mlp_dim"] = EXPERT_WIDTH if in_experts else "feed_forward_length"
