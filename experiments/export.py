@@ -5,12 +5,16 @@
     python -m experiments.export runs/gpt2_e2e/mini adapter.gguf      # the adapter, for llama.cpp
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --format=mlx
     python -m experiments.export runs/gpt2_e2e/mini FOLDER --merged   # a model for `transformers`
+    python -m experiments.export runs/finetune/qa merged.gguf --merged   # a model for llama.cpp
 
 An adapter of separate query, key and value is written for GPT-2's fused c_attn exactly; their ranks
 add up. `--format=peft-experts` gives each expert of a mixture its own factors, for servers.
 
 A merged model needs no adapter and no LoRA: the run's method may be any. It has the files and the
 dtype of the base model's folder, and the error of rounding to that dtype is printed.
+
+`merged.gguf` is for runs of QA-LoRA (`--config.method=qa_lora`) on a GGUF file of Q4_1 or Q5_1. It
+is that file with other minima in the adapted blocks; the error of rounding them is printed.
 
 Every adapter comes with a model card, README.md, and `adapter.gguf` with a Modelfile for Ollama.
 Tokenizer, chat template and end tokens are exported too, as they were in training.
@@ -37,6 +41,7 @@ from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
 from experiments.nlg.base import Base, load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import export_folder, load_exported, weights_digests
+from experiments.nlg.merged_gguf import export_merged_gguf
 from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_adapter, load_run
 from experiments.nlg.text_files import exported_text_files, text_files, write_with
@@ -210,6 +215,17 @@ def format_of(out: str, name: str | None, is_for_servers: bool) -> Format:
   return "server" if is_for_servers else form  # pyright: ignore[reportReturnType]
 
 
+def _merge_into_gguf(folder: str, out: str) -> None:
+  config = _config_of(folder)
+  if isinstance(config, GlueConfig):
+    raise ValueError(f"{folder} adapts an encoder, which has no GGUF file. Give a folder to make")
+  errors = export_merged_gguf(config, out)
+  print(f"wrote {out}")
+  worst = max(errors, key=errors.__getitem__)
+  print(f"rounding the minima of {len(errors)} weights to float16 changed each update by at most")
+  print(f"{errors[worst]:.1%} of its norm ({worst})")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("export", __doc__)
@@ -217,13 +233,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("out", help="the folder or the file *.gguf to make")
   parser.add_argument("--format", choices=FORMATS, help="of the adapter; default: by the suffix")
   formats = parser.add_mutually_exclusive_group()
-  formats.add_argument("--merged", action="store_true", help="the whole model, for transformers")
+  formats.add_argument("--merged", action="store_true", help="the whole model, not the adapter")
   formats.add_argument("--server", action="store_true", help="one rank and one alpha for all")
   options = parser.parse_args(arguments)
   if options.merged and options.format:
     parser.error("argument --format: not allowed with argument --merged")
   errors: dict[str, float] = {}
   with explained():
+    if options.merged and options.out.lower().endswith(".gguf"):
+      _merge_into_gguf(options.folder, options.out)
+      return
     if options.merged:
       errors = export_merged(options.folder, options.out)
     else:

@@ -101,7 +101,7 @@ def export(
     run = RunAdapter(config, result, lora_config(config), trained, model, base, files)
     write_adapter(run, folder, _format(config, model, trained))
     return
-  params = adapted_loss(config, model).merge(model.params, trained)
+  params = adapted_loss(config, model).merge(lj.dequantize(model.params), trained)
   write_with(files, folder, lambda path: model.save(path, params, end_of_text_id=text.end_id))
 
 

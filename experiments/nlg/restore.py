@@ -91,7 +91,7 @@ def load_adapter(config: E2EConfig, base: Base) -> PyTree:
     FileNotFoundError: if there is no adapter.
     ValueError: if the run's method has none, or it belongs to another base model.
   """
-  if not find_method(config.method).exports_adapter:
+  if not find_method(config.method).saves_adapter:
     raise ValueError(f"{config.workdir} is a run of {config.method}, which has no adapter")
   check_base(config.workdir, base.params)
   return restore_adapter(Path(config.workdir) / "adapter", _initial(config, base)[1])

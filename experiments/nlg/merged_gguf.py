@@ -1,0 +1,64 @@
+"""Writes the model of a run of QA-LoRA as the GGUF file of its base model, with other minima."""
+
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from experiments.harness.methods import find_method, lora_config
+from experiments.harness.workdir import read_finished
+from experiments.nlg.base import load_base
+from experiments.nlg.config import E2EConfig, FinetuneConfig
+from experiments.nlg.finetuned import adapted_loss, weights_digests
+from experiments.nlg.restore import load_adapter
+from lora_jax.data.batches import fill
+from lora_jax.interop import save_merged_gguf
+from lora_jax.models.checkpoints.gguf import is_gguf
+from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.zoo import LanguageModel, load_causal_lm
+from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.training.mesh import make_mesh
+
+
+def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> dict[str, float]:
+  """Merges the adapter of a finished run into its base model's GGUF file, as a new file.
+
+  Returns:
+    By path the error of each adapted weight over the size of its update, as in `save_merged_gguf`.
+  Raises:
+    FileExistsError: if there is such a file.
+    ValueError: if the run is not finished or has no adapter, its base model is not a GGUF file or
+      has changed, or a weight cannot be merged exactly.
+  """
+  if not find_method(config.method).saves_adapter:
+    raise ValueError(
+      f"{config.workdir} is a run of {config.method}, which has no adapter; QA-LoRA's merges into "
+      "a GGUF file (method=qa_lora). Give a folder to make instead of a file"
+    )
+  base = find_folder(config.model.folder) if config.model.folder else None
+  if base is None or not is_gguf(base):
+    raise ValueError(
+      f"{config.workdir} adapts {base or 'the embedded GPT-2'}, which is not a GGUF file, and a "
+      "merged GGUF file has the blocks of its base model's. Give a folder to make instead of a file"
+    )
+  model = load_causal_lm(base, param_dtype="stored", scan_layers=config.model.scan_layers)
+  if isinstance(config, E2EConfig):
+    adapter = load_adapter(config, load_base(config, make_mesh()))
+  else:
+    adapter = _finetuned_adapter(config, model)
+  tensors = model.stored_in_folder()
+  return save_merged_gguf(out, base, lora_config(config), adapter, tensors, model.params)
+
+
+def _finetuned_adapter(config: FinetuneConfig, model: LanguageModel) -> PyTree:
+  """Returns the trained tree of a run of `experiments.finetune`."""
+  expected = read_finished(config.workdir).get("weights", {})
+  changed = expected.items() - weights_digests(model.folder).items()
+  if changed:
+    raise ValueError(
+      f"{config.workdir} was trained on other weights than are in {model.folder} now. Restore "
+      "them, since the adapter fits no others"
+    )
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
+  initial = adapted_loss(config, model).init(jax.random.key(0), model.params, batch)
+  return restore_adapter(Path(config.workdir) / "adapter", initial)
