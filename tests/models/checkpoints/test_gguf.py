@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.models.checkpoints.gguf import Blocks, is_gguf, open_gguf, write_gguf
 from lora_jax.models.checkpoints.gguf_tensors import dequantized
+from lora_jax.models.checkpoints.pretrained import cached_path
 from lora_jax.models.gpt2 import gguf as gpt2_gguf
 from lora_jax.models.gpt2.model import GPT2Config
 from lora_jax.models.llama import gguf as llama_gguf
@@ -35,6 +36,7 @@ from tests.gguf_files import (
   write_model,
   write_random,
 )
+from tests.toy_models import relative_difference
 
 SIZE = {"vocab_size": 40, "num_positions": 16, "num_layers": 2}
 LLAMA = LlamaConfig(**SIZE, embed_dim=64, num_heads=2, num_kv_heads=1, mlp_dim=128, tie_head=True)
@@ -302,3 +304,40 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
   with pytest.raises(FileExistsError, match="nothing is overwritten"):
     write_gguf(tmp_path / "m.gguf", "llama", {}, {})
   assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_smollm2_takes_the_bytes_of_its_tensors():
+  path = cached_path("smollm2")
+  if not path.is_file():
+    pytest.skip("SmolLM2 is not cached: make smollm2")
+  plan = plan_causal_lm("smollm2", param_dtype="stored", scan_layers=True)
+  assert plan.folder == path
+  assert "134,515,008 parameters, Q4_1 and Q8_0 and float32" in repr(plan)
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.params))
+  assert size == 96_576_768
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "smollm2"])
+def test_logits_are_those_of_transformers(name, tmp_path):
+  """Of its own reading of the file; of other small models it ignores what ours have: head sizes,
+  biases, windows and the factors of the rotation."""
+  transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+  torch = pytest.importorskip("torch", reason="torch is not installed")
+  if name == "smollm2":
+    path = cached_path(name)
+    if not path.is_file():
+      pytest.skip("SmolLM2 is not cached: make smollm2")
+  else:
+    path = write_model(tmp_path / "model.gguf", name)
+  peer = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32
+  )
+  model = load_causal_lm(path)
+  vocab_size = model.module.config.vocab_size
+  tokens = np.random.default_rng(0).integers(vocab_size, size=(2, 12))
+  with torch.no_grad():
+    expected = peer.eval()(torch.tensor(tokens)).logits.numpy()
+  logits = jax.jit(model.call)(model.params, jnp.asarray(tokens, jnp.int32))
+  assert np.abs(expected).max() > 1, "logits this small would prove little"
+  assert relative_difference(logits, expected) < 1e-5
