@@ -86,7 +86,9 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
 METHODS: Mapping[str, Method] = {
   "lora": Method("LoRA", make=_low_rank, exports_adapter=True, has_servers=True),
   "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True),
-  "qa_lora": Method("QA-LoRA", make=_low_rank, variant=lj.QA_LORA),
+  "qa_lora": Method(
+    "QA-LoRA", make=_low_rank, variant=lj.QA_LORA, experiments=("gpt2_e2e", "finetune")
+  ),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,
