@@ -1,13 +1,14 @@
 """SmolLM2 on E2E: adapters trained on the weights that are served, against those that are not.
 
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_served.py
-    for q in Q8_0 Q4_0 nf4 rtn3 rtn2; do
-      python -m experiments.evaluate runs/smollm2/served/unchanged --rounded_to=$q
+    for q in rtn2 rtn3 Q4_0 nf4 Q8_0; do
+      python -m experiments.evaluate runs/smollm2/served/method=lora,* --rounded_to=$q
     done
-    python -m experiments.report runs/smollm2/served/* runs/smollm2/served/unchanged/evaluations/*
+    python -m experiments.report runs/smollm2/served/* runs/smollm2/served/*/evaluations/*
 
-W is the dequantized file, Q(W) its linear weights rounded to a format. The sweep trains LoRA on W,
-then on each Q(W), on 1,500 examples; the loop serves the adapter of W on each Q(W).
+W is the dequantized file, Q(W) its linear weights rounded to a format. The sweep trains LoRA on W
+and on each Q(W), and QA-LoRA on those whose blocks have a minimum, into which it merges exactly, on
+1,500 examples. The loop serves the adapter of W on each Q(W).
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from experiments.configs.smollm2_rates import Changes, best_rate
 from experiments.harness.config import read_config
 from experiments.nlg.config import E2EConfig
 
-FORMATS = ("Q4_0", "rtn2", "rtn3", "nf4", "Q8_0")  # in order of worth
+FORMATS = ("rtn2", "rtn3", "Q4_0", "nf4", "Q8_0")  # in order of worth
+WITH_MINIMUM = ("rtn2", "rtn3")
 
 
 def get_config() -> Config:
@@ -26,7 +28,6 @@ def get_config() -> Config:
   config.workdir = "runs/smollm2/served"
   config.seed = 1
   config.data.num_train_records = 1500
-  config.optimizer.learning_rate = best_rate("LoRA, rank 16")
   config.decoding.update({"num_inputs": 200, "num_beams": 1})
   return config
 
@@ -34,6 +35,10 @@ def get_config() -> Config:
 def sweep(config: Config) -> Iterator[Changes]:
   """Yields the changed fields of each run."""
   read_config(E2EConfig, config)
-  yield {}
+  rate: Changes = {"optimizer.learning_rate": best_rate("LoRA, rank 16")}
+  yield {"method": config.method, **rate}
   for name in FORMATS:
-    yield {"model.rounded_to": name}
+    yield {"model.rounded_to": name, **rate}
+  for name in WITH_MINIMUM:
+    yield {"method": "qa_lora", "model.rounded_to": name, **rate}
+  yield {"method": "qa_lora", **rate}  # the file's own Q4_1

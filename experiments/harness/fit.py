@@ -13,6 +13,7 @@ from experiments.harness.methods import Method
 from experiments.harness.optimizer import make_optimizer
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import BatchSource, as_grain
+from lora_jax.quantization.leaf import is_quantized
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
 from lora_jax.trees import partition, trainable_mask
@@ -35,8 +36,8 @@ class Trained(NamedTuple):
 
 
 def count(tree: PyTree) -> int:
-  """Returns the number of elements of a tree of arrays, or of their shapes."""
-  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+  """Returns the number of weights of a tree of arrays, or of their shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))
 
 
 def count_trained(trainable: PyTree) -> int:
