@@ -20,13 +20,14 @@ MAX_BLOCKS = 8  # each is compiled separately
 @jax.custom_vjp
 def causal_attention(
   query: Float[Array, "B T N H"],
-  key: Float[Array, "B S N H"],
-  value: Float[Array, "B S N H"],
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
   mask: Bool[Array, "#B 1 T S"] | None,
 ) -> Float[Array, "B T N H"]:
   """Returns the mean of the values, weighted by the causal softmax of `query key^T / sqrt(H)`.
 
-  The softmax is computed in float32. There is only a reverse-mode derivative.
+  The softmax is computed in float32. N / K query heads share one head of the keys and values. There
+  is only a reverse-mode derivative.
 
   Args:
     mask: True where a query may also see a key; each must see itself. None is everywhere. With
@@ -37,9 +38,11 @@ def causal_attention(
 
 def _forward(query, key, value, mask):
   query, key, value = map(_swap_heads, (query, key, value))
+  heads, groups = query.shape[1], key.shape[1]
   weights, totals, outs = [], [], []
   for start, stop, end in _blocks(query.shape[2], key.shape[2]):
-    logits = _einsum("BNTH,BNSH->BNTS", query[:, :, start:stop], key[:, :, :end])
+    block = _regroup(query[:, :, start:stop], groups)
+    logits = _regroup(_einsum("BKTH,BKSH->BKTS", block, key[:, :, :end]), heads)
     visible = None if mask is None else mask[:, :, start:stop, :end]
     if stop == end:
       causal = (jnp.arange(start, stop)[:, None] >= jnp.arange(end)[None])[None, None]
@@ -49,7 +52,8 @@ def _forward(query, key, value, mask):
     unscaled = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     totals.append(unscaled.sum(axis=-1, keepdims=True))
     weights.append(unscaled.astype(value.dtype))
-    out = _einsum("BNTS,BNSH->BNTH", weights[-1], value[:, :, :end]) / totals[-1]
+    shared = _regroup(weights[-1], groups)
+    out = _regroup(_einsum("BKTS,BKSH->BKTH", shared, value[:, :, :end]), heads) / totals[-1]
     outs.append(out.astype(value.dtype))
   out = jnp.concatenate(outs, axis=2)
   return _swap_heads(out), (query, key, value, weights, totals, out)
@@ -57,22 +61,32 @@ def _forward(query, key, value, mask):
 
 def _backward(saved, gradient):
   query, key, value, all_weights, totals, out = saved
+  heads, groups = query.shape[1], key.shape[1]
   gradient, (length, num_keys) = _swap_heads(gradient), (query.shape[2], key.shape[2])
   to_query, to_key, to_value = [], [], []
   blocks = _blocks(length, num_keys)
   for (start, stop, end), weights, total in zip(blocks, all_weights, totals, strict=True):
     block = gradient[:, :, start:stop] / total
     mean = jnp.sum(block * out[:, :, start:stop], axis=-1, keepdims=True)  # of a row, weighted by P
-    block = block.astype(value.dtype)
-    to_logits = _einsum("BNTH,BNSH->BNTS", block, value[:, :, :end]) - mean
+    block = _regroup(block.astype(value.dtype), groups)
+    to_logits = _regroup(_einsum("BKTH,BKSH->BKTS", block, value[:, :, :end]), heads) - mean
     to_logits = (weights * to_logits * query.shape[-1] ** -0.5).astype(query.dtype)
-    to_query.append(_einsum("BNTS,BNSH->BNTH", to_logits, key[:, :, :end]))
+    to_logits, weights = _regroup(to_logits, groups), _regroup(weights, groups)
+    to_query.append(_regroup(_einsum("BKTS,BKSH->BKTH", to_logits, key[:, :, :end]), heads))
     rest = ((0, 0), (0, 0), (0, num_keys - end), (0, 0))
-    key_gradient = _einsum("BNTS,BNTH->BNSH", to_logits, query[:, :, start:stop])
-    to_key.append(jnp.pad(key_gradient, rest))
-    to_value.append(jnp.pad(_einsum("BNTS,BNTH->BNSH", weights, block), rest))
+    block_query = _regroup(query[:, :, start:stop], groups)
+    to_key.append(jnp.pad(_einsum("BKTS,BKTH->BKSH", to_logits, block_query), rest))
+    to_value.append(jnp.pad(_einsum("BKTS,BKTH->BKSH", weights, block), rest))
   gradients = (jnp.concatenate(to_query, axis=2), *map(_sum, (to_key, to_value)))
   return (*(_swap_heads(x.astype(query.dtype)) for x in gradients), None)
+
+
+def _regroup(x: Float[Array, "B N T H"], heads: int) -> Float[Array, "B K X H"]:
+  """Returns `x` with another number of heads: heads that share keys become tokens of one head.
+
+  The matmuls are larger and fewer, and neither keys and values nor their gradients are repeated.
+  """
+  return x.reshape(x.shape[0], heads, x.shape[1] * x.shape[2] // heads, x.shape[3])
 
 
 def _blocks(length: int, num_keys: int) -> list[tuple[int, int, int]]:

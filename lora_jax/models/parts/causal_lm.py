@@ -260,8 +260,6 @@ def attend(
     assert context.mask is not None, "a cache is read by a mask"
     return cached_attention(query, keys, values, context.mask), cache
   if config.attention == "compact":
-    group = query.shape[2] // key.shape[2]
-    key, value = (x if group == 1 else jnp.repeat(x, group, axis=2) for x in (key, value))
     return causal_attention(query, key, value, context.mask), None
   implementation: Any = config.attention
   out = jax.nn.dot_product_attention(

@@ -55,6 +55,18 @@ def test_outputs_and_gradients_are_jaxs(masked, scale, dtype, tolerance):
     )
 
 
+@pytest.mark.usefixtures("block_size")
+def test_heads_that_share_keys_are_jaxs():
+  keys = jax.random.split(jax.random.key(0), 4)
+  heads = zip(keys, (6, 2, 2, 6), strict=True)
+  arrays = [jax.random.normal(key, (2, 12, count, 8)) for key, count in heads]
+  mask = segments_mask()
+  got = outputs_and_gradients(lambda *qkv: causal_attention(*qkv, mask), *arrays)
+  expected = outputs_and_gradients(by_jax(mask), *arrays)
+  for actual, expected_gradient in zip(got, expected, strict=True):
+    np.testing.assert_allclose(actual, expected_gradient, atol=1e-5)
+
+
 def test_fewer_queries_than_keys():
   query, key, value, gradient = inputs()
   index = jnp.asarray([9, 2, 2, 11, 0])
