@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from lora_jax.quantization.format import Format
@@ -84,7 +85,7 @@ def _check(path: str, leaf: Any, kind: Format, axis: int) -> None:
 
 def _leaf(path: str, leaf: Any, format: str, axis: int) -> Quantized:
   arrays, is_finite = _quantized(jnp.asarray(leaf), format, axis)
-  if not isinstance(is_finite, jax.core.Tracer) and not is_finite:
+  if not isinstance(is_finite, Tracer) and not is_finite:
     raise ValueError(f"{path} has values that are infinite or NaN, which cannot be quantized")
   return Quantized(arrays, format, axis, leaf.dtype)
 
