@@ -20,6 +20,10 @@ from lora_jax.flax_nnx import functional as functional
 from lora_jax.methods.full import full_finetuning as full_finetuning
 from lora_jax.methods.partial import partial_finetuning as partial_finetuning
 from lora_jax.optimizer import freeze as freeze
+from lora_jax.quantization.leaf import Quantized as Quantized
+from lora_jax.quantization.leaf import dequantize as dequantize
+from lora_jax.quantization.quantize import quantize as quantize
+from lora_jax.transform.dequantized import dequantized as dequantized
 from lora_jax.transform.errors import UnsupportedOperation as UnsupportedOperation
 from lora_jax.transform.factored import Factored as Factored
 from lora_jax.trees import combine as combine
@@ -33,3 +37,7 @@ from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus
 from lora_jax.variants.lora import rank_stabilized as rank_stabilized
+from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
+from lora_jax.variants.qa_lora import qa_lora as qa_lora
+from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant
+from lora_jax.variants.qa_merge import merge_quantized as merge_quantized

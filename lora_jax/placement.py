@@ -6,11 +6,16 @@ import jax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.quantization.leaf import is_quantized
+
 
 def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
   """Returns the sharding of a leaf, or the leaf if it is a sharding, or None."""
   if isinstance(leaf, NamedSharding | PartitionSpec) or leaf is None:
     return leaf
+  if is_quantized(leaf):
+    first = leaf_sharding(next(iter(leaf.arrays.values())))
+    return None if first is None else leaf.weight_sharding(first)
   if isinstance(leaf, Tracer):
     sharding = jax.typeof(leaf).sharding  # defined on meshes with explicit axes
     return None if sharding.mesh.empty or sharding.mesh.are_all_axes_auto else sharding

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.patterns import compiled, fullmatch
+from lora_jax.quantization.leaf import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,11 @@ def leaves_with_path(tree: PyTree, is_leaf=None) -> list[tuple[str, Any]]:
   return [("/".join(key_parts(keys)), leaf) for keys, leaf in flat]
 
 
+def weights_with_path(params: PyTree) -> list[tuple[str, Any]]:
+  """Returns `(path, leaf)` of every leaf of params; a quantized weight is one leaf."""
+  return leaves_with_path(params, is_leaf=is_quantized)
+
+
 def nest(items: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
   """Builds nested dicts from `(keys, leaf)` pairs."""
   tree: dict[str, Any] = {}
@@ -56,8 +62,8 @@ def replace_leaves(tree: PyTree, replacements: Mapping[str, Any]) -> PyTree:
   >>> replace_leaves({"a": 1, "b": {"c": 2}}, {"b/c": 3})
   {'a': 1, 'b': {'c': 3}}
   """
-  leaves = [replacements.get(path, leaf) for path, leaf in leaves_with_path(tree)]
-  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+  leaves = [replacements.get(path, leaf) for path, leaf in weights_with_path(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_quantized), leaves)
 
 
 def closest_names(name: str, names: Iterable[str], count: int = 5) -> list[str]:

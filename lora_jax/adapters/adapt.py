@@ -43,7 +43,9 @@ from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
 from lora_jax.fields import Finite, Share
 from lora_jax.placement import leaf_sharding, place
-from lora_jax.transform.factored import Factored, Source
+from lora_jax.quantization.leaf import is_quantized
+from lora_jax.transform.deferred import deferred
+from lora_jax.transform.factored import Factored, Source, as_values
 from lora_jax.transform.factors import Factor, Term
 from lora_jax.transform.inference import infer_axes
 from lora_jax.transform.interpreter import Interpreter, OpaqueRule
@@ -154,6 +156,7 @@ def adapt(
     targets, extra = find(params)
     check_adapter(trainable, targets, extra)
     scalings = _scalings(scaling, targets)
+    _check_unquantized(targets)
     merged = {
       path: merge_weight(
         jnp.asarray(targets[path].leaf), weight, _variant(targets[path]), scalings[path]
@@ -175,12 +178,12 @@ def merge_weight(
 
 
 def adapted_weight(
-  w: jax.Array, weight: LoraWeight, variant: Variant, source: Source, scaling: Any
+  w: Any, weight: LoraWeight, variant: Variant, source: Source, scaling: Any
 ) -> Factored:
   """Returns the adapted weight: the variant's equation on the adapted layers.
 
   The other layers of a stack get zeros as factors and ones as gains: the small arrays are padded,
-  and the stack is not touched.
+  and the stack is not touched. `w` is an array, or a `Deferred` if it is quantized.
   """
   axes, layers = weight.axes, weight.layers
   if not isinstance(scaling, int | float):
@@ -197,7 +200,7 @@ def adapted_weight(
   return Factored(w, source, terms, gain)
 
 
-def _named_factors(w: jax.Array, weight: LoraWeight) -> SimpleNamespace:
+def _named_factors(w: Any, weight: LoraWeight) -> SimpleNamespace:
   """Returns a node's arrays as labelled factors, for a variant's equation."""
   axes, layers = weight.axes, weight.layers
   factors = {
@@ -212,6 +215,18 @@ def _named_factors(w: jax.Array, weight: LoraWeight) -> SimpleNamespace:
   return SimpleNamespace(axes=axes, sum_with_weight=contract, **factors)
 
 
+def _check_unquantized(targets: Mapping[str, Target]) -> None:
+  """Raises ValueError if an adapter would be merged into codes, which cannot hold the sum."""
+  quantized = [path for path, target in targets.items() if is_quantized(target.leaf)]
+  if quantized:
+    kind = targets[quantized[0]].leaf.format
+    raise ValueError(
+      f"{quantized[0]} and {len(quantized) - 1} more are quantized ({kind}): rounding the merged "
+      "weights to its codes would lose most of the update. Keep the adapter beside the base model, "
+      "or merge into floats: merge(lora_jax.dequantize(params), trainable)"
+    )
+
+
 def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -> LoraWeight:
   """Returns the initial arrays of one weight, float32, sharded as the weight."""
   variant = _variant(target)
@@ -219,7 +234,8 @@ def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -
   initialize = target.init if callable(target.init) else BY_NAME[target.init]
   if is_lookup and initialize in (kaiming_uniform, gaussian):
     initialize = embedding
-  site = Site(target.path, target.leaf, axes, target.rank, target.stacked_layers, initialize)
+  layers = target.stacked_layers
+  site = Site(target.path, target.leaf, axes, target.rank, layers, initialize, is_lookup)
   arrays = variant.start(key, site)
   if not isinstance(arrays, Mapping) or set(arrays) != set(variant.arrays):
     got = ", ".join(sorted(arrays)) if isinstance(arrays, Mapping) else repr(arrays)
@@ -255,9 +271,10 @@ def _factored(
 ) -> list[Any]:
   """Returns the leaves of a call with the adapted weights among them factored."""
   scalings, rates = _scalings(scaling, targets), _dropout_rates(dropout_rate, targets)
-  values = list(leaves)
+  values = as_values(leaves, position)
   for path, weight in adapter_weights(trainable).items():
-    target, base = targets[path], jnp.asarray(values[position[path]])
+    target, leaf = targets[path], leaves[position[path]]
+    base = deferred(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
     adapted = adapted_weight(base, weight, _variant(target), _source(target), scalings[path])
     if key is not None and not _is_zero(rates[path]):
       terms = _with_dropout(adapted.terms, rates[path], _fold_path(key, path))

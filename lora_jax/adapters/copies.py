@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.quantization.leaf import is_quantized
+
 
 def is_float(dtype: Any) -> bool:
   """Returns whether a dtype is floating-point or complex, and can be trained."""
@@ -29,6 +31,12 @@ def trained_copy(name: str, leaf: Any) -> jax.Array:
   Raises:
     ValueError: if the leaf is a shape only, or not of floating-point numbers.
   """
+  if is_quantized(leaf):
+    raise ValueError(
+      f"{name} is quantized ({leaf.format}) and cannot be fully trained. Adapt it by a low-rank "
+      "method, or dequantize it: lora_jax.dequantize(params), or load the model with "
+      "param_dtype='float32'"
+    )
   if not is_float(leaf.dtype):
     raise ValueError(
       f"{name} is {leaf.dtype} of shape {leaf.shape}, which has no gradient; expected floating-"

@@ -24,6 +24,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from lora_jax.adapters.initializers import Initializer
 from lora_jax.adapters.layers import adapted_layers, stored_shape
 from lora_jax.axes import RANK, LoraAxes
+from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.factored import Factored
 from lora_jax.trees import FrozenKey, leaves_with_path
 
@@ -39,6 +40,7 @@ class Site:
     rank: of its adapter.
     layers: the adapted layers of a stacked weight; None is all.
     initialize: draws A and B, `(key, a_shape, b_shape, num_inputs) -> (lora_a, lora_b)`.
+    is_lookup: whether its rows are looked up, as an embedding's.
   """
 
   path: str
@@ -47,6 +49,7 @@ class Site:
   rank: int
   layers: tuple[int, ...] | None
   initialize: Initializer
+  is_lookup: bool = False
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -68,12 +71,13 @@ class Site:
     Raises:
       ValueError: if `leaf` is only a shape.
     """
-    if isinstance(self.leaf, jax.ShapeDtypeStruct):
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.leaf)):
       raise ValueError(
         f"{self.path}: this variant is initialized from the weight's values, and init got only its "
         "shape. Give real params, or call init inside jax.eval_shape to get shapes"
       )
-    return adapted_layers(jnp.asarray(self.leaf), self.axes, self.layers)
+    leaf = self.leaf.dequantize() if is_quantized(self.leaf) else jnp.asarray(self.leaf)
+    return adapted_layers(leaf, self.axes, self.layers)
 
 
 def _no_sizes(site: Site) -> Mapping[str, int]:

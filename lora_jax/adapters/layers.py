@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import LoraAxes
+from lora_jax.transform.deferred import evaluate
 from lora_jax.transform.factors import Factor, Term
 
 
@@ -59,14 +60,14 @@ def sum_with_weight(
   The factor is padded with zeros and the result is sliced: no layer of the weight is copied.
 
   Args:
-    w: the whole weight.
+    w: the whole weight; dequantized here if it is quantized.
     factor: of the adapted layers; it is cast to the weight's dtype.
     labels: the summed dimensions, which both have.
     dim: the layer axis; None if all layers are adapted.
     layers: the adapted layers.
   """
   dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # JAX does not promote float8
-  base = Factor(w.astype(dtype), tuple(range(w.ndim)), frozen=True)
+  base = Factor(evaluate(w).astype(dtype), tuple(range(w.ndim)), frozen=True)
   factor = dataclasses.replace(factor, array=factor.array.astype(dtype))
   if dim is None:
     return factor.sum_over(base, labels)

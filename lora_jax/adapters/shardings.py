@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from lora_jax.adapters.delta import LoraWeight, is_lora_weight
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding
-from lora_jax.trees import leaves_with_path
+from lora_jax.trees import leaves_with_path, weights_with_path
 
 
 def shardings(trainable: PyTree, params: PyTree) -> PyTree:
@@ -26,7 +26,7 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   Raises:
     ValueError: if `trainable` has a leaf that `params` lacks.
   """
-  leaves = dict(leaves_with_path(params))
+  leaves = dict(weights_with_path(params))
 
   def node_shardings(path: str, node: Any) -> Any:
     if path not in leaves:

@@ -16,7 +16,7 @@ from lora_jax.adapters.copies import is_float, wide_dtype
 from lora_jax.adapters.delta import adapter_extra, adapter_weights
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.transform.tracing import is_array
-from lora_jax.trees import leaves_with_path
+from lora_jax.trees import leaves_with_path, weights_with_path
 
 
 class _Row(NamedTuple):
@@ -54,7 +54,7 @@ def summary(
   Raises:
     ValueError: if `trainable` has a weight that `params` lacks.
   """
-  base = {path: leaf for path, leaf in leaves_with_path(params) if hasattr(leaf, "shape")}
+  base = {path: leaf for path, leaf in weights_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
   targets, _ = find_leaves(config, params) if config is not None else ({}, {})
   weights, fully_trained = adapter_weights(trainable), adapter_extra(trainable)

@@ -19,8 +19,9 @@ from lora_jax.adapters.config import (
 from lora_jax.adapters.copies import is_float
 from lora_jax.adapters.delta import Variant
 from lora_jax.axes import LoraAxes
+from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.tracing import check_dtype, is_array
-from lora_jax.trees import as_patterns, key_parts, leaves_with_path, matches, select
+from lora_jax.trees import as_patterns, key_parts, matches, select, weights_with_path
 
 NO_RULE = LoraRule(".*")
 
@@ -85,7 +86,7 @@ def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:
   Raises:
     ValueError: if two leaves have the same path, or one is of numbers that JAX does not have.
   """
-  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
   leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
   for key_path, leaf in flat:
     keys = key_parts(key_path)
@@ -117,7 +118,7 @@ def select_arrays(
   for pattern in as_patterns(patterns, setting):
     if any(matches(pattern, path) for path in arrays):
       continue
-    for path, leaf in leaves_with_path(params):
+    for path, leaf in weights_with_path(params):
       if matches(pattern, path):
         raise ValueError(
           f"{setting} {pattern!r} matches {path}, which is {leaf!r:.100}, a constant of the "

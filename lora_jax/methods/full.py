@@ -17,6 +17,7 @@ from lora_jax.adapters.copies import (
 )
 from lora_jax.adapters.delta import adapter_extra
 from lora_jax.adapters.targets import array_leaves
+from lora_jax.quantization.leaf import is_quantized
 from lora_jax.trees import nest, replace_leaves
 
 
@@ -65,7 +66,7 @@ def _is_wide(params: PyTree) -> bool:
     isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     and is_float(leaf.dtype)
     and leaf.dtype == wide_dtype(leaf.dtype)
-    for leaf in jax.tree.leaves(params)
+    for leaf in jax.tree.leaves(params, is_leaf=is_quantized)
   )
 
 

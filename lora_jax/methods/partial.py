@@ -8,6 +8,7 @@ from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.copies import in_dtypes_of, merged_leaves, trained_copy
 from lora_jax.adapters.delta import adapter_extra
 from lora_jax.adapters.targets import array_leaves, select_arrays
+from lora_jax.transform.dequantized import dequantized
 from lora_jax.trees import as_patterns, nest, replace_leaves
 
 
@@ -30,7 +31,7 @@ def partial_finetuning(fn: Callable[..., Any], train: str | Iterable[str]) -> Ad
   {'head': (3, 2)}
   """
 
-  patterns = as_patterns(train, "train")
+  patterns, fn = as_patterns(train, "train"), dequantized(fn)
   if not patterns:
     raise ValueError(f"train must name a pattern, got {train!r}")
 

@@ -14,11 +14,13 @@ leaf where it is used, in the forward and again in the backward pass, and keeps 
 weight.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lora_jax.quantization.format import Format
@@ -76,10 +78,7 @@ class Quantized:
   @property
   def size(self) -> int:
     """The number of weights."""
-    count = 1
-    for size in self.stored_shape:
-      count *= size
-    return count
+    return math.prod(self.stored_shape)
 
   @property
   def nbytes(self) -> int:
@@ -112,6 +111,54 @@ class Quantized:
     """Returns the weight as an array of `dtype`."""
     values = self.kind.dequantize(self.arrays)
     return jnp.moveaxis(values, -1, self.axis).astype(self.dtype)
+
+  def rows(self, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns rows of a weight whose blocks run along its last axis, float32.
+
+    Args:
+      take: takes the rows of an array by its leading axes, which are those of the weight; all
+        axes after them are kept.
+    """
+    kind, arrays = self.kind, self.arrays
+    arrays = arrays if kind.by_row is None else kind.by_row(arrays)
+    dequantize = kind.dequantize_rows or kind.dequantize
+    return dequantize({name: take(array) for name, array in arrays.items()})
+
+  def weight_sharding(self, first: NamedSharding | PartitionSpec) -> NamedSharding | PartitionSpec:
+    """Returns the sharding of the weight, given that of its first array."""
+    spec = first.spec if isinstance(first, NamedSharding) else first
+    *rest, last = (*spec, *(None for _ in range(self.ndim)))[: self.ndim]
+    place = self.ndim + self.axis
+    spec = PartitionSpec(*rest[:place], last, *rest[place:])
+    return first.update(spec=spec) if isinstance(first, NamedSharding) else spec
+
+  def shardings(self, sharding: NamedSharding | PartitionSpec) -> "Quantized":
+    """Returns the shardings of its arrays, given that of the weight.
+
+    Axes within a block are replicated, as is an axis that the mesh does not divide.
+    """
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    spec = (*spec, *(None for _ in range(self.ndim)))[: self.ndim]
+    place = self.ndim + self.axis
+    stored = (*spec[:place], *spec[place + 1 :], spec[place])
+
+    def of_array(array: Any) -> Any:
+      named = stored[: array.ndim]
+      if isinstance(sharding, NamedSharding):
+        sizes = [_num_shards(sharding.mesh, names) for names in named]
+        named = [
+          names if array.shape[axis] % size == 0 else None
+          for axis, (names, size) in enumerate(zip(named, sizes, strict=True))
+        ]
+        return sharding.update(spec=PartitionSpec(*named))
+      return PartitionSpec(*named)
+
+    return jax.tree.map(of_array, self)
+
+
+def _num_shards(mesh: Any, names: Any) -> int:
+  names = () if names is None else (names,) if isinstance(names, str) else names
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def is_quantized(leaf: Any) -> bool:

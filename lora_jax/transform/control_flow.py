@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.transform import _compat
+from lora_jax.transform.deferred import Deferred, evaluate, unstacked
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.factors import Factor
@@ -196,6 +197,8 @@ def emit_shard_map(interpreter: Any, equation: Any, values: Values) -> Any:
     outputs = interpreter.run(params["jaxpr"], args)
     return tuple(as_array(out, "returned by a shard_map") for out in outputs)
 
+  values = [_splittable(value) for value in values]
+
   return jax.shard_map(
     function,
     mesh=params["mesh"],
@@ -265,6 +268,8 @@ def as_array(value: Any, use: str) -> Any:
     return value
   if value.lookup or value.is_rows:
     return value.look_up()
+  if value.is_plain:
+    return evaluate(value.base)
   raise Unsupported(f"a view of the weight is {use}")
 
 
@@ -292,7 +297,15 @@ def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
     lookup = tuple(d - 1 for d in x.lookup if d != 0)
     return dataclasses.replace(x.map_factors(take_slice), base=base, lookup=lookup)
 
-  return (x.base, stacked), rebuild
+  return (unstacked(x.base), stacked), rebuild
+
+
+def _splittable(value: Any) -> Any:
+  """Evaluates a quantized weight whose arrays cannot be split like the weight itself."""
+  base = value.base if isinstance(value, Factored) else None
+  if isinstance(base, Deferred) and base.pointwise_leaf is None:
+    return value.rebase(evaluate(base))
+  return value
 
 
 def _factored_spec(value: Any, spec: Any) -> Any:
@@ -304,7 +317,9 @@ def _factored_spec(value: Any, spec: Any) -> Any:
   def spec_of(factor: Factor) -> Factor:
     return dataclasses.replace(factor, array=factor_spec(factor.labels, spec))
 
-  return dataclasses.replace(replicated.map_factors(spec_of), base=spec)
+  leaf = value.base.pointwise_leaf if isinstance(value.base, Deferred) else None
+  base = spec if leaf is None else value.base.with_leaf(leaf.shardings(spec))
+  return dataclasses.replace(replicated.map_factors(spec_of), base=base)
 
 
 CONTROL_FLOW: Mapping[str, Callable[[Any, Any, Values], Any]] = {

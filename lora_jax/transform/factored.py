@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.quantization.leaf import is_quantized
+from lora_jax.transform.deferred import Base, Deferred, deferred, evaluate
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factors import RANK, ArrayLike, Factor, Term, move_factor
 from lora_jax.transform.products import Labels, aligned, contract, plus, resharded, spread
@@ -66,7 +68,7 @@ class Factored:
   """A weight, or a view of one, with its low-rank terms and its gain kept apart.
 
   Attributes:
-    base: the frozen part, of the view's full shape.
+    base: the frozen part, of the view's full shape; a `Deferred` if it is quantized.
     source: the weights it comes from.
     terms: the low-rank terms; several after weights were concatenated.
     gain: multiplies base and terms; a factor without inner axes, or None.
@@ -95,6 +97,11 @@ class Factored:
     return self.base.dtype
 
   @property
+  def is_plain(self) -> bool:
+    """Whether it is a weight that is not adapted: a quantized one."""
+    return not self.terms and self.gain is None and isinstance(self.base, Deferred)
+
+  @property
   def probing(self) -> bool:
     return any(term.probe is not None for term in self.terms)
 
@@ -115,7 +122,7 @@ class Factored:
 
   # ---- structural rules ----------------------------------------------------------------------
 
-  def rebase(self, base: jax.Array) -> "Factored":
+  def rebase(self, base: Base) -> "Factored":
     """Returns the same factors on another base whose elements are in the same places."""
     return dataclasses.replace(self, base=base)
 
@@ -127,7 +134,7 @@ class Factored:
     gain = None if self.gain is None else fn(self.gain)
     return dataclasses.replace(self, terms=terms, gain=gain)
 
-  def scale(self, base: jax.Array, scale: ArrayLike) -> "Factored":
+  def scale(self, base: Base, scale: ArrayLike) -> "Factored":
     """Multiplies by a scalar; `base` is the base already multiplied."""
     return dataclasses.replace(self, base=base, terms=tuple(scale * term for term in self.terms))
 
@@ -137,7 +144,7 @@ class Factored:
 
   def move(
     self,
-    base: jax.Array,
+    base: Base,
     where: Mapping[int, Labels],
     on_factor: Callable[[Factor], jax.Array] = lambda factor: factor.array,
   ) -> "Factored":
@@ -263,7 +270,7 @@ class Factored:
 
     Only for merging, lookups and `on_unhandled`.
     """
-    out = self.base.astype(_wide(self.dtype))
+    out = evaluate(self.base).astype(_wide(self.dtype))
     for term in () if self.probing else self.terms:
       out = out + aligned(term.product(self.shape, out.dtype), out)
     if self.gain is not None:
@@ -298,6 +305,20 @@ class Factored:
       if term.probe is not None:
         dims = [factor.dims for factor in term.factors]
         term.probe.record(dims, set(contracted), set(batch), lookup)
+
+
+def as_values(leaves: Sequence[Any], position: Mapping[str, int]) -> list[Any]:
+  """Returns the leaves of a call as the interpreter has them: quantized ones as plain weights.
+
+  Args:
+    leaves: arrays and quantized weights.
+    position: the indices of the weights among them by path.
+  """
+  paths = {i: path for path, i in position.items()}
+  return [
+    Factored(deferred(leaf), Source([paths.get(i, "an argument")])) if is_quantized(leaf) else leaf
+    for i, leaf in enumerate(leaves)
+  ]
 
 
 def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:

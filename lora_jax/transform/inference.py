@@ -7,12 +7,14 @@ from a shape, so that scanned, multi-head and fused kernels are inferred too.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.axes import LoraAxes
-from lora_jax.transform.factored import Factored, Source
+from lora_jax.transform.deferred import deferred
+from lora_jax.transform.factored import Factored, Source, as_values
 from lora_jax.transform.factors import RANK, Factor, Term
 from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.probing import Probe, Use
@@ -42,17 +44,17 @@ def infer_axes(
   probes = {path: Probe(path, known.get(path)) for path in sources}
 
   def run(leaves):
-    values = list(leaves)
+    values = as_values(leaves, call.position)
     for path, probe in probes.items():
       position = call.position[path]
-      values[position] = _probing(values[position], sources[path], probe)
+      values[position] = _probing(deferred(leaves[position]), sources[path], probe)
     interpreter.evaluate(call.jaxpr, values)
 
   jax.eval_shape(run, call.leaves)
   return {path: _axes(probe) for path, probe in probes.items() if probe.uses or probe.materialized}
 
 
-def _probing(leaf: jax.Array, source: Source, probe: Probe) -> Factored:
+def _probing(leaf: Any, source: Source, probe: Probe) -> Factored:
   factors = tuple(
     Factor(jnp.zeros((size, 1), jnp.float32), (axis, RANK)) for axis, size in enumerate(leaf.shape)
   )

@@ -26,6 +26,7 @@ from lora_jax.transform.control_flow import (
   leave,
   with_origin,
 )
+from lora_jax.transform.deferred import Deferred, consume, evaluate, record
 from lora_jax.transform.errors import Unsupported, UnsupportedOperation
 from lora_jax.transform.factored import Factored
 
@@ -108,6 +109,8 @@ class Interpreter:
         finally:
           self._enclosing.pop()
         return [leave(out, values) for out in outputs]
+      if name in (*rules.CONSUMERS, "mul", "div"):
+        values = _evaluate_all_but_one(values)
       if name in rules.CONSUMERS:
         return self._apply_rule(rules.CONSUMERS[name], number, equation, values, equation.params)
       if name in rules.STRUCTURAL:
@@ -121,7 +124,12 @@ class Interpreter:
 
   def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
     def call(*arrays):
-      outputs = _compat.bind(equation, arrays)
+      if not any(isinstance(array, Deferred) for array in arrays):
+        outputs = _compat.bind(equation, arrays)
+      elif number is None:
+        outputs = record(equation, arrays)
+      else:
+        outputs = consume(equation, arrays)
       return outputs[0] if len(outputs) == 1 else outputs
 
     operands = values if number is None else [fold(value, number) for value in values]
@@ -150,10 +158,14 @@ class Interpreter:
         continue
       if value.lookup or value.is_rows:
         values[i] = value.look_up()
+      elif value.is_plain:
+        values[i] = value.base
       elif value.source.materialize:
         values[i] = self._materialize(value, name)
       else:
         raise self._refusal(equation, [value], reason)
+    if any(isinstance(value, Deferred) for value in values):
+      return consume(equation, values)
     return _compat.bind(equation, values)
 
   def _refusal(self, equation: Any, values: Values, reason: str) -> UnsupportedOperation:
@@ -185,6 +197,18 @@ class Interpreter:
         stacklevel=2,
       )
     return value.materialize_by_permission()
+
+
+def _evaluate_all_but_one(values: Values) -> Values:
+  """Evaluates quantized weights that are not adapted, where a rule is for one weight only."""
+  weights = [i for i, value in enumerate(values) if isinstance(value, Factored)]
+  plain = [i for i in weights if values[i].is_plain]
+  if len(plain) == len(weights):
+    plain = plain[1:]
+  return [
+    evaluate(value.base) if i in plain and len(weights) > 1 else value
+    for i, value in enumerate(values)
+  ]
 
 
 def _check_outputs(equation: Any, outputs: Values) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.trees import leaves_with_path
+from lora_jax.placement import leaf_sharding
+from lora_jax.quantization.leaf import Quantized, is_quantized
+from lora_jax.trees import weights_with_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class TracedCall:
 
   Attributes:
     jaxpr: the closed jaxpr of the call in its array leaves.
-    leaves: those leaves, in the jaxpr's order.
+    leaves: those leaves, in the jaxpr's order; quantized weights as they are.
     position: for each path of `params`, the index of its leaf in `leaves`.
     out_tree: the structure of the call's output.
   """
@@ -29,13 +31,13 @@ class TracedCall:
 
 
 def is_array(leaf: Any) -> bool:
-  """Tells arrays, tracers and `ShapeDtypeStruct`s from static leaves.
+  """Tells arrays, tracers, `ShapeDtypeStruct`s and quantized weights from static leaves.
 
   NumPy's arrays of strings, objects and dates are static.
   """
   if isinstance(leaf, np.ndarray | np.generic):
     return leaf.dtype.kind in "iufc" or _is_jax_dtype(leaf.dtype)
-  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+  return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Quantized)
 
 
 @functools.lru_cache
@@ -61,9 +63,9 @@ def trace_call(
     ValueError: if a leaf is a NumPy array of numbers that JAX does not have.
   """
   for name, inputs in (("params", params), ("args", tuple(args)), ("kwargs", dict(kwargs))):
-    for path, leaf in leaves_with_path(inputs):
+    for path, leaf in weights_with_path(inputs):
       check_dtype(f"{name}: {path}", leaf)
-  leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)))
+  leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)), is_leaf=is_quantized)
   dynamic = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
 
   def call(arrays):
@@ -74,11 +76,18 @@ def trace_call(
     return fn(params, *args, **kwargs)
 
   arrays = [leaves[i] for i in dynamic]
-  jaxpr, out_shape = jax.make_jaxpr(call, return_shape=True)(arrays)
+  jaxpr, out_shape = jax.make_jaxpr(call, return_shape=True)([_as_float(leaf) for leaf in arrays])
   place = {leaf: order for order, leaf in enumerate(dynamic)}
-  paths = [path for path, _ in leaves_with_path(params)]
+  paths = [path for path, _ in weights_with_path(params)]
   position = {path: place[i] for i, path in enumerate(paths) if i in place}
   return TracedCall(jaxpr, arrays, position, jax.tree.structure(out_shape))
+
+
+def _as_float(leaf: Any) -> Any:
+  """Returns a quantized weight as the floating-point array that the function sees."""
+  if not is_quantized(leaf):
+    return leaf
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding(leaf))
 
 
 def check_dtype(path: str, leaf: Any) -> None:

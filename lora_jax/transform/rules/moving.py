@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.transform.deferred import Base
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.factors import Factor
@@ -145,7 +146,7 @@ def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSp
   return jax.sharding.PartitionSpec(*(axes.get(label) for label in labels))
 
 
-def along_dims(w: Factored, base: jax.Array, on_axis: Callable[[jax.Array, int, int], jax.Array]):
+def along_dims(w: Factored, base: Base, on_axis: Callable[[jax.Array, int, int], jax.Array]):
   """Applies `on_axis(array, axis, dim)` to every axis of every factor."""
 
   def cut(factor: Factor) -> jax.Array:

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lora_jax.transform.deferred import Base
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.factors import Factor
@@ -32,7 +32,7 @@ def div(call, w, scale, **_):
   return _scale_along(w, call(w.base, scale), 1 / scale)
 
 
-def _scale_along(w: Factored, base: jax.Array, scale: Any) -> Factored:
+def _scale_along(w: Factored, base: Base, scale: Any) -> Factored:
   shape = np.shape(scale)
   dims = [d for d, size in enumerate(shape) if size > 1]
   if not dims:
