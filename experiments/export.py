@@ -30,6 +30,7 @@ Expect: files with which other packages compute the same as the run's model.
 from collections.abc import Sequence
 from pathlib import Path
 
+import lora_jax as lj
 from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
@@ -44,8 +45,15 @@ from experiments.nlg.finetuned import export_folder, load_exported, weights_dige
 from experiments.nlg.merged_gguf import export_merged_gguf
 from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_adapter, load_run
-from experiments.nlg.text_files import exported_text_files, text_files, write_with
+from experiments.nlg.text_files import (
+  end_token_ids,
+  exported_text_files,
+  text_files,
+  write_with,
+)
+from lora_jax.files import local_path
 from lora_jax.interop import load_peft, save_merged
+from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.text.tokenizer import tokenizer_files
 from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
@@ -125,7 +133,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
 
   Returns:
     The error of rounding each leaf to the base model's dtype, as in `save_merged`; empty for runs
-    without an adapter or a base model's folder, whose weights are not rounded.
+    without an adapter or a base model's folder, whose weights are not rounded: float32.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
@@ -135,7 +143,8 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
     return _merge_finetuned(config, out)
   if isinstance(config, GlueConfig):
     return load_encoder(folder).save_merged(out)
-  if find_method(config.method).exports_adapter and config.model.start != "random":
+  has_adapter = find_method(config.method).exports_adapter and config.model.start != "random"
+  if has_adapter and not is_gguf(model_folder(config)):
     base = load_base(config, make_mesh())
     adapter, stored = load_adapter(config, base), base.model.stored
     lora, source = lora_config(config), model_folder(config)
@@ -193,6 +202,12 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
       f"{export_folder(config)} lacks chat_template.jinja, with which the run was trained "
       f"({config.data.chat_template}). Copy it there"
     )
+  if is_gguf(base):  # its blocks cannot hold a merged weight: a new folder, of float32
+    model = load_causal_lm(base)
+    params = lj.lora(model.call, lora).merge(model.params, adapter)
+    end_id = end_token_ids(export_folder(config))[0]
+    write_with(files, out, lambda path: model.save(path, params, end_of_text_id=end_id))
+    return {}
   stored = model.stored_in_folder()
   return write_with(
     files, out, lambda path: save_merged(path, base, lora, adapter, stored, model.params)
@@ -240,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error("argument --format: not allowed with argument --merged")
   errors: dict[str, float] = {}
   with explained():
+    if local_path(options.out).exists():
+      raise FileExistsError(f"{options.out} exists; nothing is overwritten")
     if options.merged and options.out.lower().endswith(".gguf"):
       _merge_into_gguf(options.folder, options.out)
       return

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from experiments import e2e_template, evaluate, generate, glue_report
+from experiments import e2e_template, evaluate, export, generate, glue_report
 from experiments import report as reports
 from experiments.classification.config import GlueConfig
 from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
@@ -352,7 +352,21 @@ def exported_below_a_file(folder: Path) -> None:
   write_with({}, folder / "file" / "export", lambda path: None)
 
 
+def exported(out: str, *words: str, flags: tuple[str, ...] = ()) -> BadInput:
+  """Returns the row of a run's export to a place or with flags that do not fit."""
+  return BadInput(
+    f"export: {' '.join((out, *flags))}",
+    lambda folder: export.main([str(finished(folder)), out.replace("FOLDER", str(folder)), *flags]),
+    words,
+    SystemExit,
+  )
+
+
 REPORTS = [
+  exported("FOLDER/new", "a file named *.gguf", "got", flags=("--format=gguf",)),
+  exported("FOLDER/x.gguf", "--format=mlx writes a folder", flags=("--format=mlx",)),
+  exported("FOLDER/x.gguf", "PEFT's format", "--format=gguf too", flags=("--server",)),
+  exported("gs://bucket/x.gguf", "gs:// address", "local path"),
   BadInput("export: below a file", exported_below_a_file, ("cannot be a folder", "file is a file")),
   reported("", "--out must not be empty"),
   reported("a\0b", "--out must be a path without NUL"),
