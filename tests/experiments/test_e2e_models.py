@@ -152,7 +152,7 @@ def test_rounding_changes_linear_weights_only():
   two = rounded(params, "rtn2")["h"]["attn"]["query"]["kernel"].reshape(2, 2, 32, 5)
   np.testing.assert_allclose(two.min(2), low, rtol=1e-3)
   with pytest.raises(ValueError, match=r"rounds blocks of 32 inputs, and .* has 5"):
-    rounded({"attn": {"query": {"kernel": kernel[0].T}}}, "rtn2")
+    rounded({"h": {"attn": {"query": {"kernel": kernel[0].T}}}}, "rtn2")
 
 
 def test_a_warmup_that_is_a_share_of_the_steps():
