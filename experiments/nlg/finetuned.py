@@ -25,12 +25,13 @@ from experiments.nlg.text_files import (
 )
 from experiments.nlg.user_data import Data, Text
 from lora_jax.adapters.delta import adapter_weights
+from lora_jax.data.batches import fill
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
-from lora_jax.interop import load_peft
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
+from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.loss import language_model_loss
 
 
@@ -121,6 +122,12 @@ def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Fo
   return "server" if find_method(config.method).has_servers and not fused else "peft"
 
 
+def _shapes(config: FinetuneConfig, model: LanguageModel) -> PyTree:
+  """Returns the shapes of the trainable tree."""
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
+  return jax.eval_shape(adapted_loss(config, model).init, jax.random.key(0), model.params, batch)
+
+
 def load_exported(config: FinetuneConfig) -> RunAdapter:
   """Returns the adapter that a finished run has exported, and the shapes of its base model.
 
@@ -137,7 +144,7 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
       f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
     )
   model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
-  lora, adapter = load_peft(folder, model.stored, model.params)
+  adapter = restore_adapter(Path(config.workdir) / "adapter", _shapes(config, model))
   base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))
   files = exported_text_files(folder)
   tokenizer, ids = load_tokenizer(folder), end_token_ids(folder)
@@ -145,7 +152,7 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
   return RunAdapter(
     config,
     result,
-    lora,
+    lora_config(config),
     adapter,
     model,
     base,

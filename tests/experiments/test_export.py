@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,16 +14,27 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from experiments import export, gpt2_e2e
+from experiments.configs.finetune import get_config
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
+from experiments.harness.methods import lora_config
 from experiments.harness.model_card import BaseModel
+from experiments.harness.workdir import file_digest
+from experiments.nlg.config import FinetuneConfig
+from experiments.nlg.finetuned import weights_digests
 from experiments.nlg.restore import load_run
-from lora_jax.interop import load_gguf_adapter, load_peft
+from experiments.nlg.text_files import text_files, write_with
+from lora_jax.interop import load_gguf_adapter, load_peft, save_peft
 from lora_jax.models.checkpoints.gguf import write_gguf
 from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
 from lora_jax.models.gpt2.model import GPT2
+from lora_jax.models.llama import folder as llama_folder
 from lora_jax.models.text.tokenizer import load_tokenizer
+from lora_jax.models.zoo import load_causal_lm
+from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.fingerprint import fingerprint
 
+from tests.gguf_files import write_model
 from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
 from tests.toy_models import relative_difference
 
@@ -227,3 +239,73 @@ def test_formats_that_do_not_fit(runs, tmp_path):
     with pytest.raises(SystemExit, match=words):
       export.main([str(runs / name), str(tmp_path / out), *flags])
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def run_on_gguf(tmp_path_factory):
+  """The folder of a finished run of `finetune` whose base model is a GGUF file, without a training.
+
+  Its adapter is random, and is of a mixture's experts and queries.
+  """
+  root = tmp_path_factory.mktemp("gguf")
+  model = load_causal_lm(write_model(root / "base.gguf", "mixtral"))
+  config = get_config()
+  config.workdir, config.model.folder = str(root / "run"), str(root / "base.gguf")
+  config.lora.target, config.lora.rank = r".*(/attn/query/kernel|/experts/\w+)", 2
+  settings = read_config(FinetuneConfig, config)
+  lora = lora_config(settings)
+  adapted = lj.lora(model.call, lora)
+  shapes = jax.eval_shape(adapted.init, jax.random.key(0), model.params, TOKENS[:, :3] % 64)
+  draw = np.random.default_rng(0)
+  trainable = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype("float32"), shapes)
+  save_adapter(root / "run" / "adapter", trainable)
+  files = text_files(tiny_folder(), load_tokenizer(tiny_folder()), [0])
+  write_with(
+    files,
+    root / "run" / "peft",
+    lambda path: save_peft(path, lora, trainable, model.stored, model.params),
+  )
+  (root / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+  result = {"weights": weights_digests(model.folder), "valid_loss": 1.5, "chats": True}
+  (root / "run" / "result.json").write_text(json.dumps(result))
+  return root / "run", model, trainable
+
+
+def test_a_run_on_a_gguf_file_for_llama_cpp(run_on_gguf, tmp_path):
+  """The card names the base model's file and its digest; Ollama takes its chat template."""
+  folder, model, trainable = run_on_gguf
+  export.main([str(folder), str(tmp_path / "my.gguf")])
+  _, loaded = load_gguf_adapter(tmp_path / "my.gguf", model.module.config, model.params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, trainable)
+  assert (tmp_path / "my.Modelfile").read_text().splitlines() == [
+    f"FROM {model.folder.resolve()}",
+    "ADAPTER ./my.gguf",
+    'PARAMETER stop "<|endoftext|>"',
+  ]
+  card = (tmp_path / "my.README.md").read_text()
+  assert f"base.gguf {file_digest(model.folder)}" in card
+  assert f"llama-server -m {model.folder} --lora my.gguf" in card
+  assert "1.5000 nats/token" in card
+
+
+def test_a_run_on_a_gguf_file_with_each_experts_factors(run_on_gguf, tmp_path):
+  folder, model, _ = run_on_gguf
+  export.main([str(folder), str(tmp_path / "new"), "--format=peft-experts"])
+  arrays = load_file(tmp_path / "new" / "adapter_model.safetensors")
+  name = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w1.lora_A.weight"
+  assert arrays[name].shape == (2, 16)
+  tensors = llama_folder.stored_tensors(model.module.config, published=True)
+  load_peft(tmp_path / "new", tensors, model.params)
+
+
+def test_a_run_on_a_gguf_file_merged(run_on_gguf, tmp_path):
+  """Its blocks cannot hold a merged weight, so the new folder is in float32."""
+  folder, model, trainable = run_on_gguf
+  export.main([str(folder), str(tmp_path / "new"), "--merged"])
+  merged = load_causal_lm(tmp_path / "new")
+  before, after, adapter = (
+    tree["layers_1"]["mlp"]["experts"]["up"] for tree in (model.params, merged.params, trainable)
+  )
+  scaling = get_config().lora.alpha / 2
+  np.testing.assert_allclose(after, before + scaling * adapter.lora_a @ adapter.lora_b, rtol=1e-5)
+  check_text_files(tmp_path / "new")
