@@ -151,7 +151,7 @@ class SlotErrors(NamedTuple):
   added: tuple[str, ...]
 
   @property
-  def count(self) -> int:
+  def total(self) -> int:
     return sum(map(len, self))
 
 

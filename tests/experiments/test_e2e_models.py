@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +27,11 @@ from experiments.nlg.e2e import official_groups, tokenized
 from experiments.nlg.rounding import rounded
 from experiments.nlg.user_data import load_text
 from lora_jax.data.sets import e2e
+from lora_jax.decoding import from_linen
 from lora_jax.models.checkpoints.pretrained import cached_path
 from lora_jax.models.llama.folder import save_llama
 from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.zoo import plan_causal_lm
 
 from tests.served import tiny_models
 from tests.tiny_e2e import EMBEDDED, tiny_config
@@ -102,9 +103,9 @@ def test_a_folder_of_llama(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prompt", ["separator", "newline", "chat"])
 def test_a_prompt_is_the_start_of_its_example(gguf, prompt):
-  config = SimpleNamespace(vocab_size=tiny_models.NUM_TOKENS)
-  model = SimpleNamespace(folder=gguf, module=SimpleNamespace(config=config), num_positions=512)
-  base = Base(model, load_text(model, prompt == "chat"), prompt, None)
+  model = plan_causal_lm(gguf)
+  decoder = from_linen(model.module, model.init_cache, model.num_slots)
+  base = Base(model, load_text(model, prompt == "chat"), prompt, decoder)
   end = base.end_of_text
   asked = prompts.encode_prompts(base, [record.context for record in RECORDS])
   for record, ids, example in zip(RECORDS, asked, prompts.encode(base, RECORDS, 512), strict=True):

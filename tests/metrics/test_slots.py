@@ -80,7 +80,7 @@ def test_both_formats_of_the_data_have_the_same_slots():
 
 def test_an_unknown_venue_of_the_input_is_found():
   slots = parse_slots("name : Chez Nous | near : Bei Uns")
-  assert slot_errors("Chez Nous is near Bei Uns .", slots).count == 0
+  assert slot_errors("Chez Nous is near Bei Uns .", slots).total == 0
   assert slot_errors("It is near Bei Uns .", slots).missing == ("name",)
 
 
