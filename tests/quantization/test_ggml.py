@@ -42,11 +42,17 @@ def test_blocks_are_split_into_fields_and_joined(name):
   np.testing.assert_array_equal(ggml.join(kind, arrays), raw)
 
 
+def optimized(fn):
+  """Returns a function compiled as for users: LLVM may fuse a product with a sum."""
+  options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+  return lambda x: jax.jit(fn).lower(x).compile(compiler_options=options)(x)
+
+
 def named(names: list[str], short: set[str]):
   """Returns every format compiled, and a few op by op; all the others so are `long`."""
   cases = []
   for name in names:
-    cases.append(pytest.param(jax.jit, name, id=f"jit-{name}"))
+    cases.append(pytest.param(optimized, name, id=f"jit-{name}"))
     marks = [] if name in short else [pytest.mark.long]
     cases.append(pytest.param(lambda fn: fn, name, id=f"eager-{name}", marks=marks))
   return cases
@@ -89,6 +95,17 @@ def test_quantized_values_equal_those_of_gguf_bit_for_bit(compiled, name):
   arrays = compiled(kind.quantize)(jnp.asarray(x))
   assert set(arrays) == set(kind.parts)
   np.testing.assert_array_equal(ggml.join(kind, arrays), expected)
+
+
+def test_values_halfway_between_two_codes_are_rounded_as_by_gguf():
+  """A product that is fused with a sum is rounded once, to another code."""
+  draw = np.random.default_rng(2)
+  steps = draw.uniform(0.1, 1, (2048, 1)).astype(np.float32)
+  x = ((draw.integers(-8, 8, (2048, 32)) + 0.5) * steps).astype(np.float32)
+  x[:, :1] = -8 * steps
+  expected = quants.quantize(x, GGMLQuantizationType["Q4_0"])
+  arrays = optimized(FORMATS["Q4_0"].quantize)(jnp.asarray(x))
+  np.testing.assert_array_equal(ggml.join(FORMATS["Q4_0"], arrays), expected)
 
 
 def test_there_is_a_quantizer_for_each_of_gguf():
