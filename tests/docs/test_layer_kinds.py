@@ -21,6 +21,14 @@ def test_dora_is_tested_on_all_kinds():
   assert f"DoRA passes the same tests on all {len(KINDS)}" in PAGE
   assert "`make test` runs them on ten" in PAGE
   assert len(variants.ONE_PER_FAMILY) == 10
-  assert set(variants.VARIANTS) == {"dora"}
+  assert set(variants.VARIANTS) == {"dora", "qa_lora"}
   exceptions = {*variants.REFUSED, *variants.ROUNDED}
   assert "dora" not in {name for name, _ in exceptions}
+
+
+def test_qa_lora_is_refused_as_the_page_says():
+  lookups, odd = map(len, (variants.LOOKUPS, variants.ODD_INPUTS))
+  refused = [name for name, _ in variants.REFUSED if name == "qa_lora"]
+  assert len(refused) == lookups + odd
+  assert f"them on {len(KINDS) - lookups - odd}; it refuses the other {lookups + odd}" in PAGE
+  assert f"{lookups} look rows up, and of {odd} a group does not divide the inputs" in PAGE
