@@ -36,16 +36,18 @@ class Agreement(NamedTuple):
 def compare(
   llama_cpp: LlamaCpp,
   model: Path,
-  fn: Callable[[jax.Array], jax.Array],
+  fn: Callable[..., Any],
+  arguments: tuple[Any, ...],
   prompt: list[int],
   *adapters: Adapter,
   **options: Any,
 ) -> Agreement:
-  """Compares a file in llama.cpp with a function of tokens (1, T) that returns logits (1, T, V)."""
+  """Compares a file in llama.cpp with `fn(*arguments, tokens)`, of tokens (1, T) to logits."""
   theirs = softmax(llama_cpp.logits(model, prompt, *adapters, **options))
   steps = llama_cpp.greedy(model, prompt, NUM_GREEDY, *adapters, **options)
   tokens = [step.token for step in steps]
-  ours = softmax(np.asarray(jax.jit(fn)(jnp.asarray([prompt + tokens]))[0]))
+  run = jax.jit(lambda arguments, x: fn(*arguments, x))
+  ours = softmax(np.asarray(run(arguments, jnp.asarray([prompt + tokens]))[0]))
   difference = float(np.abs(ours[: len(prompt)] - theirs).max())
   same = ours[len(prompt) - 1 : -1].argmax(-1) == np.asarray(tokens)
   num_equal = len(tokens) if same.all() else int(same.argmin())

@@ -5,7 +5,6 @@ probabilities differ a little, and a greedy text may differ where two tokens are
 In a file with the same weights in float32 it rounds nothing.
 """
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +40,13 @@ def base():
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-  """Returns our function of tokens, with the adapter, and the adapter's file."""
+  """Returns our function with the adapter, its arguments, and the adapter's file."""
   trained = smollm2.train(lj.lora, base, LORA, NUM_STEPS, 2e-3)
   assert np.mean(trained.losses[-4:]) < 0.8 * trained.losses[0], trained.losses
   path = tmp_path_factory.mktemp("adapter") / "e2e.gguf"
   save_gguf_adapter(path, LORA, trained.trainable, base.module.config, base.params)
   lora = lj.lora(base.call, LORA)
-  return functools.partial(lora.apply, base.params, trained.trainable), Adapter(path)
+  return lora.apply, (base.params, trained.trainable), Adapter(path)
 
 
 class Texts(NamedTuple):
@@ -76,16 +75,22 @@ class Texts(NamedTuple):
     )
 
 
-def compare_texts(llama_cpp: LlamaCpp, model: Path, fn: Callable[..., Any], *adapters: Adapter):
-  """Returns how the texts that llama.cpp writes after E2E inputs compare with ours."""
-  run = jax.jit(fn)
+def compare_texts(
+  llama_cpp: LlamaCpp,
+  model: Path,
+  fn: Callable[..., Any],
+  arguments: tuple[Any, ...],
+  *adapters: Adapter,
+) -> Texts:
+  """Compares the greedy texts after E2E inputs with those of `fn(*arguments, tokens)`."""
+  run = jax.jit(lambda arguments, x: fn(*arguments, x))
   num_equal, differences, first, examples = 0, [], [], []
   for prompt in smollm2.prompts(NUM_PROMPTS):
     steps = llama_cpp.greedy(model, prompt, MAX_NEW_TOKENS, *adapters, stop=[smollm2.END])
     tokens = [step.token for step in steps]
     row = [*prompt, *tokens]
     row += [smollm2.END] * (MAX_LENGTH - len(row))
-    logits = np.asarray(run(jnp.asarray([row]))[0])
+    logits = np.asarray(run(arguments, jnp.asarray([row]))[0])
     ours = softmax(logits[len(prompt) - 1 : len(prompt) - 1 + len(tokens)])
     pairs = list(zip(ours, steps, strict=True))
     differences += [abs(p[step.token] - step.top[step.token]) for p, step in pairs]
@@ -127,26 +132,25 @@ def float_file(tmp_path_factory):
 
 def test_in_float32_probabilities_are_equal(base, adapter, float_file, llama_cpp, report):
   prompt = smollm2.prompts(1)[0]
-  fn, path = adapter
-  for name, function, adapters in (
-    ("SmolLM2 in float32", functools.partial(lj.dequantized(base.call), base.params), ()),
-    ("the same with the adapter", fn, (path,)),
+  fn, arguments, path = adapter
+  for name, function, trees, adapters in (
+    ("SmolLM2 in float32", lj.dequantized(base.call), (base.params,), ()),
+    ("the same with the adapter", fn, arguments, (path,)),
   ):
-    got = compare(llama_cpp, float_file, function, prompt, *adapters)
+    got = compare(llama_cpp, float_file, function, trees, prompt, *adapters)
     report(f"{name:35} {got}")
-    assert got.difference < 1e-3
+    assert got.difference < 1e-4
     assert got.num_equal == NUM_GREEDY
 
 
 @pytest.mark.parametrize("name", ["untrained", "adapter"])
 def test_texts_on_the_stored_weights(name, base, adapter, llama_cpp, report):
-  fn, path = adapter
+  file, (fn, arguments, path) = smollm2.model_file(), adapter
   if name == "adapter":
-    got = compare_texts(llama_cpp, smollm2.model_file(), fn, path)
+    got = compare_texts(llama_cpp, file, fn, arguments, path)
     assert got.num_equal >= NUM_PROMPTS / 2
   else:
-    plain = functools.partial(lj.dequantized(base.call), base.params)
-    got = compare_texts(llama_cpp, smollm2.model_file(), plain)
+    got = compare_texts(llama_cpp, file, lj.dequantized(base.call), (base.params,))
   report(f"{'SmolLM2, ' + name:35} {got}")
   assert got.differences.mean() < 0.02
   assert max(got.first, default=0.0) < 0.1, "these tokens are not about as likely"
@@ -159,8 +163,11 @@ def test_an_exact_merge_needs_no_adapter(base, llama_cpp, report, tmp_path):
   tensors = base.stored_in_folder()
   errors = save_merged_gguf(merged, file, QA_LORA, trained.trainable, tensors, base.params)
   assert merged.stat().st_size == file.stat().st_size
-  fn = functools.partial(lj.qa_lora(base.call, QA_LORA).apply, base.params, trained.trainable)
-  got, unmerged = (compare_texts(llama_cpp, path, fn) for path in (merged, file))
+  adapted = lj.qa_lora(base.call, QA_LORA)
+  got, unmerged = (
+    compare_texts(llama_cpp, path, adapted.apply, (base.params, trained.trainable))
+    for path in (merged, file)
+  )
   report(f"{'SmolLM2, QA-LoRA merged':35} {got}")
   report(f"{'QA-LoRA against the base file':35} {unmerged}")
   report(f"{'rounding of the minima':35} at most {max(errors.values()):.4f} of the update")

@@ -81,7 +81,7 @@ def save_arrays(path, architecture, arrays):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_is_the_same_in_llama_cpp(name, llama_cpp, report, tmp_path):
   model = load_causal_lm(make_tiny(tmp_path, name).path)
-  got = compare(llama_cpp, model.folder, lambda x: model.call(model.params, x), PROMPT)
+  got = compare(llama_cpp, model.folder, model.call, (model.params,), PROMPT)
   report(f"{name:35} {got}")
   assert got.difference < tolerance(model.module.config)
   assert got.num_equal == NUM_GREEDY
@@ -93,10 +93,8 @@ def test_an_adapter_is_the_same_in_llama_cpp(name, llama_cpp, report, tmp_path):
   tiny = make_tiny(tmp_path, model, scan_layers="scanned" in name)
   config, lora, trainable = adapter_of(tiny, **settings)
   adapter = save(tmp_path / "adapter.gguf", tiny, config, trainable)
-  got = compare(
-    llama_cpp, tiny.path, lambda x: lora.apply(tiny.params, trainable, x), PROMPT, adapter
-  )
-  base = compare(llama_cpp, tiny.path, lambda x: tiny.call(tiny.params, x), PROMPT)
+  got = compare(llama_cpp, tiny.path, lora.apply, (tiny.params, trainable), PROMPT, adapter)
+  base = compare(llama_cpp, tiny.path, tiny.call, (tiny.params,), PROMPT)
   effect = np.abs(got.probabilities - base.probabilities).max()
   report(f"{name:35} {got}, the adapter's effect {effect:.2f}")
   assert effect > 0.05
@@ -116,20 +114,14 @@ def test_adapters_are_scaled_switched_and_summed_by_request(llama_cpp, report, t
   settings, total = lj.weighted_sum([(config, first), (config, second)], [1.0, -0.5], tiny.params)
   summed = lj.lora(tiny.call, settings)
   requests = {
-    "scale 0 is the base model": (tiny.call, [one._replace(scale=0.0)]),
-    "the first of two adapters": (lambda p, x: lora.apply(p, first, x), [one]),
-    "the second, by another request": (lambda p, x: lora.apply(p, second, x), [two]),
-    "the first again": (
-      lambda p, x: lora.apply(p, first, x),
-      [one, two._replace(scale=0.0)],
-    ),
-    "the sum, 1 and -0.5": (
-      lambda p, x: summed.apply(p, total, x),
-      [one, two._replace(scale=-0.5)],
-    ),
+    "scale 0 is the base model": (tiny.call, (), [one._replace(scale=0.0)]),
+    "the first of two adapters": (lora.apply, (first,), [one]),
+    "the second, by another request": (lora.apply, (second,), [two]),
+    "the first again": (lora.apply, (first,), [one, two._replace(scale=0.0)]),
+    "the sum, 1 and -0.5": (summed.apply, (total,), [one, two._replace(scale=-0.5)]),
   }
-  for name, (fn, adapters) in requests.items():
-    got = compare(llama_cpp, tiny.path, lambda x, fn=fn: fn(tiny.params, x), PROMPT, *adapters)
+  for name, (fn, trees, adapters) in requests.items():
+    got = compare(llama_cpp, tiny.path, fn, (tiny.params, *trees), PROMPT, *adapters)
     report(f"{name:35} {got}")
     assert got.difference < 1e-5, name
     assert got.num_equal == NUM_GREEDY, name
@@ -150,9 +142,7 @@ def test_the_official_converters_orientation_of_gpt2_is_wrong(name, llama_cpp, r
     with pytest.raises(RuntimeError, match="incorrect shape"):
       llama_cpp.logits(tiny.path, PROMPT, swapped)
     return
-  got = compare(
-    llama_cpp, tiny.path, lambda x: lora.apply(tiny.params, trainable, x), PROMPT, swapped
-  )
+  got = compare(llama_cpp, tiny.path, lora.apply, (tiny.params, trainable), PROMPT, swapped)
   report(f"{'swapped factors, which are wrong':35} {got}")
   assert got.difference > 0.05
 

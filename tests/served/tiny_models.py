@@ -110,15 +110,15 @@ def _tokenizer() -> dict[str, Any]:
   """Returns the keys of a tokenizer: 256 bytes, one merge and special tokens."""
   from tokenizers.pre_tokenizers import ByteLevel
 
-  special = [f"<|{i}|>" for i in range(NUM_TOKENS - NUM_BYTES)]
+  special = [f"<|{i}|>" for i in range(NUM_TOKENS - NUM_BYTES - 1)]
   return {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": [*sorted(ByteLevel.alphabet()), *special],
-    "tokenizer.ggml.token_type": [1] * NUM_BYTES + [3] * len(special),  # normal and control
+    "tokenizer.ggml.tokens": [*sorted(ByteLevel.alphabet()), "ab", *special],
+    "tokenizer.ggml.token_type": [1] * (NUM_BYTES + 1) + [3] * len(special),  # 3 is control
     "tokenizer.ggml.merges": ["a b"],
-    "tokenizer.ggml.bos_token_id": NUM_BYTES,
-    "tokenizer.ggml.eos_token_id": NUM_BYTES,
+    "tokenizer.ggml.bos_token_id": NUM_BYTES + 1,
+    "tokenizer.ggml.eos_token_id": NUM_BYTES + 1,
     "tokenizer.ggml.add_bos_token": False,
   }
 
