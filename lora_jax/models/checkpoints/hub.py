@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,6 @@ from lora_jax.models.checkpoints.recognize import (
   describe_tensors,
 )
 from lora_jax.models.text.tokenizer import TOKENIZER_FILES, tokenizer_files
-
-if TYPE_CHECKING:
-  from lora_jax.models.checkpoints.gguf_tensors import GGUFTensors
 
 logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
@@ -343,6 +340,8 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
   In a folder with both, the single file counts, as in `transformers`.
   """
+  if folder.is_file():
+    raise ValueError(f"{folder} is a file, expected a folder with safetensors")
   single, index = folder / "model.safetensors", folder / INDEX
   if single.is_file():
     return [single.name], None
@@ -385,40 +384,6 @@ def dtype_of(folder: Path) -> np.dtype:
       if tensors.dtype(name) in counts:
         counts[tensors.dtype(name)] += math.prod(tensors.shape(name))
   return np.dtype(FLOATS[max(counts, key=lambda dtype: counts[dtype])])
-
-
-def check_tensors(
-  folder: Path,
-  tensors: "Tensors | GGUFTensors",
-  expected: Mapping[str, tuple[int, ...]],
-  ignored: Callable[[str], bool] = lambda name: False,
-) -> None:
-  """Raises ValueError naming each tensor that is missing, unexpected, misshapen or not a float."""
-  stored = {
-    name: Stored(tensors.shape(name), tensors.dtype(name)) for name in tensors if not ignored(name)
-  }
-  faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in stored]
-  faults += [
-    f"unexpected {name} {tensor.shape}" for name, tensor in stored.items() if name not in expected
-  ]
-  faults += [
-    f"{name} has shape {stored[name].shape}, expected {shape}"
-    for name, shape in expected.items()
-    if name in stored and stored[name].shape != shape
-  ]
-  faults += [
-    f"{name} is of {stored[name].dtype}, expected one of {', '.join(tensors.readable)}"
-    for name in expected
-    if name in stored and stored[name].dtype not in tensors.readable
-  ]
-  if faults:
-    cause = tensors.explain(stored, expected)
-    more = f"; and {len(faults) - 12} more" if len(faults) > 12 else ""
-    raise ValueError(
-      f"{folder}: {cause}{'. ' if cause else ''}The tensors are not those of its "
-      f"{tensors.described_by}: "
-      f"{'; '.join(faults[:12])}{more}"
-    )
 
 
 def check_tied(folder: Path, tensors: Tensors, head: str, *embeddings: str) -> None:

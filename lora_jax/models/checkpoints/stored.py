@@ -24,18 +24,18 @@ from lora_jax.models.checkpoints.hub import (
   Parts,
   StoredTensor,
   Tensors,
-  check_tensors,
   make_leaf,
   open_tensors,
 )
 from lora_jax.models.checkpoints.loaded_weights import BLOCKS, QUANTIZED, loaded_shape
+from lora_jax.models.checkpoints.tensor_checks import check_tensors
 from lora_jax.quantization.ggml import block_bytes, field
 from lora_jax.quantization.leaf import Quantized, is_quantized
 from lora_jax.quantization.quantize import quantize
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """The tensors that hold a leaf by their index into it, and its offset on their last axis."""
-_CHUNK = 2**22  # bytes of blocks that are copied at once
+_CHUNK = 2**22  # bytes that are copied at once
 
 
 class Loaded(NamedTuple):
@@ -106,6 +106,7 @@ def load_params(
     def leaf(name: str) -> Any:
       shape, sharding = loaded[name], by_leaf[name]
       if is_quantized(shape) and shape.format in BLOCKS:
+        assert isinstance(tensors, GGUFTensors)
         return _load_blocks(tensors, holding[name], shape, sharding)
       if is_quantized(shape):
         return _load_quantized(tensors, holding[name], name, shape, sharding)
@@ -247,17 +248,16 @@ def _read(tensors: Tensors | GGUFTensors, holding: Holding, index: Index) -> Par
     return [_read(tensors, inner, index[1:]) for inner in _inner(holding, index[0])]
   tensor, start = holding[()]
   outputs = _outputs(tensors, tensor, start, index[-1])
-  in_file = tensor.axes_to_file((*index[:-1], outputs))
-
-  def part() -> np.ndarray:
-    array = tensor.to_ours(tensors.read(tensor.name, in_file))
-    return array.astype(np.float32) - tensor.offset if tensor.offset else array
-
+  first, *others = tensor.axes_to_file((*index[:-1], outputs))
   if tensors.dtype(tensor.name) in FLOATS:
-    return part()
+    array = tensor.to_ours(tensors.read(tensor.name, (first, *others)))
+    return array.astype(np.float32) - tensor.offset if tensor.offset else array
+  rows = np.r_[first]
 
   def write_to(out: np.ndarray) -> None:
-    out[...] = part()
+    target = tensor.to_file(out)
+    for part in _chunks(len(rows), 4 * math.prod(target.shape[1:])):
+      target[part] = tensors.read(tensor.name, (rows[part], *others)) - np.float32(tensor.offset)
 
   return Later(tuple(part.stop - part.start for part in index), write_to)
 
@@ -276,18 +276,26 @@ def _read_blocks(
     rows = (*rows[:-1], _outputs(tensors, tensor, start, rows[-1]))
   kind, (first, *others) = BLOCKS[shape.format], rows
   first = np.r_[first]
-  sizes = zip(inside, shape.arrays[name].shape[shape.ndim - 1 :], strict=True)
   lengths = [len(first), *(part.stop - part.start for part in others)]
-  row_bytes = math.prod(lengths[1:]) * shape.stored_shape[-1] // kind.block * block_bytes(kind)
-  step = max(_CHUNK // row_bytes, 1)
-  lengths += [len(range(size)[part]) for part, size in sizes]
+  num_blocks, *inner = shape.arrays[name].shape[shape.ndim - 1 :]
+  row_bytes = math.prod(lengths[1:]) * num_blocks * block_bytes(kind)
+  lengths += [
+    len(range(size)[part]) for part, size in zip(inside, (num_blocks, *inner), strict=True)
+  ]
 
   def write_to(out: np.ndarray) -> None:
-    for start in range(0, len(out), step):  # each maps the file anew, which frees read pages
-      raw = tensors.blocks(tensor.name, (first[start : start + step], *others))
-      out[start : start + step] = field(kind, name, raw)[(*[slice(None)] * len(rows), *inside)]
+    for part in _chunks(len(first), row_bytes):
+      raw = tensors.blocks(tensor.name, (first[part], *others))
+      out[part] = field(kind, name, raw)[(*[slice(None)] * len(rows), *inside)]
 
   return Later(tuple(lengths), write_to)
+
+
+def _chunks(num_rows: int, row_bytes: int) -> Iterator[slice]:
+  """Yields parts of the rows that are copied at once, so that the file's pages are freed."""
+  step = max(_CHUNK // row_bytes, 1)
+  for start in range(0, num_rows, step):
+    yield slice(start, start + step)
 
 
 def _inner(holding: Holding, numbers: slice) -> Iterator[Holding]:

@@ -1,7 +1,10 @@
 """GGUF files are read as llama.cpp writes them: header, tensors, configs and weights."""
 
 import dataclasses
+import itertools
 import struct
+import subprocess
+import sys
 
 import gguf
 import jax
@@ -111,20 +114,20 @@ def test_stored_blocks_have_the_values_and_the_bytes_of_the_file(name, scan_laye
 
 
 @pytest.mark.parametrize(
-  ("format_", "scan_layers"),
+  ("name", "format_", "scan_layers"),
   [
-    ("int8", True),
+    ("gpt2", "int8", False),
     *(
-      pytest.param(*case, marks=pytest.mark.long)
-      for case in (("int8", False), ("nf4", True), ("nf4", False))
+      pytest.param("qwen2_moe", *case, marks=pytest.mark.long)
+      for case in itertools.product(("int8", "nf4"), SCANS)
     ),
   ],
 )
-def test_linear_weights_are_quantized_while_loading(format_, scan_layers, tmp_path):
-  path = write_random(tmp_path / "model.gguf", *MODELS["qwen2_moe"], "Q8_0")
+def test_linear_weights_are_quantized_while_loading(name, format_, scan_layers, tmp_path):
+  path = write_random(tmp_path / "model.gguf", *MODELS[name], "Q8_0")
   model = load_causal_lm(path, param_dtype=format_, scan_layers=scan_layers)
   floats = load_causal_lm(path, scan_layers=scan_layers)
-  linear = r".*/(attn|shared)/\w+/kernel|.*/experts/.*"
+  linear = r".*/(attn|mlp|shared)/(query|key|value|out|gate|up|down)/kernel|.*/experts/.*"
   expected = dict(weights_with_path(lj.quantize(floats.params, format_, linear)))
   stored = dict(
     weights_with_path(load_causal_lm(path, param_dtype="stored", scan_layers=scan_layers).params)
@@ -133,7 +136,8 @@ def test_linear_weights_are_quantized_while_loading(format_, scan_layers, tmp_pa
     other = expected[leaf] if is_quantized(expected[leaf]) else stored[leaf]
     assert repr(array) == repr(other) or not is_quantized(other)
     assert_same(array, other)
-  assert model.params["lm_head"]["kernel"].format == "Q8_0"
+  table = stored["wte/embedding" if name == "gpt2" else "lm_head/kernel"]
+  assert table.format == "Q8_0"
   planned = plan_causal_lm(path, param_dtype=format_, scan_layers=scan_layers)
   assert shapes(planned.params) == shapes(model.params)
 
@@ -152,11 +156,16 @@ def test_devices_read_their_own_parts(scan_layers, tmp_path):
     leaves = [sharding(path, leaf) for path, leaf in leaves_with_path(shapes)]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-  for name, dtype in (("llama", "stored"), ("gpt2", "stored"), ("llama", "int8"), ("gpt2", None)):
+  for name, dtype in (
+    ("gpt2", "stored"),
+    ("gpt2", "int8"),
+    ("llama", "float32"),
+    ("llama", "stored"),
+  ):
     path = tmp_path / f"{name}.gguf"
     if not path.exists():
       write_random(path, *MODELS[name], "Q4_0")
-    options = {"param_dtype": dtype or "float32", "scan_layers": scan_layers}
+    options = {"param_dtype": dtype, "scan_layers": scan_layers}
     whole, parts = (load_causal_lm(path, **options, shardings=s) for s in (None, shardings))
     assert_same(parts.params, whole.params)
     plan = plan_causal_lm(path, **options, shardings=shardings)
@@ -164,9 +173,9 @@ def test_devices_read_their_own_parts(scan_layers, tmp_path):
       leaves_with_path(parts.params), leaves_with_path(plan.params), strict=True
     ):
       assert planned.sharding.is_equivalent_to(array.sharding, array.ndim), leaf
-  up = "h" if scan_layers else "h_0"
-  kernel = load_causal_lm(tmp_path / "gpt2.gguf", **options, shardings=shardings).params[up]["mlp"]
-  assert kernel["up"]["kernel"].addressable_shards[0].data.shape[-2:] == (32, 128)
+  layer = parts.params["layers" if scan_layers else "layers_0"]
+  codes = layer["mlp"]["up"]["kernel"].arrays["qs"]  # of (64, 128): 128 rows of 2 blocks
+  assert codes.addressable_shards[0].data.shape[-3:] == (64, 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +324,25 @@ def test_smollm2_takes_the_bytes_of_its_tensors():
   assert "134,515,008 parameters, Q4_1 and Q8_0 and float32" in repr(plan)
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(plan.params))
   assert size == 96_576_768
+
+
+@pytest.mark.long
+def test_no_tensor_of_smollm2_is_in_memory_twice():
+  if not cached_path("smollm2").is_file():
+    pytest.skip("SmolLM2 is not cached: make smollm2")
+  code = """
+import jax, resource
+from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
+jax.devices()
+plan_causal_lm("smollm2", param_dtype=PARAM_DTYPE)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_causal_lm("smollm2", param_dtype=PARAM_DTYPE)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+  for dtype, size in (("stored", 96.6), ("bfloat16", 269.1), ("float32", 538.1)):
+    line = code.replace("PARAM_DTYPE", repr(dtype))
+    run = subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True)
+    assert int(run.stdout) / 1000 < size + 25, dtype
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
