@@ -27,7 +27,7 @@ LESS_WORK = {  # in the sources, for `make test`
     "max_new_tokens=40": "max_new_tokens=4",
   },
 }
-LEARNED = 0.7  # of the first loss, at most, at the end
+LEARNED = {"quickstart": 0.5, "gguf": 0.7}  # the last loss over the first, at most
 FAST_COMPILATION = (
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # of LLVM
 )
@@ -80,7 +80,10 @@ def test_it_runs_on_less_data(path, tmp_path):
 
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def executed(request, tmp_path_factory):
-  """Returns a notebook as stored and as executed here; skips it if its model is not cached."""
+  """Returns a notebook's name, and the notebook as stored and as executed here.
+
+  Skips it if its model is not cached.
+  """
   if request.param.stem == "gguf":
     try:
       find_pretrained("smollm2")
@@ -88,12 +91,12 @@ def executed(request, tmp_path_factory):
       pytest.skip(str(error))
   stored, notebook = (nbformat.read(request.param, as_version=4) for _ in range(2))
   execute(notebook, tmp_path_factory.mktemp("notebook"))
-  return stored, notebook
+  return request.param.stem, stored, notebook
 
 
 @pytest.mark.long
 def test_stored_outputs_are_of_the_same_cells(executed):
-  stored, notebook = executed
+  _, stored, notebook = executed
   assert_the_same_cells_print(stored, notebook)
   for before, after in zip(stored.cells, notebook.cells, strict=True):
     if "lj.summary" in before.source:
@@ -102,6 +105,7 @@ def test_stored_outputs_are_of_the_same_cells(executed):
 
 @pytest.mark.long
 def test_it_learns(executed):
-  text = "\n".join(printed(cell) for cell in executed[1].cells if cell.cell_type == "code")
+  name, _, notebook = executed
+  text = "\n".join(printed(cell) for cell in notebook.cells if cell.cell_type == "code")
   losses = [float(line.split()[2]) for line in text.splitlines() if line.startswith("step ")]
-  assert losses[-1] < LEARNED * losses[0]
+  assert losses[-1] < LEARNED[name] * losses[0]
