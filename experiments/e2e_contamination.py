@@ -11,9 +11,9 @@ It is compared with the same reference under the name of another restaurant:
 A model that knows the texts gives the true ones more words and a smaller loss. A name can also fit
 a text better by itself (a coffee shop's), so that a small difference proves nothing; and a model
 that has read the texts without learning them by heart shows none. Intervals are by bootstrap over
-the inputs.
+the texts.
 
-Time: 2 minutes for 100 inputs with SmolLM2 on 2 CPU cores.
+Time: 71 s for 20 texts with SmolLM2 on 2 busy CPU cores; not measured for 100.
 Expect: a table of three rows, each with the true names, the other names and their difference.
 """
 
@@ -35,7 +35,7 @@ from lora_jax.decoding import SamplingConfig, from_linen, generate
 from lora_jax.fields import Within, read_value
 from lora_jax.models.zoo import LanguageModel, load_causal_lm
 
-Inputs = Annotated[int, Within("[2, 630]")]
+Texts = Annotated[int, Within("[2, 600]")]
 BATCH_SIZE = 20  # texts
 MAX_NEW_TOKENS = 40
 RESAMPLES, CONFIDENCE = 10_000, 0.95
@@ -160,12 +160,20 @@ def table(rows: Sequence[Row]) -> str:
   return "\n".join(lines)
 
 
+def choose(count: int) -> tuple[list[Halves], list[Halves]]:
+  """Returns the halves of texts spread evenly over the test set, whose inputs go by name."""
+  both = halve(e2e.grouped(e2e.read("test", "official")))
+  places = np.linspace(0, len(both[0]) - 1, count).astype(int)
+  true, swapped = ([halves[i] for i in places] for halves in both)
+  return true, swapped
+
+
 def run(name: str, count: int) -> list[Row]:
-  """Returns the measures of a model on texts of the first `count` inputs of the test set."""
-  groups = e2e.grouped(e2e.read("test", "official"))[: read_value(Inputs, count, "--count")]
+  """Returns the measures of a model on `count` texts of the test set."""
+  halves = choose(read_value(Texts, count, "--count"))
   model = load_causal_lm(name)
   text = load_text(model, chats=False)
-  true, swapped = (measure(model, text, halves) for halves in halve(groups))
+  true, swapped = (measure(model, text, part) for part in halves)
   return [Row(key, true[key], swapped[key]) for key in true]
 
 
@@ -173,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("e2e_contamination", __doc__)
   parser.add_argument("--model", required=True, help="a folder, a GGUF file, or a named model")
-  parser.add_argument("--count", type=int, default=100, help="inputs of the test set; default 100")
+  parser.add_argument("--count", type=int, default=100, help="texts of the test set; default 100")
   options = parser.parse_args(arguments)
   with explained():
     rows = run(options.model, options.count)
