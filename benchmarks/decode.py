@@ -35,11 +35,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 import lora_jax
 from lora_jax.data import text
 from lora_jax.data.sets import e2e
-from lora_jax.decoding import BeamConfig, beam_search, from_linen
+from lora_jax.decoding import BeamConfig, CachedModel, beam_search, from_linen
 from lora_jax.models.gpt2.folder import load_gpt2
 from lora_jax.models.gpt2.model import GPT2, init_cache
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
@@ -68,10 +69,8 @@ class Decoded:
 Search = Callable[[Prompts, int], Decoded]
 
 
-def lora_jax_search(folder: Path, config: BeamConfig) -> Search:
+def lora_jax_search(model: CachedModel, params: PyTree, config: BeamConfig) -> Search:
   """Returns `search(prompts, batch_size)` by lora_jax."""
-  shape, params = load_gpt2(folder)
-  model = from_linen(GPT2(shape), functools.partial(init_cache, shape), shape.num_positions)
 
   def search(prompts: Prompts, batch_size: int) -> Decoded:
     beams = beam_search(model, params, prompts, config, batch_size=batch_size)
@@ -86,15 +85,15 @@ def lora_jax_search(folder: Path, config: BeamConfig) -> Search:
 def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Search:
   """Returns `search(prompts, batch_size)` by transformers."""
   import torch  # pyright: ignore[reportMissingImports]
-  from transformers import GPT2LMHeadModel  # pyright: ignore[reportMissingImports]
+  from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
   torch.set_num_threads(threads)
-  model: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+  model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model.to(device)
   settings: dict[str, Any] = {
     "num_beams": config.num_beams,
-    "length_penalty": config.length_penalty,
+    "length_penalty": config.length_penalty if config.num_beams > 1 else None,
     "no_repeat_ngram_size": config.no_repeat_ngram_size,
     "max_new_tokens": config.max_new_tokens,
     "eos_token_id": list(config.eos_ids),
@@ -121,12 +120,13 @@ def transformers_search(folder: Path, config: BeamConfig, threads: int) -> Searc
           input_ids=tokens.to(device),
           attention_mask=mask.to(device),
           do_sample=False,
-          early_stopping=False,
-          output_scores=True,
+          early_stopping=False if config.num_beams > 1 else None,
+          output_scores=config.num_beams > 1,
           return_dict_in_generate=True,
           **settings,
         )
-      scores[rows] = out.sequences_scores.cpu().numpy()
+      if config.num_beams > 1:
+        scores[rows] = out.sequences_scores.cpu().numpy()
       for i, row in zip(rows, out.sequences[:, width:].tolist(), strict=True):
         ends = [index for index, token in enumerate(row) if token in config.eos_ids]
         outputs[i] = row[: ends[0] + 1] if ends else row
@@ -230,7 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {vars(options)}")
-  searches = {"lora_jax": lora_jax_search(options.model, config)}
+  shape, params = load_gpt2(options.model)
+  model = from_linen(GPT2(shape), functools.partial(init_cache, shape), shape.num_positions)
+  searches = {"lora_jax": lora_jax_search(model, params, config)}
   if not options.alone:
     searches["transformers"] = transformers_search(options.model, config, options.threads)
   print_table(measure(options, searches, prompts))

@@ -55,6 +55,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
@@ -149,17 +150,19 @@ def embedded_folder() -> Path:
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
 
 
-def make_jax(base: Base, example: batches.Batch) -> Trainer:
+def make_jax(
+  model: nn.Module, params: PyTree, example: batches.Batch, target: str = TARGET
+) -> Trainer:
   """Returns a trainer with the train step of the experiments."""
-  config = lj.LoraConfig(rank=RANK, alpha=ALPHA, target=TARGET)
-  loss = lj.lora(language_model_loss(GPT2(base.config)), config)
+  config = lj.LoraConfig(rank=RANK, alpha=ALPHA, target=target)
+  loss = lj.lora(language_model_loss(model), config)
   mesh, key = make_mesh(), jax.random.key(0)
-  trainable = jax.jit(loss.init)(key, base.params, example)
+  trainable = jax.jit(loss.init)(key, params, example)
   optimizer = optax.adamw(
     LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY
   )
   num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-  state, frozen, optimizer = start(base.params, trainable, optimizer, key, mesh)
+  state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
   train_step = make_train_step(loss, optimizer, state)
 
   def step(batch: batches.Batch) -> jax.Array:
@@ -174,22 +177,33 @@ def make_jax(base: Base, example: batches.Batch) -> Trainer:
 # ---- PEFT ------------------------------------------------------------------------------
 
 
-def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
-  """Returns a trainer with PEFT's LoRA of the model in a Hugging Face folder."""
+def make_peft(
+  folder: Path,
+  dtype: str,
+  packed: bool,
+  target: Sequence[str] = PEFT_TARGET,
+  fan_in_fan_out: bool = True,
+) -> Trainer:
+  """Returns a trainer with PEFT's LoRA of the model in a Hugging Face folder.
+
+  Args:
+    target: names of the adapted layers.
+    fan_in_fan_out: whether their kernels are (in, out), as GPT-2's.
+  """
   import peft  # pyright: ignore[reportMissingImports]
   import torch  # pyright: ignore[reportMissingImports]
   import transformers  # pyright: ignore[reportMissingImports]
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
-  model = transformers.GPT2LMHeadModel.from_pretrained(
+  model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
   )
   model.config.use_cache = False
   config = peft.LoraConfig(
     r=RANK,
     lora_alpha=ALPHA,
-    target_modules=PEFT_TARGET,
-    fan_in_fan_out=True,
+    target_modules=list(target),
+    fan_in_fan_out=fan_in_fan_out,
     task_type="CAUSAL_LM",
   )
   model = peft.get_peft_model(model, config).to(device).train()
@@ -215,7 +229,7 @@ def make_peft(folder: Path, dtype: str, packed: bool) -> Trainer:
 
 
 def peft_inputs(batch: batches.Batch, packed: bool) -> dict[str, np.ndarray]:
-  """Returns a batch as arguments of `GPT2LMHeadModel`; unsupervised tokens have label -100."""
+  """Returns a batch as arguments of a causal LM; unsupervised tokens have label -100."""
   tokens = batch["tokens"].astype(np.int64)
   labels = np.full(tokens.shape, -100)
   row, index = np.nonzero(batch["target_weights"])
@@ -293,7 +307,9 @@ def make_ways(options: argparse.Namespace, base: Base, folder: Path) -> dict[str
   ways = {}
   for batching, every in (("packed", 1), ("padded", 5)):
     example = data[batching](examples[:1])[0]
-    ways[f"lora_jax {batching}"] = way(make_jax(base, example), batching, every)
+    ways[f"lora_jax {batching}"] = way(
+      make_jax(GPT2(base.config), base.params, example), batching, every
+    )
   if not missing_peers():
     save_gpt2(folder, base.config, base.params, end_of_text_id=0)
     for batching in ("dynamic", "packed"):
