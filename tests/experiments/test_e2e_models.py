@@ -51,10 +51,6 @@ def gguf(tmp_path, monkeypatch):
   """The GGUF file of a tiny Llama with a chat template, and room for E2E's texts in bytes."""
   long = dataclasses.replace(tiny_models.CONFIGS["llama"], num_positions=512, mlp_dim=64)
   monkeypatch.setitem(tiny_models.CONFIGS, "long", long)
-  tokens = [*tiny_models.TOKENIZER["tokenizer.ggml.tokens"][:-1], "ab"]  # which a merge gives
-  types = [*tiny_models.TOKENIZER["tokenizer.ggml.token_type"][:-1], 1]
-  monkeypatch.setitem(tiny_models.TOKENIZER, "tokenizer.ggml.tokens", tokens)
-  monkeypatch.setitem(tiny_models.TOKENIZER, "tokenizer.ggml.token_type", types)
   monkeypatch.setitem(tiny_models.TOKENIZER, "tokenizer.chat_template", TEMPLATE)
   return tiny_models.make_tiny(tmp_path, "long").path
 
@@ -120,7 +116,12 @@ def test_a_prompt_is_the_start_of_its_example(gguf, prompt):
   assert text.index(shot.context) < text.index(shot.completion) < text.index(context.context)
   assert solved[-len(asked[1]) :][-5:] == asked[1][-5:]
   assert prompts.end_ids(base)[0] == end
-  assert prompts.as_line(base, " a pub .\n\n1") == "a pub ."
+  between = {"separator": base.tokenizer.id_to_token(end) + " ", "newline": "\n"}
+  if prompt in between:
+    whole = base.tokenizer.decode(list(example.tokens), skip_special_tokens=False)
+    assert whole == context.context + between[prompt] + context.completion
+  lines = {"separator": "a pub . It"}
+  assert prompts.as_line(base, " a pub .\nIt\n\n1") == lines.get(prompt, "a pub .")
 
 
 def test_lines_like_the_references():
@@ -144,11 +145,11 @@ def test_rounding_changes_linear_weights_only():
   params = {"h": {"attn": {"query": {"kernel": kernel}}}, "embedding": kernel}
   assert rounded(params, "") is params
   errors = []
-  for name in ("Q8_0", "Q4_0", "rtn3", "rtn2"):
+  for name in ("Q8_0", "rtn3", "rtn2"):
     result = rounded(params, name)
     np.testing.assert_array_equal(result["embedding"], kernel)
     errors.append(float(jnp.abs(result["h"]["attn"]["query"]["kernel"] - kernel).mean()))
-  assert 0 < errors[0] < errors[1] < errors[2] < errors[3] < 0.4
+  assert 0 < errors[0] < errors[1] < errors[2] < 0.4
   low = kernel.reshape(2, 2, 32, 5).min(2)  # a block is 32 inputs of one output
   two = rounded(params, "rtn2")["h"]["attn"]["query"]["kernel"].reshape(2, 2, 32, 5)
   np.testing.assert_allclose(two.min(2), low, rtol=1e-3)

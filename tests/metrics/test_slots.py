@@ -95,6 +95,7 @@ def test_the_rate_of_people():
 
 
 def test_the_rate_is_over_all_slots():
-  scores = slot_scores([TEXT, "Aromi ."], [INPUT, "name : Aromi | Type : pub"])
-  np.testing.assert_array_equal(scores.counts, [[0, 0, 0, 8], [1, 0, 0, 2]])
-  assert scores.rate == pytest.approx(10)
+  texts = [TEXT.replace("French", "Italian"), "Aromi is cheap ."]
+  scores = slot_scores(texts, [INPUT, "name : Aromi | Type : pub"])
+  np.testing.assert_array_equal(scores.counts, [[0, 1, 0, 8], [1, 0, 1, 2]])
+  assert scores.rate == pytest.approx(30)
