@@ -116,6 +116,8 @@ def test_a_prompt_is_the_start_of_its_example(gguf, prompt):
   assert text.index(shot.context) < text.index(shot.completion) < text.index(context.context)
   assert solved[-len(asked[1]) :][-5:] == asked[1][-5:]
   assert prompts.end_ids(base)[0] == end
+  line_break = base.tokenizer.encode("\n", add_special_tokens=False).ids[0]
+  assert (line_break in prompts.end_ids(base)) == (prompt != "separator")
   between = {"separator": base.tokenizer.id_to_token(end) + " ", "newline": "\n"}
   if prompt in between:
     whole = base.tokenizer.decode(list(example.tokens), skip_special_tokens=False)
