@@ -109,7 +109,9 @@ def test_gradients_equal_those_on_the_dequantized_base(scan_layers, variant):
   _, codes, tokens, adaptation, start = model(
     scan_layers, variant, "float32", ".*(kernel|embedding)"
   )
-  part, frozen = trained(randomized(start))
+  # Small factors: with large ones a change of the weights by 1e-7 changes gradients by 4e-5.
+  small = jax.tree.map(lambda a, b: a + 0.03 * (b - a), start, randomized(start))
+  part, frozen = trained(small)
 
   def fn(params, part):
     return adaptation.apply(params, lj.combine(part, frozen), tokens)
@@ -159,9 +161,9 @@ def test_no_dequantized_weight_is_kept_by_the_compiled_step(scan_layers):
     memory = step.lower(trainable, params).compile().memory_analysis()
     return memory.temp_size_in_bytes, memory.argument_size_in_bytes
 
-  growth, codes = (b - a for a, b in zip(temporaries(1, True), temporaries(3, True), strict=True))
+  growth, codes = (b - a for a, b in zip(temporaries(2, True), temporaries(4, True), strict=True))
   floats, weights = (
-    b - a for a, b in zip(temporaries(1, False), temporaries(3, False), strict=True)
+    b - a for a, b in zip(temporaries(2, False), temporaries(4, False), strict=True)
   )
   assert growth <= floats + 1.1 * codes
   assert floats + 1.1 * codes < 0.5 * weights  # of the float weights, which are not kept
