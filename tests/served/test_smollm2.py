@@ -28,7 +28,7 @@ pytestmark = [
   pytest.mark.skipif(smollm2.model_file() is None, reason="SmolLM2 is not cached: make smollm2"),
 ]
 NUM_PROMPTS, MAX_NEW_TOKENS, MAX_LENGTH = 20, 48, 160
-NUM_STEPS, NUM_MERGED_STEPS = 16, 4
+NUM_STEPS, NUM_MERGED_STEPS = 16, 8
 LORA = lj.LoraConfig(rank=16, alpha=32.0, target=smollm2.TARGET)
 QA_LORA = lj.LoraConfig(rank=8, alpha=8.0, target=smollm2.TARGET, variant=lj.QA_LORA)
 
@@ -173,4 +173,4 @@ def test_an_exact_merge_needs_no_adapter(base, llama_cpp, report, tmp_path):
   report(f"{'rounding of the minima':35} at most {max(errors.values()):.4f} of the update")
   assert got.differences.mean() < 0.02
   assert max(got.first, default=0.0) < 0.1
-  assert unmerged.differences.mean() > 5 * got.differences.mean()
+  assert unmerged.differences.mean() > 2 * got.differences.mean()
