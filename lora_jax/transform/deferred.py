@@ -11,7 +11,7 @@ after it would be a residual of the weight's size.)
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -212,13 +212,11 @@ def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
   if any(is_cut[num_stacks:]):
     return None
 
+  cut: Callable[..., jax.Array] = lax.dynamic_slice_in_dim if starts else lax.slice_in_dim
+
   def sliced(array: jax.Array) -> jax.Array:
     for axis in range(num_stacks):
-      if is_cut[axis]:
-        if starts:
-          array = lax.dynamic_slice_in_dim(array, *cuts[axis], axis)
-        else:
-          array = lax.slice_in_dim(array, *cuts[axis], axis)
+      array = cut(array, *cuts[axis], axis=axis) if is_cut[axis] else array
     return array
 
   return w.with_leaf(jax.tree.map(sliced, leaf))
