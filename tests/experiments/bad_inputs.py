@@ -111,7 +111,7 @@ LORA = [
 MODEL = [
   field("e2e", "model.dtype", "float23", "one of float32, bfloat16, float16", "'float23'"),
   field("e2e", "model.dtype", "auto", "one of float32, bfloat16, float16", "'auto'"),
-  field("finetune", "model.param_dtype", "int8", "one of auto, float32, bfloat16", "'int8'"),
+  field("finetune", "model.param_dtype", "int4", "one of auto, float32, bfloat16", "'int4'"),
   field("glue", "model.dtype", "float64", "one of float32, bfloat16, float16", "'float64'"),
   field("pretrain", "model.dtype", "", "one of auto, float32", "got ''"),
   field("finetune", "model.remat", "everything", "'', nothing_saveable", "got 'everything'"),

@@ -81,8 +81,8 @@ def test_end_tokens_of_the_generation_config(eos_token_id, expected, folder, tmp
   path = folder / "generation_config.json"
   path.write_text(json.dumps({"eos_token_id": eos_token_id}))
   try:
-    assert end_tokens(load_text(config, model, chats=True)) == {END, "<|im_end|>", *expected}
-    assert end_tokens(load_text(config, model, chats=False)) == {END, *expected}
+    assert end_tokens(load_text(model, True, config.data.chat_template)) == {END, "<|im_end|>", *expected}
+    assert end_tokens(load_text(model, False)) == {END, *expected}
   finally:
     path.unlink()
 
@@ -100,7 +100,8 @@ def test_end_tokens_of_the_generation_config(eos_token_id, expected, folder, tmp
 def test_end_tokens_of_other_templates(after, expected, warns, folder, tmp_path, caplog):
   template = CHATML.replace("<|im_end|>\n", after)
   with caplog.at_level(logging.WARNING):
-    text = load_text(*config_of(folder, tmp_path, CHATS, template), chats=True)
+    config, model = config_of(folder, tmp_path, CHATS, template)
+    text = load_text(model, True, config.data.chat_template)
   assert end_tokens(text) == {END, *expected}
   assert ("writes no special token after an answer" in caplog.text) == warns
 
@@ -109,7 +110,7 @@ def test_end_tokens_of_other_templates(after, expected, warns, folder, tmp_path,
 def test_prompts_as_asked_are_prefixes_of_what_is_trained_on(template, folder, tmp_path):
   chats = [*CHATS, TURNS]
   config, model = config_of(folder, tmp_path, chats, template)
-  text = load_text(config, model, chats=True)
+  text = load_text(model, True, config.data.chat_template)
   records = read_jsonl(config.data.file)
   for record, example, prompt in zip(
     records, encode(text, records, 64, truncate=False), prompts(text, records), strict=True
