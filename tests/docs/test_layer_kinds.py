@@ -30,5 +30,5 @@ def test_qa_lora_is_refused_as_the_page_says():
   lookups, odd = map(len, (variants.LOOKUPS, variants.ODD_INPUTS))
   refused = [name for name, _ in variants.REFUSED if name == "qa_lora"]
   assert len(refused) == lookups + odd
-  assert f"them on {len(KINDS) - lookups - odd}; it refuses the other {lookups + odd}" in PAGE
-  assert f"{lookups} look rows up, and of {odd} a group does not divide the inputs" in PAGE
+  assert f"them on {len(KINDS) - lookups - odd} and refuses the other {lookups + odd}" in PAGE
+  assert f"{lookups} look rows up, and {odd} have inputs that the group size does not" in PAGE
