@@ -10,12 +10,12 @@
     blk.0.ffn_up_exps.weight.lora_a     (experts, rank, in)
     blk.0.ffn_up_exps.weight.lora_b     (experts, out, rank)
 
-A follows the inputs of a weight in the base model's file and B its outputs. In `llama` files the
-outputs of query and key are interleaved, so the rows of B are too. GPT-2 has one weight for query,
-key and value: their As are concatenated along the rank, with zeros in B elsewhere.
+A has the inputs of a weight in the base model's file, B its outputs. In `llama` files the outputs
+of query and key are interleaved, so the rows of B are too. GPT-2 has one weight for query, key and
+value: their As are concatenated along the rank, and B is zero outside its own blocks.
 
-There is one alpha for all weights. Where theirs differ, B is multiplied by the scaling, and alpha
-is 0. Source: `llama_adapter_lora_init_impl` and `llama_adapter_lora_weight::get_scale` of
+A file has one alpha for all weights. If alphas differ, B is multiplied by its scaling, and alpha is
+0. Source: `llama_adapter_lora_init_impl` and `llama_adapter_lora_weight::get_scale` of
 llama.cpp. Its own converter ignores `rank_pattern`, `alpha_pattern` and rank-stabilized scalings,
 and swaps A and B of GPT-2.
 """
@@ -62,17 +62,17 @@ def save_gguf_adapter(
   base_model: str | None = None,
   dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
-  """Writes an adapter as a new GGUF file that llama.cpp reads and that computes the same.
+  """Writes an adapter as a new GGUF file, with which llama.cpp computes the same outputs.
 
   Args:
-    path: of the file.
-    config: of the adapter.
+    path: the file to write.
+    config: the adapter's config.
     trainable: the trained tree.
-    model: the config of the base model.
-    params: of the base model, or their shapes.
-    architecture: of the base model's GGUF file; None is what llama.cpp's converter would write.
+    model: the base model's config.
+    params: the base model's params, or their shapes.
+    architecture: that of the base model's GGUF file; None chooses as llama.cpp's converter does.
     base_model: its name, for the metadata.
-    dtype: of the factors in the file.
+    dtype: the dtype of the factors in the file.
   Raises:
     FileExistsError: if there is such a file.
     ValueError: if the adapter is not for the base model, or llama.cpp cannot express it.
@@ -106,20 +106,20 @@ def load_gguf_adapter(
   *,
   architecture: str | None = None,
 ) -> tuple[LoraConfig, PyTree]:
-  """Reads an adapter that llama.cpp's converter or `save_gguf_adapter` has written.
+  """Reads an adapter written by llama.cpp's converter or by `save_gguf_adapter`.
 
   Args:
-    path: of the file.
-    model: the config of the base model.
-    params: of the base model, or their shapes.
+    path: the file to read.
+    model: the base model's config.
+    params: the base model's params, or their shapes.
     architecture: as in `save_gguf_adapter`.
 
   Returns:
     The config and the trainable tree of `lora_jax.lora`.
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if it is not an adapter of plain LoRA for this model, or a tensor is missing,
-      unexpected, misshapen or not finite; each is named.
+    ValueError: if it is not a plain LoRA adapter for this model, or a tensor is missing,
+      unexpected, of a wrong shape or not finite; each is named.
   """
   file = open_gguf(path)
   architecture, tensors = _names(model, architecture)
@@ -187,10 +187,10 @@ def _about_positions() -> str:
 
 
 def _to_file(module: Module, joined: Fused, is_scaled: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Returns A and B of the file.
+  """Returns A and B as the file stores them.
 
   Args:
-    module: in llama.cpp.
+    module: the module in llama.cpp.
     joined: its arrays.
     is_scaled: whether B is multiplied by the scaling.
   """
@@ -219,7 +219,7 @@ def _narrow(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _check_metadata(file: GGUF, architecture: str) -> float:
-  """Returns alpha; raises ValueError unless the file is an adapter of plain LoRA for the model."""
+  """Returns alpha; raises ValueError unless the file is a plain LoRA adapter for the model."""
   path, metadata = file.path, file.metadata
   if file.kind != "adapter":
     raise ValueError(
@@ -251,7 +251,7 @@ def _check_tensors(
   """Returns the shapes of A and B in the file, by the name of the adapted weight and suffix.
 
   Raises:
-    ValueError: naming each tensor that is unexpected, without its other factor, or misshapen.
+    ValueError: naming each tensor that is unexpected, lacks its other factor, or has a wrong shape.
   """
   faults, pairs = [], {}
   for name in file.tensors:

@@ -1,7 +1,7 @@
 """Merges a QA-LoRA adapter into the GGUF file it was trained on, as a new file of the same size.
 
 The base model's file is copied, and the minima of adapted blocks are overwritten. All other bytes
-are those of the base model: other tensors, codes and scales, all metadata.
+are unchanged: other tensors, codes, scales and metadata.
 """
 
 import os
@@ -35,16 +35,16 @@ def save_merged_gguf(
   """Writes a GGUF file with an adapter merged into its quantized weights.
 
   Args:
-    path: of the new file.
+    path: the file to write.
     base: the base model's GGUF file.
-    config: of the adapter, whose variant is QA-LoRA in groups of whole blocks.
+    config: the adapter's config; its variant is QA-LoRA in groups of whole blocks.
     trainable: the trained tree.
-    tensors: of the model in `base`, and the leaves that they hold.
-    params: of the base model, as stored: `load_causal_lm(base, param_dtype="stored")`.
+    tensors: the tensors of the model in `base`, and the leaves that they hold.
+    params: the base model's params, as stored: `load_causal_lm(base, param_dtype="stored")`.
 
   Returns:
-    By path the error of each adapted weight, from rounding its minima to float16, over the size of
-    its update.
+    By path, the error of each adapted weight from rounding its minima to float16, relative to the
+    norm of its update.
   Raises:
     FileExistsError: if there is such a file.
     ValueError: if a weight cannot be merged exactly, as in `lora_jax.merge_quantized`; the adapter

@@ -8,12 +8,12 @@
                            model.layers.0.mlp.switch_mlp.up_proj.lora_a    (experts, rank, in)
                            model.layers.0.mlp.switch_mlp.up_proj.lora_b    (experts, out, rank)
 
-The scale multiplies A B as it is: alpha / rank. There is one rank and one scale for all modules, so
-smaller ranks are padded with zeros, and B is rescaled where scalings differ. DoRA adds the
-magnitude, `m` (out,). Factors of a tied embedding adapt the head too, as ours do and PEFT's do not.
+`scale` is our scaling, alpha / rank. All modules share one rank and one scale: smaller ranks are
+padded with zeros, and B is rescaled where scalings differ. DoRA adds the magnitude, `m` (out,).
+Factors of a tied embedding also adapt the head, as ours do and PEFT's do not.
 
-Source: `tuner/lora.py`, `tuner/dora.py` and `tuner/utils.py` of mlx-lm 0.32.2, where the files have
-been loaded on Linux.
+Source: `tuner/lora.py`, `tuner/dora.py` and `tuner/utils.py` of mlx-lm 0.32.2, which has loaded the
+files on Linux.
 """
 
 import json
@@ -44,15 +44,15 @@ def save_mlx(
   model: LlamaConfig | GPT2Config,
   params: PyTree,
 ) -> None:
-  """Writes an adapter as a new folder that mlx-lm reads and that computes the same.
+  """Writes an adapter as a new folder, with which mlx-lm computes the same outputs.
 
   Args:
-    folder: to make.
-    config: of the adapter.
+    folder: the folder to make.
+    config: the adapter's config.
     trainable: the trained tree.
-    model: the config of the base model.
-    params: of the base model, or their shapes. DoRA of some of GPT-2's query, key and value needs
-      arrays.
+    model: the base model's config.
+    params: the base model's params, or their shapes; DoRA of only some of GPT-2's query, key and
+      value needs arrays.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the adapter is not for the base model, or MLX cannot express it.
@@ -91,7 +91,7 @@ def save_mlx(
 
 
 def _tensors(model: LlamaConfig | GPT2Config) -> list[StoredTensor]:
-  """Returns the tensors of a model in mlx-lm, where a layer's experts are one tensor each."""
+  """Returns the tensors of a model in mlx-lm, which stacks the experts of a layer."""
   if isinstance(model, GPT2Config):
     if not model.tie_head:
       raise ValueError("mlx-lm's GPT-2 has no head of its own; merge the adapter instead")
@@ -100,11 +100,11 @@ def _tensors(model: LlamaConfig | GPT2Config) -> list[StoredTensor]:
       for stored in gpt2_folder.stored_tensors(model)
     ]
   published = llama_folder.stored_tensors(model, published=True)
-  return [_of_all_experts(stored) for stored in published if not stored.expert]
+  return [_stack_experts(stored) for stored in published if not stored.expert]
 
 
-def _of_all_experts(stored: StoredTensor) -> StoredTensor:
-  """Returns the tensor of all experts for that of the first; others as they are."""
+def _stack_experts(stored: StoredTensor) -> StoredTensor:
+  """Returns the first expert's tensor as that of all experts; other tensors unchanged."""
   if stored.expert is None:
     return stored
   leaf = stored.paths[0].rpartition("/")[2]
@@ -113,7 +113,7 @@ def _of_all_experts(stored: StoredTensor) -> StoredTensor:
 
 
 def _check_dora(modules: list[Module]) -> None:
-  """Raises ValueError if MLX has no DoRA of these modules, or another one."""
+  """Raises ValueError if MLX has no DoRA of these modules, or defines it differently."""
   for module in modules:
     if module.stored.is_parameter or module.stored.is_embedding:
       reason = (
@@ -143,7 +143,7 @@ def _to_file(module: Module, joined: Fused) -> Arrays:
 
 
 def _keys(names: list[str], num_layers: int) -> list[str]:
-  """Returns the names as MLX's `keys`: within a layer where all layers have them, else whole.
+  """Returns MLX's `keys`: names relative to a layer if all layers have them, otherwise full names.
 
   >>> _keys(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"], 2)
   ['mlp.up_proj', 'lm_head']

@@ -1,7 +1,7 @@
 """Slot errors of E2E texts: which values of an input a text leaves out, changes or adds.
 
-As Dušek et al. do it (2019, "Semantic Noise Matters for Neural Natural Language Generation",
-arXiv 1911.03905): values are found by patterns of their wordings, and
+After Dušek et al. (2019, "Semantic Noise Matters for Neural Natural Language Generation",
+arXiv 1911.03905): patterns find the wordings of values, and
 
     slot error rate = (missing + wrong + added) / slots of the inputs.
 
@@ -14,12 +14,13 @@ The patterns are our own. Their rules:
   so that "Rainbow Vegetarian Café" is no coffee shop.
 - Prices and ratings have three levels. "cheap" and "less than £ 20" are one level, as are "low" and
   "1 out of 5": people use the words of one for the other.
-- "restaurant" is a common noun here. It states the type where the input has it, and is never an
-  error where it has not.
-- Families and children are welcome unless a negation stands near them in the clause.
+- "restaurant" is a common noun here. It states the type if the input has that type, and is never
+  an error otherwise.
+- Families and children are welcome unless their clause has a negation near them.
+- A paraphrase without the value, such as "quick food", counts as missing.
 
-Human references have errors by these rules too, in part real ones. Their rate is the floor to
-compare systems with; `docs/smollm2.md` has it.
+Human references have errors by these rules too, and most are real (docs/smollm2.md has counts).
+Compare systems with the references' rate.
 """
 
 import functools
@@ -56,7 +57,7 @@ _RATING += r"|satisfaction|feedback"
 
 
 def _near_noun(level: str, noun: str, other: str) -> str:
-  """Returns a pattern of a level that is said of a noun, and not of the other one."""
+  """Returns a pattern of a level that describes a noun and not the other noun."""
   before = rf"\b(?:{level})(?:ly)?[ -]*(?:\w+ )?(?:customer[- ]*)?(?:{noun})\b"
   after = rf"\b(?:{noun})[ :]*(?:{_IS} )*(?:{level})\b(?![ -]*(?:customer )?(?:{other})\b)"
   return f"{before}|{after}"
@@ -70,7 +71,7 @@ def _rating(level: str, words: str) -> str:
   return rf"{words}|{_near_noun(level, _RATING, _PRICE)}"
 
 
-PLAIN = {  # wordings, and plainer ones that the patterns read
+PLAIN = {  # wordings, and simpler ones that the patterns match
   r" (n't|'t)\b": r"\1",
   r" - ": "-",
   r"\b(?:1|one)[ -]*(?:out of|of|out|/)[ -]*(?:a )?(?:5|five)\b": "onestar",
@@ -159,7 +160,7 @@ class SlotScores(NamedTuple):
   """The errors of several texts.
 
   Attributes:
-    counts: for each text its missing, wrong and added slots, and the slots of its input.
+    counts: for each text, the numbers of missing, wrong and added slots, and of the input's slots.
   """
 
   counts: Int[np.ndarray, "texts 4"]
@@ -172,7 +173,7 @@ class SlotScores(NamedTuple):
   def interval(
     self, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
   ) -> tuple[float, float]:
-    """Returns the ends of the rate's percentile interval over the inputs (`bootstrap.py`)."""
+    """Returns the ends of the rate's percentile interval over inputs, as in `bootstrap.py`."""
     size = len(self.counts)
     draws = np.random.default_rng(seed).integers(size, size=(resamples, size))
     tail = (1 - confidence) / 2
@@ -185,7 +186,7 @@ def _rate(counts: Int[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch"]:
 
 
 def parse_slots(context: str) -> dict[str, str]:
-  """Returns the slots of an input, in either format of the data.
+  """Returns the slots of an input in either of the data's formats.
 
   >>> parse_slots("name : The Vaults | Type : pub")
   {'name': 'The Vaults', 'Type': 'pub'}
@@ -272,7 +273,7 @@ def slot_scores(texts: Sequence[str], contexts: Sequence[str]) -> SlotScores:
     texts: the texts.
     contexts: their inputs, as in the data's files.
   Raises:
-    ValueError: if their numbers differ, there is none, or as in `parse_slots`.
+    ValueError: if their numbers differ or are 0; as in `parse_slots`.
   """
   if len(texts) != len(contexts) or not texts:
     raise ValueError(
@@ -296,7 +297,7 @@ def _venue(venue: str) -> str:
 
 
 def _families(text: str) -> set[str]:
-  """Returns "yes" or "no", or both, by whether negations stand near families and children."""
+  """Returns "yes", "no" or both: "no" if a negation is near a mention of families or children."""
   found = set()
   for clause in re.split(r"[.;]|, (?:but|and)|\bbut\b", text):
     if re.search(r"\badults?\b", clause):

@@ -1,4 +1,4 @@
-"""Codes of a few bits, packed in integers of 8 to 32."""
+"""Codes of a few bits, packed in integers of 8 to 32 bits."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def planes(packed: jax.Array, width: int) -> jax.Array:
-  """Unpacks codes of `width` bits, (..., n) to (..., 8 / width, n): first all the low ones."""
+  """Unpacks codes of `width` bits, (..., n) to (..., 8 / width, n), the low bits first."""
   return _unpacked(packed[..., None, :], width, 8 // width, -2)
 
 
@@ -46,7 +46,7 @@ def _packed(codes: jax.Array, width: int, axis: int) -> jax.Array:
 
 
 def trailing(x: jax.Array, num_axes: int, *shape: int) -> jax.Array:
-  """Gives the last `num_axes` axes a shape; without one, joins them."""
+  """Reshapes the last `num_axes` axes; without a shape, joins them into one."""
   kept = x.shape[: x.ndim - num_axes]
   return x.reshape(*kept, *(shape or (math.prod(x.shape[x.ndim - num_axes :]),)))
 

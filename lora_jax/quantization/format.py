@@ -1,4 +1,4 @@
-"""A format of quantized weights: the arrays that hold a block of values, and what they mean."""
+"""A format of quantized weights: the arrays of a block of values, and their dequantization."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ Arrays = Mapping[str, Any]
 
 
 class Part(NamedTuple):
-  """One array of a format, as each block of values has it.
+  """One array of a format, described for one block of values.
 
   Attributes:
-    dtype: by NumPy's name.
-    shape: per block; `()` is one number.
+    dtype: NumPy's name of its dtype.
+    shape: its shape per block; `()` is one number.
   """
 
   dtype: str
@@ -27,14 +27,14 @@ class Format(NamedTuple):
 
   Attributes:
     name: `Q4_1`, `int8`, `nf4`.
-    block: the number of values in a block; None is the whole axis, and then the first part, the
+    block: the number of values in a block; None is the whole axis, where the first part, the
       codes, has the weight's shape (..., n).
     parts: the arrays of a block by name. Parts other than the first may have other shapes, if
       `by_row` is given.
     dequantize: from arrays by name to values, float32 (..., n).
     quantize: from values, float32 (..., n), to arrays; None if the format is only read.
-    by_row: from the arrays to those whose leading axes are all those of the weight, (..., *), so
-      that some of its rows can be taken from each; None if the arrays are so already.
+    by_row: converts the arrays to ones that start with the weight's leading axes, so that rows can
+      be taken from each of them; None if they already do.
     dequantize_rows: as `dequantize`, for the arrays of `by_row`.
   """
 

@@ -1,13 +1,12 @@
 """llama.cpp's block formats, as GGUF files store them; the reference is the package `gguf`.
 
-The bytes of a block are split into arrays, one for each field of the C struct, so that scales,
-minima and codes are aligned; together they have the size of the file's blocks. The order of a
-format's parts is that of the struct.
+The bytes of a block are split into arrays, one for each field of the C struct and in its order, so
+that scales, minima and codes are aligned. Together the arrays have the size of the file's blocks.
 
 A product of a scale, a sub-scale and a code has at most 24 significant bits, so that no compiler
 can round it otherwise: values equal the reference's, bit for bit, eager and under `jit`. Where a
 scale is infinite or NaN, so are the values; the bits of a NaN may differ. XLA on CPUs flushes
-numbers below 2**-126 to 0, which are MXFP4's blocks whose scale has the byte 0 or 1.
+numbers below 2**-126 to 0: MXFP4's blocks whose scale byte is 0 or 1.
 """
 
 import itertools
@@ -57,7 +56,7 @@ def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
   """Returns the arrays of a format from the blocks of a file.
 
   Args:
-    kind: of `GGML`.
+    kind: a format in `GGML`.
     raw: uint8 (..., num_blocks * block_bytes).
   Returns:
     By name, (..., num_blocks, *part.shape); copies.
@@ -68,7 +67,7 @@ def split(kind: Format, raw: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def field(kind: Format, name: str, raw: np.ndarray) -> np.ndarray:
-  """Returns one of the arrays of `split`, whose other arguments and errors it has.
+  """Returns one array of `split`, with the same other arguments and errors.
 
   It is a view of `raw` on little-endian machines, and may not be aligned.
   """

@@ -1,7 +1,7 @@
-"""llama.cpp's formats of 256 values, most with sub-blocks of 16 or 32 that have scales of few bits.
+"""llama.cpp's formats with blocks of 256 values, most with small scales for 16 or 32 of them.
 
-The ternary ones (TQ1_0, TQ2_0) have one scale; TQ1_0 packs five codes in a byte, as the digits in
-base 3 of a fraction of 256.
+The ternary formats (TQ1_0, TQ2_0) have one scale. TQ1_0 packs five codes in a byte, as the base-3
+digits of byte / 256.
 """
 
 import jax

@@ -9,9 +9,8 @@ The blocks run along one axis of the weight, `axis`, which is the last one as st
 of a kernel, as in llama.cpp's files, whose weights are (out, in). A stack of layers has its axis
 first in the weight and in every array, so that `scan` slices it.
 
-A function that is adapted gets a floating-point array in its place. The engine dequantizes the
-leaf where it is used, in the forward and again in the backward pass, and keeps no dequantized
-weight.
+An adapted function sees a floating-point array in its place. The engine dequantizes the leaf where
+it is used, in the forward pass and again in the backward pass, and keeps no dequantized weight.
 """
 
 import math
@@ -32,10 +31,10 @@ class Quantized:
   """A weight as codes and scales: the arrays of a format.
 
   Attributes:
-    arrays: by name.
+    arrays: the arrays of the format, by name.
     format: a name in `FORMATS`; static.
     axis: the weight's axis that the blocks run along, negative; static.
-    dtype: of the dequantized weight; static.
+    dtype: the dtype of the dequantized weight; static.
   """
 
   arrays: dict[str, Any]
@@ -108,16 +107,28 @@ class Quantized:
     return leaf
 
   def dequantize(self) -> jax.Array:
-    """Returns the weight as an array of `dtype`."""
-    values = self.kind.dequantize(self.arrays)
-    return jnp.moveaxis(values, -1, self.axis).astype(self.dtype)
+    """Returns the weight as an array of `dtype`, sharded as its arrays."""
+
+    def values(arrays: Mapping[str, Any]) -> jax.Array:
+      return jnp.moveaxis(self.kind.dequantize(arrays), -1, self.axis).astype(self.dtype)
+
+    sharding = self.explicit_sharding
+    if sharding is None:
+      return values(self.arrays)
+    return jax.sharding.auto_axes(values, out_sharding=sharding)(self.arrays)
+
+  @property
+  def explicit_sharding(self) -> NamedSharding | None:
+    """The weight's sharding, if it is on a mesh with explicit axes."""
+    first = jax.typeof(next(iter(self.arrays.values()))).sharding
+    return self.weight_sharding(first) if first.mesh.explicit_axes else None
 
   def rows(self, take: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Returns rows of a weight whose blocks run along its last axis, float32.
 
     Args:
-      take: takes the rows of an array by its leading axes, which are those of the weight; all
-        axes after them are kept.
+      take: takes rows of an array by its leading axes, which are the weight's; it keeps all later
+        axes.
     """
     kind, arrays = self.kind, self.arrays
     arrays = arrays if kind.by_row is None else kind.by_row(arrays)
@@ -127,8 +138,10 @@ class Quantized:
   def weight_sharding(self, first: NamedSharding | PartitionSpec) -> NamedSharding | PartitionSpec:
     """Returns the sharding of the weight, given that of its first array."""
     spec = first.spec if isinstance(first, NamedSharding) else first
-    *rest, last = (*spec, *(None for _ in range(self.ndim)))[: self.ndim]
-    place = self.ndim + self.axis
+    array = next(iter(self.arrays.values()))
+    ndim = self.ndim if hasattr(array, "shape") else len(spec)  # a leaf of shardings
+    *rest, last = (*spec, *(None for _ in range(ndim)))[:ndim]
+    place = ndim + self.axis
     spec = PartitionSpec(*rest[:place], last, *rest[place:])
     return first.update(spec=spec) if isinstance(first, NamedSharding) else spec
 

@@ -6,12 +6,12 @@ A weight is a level times the largest magnitude of its block of 64:
 
 The 16 levels are quantiles of the normal distribution, scaled to [-1, 1] (appendix E). The absmax
 of a block is an 8-bit integer in steps of `scale`, one for each 256 blocks, from the mean of all.
-(The paper takes 8-bit floats for it; around the mean, integers are as small and closer.)
+(The paper uses 8-bit floats; integers around the mean take the same space and are more precise.)
 
     4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight
 
-The 256 blocks run along the last two axes of the stored weight, row after row, so that each matrix
-of a stack has groups and a mean of its own.
+Groups of 256 blocks run along the last two axes of the stored weight, row after row, so that each
+matrix of a stack has its own groups and mean.
 """
 
 import itertools
@@ -31,10 +31,10 @@ GROUP = 256
 
 
 def levels() -> tuple[float, ...]:
-  """Returns the sixteen levels, ascending, of which one is 0 (appendix E).
+  """Returns the sixteen levels in ascending order; one of them is 0 (appendix E).
 
-  They are quantiles at evenly spaced probabilities from `offset` to 1/2 for 8 positive ones, and
-  for 7 negative ones, divided by the largest.
+  The 8 positive and 7 negative levels are quantiles at evenly spaced probabilities from `offset` to
+  1/2, divided by the largest.
   """
   offset = 1 - (1 / 32 + 1 / 30) / 2
   quantile = NormalDist().inv_cdf

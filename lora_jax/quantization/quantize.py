@@ -18,7 +18,7 @@ from lora_jax.trees import closest_names, replace_leaves, select, weights_with_p
 def quantize(
   params: PyTree, format: str, target: str | Iterable[str] = r".*/kernel", axis: int = -2
 ) -> PyTree:
-  """Returns params with some weights quantized, each on its own and compiled.
+  """Returns params with some weights quantized, one compiled call for each.
 
   >>> import jax.numpy as jnp
   >>> params = {"mlp": {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}}
@@ -27,14 +27,14 @@ def quantize(
 
   Args:
     params: the base model's parameters; leaves that no pattern matches are unchanged.
-    format: a name of `FORMATS` that has a quantizer, as `nf4`, `int8`, `Q4_1`, `Q8_0`.
+    format: a name in `FORMATS` with a quantizer, such as `nf4`, `int8`, `Q4_1` or `Q8_0`.
     target: patterns for whole paths.
-    axis: the weight's axis that blocks run along, negative: for kernels the input axis. For
-      `int8` the axis that shares a scale. An embedding whose rows are looked up has -1.
+    axis: the weight's axis that blocks run along, negative: the input axis of a kernel; for
+      `int8`, the axis that shares a scale. Use -1 for an embedding whose rows are looked up.
   Raises:
     ValueError: naming the leaf, if a pattern matches nothing, or a matched leaf is quantized
-      already, is not a floating-point array, lacks the axis, has one that blocks do not divide, or
-      values that are not finite; naming the format, if it is unknown or can only be read.
+      already, is not a floating-point array, lacks the axis, is not a whole number of blocks along
+      it, or has values that are not finite; naming the format, if it is unknown or read-only.
   """
   kind = _kind(format)
   leaves = dict(weights_with_path(params))

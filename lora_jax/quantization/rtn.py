@@ -1,7 +1,7 @@
 """Blocks of 32 values rounded to the nearest of 8 or 4 steps: w = d * code + m.
 
-d and m, the minimum, are float16, so that a weight has 4 bits (`rtn3`) or 3 (`rtn2`), packed. No
-GGUF file has them: they show what fewer bits than Q4_1's cost, by the same rule.
+d and m, the minimum, are float16, so a weight takes 4 bits (`rtn3`) or 3 (`rtn2`) in all. GGUF
+files do not have these formats: they follow Q4_1's rule with fewer bits, for comparison.
 """
 
 import jax
@@ -16,7 +16,7 @@ def _codes2(arrays: Arrays) -> jax.Array:
 
 
 def _codes3(arrays: Arrays) -> jax.Array:
-  """The third bits are in `qh`."""
+  """Returns 3-bit codes; the third bits are in `qh`."""
   return _codes2(arrays) | (trailing(groups(arrays["qh"], 1, 8), 2) << 2)
 
 

@@ -158,7 +158,8 @@ def consume(equation: Any, operands: Sequence[Any]) -> list[Any]:
     return _compat.bind(equation, [evaluate(x) for x in operands])
 
   def run_in_branch(*operands):
-    if jax.sharding.get_abstract_mesh().manual_axes:  # of shard_map: devices would branch alone
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes or _is_explicit(operands):  # in a shard_map devices would branch alone
       return run(*operands)
     shapes = jax.eval_shape(run, *operands)
 
@@ -173,13 +174,22 @@ def consume(equation: Any, operands: Sequence[Any]) -> list[Any]:
   return jax.checkpoint(platform_run)(*operands)
 
 
+def _leaves(operands: Sequence[Any]) -> list[Quantized]:
+  return [x for x in jax.tree.leaves(list(operands), is_leaf=is_quantized) if is_quantized(x)]
+
+
+def _is_explicit(operands: Sequence[Any]) -> bool:
+  """Returns whether a weight is on a mesh with explicit axes."""
+  return any(leaf.explicit_sharding is not None for leaf in _leaves(operands))
+
+
 def _always(operands: Sequence[Any]) -> jax.Array:
   """Returns a predicate that is true, which XLA does not know.
 
   XLA for CPUs drops optimization barriers: it would dequantize all weights of a model at the
   beginning, once for both passes, and keep them. It does not move operations out of a branch.
   """
-  code = next(x for x in jax.tree.leaves([x for x in operands if isinstance(x, Deferred)]))
+  code = next(iter(_leaves(operands)[0].arrays.values()))
   first = lax.slice(code, [0] * code.ndim, [1] * code.ndim).reshape(())
   bits = lax.bitcast_convert_type(first, f"uint{8 * code.dtype.itemsize}")
   return lax.population_count(bits) <= 64
@@ -207,6 +217,7 @@ def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     is_cut = [cut != (0, size, 1) for cut, size in zip(cuts, leaf.shape, strict=True)]
   else:
+    starts = [lax.max(start, lax.zeros_like_array(start)) for start in starts]  # not from the end
     cuts = list(zip(starts, params["slice_sizes"], strict=True))
     is_cut = [cut[1] != size for cut, size in zip(cuts, leaf.shape, strict=True)]
   if any(is_cut[num_stacks:]):
@@ -228,7 +239,7 @@ def _look_up(
   """Returns rows of a weight, dequantized after the lookup; None for any other gather."""
   dnums = dimension_numbers
   leaf = w.pointwise_leaf if isinstance(w, Deferred) else None
-  if leaf is None or leaf.axis != -1 or dnums.operand_batching_dims:
+  if leaf is None or leaf.axis != -1 or dnums.operand_batching_dims or leaf.explicit_sharding:
     return None
   last = leaf.ndim - 1
   num_out = len(dnums.offset_dims) + indices.ndim - 1
@@ -249,11 +260,11 @@ def _look_up(
     sizes = (*slice_sizes[:last], *inner)
     return lax.gather(array, indices, numbers, sizes, mode=how, fill_value=fill)
 
-  rows = leaf.rows(take)
+  rows = _pointwise(w, leaf.rows(take).astype(leaf.dtype))
   if fills:
     exists = take(jnp.ones(leaf.shape[:last], jnp.uint8), 0)[..., None] > 0
     rows = jnp.where(exists, rows, jnp.nan if fill_value is None else fill_value)
-  return _pointwise(w, rows.astype(leaf.dtype))
+  return rows
 
 
 def _pointwise(w: Deferred, array: jax.Array) -> jax.Array:

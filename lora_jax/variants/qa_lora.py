@@ -3,8 +3,8 @@
     h = x W + scaling * pool(x) A B          pool(x)[group] = the sum of x over the group
 
 A, (in / group_size, rank), has one row for each group of consecutive inputs, so that A B is the
-same for all inputs of a group. A weight that is quantized in blocks along its inputs, each with a
-minimum of its own, w = d * code + m, takes it up in its minima: see `merge_quantized`.
+same for all inputs of a group. If a weight is quantized in blocks along its inputs, each with its
+own minimum, w = d * code + m, the update is merged into the minima: see `merge_quantized`.
 
 The paper's code averages over the group and multiplies by its size, which is this sum. PEFT 0.21
 averages and multiplies by the number of groups: in / group_size**2 times the output here. A and B

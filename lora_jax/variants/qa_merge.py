@@ -1,8 +1,8 @@
-"""Merges QA-LoRA into a quantized base model: its update is added to the blocks' minima.
+"""Merges QA-LoRA into a quantized base model by adding the update to the blocks' minima.
 
     w + delta = d * code + (m + delta)          delta is the same in all of the block
 
-Codes and scales stay; only `m` is rounded anew, to float16.
+Codes and scales are unchanged; only `m` is rounded again, to float16.
 """
 
 from typing import Any
@@ -38,14 +38,14 @@ def merge_quantized(
   to float16, at most 2**-11 of it. Fully trained leaves of the config are replaced.
 
   Args:
-    config: of the adapter, with its variant, as given to `lora_jax.lora`.
-    params: of the base model; every adapted weight is quantized as Q4_1 or Q5_1 along its (last)
-      input axis, in blocks of which a group has a whole number.
+    config: the adapter's config with its variant, as passed to `lora_jax.lora`.
+    params: the base model's params; every adapted weight is quantized as Q4_1 or Q5_1 along its
+      (last) input axis, and a group is a whole number of blocks.
     trainable: the adapter.
 
   Returns:
-    The params, and by path the error of an adapted weight over the size of its update, both as
-    norms over the whole weight; 0 where there is no update.
+    The params, and by path the error of each adapted weight: its norm relative to the update's, 0
+    without an update. It is large for small updates, such as those of a short training.
   Raises:
     ValueError: naming the weight, if it is not quantized so, is adapted by another variant, or a
       minimum exceeds float16's range; if the adapter is not for these params.

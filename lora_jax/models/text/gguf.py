@@ -4,8 +4,8 @@
     gpt2                    byte-level BPE by a list of merges; tokenizer.ggml.pre splits the text
     llama                   SentencePiece's BPE, by the scores of the tokens
 
-`transformers` stores the same in tokenizer.json, tokenizer_config.json and generation_config.json,
-so these are made here. Ids and end tokens are those of llama.cpp, which serves such files.
+They are written as transformers' tokenizer.json, tokenizer_config.json and generation_config.json.
+Token ids and end tokens equal llama.cpp's, which serves such files.
 """
 
 import json
@@ -36,7 +36,7 @@ PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 NAMES = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # in the keys, spelled as there
 USES = ("bos", "eos", "unk", "sep", "pad", "mask")
 DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unk": 0}}  # of llama.cpp
-ENDS = (  # of turns and texts; llama.cpp stops at them, whatever the metadata says about them
+ENDS = (  # of turns and texts; llama.cpp stops at them even if the metadata does not name them
   *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
   *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"),
 )
@@ -56,9 +56,9 @@ class Vocabulary(NamedTuple):
   Attributes:
     model: the algorithm, one of MODELS.
     tokens: by id.
-    kinds: of the tokens; those at which generation ends are control tokens.
+    kinds: the kinds of the tokens; end tokens are control tokens.
     special: ids by use, `{"bos": 1}`.
-    end_ids: the tokens that end a text, a turn or a message, the first ends a text.
+    end_ids: the tokens that end a text, a turn or a message; the first one ends a text.
   """
 
   model: str
@@ -69,7 +69,7 @@ class Vocabulary(NamedTuple):
 
 
 def read_model_json(source: str | Path, name: str) -> dict[str, Any]:
-  """Returns the object in a JSON file of a folder, or what a GGUF file has in its place.
+  """Returns the object in a folder's JSON file, or its equivalent made from a GGUF file.
 
   Args:
     source: a folder or a GGUF file.
@@ -216,7 +216,7 @@ def _build(path: Path, metadata: Mapping[str, Any], vocabulary: Vocabulary) -> "
 def _sentencepiece(path: Path, metadata: Mapping[str, Any], vocabulary: Vocabulary) -> "Tokenizer":
   """Returns the tokenizer of a SentencePiece model.
 
-  To llama.cpp an unused token is one like others, and spaces are never removed.
+  As in llama.cpp, unused tokens are normal tokens, and spaces are never removed.
   """
   scores = _list(path, metadata, "tokenizer.ggml.scores", float, len(vocabulary.tokens))
   kinds = [Kind.NORMAL if kind is Kind.UNUSED else kind for kind in vocabulary.kinds]
@@ -295,7 +295,7 @@ def _byte_level_bpe(
 
 
 def _pre_tokenizer(name: str) -> "pre_tokenizers.PreTokenizer":
-  """Returns what splits a text into words, whose characters are then written as bytes."""
+  """Returns the pre-tokenizer that splits a text into words and encodes their bytes."""
   from tokenizers import Regex, pre_tokenizers
 
   if name == "gpt-2":
@@ -324,7 +324,7 @@ def _pre_tokenizer(name: str) -> "pre_tokenizers.PreTokenizer":
 
 
 def _chat_template(path: Path, metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
-  """Returns the template; if there are named ones too, all of them with their names."""
+  """Returns the template, or all templates with their names if some are named."""
   key = "tokenizer.chat_template"
   prefix = f"{key}."
   named = {
@@ -341,7 +341,7 @@ def _chat_template(path: Path, metadata: Mapping[str, Any]) -> str | list[dict[s
 
 
 def _generation(path: Path, metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-  """Returns the settings of generation: end tokens, and how the model's makers sample."""
+  """Returns the generation settings: end tokens, and the recommended sampling."""
   ends = list(vocabulary.end_ids)
   values: dict[str, Any] = {
     f"{use}_token_id": vocabulary.special[use]
