@@ -172,7 +172,7 @@ test-peers:  ## models and adapters compared with the installed transformers and
 
 .PHONY: test-served
 test-served:  ## GGUF models and adapters in llama.cpp itself, if there is node
-	if ! node -e 'process.exit(parseInt(process.versions.node) < 20)' 2>/dev/null \
+	if ! node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' 2>/dev/null \
 	  || ! npm --version >/dev/null 2>&1; then
 	  echo "test-served: nothing tested, node 20 or newer with npm is needed for llama.cpp"
 	  exit 0
