@@ -1,17 +1,17 @@
-"""Looks for the E2E test set in a model's pretraining: does the model know its texts by heart?
+"""Tests whether a model has memorized texts of the E2E test set.
 
     python -m experiments.e2e_contamination --model=smollm2 [--count=100]
 
-One official reference of each input is cut into halves, the first of which names the restaurant.
-It is compared with the same reference under the name of another restaurant:
+One official reference of each input is cut into halves; the first half names the restaurant. It is
+compared with the same reference under the name of another restaurant:
 
-- the greedy completion of the first half: how many of its words are those of the other half;
-- the loss of the other half, whose tokens are the same for both names.
+- the greedy completion of the first half: how many words it has in common with the second half;
+- the loss of the second half, whose tokens are the same for both names.
 
-A model that knows the texts gives the true ones more words and a smaller loss. A name can also fit
-a text better by itself (a coffee shop's), so that a small difference proves nothing; and a model
-that has read the texts without learning them by heart shows none. Intervals are by bootstrap over
-the texts.
+A model that has memorized the texts completes more words, with a lower loss, under the true names.
+A small difference proves nothing: a name alone can fit a text better (a coffee shop's). No
+difference proves nothing either: a model may have read the texts without memorizing them. Intervals
+are by bootstrap over the texts.
 
 Time: 71 s for 20 texts with SmolLM2 on 2 busy CPU cores; not measured for 100.
 Expect: a table of three rows, each with the true names, the other names and their difference.
@@ -42,14 +42,14 @@ RESAMPLES, CONFIDENCE = 10_000, 0.95
 
 
 class Halves(NamedTuple):
-  """A text in two parts, the first of which has the restaurant's name."""
+  """A text in two parts; only the first has the restaurant's name."""
 
   first: str
   second: str
 
 
 class Row(NamedTuple):
-  """A measure of each text, with the true names and with other ones."""
+  """One measure of all texts, under the true names and under others."""
 
   name: str
   true: np.ndarray
@@ -59,8 +59,8 @@ class Row(NamedTuple):
 def halve(groups: Sequence[e2e.Group]) -> tuple[list[Halves], list[Halves]]:
   """Returns the texts in halves, and the same texts under the names of other restaurants.
 
-  They are the first reference of each input that has the name in its first half only. Each name
-  is replaced by the next in the alphabet, the last one by the first.
+  Each input contributes its first reference with the name in the first half only. Each name is
+  replaced by the next in alphabetical order, the last by the first.
   """
   chosen = []
   for group in groups:
@@ -92,7 +92,7 @@ def common_words(generated: str, expected: str) -> int:
 
 
 def measure(model: LanguageModel, text: Text, halves: Sequence[Halves]) -> dict[str, np.ndarray]:
-  """Returns, for each text, its common words, whether it is completed, and its loss."""
+  """Returns for each text the words in common, whether it was completed, and its loss."""
   prompts = encode_prompts(text.tokenizer, [part.first for part in halves], text.end_id)
   decoder = from_linen(model.module, model.init_cache, model.num_slots)
   search = SamplingConfig(eos_ids=text.end_ids, temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
@@ -132,7 +132,7 @@ def losses(model: LanguageModel, text: Text, halves: Sequence[Halves]) -> np.nda
 
 
 def _mean(by_token: np.ndarray, example: Example) -> float:
-  """Returns the mean over an example's supervised tokens but the end token."""
+  """Returns the mean over an example's supervised tokens except the end token."""
   return float(by_token[example.target_index[:-1]].mean())
 
 
@@ -145,7 +145,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def table(rows: Sequence[Row]) -> str:
-  """Returns the measures in Markdown."""
+  """Returns the measures as a Markdown table."""
   lines = [
     "| mean over the texts | true name | other name | difference (95 %) |",
     "|---|--:|--:|--:|",
@@ -161,7 +161,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def choose(count: int) -> tuple[list[Halves], list[Halves]]:
-  """Returns the halves of texts spread evenly over the test set, whose inputs go by name."""
+  """Returns the halves of texts spread evenly over the test set, which is sorted by name."""
   both = halve(e2e.grouped(e2e.read("test", "official")))
   places = np.linspace(0, len(both[0]) - 1, count).astype(int)
   true, swapped = ([halves[i] for i in places] for halves in both)

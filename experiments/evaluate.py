@@ -61,12 +61,13 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
   check_used(config.method, _changed(stored, config), config.experiment)
   if stored.model.rounded_to not in ("", config.model.rounded_to):
     raise ValueError(
-      f"{folder} adapts weights that are rounded to {stored.model.rounded_to}; only an adapter of "
-      "the unrounded ones can be evaluated on others"
+      f"{folder} adapts weights rounded to {stored.model.rounded_to}; only adapters of unrounded "
+      "weights can be evaluated on other weights"
     )
   if find_method(stored.method).owns_base and config.model.rounded_to != stored.model.rounded_to:
     raise ValueError(
-      f"--rounded_to rounds the weights below an adapter, and {folder} is a run of {stored.method}"
+      f"--rounded_to rounds the base weights of an adapter, and {folder} is a run of "
+      f"{stored.method}"
     )
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; give the number of inputs: --num_inputs=630")

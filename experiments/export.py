@@ -14,7 +14,7 @@ A merged model needs no adapter and no LoRA: the run's method may be any. It has
 dtype of the base model's folder, and the error of rounding to that dtype is printed.
 
 `merged.gguf` is for runs of QA-LoRA (`--config.method=qa_lora`) on a GGUF file of Q4_1 or Q5_1. It
-is that file with other minima in the adapted blocks; the error of rounding them is printed.
+equals that file except for the minima of the adapted blocks; their rounding error is printed.
 
 Every adapter comes with a model card, README.md, and `adapter.gguf` with a Modelfile for Ollama.
 Tokenizer, chat template and end tokens are exported too, as they were in training.
@@ -24,7 +24,7 @@ A run of `experiments.finetune` has written its adapter in PEFT's format, for se
 too, which only PEFT's format has.
 
 Time: seconds for the embedded base model; a merged model is read and written one weight at a time.
-Expect: files with which other packages compute the same as the run's model.
+Expect: files from which other packages compute the same outputs as the run's model.
 """
 
 from collections.abc import Sequence
@@ -67,12 +67,12 @@ def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -
   """Writes the adapter of a finished run, with a model card.
 
   Args:
-    folder: of the run.
+    folder: the run's folder.
     out: the folder to make, or for `gguf` the file.
-    form: of the files, as in `write_adapter`.
+    form: the format, as in `write_adapter`.
   Raises:
     FileExistsError: if there is such a file or folder.
-    ValueError: if the run's method has no adapter, or the format does not have such adapters.
+    ValueError: if the run's method has no adapter, or the format cannot express it.
   """
   config = _config_of(folder)
   if isinstance(config, GlueConfig):
@@ -133,7 +133,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
 
   Returns:
     The error of rounding each leaf to the base model's dtype, as in `save_merged`; empty for runs
-    without an adapter or a base model's folder, whose weights are not rounded: float32.
+    without an adapter or a base model's folder, whose weights are written in float32.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
@@ -202,7 +202,7 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
       f"{export_folder(config)} lacks chat_template.jinja, with which the run was trained "
       f"({config.data.chat_template}). Copy it there"
     )
-  if is_gguf(base):  # its blocks cannot hold a merged weight: a new folder, of float32
+  if is_gguf(base):  # its blocks cannot hold a merged weight: write a new float32 folder
     model = load_causal_lm(base)
     params = lj.lora(model.call, lora).merge(model.params, adapter)
     end_id = end_token_ids(export_folder(config))[0]
@@ -215,7 +215,7 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
 
 
 def format_of(out: str, name: str | None, is_for_servers: bool) -> Format:
-  """Returns the format of an adapter: the named one, or else that of the suffix.
+  """Returns the format of an adapter: the one named, or the suffix's.
 
   Raises:
     ValueError: if the two disagree.
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = make_parser("export", __doc__)
   parser.add_argument("folder", help="of a finished run")
   parser.add_argument("out", help="the folder or the file *.gguf to make")
-  parser.add_argument("--format", choices=FORMATS, help="of the adapter; default: by the suffix")
+  parser.add_argument("--format", choices=FORMATS, help="of the adapter; default: by OUT's suffix")
   formats = parser.add_mutually_exclusive_group()
   formats.add_argument("--merged", action="store_true", help="the whole model, not the adapter")
   formats.add_argument("--server", action="store_true", help="one rank and one alpha for all")

@@ -109,7 +109,7 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
 
 
 def with_warmup(config: E2EConfig, num_train_steps: int) -> E2EConfig:
-  """Returns the config with the steps of its `optimizer.warmup_share`, if it has one."""
+  """Returns the config with `optimizer.warmup_share`, if set, converted to steps."""
   if not config.optimizer.warmup_share:
     return config
   steps = max(1, round(config.optimizer.warmup_share * num_train_steps))

@@ -79,7 +79,7 @@ def get_config(variant: str = "mini") -> Config:
   config.optimizer.eps = 1e-6
   config.optimizer.schedule = "linear"  # to 0 after the warmup; or cosine, or constant
   config.optimizer.warmup_steps = 20
-  config.optimizer.warmup_share = 0.0  # of all steps, instead of a number of steps
+  config.optimizer.warmup_share = 0.0  # a share of all steps, instead of warmup_steps
   config.optimizer.clip_norm = 0.0  # of the gradient; 0 disables clipping
   config.optimizer.label_smoothing = 0.0
 
@@ -108,8 +108,8 @@ def get_config(variant: str = "mini") -> Config:
   config.decoding.scoring = "transformers"  # or reference: the rules of the paper's code
   config.decoding.batch_size = 16  # inputs; CPUs decode one batch per core
   config.decoding.num_shots = 0  # solved training examples before each input
-  config.decoding.tokenize = False  # True separates punctuation, for models that do not learn to
-  config.decoding.official_references = False  # True scores by the challenge's CSV files too
+  config.decoding.tokenize = False  # True separates punctuation, for models that are not trained
+  config.decoding.official_references = False  # True also scores against the challenge's CSV files
 
   if variant == "smollm2":
     _smollm2(config)
@@ -119,7 +119,7 @@ def get_config(variant: str = "mini") -> Config:
 
 
 def _smollm2(config: Config) -> None:
-  """Sets what differs for SmolLM2-135M-Instruct; its examples have 30 to 110 tokens."""
+  """Sets the fields that differ for SmolLM2-135M-Instruct; its examples have 30 to 110 tokens."""
   config.model.folder = "smollm2"
   config.lora.target = ALL_LINEAR
   config.data.update({"prompt": "newline", "row_length": 128, "loss_length": 80})

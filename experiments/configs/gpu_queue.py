@@ -3,9 +3,9 @@
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py:tiny
 
-In order of worth, so that the queue may be stopped at any time: the same command resumes it, and
-finished runs are skipped. Rates are those of smollm2_rates.py; alpha / rank is that of rank 16.
-`tiny` does the first step of every run on a few examples, on a CPU, to see that all of them work.
+The most useful runs come first, so the queue can be stopped at any time; the same command resumes
+it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep
+the scaling of rank 16. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
 """
 
 from collections.abc import Iterator

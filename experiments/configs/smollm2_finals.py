@@ -3,7 +3,7 @@
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_finals.py
     python -m experiments.report runs/smollm2/finals/* runs/e2e_template
 
-In order of worth: the first seed of every method, then the other seeds of the first three.
+The first seed of every method comes first, then the other seeds of three methods.
 """
 
 from collections.abc import Iterator

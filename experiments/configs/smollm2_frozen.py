@@ -3,7 +3,7 @@
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_frozen.py
     python -m experiments.report runs/smollm2/frozen/*
 
-The base model writes plain English; its texts are tokenized as the references are.
+The base model does not separate punctuation, so its texts are tokenized like the references.
 """
 
 from collections.abc import Iterator

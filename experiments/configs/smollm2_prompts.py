@@ -3,10 +3,10 @@
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_prompts.py
     python -m experiments.report runs/smollm2/prompts/*
 
-For each format the loss of the frozen base model, then that of LoRA after 500 examples. The formats
-supervise the same text: of "separator", the first token includes a space; of "chat", the end of the
-turn has one more token, which is certain after the end token, so that its loss per token is lower
-by about a twenty-seventh.
+For each format, the loss of the frozen base model and that of LoRA after 500 examples. All formats
+supervise the same text, with two differences: the first token of "separator" includes a space, and
+"chat" has one more token after the end token, which is certain, so its loss per token is lower by
+about 1/27.
 """
 
 from collections.abc import Iterator

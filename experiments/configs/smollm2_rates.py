@@ -3,9 +3,9 @@
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_rates.py
     python -m experiments.report runs/smollm2/rates/*
 
-The same four rates for every method, half a decade apart, one epoch, with a seed that no table
-reports. A best rate at either end is not bracketed yet: add a rate beyond it to `RATES`. `BEST` has
-the rates of smollm2_finals.py and smollm2_served.py; None marks those that have not been run.
+Four learning rates for every method, half a decade apart, one epoch, with a seed that no table
+reports. If the best rate is the smallest or largest, add one beyond it to `RATES`. `BEST` has the
+rates for smollm2_finals.py, smollm2_served.py and gpu_queue.py; None marks those not run yet.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from experiments.nlg.config import E2EConfig
 
 Changes = dict[str, object]
 
-ARMS: dict[str, Changes] = {  # in order of worth
+ARMS: dict[str, Changes] = {  # the most useful first
   "LoRA, rank 16": {"lora.rank": 16},
   "full": {"method": "full_finetuning"},
   "LoRA, rank 4, q,v": {"lora.rank": 4, "lora.target": QUERY_AND_VALUE},

@@ -1,4 +1,4 @@
-"""SmolLM2 on E2E: adapters trained on the weights that are served, against those that are not.
+"""SmolLM2 on E2E: adapters trained on the rounded weights that are served, or on the original ones.
 
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/smollm2_served.py
     for q in rtn2 rtn3 Q4_0 nf4 Q8_0; do
@@ -6,9 +6,9 @@
     done
     python -m experiments.report runs/smollm2/served/* runs/smollm2/served/*/evaluations/*
 
-W is the dequantized file, Q(W) its linear weights rounded to a format. The sweep trains LoRA on W
-and on each Q(W), and QA-LoRA on those whose blocks have a minimum, into which it merges exactly, on
-1,500 examples. The loop serves the adapter of W on each Q(W).
+W is the dequantized file, Q(W) the same with linear weights rounded to a format. On 1,500
+examples, the sweep trains LoRA on W and on each Q(W), and QA-LoRA on formats whose blocks have a
+minimum, into which it merges. The loop evaluates the adapter trained on W on each Q(W).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from experiments.configs.smollm2_rates import Changes, best_rate
 from experiments.harness.config import read_config
 from experiments.nlg.config import E2EConfig
 
-FORMATS = ("rtn2", "rtn3", "Q4_0", "nf4", "Q8_0")  # in order of worth
+FORMATS = ("rtn2", "rtn3", "Q4_0", "nf4", "Q8_0")  # the most useful first
 WITH_MINIMUM = ("rtn2", "rtn3")
 
 

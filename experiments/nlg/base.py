@@ -1,4 +1,4 @@
-"""Loads the language model that is adapted: its weights, tokenizer, text format and decoder."""
+"""Loads the base model: its weights, tokenizer, prompt format and decoder."""
 
 from importlib import resources
 from pathlib import Path
@@ -27,10 +27,10 @@ class Base(NamedTuple):
   """A pretrained language model with its tokenizer.
 
   Attributes:
-    model: with its weights.
+    model: the model and its weights.
     text: the tokenizer, the end tokens, and for the format `chat` the chat template.
     prompt: the format of the examples.
-    decoder: the functions of decoding; there is one, so that each is compiled once.
+    decoder: the functions for decoding, created once so that each is compiled once.
   """
 
   model: LanguageModel
@@ -63,7 +63,7 @@ class Base(NamedTuple):
 
 
 def load_base(config: E2EConfig, mesh: Mesh) -> Base:
-  """Loads the model that is adapted, placed on the mesh, and its tokenizer.
+  """Loads the base model, sharded over the mesh, and its tokenizer.
 
   Raises:
     ValueError: before any weights are read, if the config does not fit the model.
@@ -99,7 +99,7 @@ def random_params(module: nn.Module, mesh: Mesh, key: jax.Array) -> PyTree:
 
 
 def model_folder(config: E2EConfig) -> Path:
-  """Returns the base model's folder or file; the embedded one's if the config names none."""
+  """Returns the base model's folder or file; by default that of the embedded model."""
   if config.model.folder:
     return find_folder(config.model.folder)
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))

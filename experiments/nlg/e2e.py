@@ -73,7 +73,7 @@ def load_data(config: E2EConfig, base: Base) -> Data:
 
 
 def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:
-  """Returns the loss of some params on the validation examples, nats per token."""
+  """Returns the loss of params on the validation examples, in nats per token."""
   step = make_eval_step(lj.full_finetuning(language_model_loss(base.module)))
   return evaluate_loss(step, params, params, iter(data.valid), mesh)
 
@@ -119,7 +119,7 @@ def shots_of(config: E2EConfig) -> list[e2e.Record]:
 
 
 def tokenized(line: str) -> str:
-  """Returns a text with spaces around punctuation, as E2E's references in Hu et al.'s format.
+  """Returns a text with spaces around punctuation, like E2E's references in Hu et al.'s format.
 
   >>> tokenized("Aromi's a pub, near Café Brazil (£20-25).")
   "Aromi 's a pub , near Café Brazil ( £ 20 - 25 ) ."
@@ -186,7 +186,7 @@ def score(
     texts: one for each input.
     groups: the inputs with their references.
     folder: the run's folder.
-    official: the same inputs with the official references, by which they are scored too.
+    official: the same inputs with the official references, for a second set of scores.
   """
   (folder / "predictions.txt").write_text("".join(f"{line}\n" for line in texts), "utf-8")
   print("scoring ...", flush=True)
@@ -213,19 +213,19 @@ def score(
 
 
 def official_groups(groups: Sequence[e2e.Group], split: e2e.Split) -> list[e2e.Group]:
-  """Returns inputs with the references of the official CSV file, by the values of their slots.
+  """Returns inputs with the references of the official CSV file, matched by slot values.
 
   Raises:
     ValueError: if an input is not in that file.
   """
-  found = {_key(group): group for group in e2e.grouped(e2e.read(split, "official"))}
-  missing = [group.context for group in groups if _key(group) not in found]
+  official = {_key(group): group for group in e2e.grouped(e2e.read(split, "official"))}
+  missing = [group.context for group in groups if _key(group) not in official]
   if missing:
     raise ValueError(
       f"{len(missing)} of {len(groups)} inputs are not in the official {split} file, the first "
       f"{missing[0]!r}. Set decoding.official_references=False"
     )
-  return [found[_key(group)] for group in groups]
+  return [official[_key(group)] for group in groups]
 
 
 def _key(group: e2e.Group) -> frozenset[tuple[str, str]]:

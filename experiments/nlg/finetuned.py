@@ -59,7 +59,7 @@ def weights_digests(folder: Path) -> dict[str, str]:
   """Returns the SHA-256 of each of the base model's weight files, by name.
 
   Args:
-    folder: of the base model, or its GGUF file.
+    folder: the base model's folder, or its GGUF file.
   """
   if is_gguf(folder):
     paths = {tensor.path for tensor in open_gguf(folder).tensors.values()}
@@ -85,7 +85,7 @@ def export(
   A folder that exists is kept.
 
   Args:
-    config: of the run.
+    config: the run's config.
     model: the base model.
     text: its tokenizer.
     trained: the trained tree.
@@ -116,7 +116,7 @@ def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree
 
 
 def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Format:
-  """Returns the format of servers if they read such adapters, or else PEFT's."""
+  """Returns the servers' format if they support the adapter, otherwise PEFT's."""
   adapted = set(adapter_weights(adapter))
   fused = any(tensor.is_parameter and adapted & set(tensor.paths) for tensor in model.stored)
   return "server" if find_method(config.method).has_servers and not fused else "peft"
@@ -131,7 +131,7 @@ def _shapes(config: FinetuneConfig, model: LanguageModel) -> PyTree:
 def load_exported(config: FinetuneConfig) -> RunAdapter:
   """Returns the adapter that a finished run has exported, and the shapes of its base model.
 
-  A variant's adapter may need the base model's weights, which are read then.
+  For a variant other than LoRA the base model's weights are read too, since it may need them.
 
   Raises:
     FileNotFoundError, ValueError: if the run is not finished, has no adapter, or its files are

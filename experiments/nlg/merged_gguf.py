@@ -1,4 +1,4 @@
-"""Writes the model of a run of QA-LoRA as the GGUF file of its base model, with other minima."""
+"""Merges a run's QA-LoRA adapter into the minima of its base model's GGUF file."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
   """Merges the adapter of a finished run into its base model's GGUF file, as a new file.
 
   Returns:
-    By path the error of each adapted weight over the size of its update, as in `save_merged_gguf`.
+    By path, the error of each adapted weight relative to its update, as in `save_merged_gguf`.
   Raises:
     FileExistsError: if there is such a file.
     ValueError: if the run is not finished or has no adapter, its base model is not a GGUF file or

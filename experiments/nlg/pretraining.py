@@ -22,7 +22,7 @@ from lora_jax.files import read_json
 from lora_jax.models.gpt2.model import GPT2Config
 
 END_OF_TEXT_ID = 0
-PRETRAINING = "pretraining.json"  # what `experiments.gpt2_pretrain` writes next to a model
+PRETRAINING = "pretraining.json"  # written by `experiments.gpt2_pretrain` into the model's folder
 
 
 class Text(NamedTuple):

@@ -1,11 +1,11 @@
-"""The formats of E2E examples, and of the prompts that texts are generated from.
+"""The formats of E2E examples, and of the prompts for generation.
 
     separator   context END " " completion END    as in Hu et al.'s code
     newline     context "\\n" completion END
     chat        the model's chat template; the user's message is an instruction and the context
 
-END is the end token that the model's tokenizer names. `<|endoftext|>`, which ends documents, may be
-another one, and so may the padding: padding is masked by position, never by its token.
+END is the end token of the model's tokenizer. `<|endoftext|>`, which ends documents, may be another
+token, and so may the padding token: padding is masked by position, never by token.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ def encode(base: Base, records: Sequence[Record], limit: int) -> list[text.Examp
 def encode_prompts(
   base: Base, contexts: Sequence[str], shots: Sequence[Record] = ()
 ) -> list[list[int]]:
-  """Returns the tokens that texts are generated from.
+  """Returns the tokens of prompts for generation.
 
   Args:
-    base: the model, with its format.
+    base: the model, with its prompt format.
     contexts: the inputs.
     shots: solved examples that come before each input.
   """
@@ -46,7 +46,7 @@ def encode_prompts(
 
 
 def end_ids(base: Base) -> tuple[int, ...]:
-  """Returns the tokens that end a text: the model's end tokens, and one that ends its line.
+  """Returns the tokens that end a text: the model's end tokens, and line breaks of one token.
 
   A text is one line. With a separator it may start with a line break, and ends at a blank line.
   """
@@ -57,7 +57,7 @@ def end_ids(base: Base) -> tuple[int, ...]:
 
 
 def as_line(base: Base, generated: str) -> str:
-  """Returns a generated text up to its end, in one line."""
+  """Returns a generated text up to its end, as one line."""
   end = "\n\n" if base.prompt == "separator" else "\n"
   return " ".join(generated.split(end)[0].splitlines()).strip()
 

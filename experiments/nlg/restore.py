@@ -67,8 +67,8 @@ def restore_params(
     checkpoint: best or last.
     base: the run's base model, as `load_base` returns it.
     mesh: the devices of the base model.
-    served: other params of the base model, into which the adapter is merged; None is its own. The
-      loss is that of its own.
+    served: params into which the adapter is merged; None merges into the base model's own. The
+      loss is always that of the base model's own params.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
     ValueError: if they belong to another base model or another method.

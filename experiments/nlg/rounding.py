@@ -1,7 +1,7 @@
-"""Rounds a model's linear weights to a quantized format and back, to study what that costs.
+"""Rounds a model's linear weights to the values of a quantized format, to measure the loss.
 
-The rounded weights are float32 arrays: they train and decode as fast as the model's own, with the
-numbers of the format. `model.param_dtype` keeps codes and scales in memory instead.
+The rounded weights are float32 arrays, so training and decoding are as fast as with the model's own
+weights. `model.param_dtype` keeps codes and scales in memory instead.
 """
 
 import functools

@@ -21,8 +21,8 @@ def text_files(
   """Returns the files with which `transformers` tokenizes, renders and stops as in training.
 
   Args:
-    folder: of the base model, or its GGUF file; the tokenizer's files and generation settings are
-      copied, or made from the metadata.
+    folder: the base model's folder, or its GGUF file; the tokenizer's files and generation settings
+      are copied from the folder, or made from the file's metadata.
     tokenizer: the folder's, as it was loaded.
     end_ids: the tokens that end an answer, the one that ends a text first.
     chat_template: the user's own; None keeps the folder's.
@@ -57,7 +57,7 @@ def exported_text_files(folder: Path) -> dict[str, bytes]:
 
 
 def end_token_ids(folder: Path) -> list[int]:
-  """Returns the tokens that end an answer, by the generation settings of an exported folder."""
+  """Returns the end tokens in the generation settings of an exported folder."""
   ids = read_json(folder / "generation_config.json")["eos_token_id"]
   return ids if isinstance(ids, list) else [ids]
 

@@ -92,13 +92,13 @@ def test_an_adapter_served_on_rounded_weights(runs, tmp_path):
   assert result["valid_loss"] != stored(runs / "lora")["valid_loss"]
   folder = runs / "lora" / "evaluations" / "num_inputs=2,num_shots=1,rounded_to=rtn2"
   assert read_run(E2EConfig, folder).model.rounded_to == "rtn2"
-  with pytest.raises(ValueError, match=r"rounds the weights below an adapter.*full_finetuning"):
+  with pytest.raises(ValueError, match=r"rounds the base weights of an adapter.*full_finetuning"):
     evaluate_run(runs / "full", {"rounded_to": "rtn2"})
   config = json.loads((runs / "lora" / "config.json").read_text("utf-8"))
   config["model"]["rounded_to"] = "Q8_0"
   write_json(tmp_path / "config.json", config)
   write_json(tmp_path / "result.json", stored(runs / "lora"))
-  with pytest.raises(ValueError, match="adapts weights that are rounded to Q8_0"):
+  with pytest.raises(ValueError, match="adapts weights rounded to Q8_0"):
     evaluate_run(tmp_path, {"rounded_to": "rtn2"})
 
 
