@@ -18,8 +18,8 @@ from lora_jax.models.checkpoints.pretrained import PRETRAINED
 
 CARD = "README.md"
 UNKNOWN = "unknown"
-LIBRARIES = {"gguf": "gguf", "mlx": "mlx"}  # by format; others are PEFT's
-TEXTS = (  # of licences, by what their first lines say
+LIBRARIES = {"gguf": "gguf", "mlx": "mlx"}  # by format; peft for all others
+LICENSE_TEXTS = (  # identifiers, and patterns of the licences' first lines
   ("apache-2.0", r"Apache License\s+Version 2\.0"),
   ("mit", r"MIT License|Permission is hereby granted, free of charge"),
   ("cc-by-sa-4.0", r"CC BY-SA 4\.0"),
@@ -50,14 +50,14 @@ class BaseModel(NamedTuple):
 
   @property
   def license(self) -> str:
-    """Its licence's identifier on the hub, by its own files; `unknown` if they do not say."""
+    """Its licence's identifier on the hub, from its own files; `unknown` if they name none."""
     if is_gguf(self.path):
       license_ = open_gguf(self.path).metadata.get("general.license", UNKNOWN)
       return license_ if isinstance(license_, str) else UNKNOWN
     for path in sorted((*self.path.glob("LICENSE*"), *self.path.glob("NOTICE*"))):
       text = read_text(path)[:2000]
-      found = (name for name, pattern in TEXTS if re.search(pattern, text))
-      return next(found, f"see {path.name}")
+      names = (name for name, pattern in LICENSE_TEXTS if re.search(pattern, text))
+      return next(names, f"see {path.name}")
     return UNKNOWN
 
 
@@ -69,15 +69,15 @@ def model_card(
   usage: Sequence[str],
   task: str = "text-generation",
 ) -> str:
-  """Returns the text of a card.
+  """Returns the text of a model card.
 
   Args:
-    form: of the adapter's files, such as `peft` or `gguf`.
+    form: the format of the adapter's files, such as `peft` or `gguf`.
     base: the base model.
-    config: of the run.
-    result: of the run; its `result.json`, or the part that is known so far.
-    usage: lines of Markdown on how to use it.
-    task: on the hub.
+    config: the run's config.
+    result: the run's `result.json`, or the part that is known so far.
+    usage: lines of Markdown on how to use the adapter.
+    task: the hub's name of the task.
   """
   method, license_ = find_method(config.method).label, base.license
   about_license = {
@@ -124,7 +124,7 @@ def _front_matter(form: str, base: BaseModel, license_: str, task: str) -> list[
 
 
 def _data(config: AdaptationConfig) -> str:
-  """Returns the digests of a run's data: of its files, and of the examples as tokens."""
+  """Returns the digests of a run's data files and of its tokenized examples."""
   parts = []
   for name, label in (("data.json", "files"), ("examples.json", "examples as tokens")):
     path = Path(config.workdir) / name

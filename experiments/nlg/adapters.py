@@ -30,8 +30,8 @@ class RunAdapter(NamedTuple):
   """The adapter of a run, and what its files need.
 
   Attributes:
-    config: of the run.
-    result: of the run, or the part that is known so far.
+    config: the run's config.
+    result: the run's result, or the part that is known so far.
     lora: the adapter's config.
     trained: the trainable tree.
     model: the base model, or its shapes.
@@ -39,7 +39,7 @@ class RunAdapter(NamedTuple):
     text_files: tokenizer, chat template and end tokens, by name.
     ends: the texts of the end tokens.
     is_chat: whether it was trained on chats; None if that is unknown.
-    has_own_template: whether those were rendered by another chat template than the base model's.
+    has_own_template: whether it was trained with a chat template other than the base model's.
   """
 
   config: E2EConfig | FinetuneConfig
@@ -61,11 +61,11 @@ def write_adapter(run: RunAdapter, out: str | Path, form: Format) -> None:
     run: the adapter.
     out: the folder to make, or for `gguf` the file; its card is `NAME.README.md` and its file for
       Ollama `NAME.Modelfile`.
-    form: `server` is PEFT's format with one rank and alpha; `peft-experts` is that with each
-      expert's factors under its own name.
+    form: `server` is PEFT's format with one rank and alpha; `peft-experts` also gives each expert
+      its own factors.
   Raises:
     FileExistsError: if there is such a file or folder.
-    ValueError: if the format does not have such an adapter.
+    ValueError: if the format cannot express the adapter.
     OSError: if it cannot be written, such as on a full disk; nothing is left behind.
   """
   if form == "gguf":
@@ -82,7 +82,7 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
     folder,
     run.lora,
     run.trained,
-    _of_each_expert(run) if form == "peft-experts" else run.model.stored,
+    _expert_tensors(run) if form == "peft-experts" else run.model.stored,
     run.model.params,
     base_model=run.config.model.folder or None,
     for_server=form != "peft",
@@ -97,8 +97,8 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   _write_card(run, folder, form, lines)
 
 
-def _of_each_expert(run: RunAdapter) -> list[Any]:
-  """Returns the model's tensors by which each expert has its own."""
+def _expert_tensors(run: RunAdapter) -> list[Any]:
+  """Returns the model's tensors, with separate ones for each expert."""
   config = run.model.module.config
   if not isinstance(config, LlamaConfig) or config.mixture is None:
     raise ValueError(
@@ -123,7 +123,7 @@ def _write_card(run: RunAdapter, folder: Path, form: Format, lines: list[str]) -
 
 
 def _write_gguf(run: RunAdapter, out: Path) -> None:
-  """Writes the file of the adapter, its card and a Modelfile, next to each other."""
+  """Writes the adapter's file, its card and a Modelfile into one folder."""
   if out.suffix.lower() != ".gguf":
     raise ValueError(f"{out}: expected a file named *.gguf for llama.cpp's format")
   names = {kind: f"{out.stem}.{kind}" for kind in (CARD, "Modelfile")}
@@ -157,7 +157,7 @@ def _write_gguf(run: RunAdapter, out: Path) -> None:
 
 
 def _move_all(temporary: Path, paths: list[Path]) -> None:
-  """Moves finished files to their places, all or none."""
+  """Moves finished files to their final paths, all or none."""
   moved: list[Path] = []
   try:
     for path in paths:
@@ -174,10 +174,10 @@ def _converted(run: RunAdapter) -> str:
 
 
 def modelfile(run: RunAdapter, adapter: str) -> str:
-  """Returns the text of a Modelfile, from which Ollama makes a model with the adapter.
+  """Returns the text of a Modelfile, from which Ollama creates a model with the adapter.
 
-  Its stop tokens are the run's end tokens. A run on prompts without a chat template gets the prompt
-  as it is; otherwise Ollama takes the template of the base model.
+  Its stop tokens are the run's end tokens. For a run on prompts without a chat template, the
+  template is the bare prompt; otherwise Ollama uses the base model's template.
   """
   path, lines = run.base.path, []
   if is_gguf(path):

@@ -45,7 +45,7 @@ def in_peft(base: str, path: Path, adapter: str) -> list[str]:
 
 
 def in_vllm(base: str, adapter: str, rank: int) -> list[str]:
-  """Returns a command; empty if vLLM takes no adapter of such a rank."""
+  """Returns a command; nothing if vLLM does not support the rank."""
   largest = next((known for known in RANKS if known >= rank), None)
   if largest is None:
     return []
@@ -56,7 +56,7 @@ def in_vllm(base: str, adapter: str, rank: int) -> list[str]:
 
 
 def in_llama_server(base: str, adapter: str) -> list[str]:
-  """Returns a command, and a request; its prompt cache would mix adapters up (issue 26207)."""
+  """Returns a command and a request without prompt cache, which mixes adapters (issue 26207)."""
   return [
     f"llama-server -m {base} --lora {adapter}",
     "curl http://localhost:8080/completion -d '{",
