@@ -21,13 +21,6 @@ from tests.toy_models import relative_difference
 TOKENS = jnp.asarray([[5, 17, 30, 40, 2, 9]])
 
 
-def tokenizer():
-  """Returns the tiny models' tokenizer, with the token that its merge makes."""
-  tokens = [*TOKENIZER["tokenizer.ggml.tokens"][:-1], "ab"]
-  types = [*TOKENIZER["tokenizer.ggml.token_type"][:-1], 1]
-  return TOKENIZER | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-
-
 def write_base(path):
   """Writes a random Llama, 2 layers of 64, its kernels as Q4_1."""
   config = LlamaConfig(**LLAMA | {"embed_dim": 64, "mlp_dim": 64, "num_heads": 4})
@@ -36,7 +29,7 @@ def write_base(path):
     name: quantized(array, "Q4_1") if name.startswith("blk.") and array.ndim == 2 else array
     for name, array in arrays_of(tiny)
   }
-  write_gguf(path, "llama", llama_gguf.written_metadata(config) | tokenizer(), tensors)
+  write_gguf(path, "llama", llama_gguf.written_metadata(config) | TOKENIZER, tensors)
   return path
 
 
