@@ -73,6 +73,6 @@ def test_the_difference_has_an_interval():
 
 
 @pytest.mark.parametrize("count", ["1", "601"])
-def test_a_count_that_the_test_set_has_not_is_refused(count):
+def test_a_count_beyond_the_test_set_is_refused(count):
   with pytest.raises(SystemExit, match=r"--count must be an integer in \[2, 600\], got"):
     e2e_contamination.main(["--model=none", f"--count={count}"])

@@ -119,7 +119,7 @@ def test_the_written_file_has_the_same_tensors(tmp_path):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3", "gemma", "mixtral", "qwen2_moe"])
-def test_llamas_there_and_back(name, scan_layers, tmp_path):
+def test_llamas_round_trip(name, scan_layers, tmp_path):
   name = f"llama/{name}"
   adapter = random_adapter(name, scan_layers)
   path = save(tmp_path / "new.gguf", name, adapter, scan_layers)

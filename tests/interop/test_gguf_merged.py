@@ -74,7 +74,7 @@ def test_minima_change_and_no_other_byte(tmp_path, name, scan):
   assert minima[changed].all()
 
 
-def test_what_the_file_cannot_hold_is_refused(tmp_path):
+def test_unsupported_merges_are_refused(tmp_path):
   base, path = write_base(tmp_path, "llama3"), tmp_path / "new" / "merged.gguf"
   model = load_causal_lm(base, param_dtype="stored")
 

@@ -84,7 +84,7 @@ def test_ranks_and_scalings_become_one(tmp_path):
     np.testing.assert_allclose(2.0 * a @ b, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_layer_has_its_whole_name(tmp_path):
+def test_one_layer_has_its_full_name(tmp_path):
   written("one layer", tmp_path / "new")
   config, _ = read(tmp_path / "new")
   keys = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]

@@ -84,7 +84,7 @@ def test_an_unknown_venue_of_the_input_is_found():
   assert slot_errors("It is near Bei Uns .", slots).missing == ("name",)
 
 
-def test_the_rate_of_people():
+def test_the_rate_of_the_references():
   """The floor of docs/smollm2.md, on every twentieth reference."""
   records = e2e.read("test")[::20]
   scores = slot_scores([r.completion for r in records], [r.context for r in records])

@@ -90,7 +90,7 @@ def test_rows_are_dequantized_from_the_rows_of_the_arrays(format):
   np.testing.assert_allclose(rows, values(leaf)[:, ids], rtol=1e-6)
 
 
-def test_a_weight_has_its_dtype_axis_and_neighbours_again():
+def test_dequantizing_restores_the_dtype_the_axis_and_other_leaves():
   params = {
     "mlp": {"kernel": jnp.asarray(normal(64, 6), jnp.bfloat16), "bias": jnp.zeros(6)},
     "embed": jnp.asarray(normal(10, 64)),

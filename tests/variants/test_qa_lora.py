@@ -164,7 +164,7 @@ def trained_on(config, num_groups):
     ("Q4_1", lj.qa_lora_variant(16), 4, "16 inputs are not whole blocks of Q4_1, which have 32"),
   ],
 )
-def test_what_cannot_be_merged_exactly_is_refused(params, variant, num_groups, words):
+def test_inexact_merges_are_refused(params, variant, num_groups, words):
   config = dataclasses.replace(CONFIG, variant=variant)
   params = {"w": normal(64, 8)} if params is None else quantized((64, 8), params)
   with pytest.raises(ValueError, match=words):
