@@ -29,6 +29,7 @@ KIND_AND_AXIS = [
   for axis in (-1, -2)
   for is_short in [axis == -2 and str(kind) in ONE_PER_FAMILY]
 ]
+LAYERS = [False, pytest.param(True, marks=pytest.mark.long)]
 WEIGHTS = r"(f32|bf16)\[(2,)?(32,64|64,32|32,16|16,32|32,96|96,32|160,32|32,160)\]"
 
 
@@ -89,7 +90,7 @@ def model(scan_layers: bool, variant=lj.LORA, dtype="bfloat16", target=".*(query
   )
   tokens = jax.random.randint(jax.random.key(0), (1, 5), 0, 160)
   module = Llama(config)
-  params = module.init(jax.random.key(1), tokens)["params"]
+  params = jax.jit(module.init)(jax.random.key(1), tokens)["params"]
   codes = lj.quantize(params, "Q4_1", ".*kernel")
   codes = lj.quantize(codes, "Q8_0", ".*embedding", axis=-1)
 
@@ -104,7 +105,7 @@ def model(scan_layers: bool, variant=lj.LORA, dtype="bfloat16", target=".*(query
 @pytest.mark.parametrize(
   "variant", [lj.LORA, pytest.param(lj.DORA, marks=pytest.mark.long)], ids=["LoRA", "DoRA"]
 )
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan_layers", LAYERS, ids=["unrolled", "scanned"])
 def test_gradients_equal_those_on_the_dequantized_base(scan_layers, variant):
   _, codes, tokens, adaptation, start = model(
     scan_layers, variant, "float32", ".*(kernel|embedding)"
@@ -135,7 +136,7 @@ def test_no_dequantized_weight_is_a_residual(scan_layers, capsys):
   assert weights_kept(lj.dequantize(codes))  # the count can tell
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("scan_layers", LAYERS, ids=["unrolled", "scanned"])
 def test_no_dequantized_weight_is_kept_by_the_compiled_step(scan_layers):
   """More layers need as much more temporary memory as the float model, and the codes once more."""
 
@@ -199,8 +200,9 @@ def test_frozen_codes_serve_partial_finetuning_and_evaluation():
   loss, codes, tokens, _, _ = model(False)
   norms = lj.partial_finetuning(loss, ".*norm/scale")
   trainable = norms.init(jax.random.key(0), codes)
-  expected = loss(lj.dequantize(codes), tokens)
-  for got in (norms.apply(codes, trainable, tokens), lj.dequantized(loss)(codes, tokens)):
+  expected = jax.jit(loss)(lj.dequantize(codes), tokens)
+  for fn, args in ((norms.apply, (trainable, tokens)), (lj.dequantized(loss), (tokens,))):
+    got = jax.jit(fn)(codes, *args)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
