@@ -81,7 +81,11 @@ def test_end_tokens_of_the_generation_config(eos_token_id, expected, folder, tmp
   path = folder / "generation_config.json"
   path.write_text(json.dumps({"eos_token_id": eos_token_id}))
   try:
-    assert end_tokens(load_text(model, True, config.data.chat_template)) == {END, "<|im_end|>", *expected}
+    assert end_tokens(load_text(model, True, config.data.chat_template)) == {
+      END,
+      "<|im_end|>",
+      *expected,
+    }
     assert end_tokens(load_text(model, False)) == {END, *expected}
   finally:
     path.unlink()
