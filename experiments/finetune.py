@@ -215,10 +215,12 @@ def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
   for sample in result["samples"]:
     lines += [f"prompt     {sample['prompt']!r}", f"generated  {sample['generated']!r}"]
     lines += [f"data       {sample['answer']!r}", ""]
+  held_out = result["num_valid_records"]
   kept = result["best_step"] if config.fit.keep == "best" else result["num_train_steps"]
   lines += [
-    f"loss       {result['valid_loss']:.4f} nats/token on {result['num_valid_records']:,} "
-    f"held-out examples, after step {kept:,} of {result['num_train_steps']:,}",
+    f"loss       {result['valid_loss']:.4f} nats/token on {held_out:,} "
+    f"held-out example{'s' if held_out > 1 else ''}, after step {kept:,} of "
+    f"{result['num_train_steps']:,}",
     f"time       {result['seconds']:.0f} s on {result['device']}",
     f"wrote      {export_folder(config)}",
     "",
@@ -239,7 +241,7 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
       "import transformers",
       f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})",
     ]
-  lines = ["# here", *usage.in_lora_jax(model, str(folder)), ""]
+  lines = ["# here", *usage.in_lora_jax(model, str(folder), config.model.param_dtype), ""]
   path = find_folder(model) if model in PRETRAINED else Path(model)
   lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")

@@ -25,12 +25,14 @@ def get_config() -> Config:
   config.workdir = ""  # "" is runs/finetune/<what differs from this file>
   config.seed = 0  # of the adapter, the order of the data and dropout
   config.keep_freed_memory = False  # on CPUs: faster, and more memory
-  config.method = "lora"  # or dora; or full_finetuning, at a tenth of the learning rate
+  config.method = "lora"  # or dora, qa_lora; or full_finetuning, at a tenth of the learning rate
 
   config.model = ConfigDict()
-  config.model.folder = ""  # a Hugging Face folder, or a repository of the hub
+  # A Hugging Face folder, a repository of the hub, a GGUF file, or smollm2 (`make smollm2`).
+  config.model.folder = ""
   config.model.dtype = "auto"  # of the computation; auto is bfloat16, or float32 on CPUs
-  config.model.param_dtype = "auto"  # of the frozen weights; auto as above
+  # Of the frozen weights; auto as above. stored, int8 and nf4 keep them quantized (docs/gguf.md).
+  config.model.param_dtype = "auto"
   config.model.scan_layers = False  # True compiles deep models faster
   config.model.remat = ""  # a policy such as nothing_saveable: less memory, more time
   config.model.attention = "compact"  # or xla, or cudnn (on a GPU, with bfloat16)

@@ -24,6 +24,7 @@ LICENSE_TEXTS = (  # identifiers, and patterns of the licences' first lines
   ("mit", r"MIT License|Permission is hereby granted, free of charge"),
   ("cc-by-sa-4.0", r"CC BY-SA 4\.0"),
 )
+PROVENANCE = {"device": "", "jax": "JAX ", "commit": "lora_jax at commit "}
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -92,17 +93,22 @@ def model_card(
     f"of `{config.lora.target}`",
     "held-out loss": _loss(result),
     "trained on": ", ".join(
-      str(result[key]) for key in ("device", "jax", "commit") if result.get(key)
+      f"{label}{result[key]}" for key, label in PROVENANCE.items() if result.get(key)
     ),
   }
   lines = [*_front_matter(form, base, license_, task), ""]
   lines += [f"# {method} adapter of {base.name}", ""]
   lines += [f"Trained by `experiments.{config.NAME}` of lora_jax.", "", "| | |", "|---|---|"]
-  lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
+  lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
   lines += ["", "## Use", "", *usage, "", "## Config", "", "```json"]
   settings = {key: x for key, x in dataclasses.asdict(config).items() if key != "workdir"}
   lines += [json.dumps(settings, indent=2, ensure_ascii=False), "```", ""]
   return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+  """Returns a text as one cell of a table, which a bar would end even in a code span."""
+  return text.replace("|", "\\|")
 
 
 def code(language: str, lines: Sequence[str]) -> list[str]:

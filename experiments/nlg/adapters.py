@@ -90,7 +90,7 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   written = read_json(folder / "adapter_config.json")
   base, here = run.base.name, "."
   lines = code("python", usage.in_peft(base, run.base.path, here))
-  lines += code("python", usage.in_lora_jax(base, here))
+  lines += code("python", usage.in_lora_jax(base, here, run.config.model.param_dtype))
   servable = form != "peft" and not is_gguf(run.base.path)
   if servable and (command := usage.in_vllm(base, here, written["r"])):
     lines += code("sh", command)
@@ -148,7 +148,8 @@ def _write_gguf(run: RunAdapter, out: Path) -> None:
     base = str(path) if is_gguf(path) else "base.gguf"
     lines = code("sh", usage.in_llama_server(base, out.name))
     lines += code("sh", usage.in_ollama(names["Modelfile"]))
-    lines += code("python", usage.gguf_in_lora_jax(run.base.name, out.name))
+    dtype = run.config.model.param_dtype
+    lines += code("python", usage.gguf_in_lora_jax(run.base.name, out.name, dtype))
     if not is_gguf(path):
       lines += [f"`base.gguf` is {_converted(run)}.", ""]
     card = model_card("gguf", run.base, run.config, run.result, lines[:-1])

@@ -4,22 +4,29 @@ from pathlib import Path
 
 from lora_jax.models.checkpoints.gguf import is_gguf
 
+QUANTIZED = ("stored", "int8", "nf4")  # values of param_dtype
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 
 
-def in_lora_jax(base: str, adapter: str) -> list[str]:
+def _load(base: str, param_dtype: str) -> str:
+  """Returns the line that loads a base model, with its weights quantized as in training."""
+  option = f", param_dtype={param_dtype!r}" if param_dtype in QUANTIZED else ""
+  return f"base = lora_jax.models.zoo.load_causal_lm({base!r}{option})"
+
+
+def in_lora_jax(base: str, adapter: str, param_dtype: str = "") -> list[str]:
   return [
     "import lora_jax, lora_jax.interop, lora_jax.models.zoo",
-    f"base = lora_jax.models.zoo.load_causal_lm({base!r})",
+    _load(base, param_dtype),
     f"config, adapter = lora_jax.interop.load_peft({adapter!r}, base.stored, base.params)",
     "adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, tokens)",
   ]
 
 
-def gguf_in_lora_jax(base: str, adapter: str) -> list[str]:
+def gguf_in_lora_jax(base: str, adapter: str, param_dtype: str = "") -> list[str]:
   return [
     "import lora_jax, lora_jax.interop, lora_jax.models.zoo",
-    f"base = lora_jax.models.zoo.load_causal_lm({base!r})",
+    _load(base, param_dtype),
     "load = lora_jax.interop.load_gguf_adapter",
     f"config, adapter = load({adapter!r}, base.module.config, base.params)",
     "adapted = lora_jax.lora(base.call, config)  # .apply(base.params, adapter, tokens)",

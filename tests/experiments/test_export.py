@@ -20,6 +20,7 @@ from experiments.harness.launch import apply
 from experiments.harness.methods import lora_config
 from experiments.harness.model_card import BaseModel
 from experiments.harness.workdir import file_digest
+from experiments.nlg import usage
 from experiments.nlg.config import FinetuneConfig
 from experiments.nlg.finetuned import weights_digests
 from experiments.nlg.restore import load_run
@@ -187,6 +188,8 @@ def test_the_model_card(runs, tmp_path):
     "| its licence | unknown: ",
     f"SHA-256 of its examples as tokens: {digest}",
     "LoRA, rank 4, alpha 32",
+    "`.*/(attn/(query\\|key\\|value\\|out)",  # a bar would end the cell
+    f", JAX {jax.__version__}",
     f"{result['valid_loss']:.4f} nats/token",
     "peft.PeftModel.from_pretrained(model, '.')",
     f"vllm serve {tiny_folder()} --enable-lora --max-lora-rank 16",
@@ -194,6 +197,13 @@ def test_the_model_card(runs, tmp_path):
     assert text in card, text
   config = json.loads(card.split("```json\n")[1].split("```")[0])
   assert config == json.loads((runs / "lora" / "config.json").read_text())
+
+
+def test_the_lines_that_load_a_quantized_base_model():
+  """Nf4 weights are not those of the file: the adapter was trained on what these lines load."""
+  for lines in (usage.in_lora_jax, usage.gguf_in_lora_jax):
+    assert "load_causal_lm('base.gguf', param_dtype='nf4')" in lines("base.gguf", "a", "nf4")[1]
+    assert "load_causal_lm('base.gguf')" in lines("base.gguf", "a", "auto")[1]
 
 
 def test_a_base_model_for_the_card(tmp_path):
