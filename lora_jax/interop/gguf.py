@@ -175,8 +175,8 @@ def _check_expressible(parts: AdapterParts, tensors: list[StoredTensor]) -> None
 def _check_embedding(where: str, tensors: list[StoredTensor]) -> None:
   if not any(stored.name == HEAD for stored in tensors):
     raise ValueError(
-      f"{where}: the embedding is the head too (tied), and llama.cpp would apply the factors of "
-      f"{EMBEDDING} to the lookup only. Leave it out of `target`, or untie the head. {MERGE}"
+      f"{where}: the embedding is the head too (tied), and llama.cpp aborts when it computes with "
+      f"factors of such {EMBEDDING}. Leave it out of `target`, or untie the head. {MERGE}"
     )
 
 

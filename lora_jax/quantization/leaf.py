@@ -115,12 +115,13 @@ class Quantized:
     sharding = self.explicit_sharding
     if sharding is None:
       return values(self.arrays)
-    return jax.sharding.auto_axes(values, out_sharding=sharding)(self.arrays)
+    on_auto_axes: Any = jax.sharding.auto_axes(values, out_sharding=sharding)
+    return on_auto_axes(self.arrays)
 
   @property
-  def explicit_sharding(self) -> NamedSharding | None:
+  def explicit_sharding(self) -> Any:
     """The weight's sharding, if it is on a mesh with explicit axes."""
-    first = jax.typeof(next(iter(self.arrays.values()))).sharding
+    first: Any = jax.typeof(next(iter(self.arrays.values()))).sharding
     return self.weight_sharding(first) if first.mesh.explicit_axes else None
 
   def rows(self, take: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -217,13 +217,14 @@ def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     is_cut = [cut != (0, size, 1) for cut, size in zip(cuts, leaf.shape, strict=True)]
   else:
-    starts = [lax.max(start, lax.zeros_like_array(start)) for start in starts]  # not from the end
     cuts = list(zip(starts, params["slice_sizes"], strict=True))
     is_cut = [cut[1] != size for cut, size in zip(cuts, leaf.shape, strict=True)]
   if any(is_cut[num_stacks:]):
     return None
 
-  cut: Callable[..., jax.Array] = lax.dynamic_slice_in_dim if starts else lax.slice_in_dim
+  cut: Callable[..., jax.Array] = lax.slice_in_dim
+  if starts:
+    cut = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
 
   def sliced(array: jax.Array) -> jax.Array:
     for axis in range(num_stacks):

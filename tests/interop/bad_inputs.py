@@ -546,7 +546,7 @@ GGUFS = [
   ),
   of_gguf(
     "a tied embedding",
-    ("token_embd.weight", "tied", "untie"),
+    ("token_embd.weight", "tied", "llama.cpp aborts", "untie"),
     lambda arrays: (
       {f"token_embd.weight.lora_{x}": np.ones((64, 2), np.float32) for x in "ab"}
       | {"token_embd.weight.lora_b": np.ones((32, 2), np.float32)}
@@ -569,7 +569,11 @@ GGUFS = [
   to_gguf("DoRA", ("plain LoRA", "DoRA", "lora_jax.convert", "--merged"), variant=lj.DORA),
   to_gguf("biases", ("no fully trained leaves", "h_0/attn/out/bias"), extra=".*/out/bias"),
   to_gguf("norms", ("no fully trained leaves", "ln_f/scale"), extra="ln_f/scale"),
-  to_gguf("a tied embedding", ("wte/embedding", "tied", "untie"), target="wte/embedding"),
+  to_gguf(
+    "a tied embedding",
+    ("wte/embedding", "tied", "llama.cpp aborts", "untie"),
+    target="wte/embedding",
+  ),
   to_gguf("positions", ("wpe/embedding", "without its adapter"), target="wpe/embedding"),
   to_gguf("too large for float16", ("attn_output", "float16"), dtype="float16", factor=1e6),
   to_gguf("not finite", ("attn_output", "not finite"), factor=float("nan")),

@@ -27,10 +27,10 @@ pytestmark = [
   pytest.mark.served,
   pytest.mark.skipif(smollm2.model_file() is None, reason="SmolLM2 is not cached: make smollm2"),
 ]
-NUM_PROMPTS, MAX_NEW_TOKENS, MAX_LENGTH = 20, 48, 160
-NUM_STEPS, NUM_MERGED_STEPS = 16, 8
+NUM_PROMPTS, MAX_NEW_TOKENS, MAX_LENGTH = 20, 48, 80
+NUM_STEPS, NUM_MERGED_STEPS, LEARNING_RATE = 16, 12, 4e-3
 LORA = lj.LoraConfig(rank=16, alpha=32.0, target=smollm2.TARGET)
-QA_LORA = lj.LoraConfig(rank=8, alpha=8.0, target=smollm2.TARGET, variant=lj.QA_LORA)
+QA_LORA = lj.LoraConfig(rank=8, alpha=32.0, target=smollm2.TARGET, variant=lj.QA_LORA)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def base():
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
   """Returns our function with the adapter, its arguments, and the adapter's file."""
-  trained = smollm2.train(lj.lora, base, LORA, NUM_STEPS, 2e-3)
+  trained = smollm2.train(lj.lora, base, LORA, NUM_STEPS, LEARNING_RATE)
   assert np.mean(trained.losses[-4:]) < 0.8 * trained.losses[0], trained.losses
   path = tmp_path_factory.mktemp("adapter") / "e2e.gguf"
   save_gguf_adapter(path, LORA, trained.trainable, base.module.config, base.params)
@@ -53,14 +53,15 @@ class Texts(NamedTuple):
   """Greedy texts of llama.cpp next to ours.
 
   Attributes:
+    num_texts: all.
     num_equal: how many are the same.
-    num_tokens: of llama.cpp's.
     differences: of the probability of each of llama.cpp's tokens.
     first: for each text that differs, our probability of our first other token less that of
       llama.cpp's token: 0 is a tie.
     example: the first of them in words.
   """
 
+  num_texts: int
   num_equal: int
   differences: np.ndarray
   first: list[float]
@@ -69,7 +70,7 @@ class Texts(NamedTuple):
   def __str__(self) -> str:
     mean, largest = self.differences.mean(), self.differences.max()
     return (
-      f"{self.num_equal} of {NUM_PROMPTS} texts equal, {self.differences.size} tokens, "
+      f"{self.num_equal} of {self.num_texts} texts equal, {self.differences.size} tokens, "
       f"probabilities differ by {mean:.4f} on average and {largest:.3f} at most; "
       f"{self.example or 'no text differs'}"
     )
@@ -81,11 +82,12 @@ def compare_texts(
   fn: Callable[..., Any],
   arguments: tuple[Any, ...],
   *adapters: Adapter,
+  num_texts: int = NUM_PROMPTS,
 ) -> Texts:
   """Compares the greedy texts after E2E inputs with those of `fn(*arguments, tokens)`."""
   run = jax.jit(lambda arguments, x: fn(*arguments, x))
   num_equal, differences, first, examples = 0, [], [], []
-  for prompt in smollm2.prompts(NUM_PROMPTS):
+  for prompt in smollm2.prompts(num_texts):
     steps = llama_cpp.greedy(model, prompt, MAX_NEW_TOKENS, *adapters, stop=[smollm2.END])
     tokens = [step.token for step in steps]
     row = [*prompt, *tokens]
@@ -106,7 +108,7 @@ def compare_texts(
       f"the first that differs has {words[0]!r} there ({theirs[0]:.3f} against {theirs[1]:.3f}) "
       f"and {words[1]!r} here ({p[step.token]:.3f} against {p.max():.3f})"
     )
-  return Texts(num_equal, np.asarray(differences), first, "".join(examples[:1]))
+  return Texts(num_texts, num_equal, np.asarray(differences), first, "".join(examples[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +150,10 @@ def test_texts_on_the_stored_weights(name, base, adapter, llama_cpp, report):
   file, (fn, arguments, path) = smollm2.model_file(), adapter
   if name == "adapter":
     got = compare_texts(llama_cpp, file, fn, arguments, path)
-    assert got.num_equal >= NUM_PROMPTS / 2
   else:
     got = compare_texts(llama_cpp, file, lj.dequantized(base.call), (base.params,))
   report(f"{'SmolLM2, ' + name:35} {got}")
+  assert name != "adapter" or got.num_equal >= NUM_PROMPTS / 2
   assert got.differences.mean() < 0.02
   assert max(got.first, default=0.0) < 0.1, "these tokens are not about as likely"
 
@@ -159,18 +161,20 @@ def test_texts_on_the_stored_weights(name, base, adapter, llama_cpp, report):
 def test_an_exact_merge_needs_no_adapter(base, llama_cpp, report, tmp_path):
   """QA-LoRA in the minima of the file's blocks: a file of the same size."""
   file, merged = smollm2.model_file(), tmp_path / "merged.gguf"
-  trained = smollm2.train(lj.qa_lora, base, QA_LORA, NUM_MERGED_STEPS, 2e-3)
+  trained = smollm2.train(lj.qa_lora, base, QA_LORA, NUM_MERGED_STEPS, LEARNING_RATE)
   tensors = base.stored_in_folder()
   errors = save_merged_gguf(merged, file, QA_LORA, trained.trainable, tensors, base.params)
   assert merged.stat().st_size == file.stat().st_size
   adapted = lj.qa_lora(base.call, QA_LORA)
-  got, unmerged = (
-    compare_texts(llama_cpp, path, adapted.apply, (base.params, trained.trainable))
-    for path in (merged, file)
-  )
+  arguments = base.params, trained.trainable
+  got = compare_texts(llama_cpp, merged, adapted.apply, arguments)
+  unmerged = compare_texts(llama_cpp, file, adapted.apply, arguments, num_texts=4)
   report(f"{'SmolLM2, QA-LoRA merged':35} {got}")
   report(f"{'QA-LoRA against the base file':35} {unmerged}")
-  report(f"{'rounding of the minima':35} at most {max(errors.values()):.4f} of the update")
+  mean, largest = np.mean(list(errors.values())), max(errors.values())
+  rounding = f"{mean:.3f} of a weight's update on average, {largest:.3f} at most"
+  report(f"{'rounding of the minima to float16':35} {rounding}")
+  assert largest < 0.1, "too much of the update is lost to compare texts"
   assert got.differences.mean() < 0.02
   assert max(got.first, default=0.0) < 0.1
   assert unmerged.differences.mean() > 2 * got.differences.mean()

@@ -171,7 +171,8 @@ def dynamic_slice(call, w, *starts, slice_sizes, **_):
   def cut(array, axis, dim):
     if slice_sizes[dim] == w.shape[dim]:
       return array
-    return lax.dynamic_slice_in_dim(array, starts[dim], slice_sizes[dim], axis)
+    size = slice_sizes[dim]
+    return lax.dynamic_slice_in_dim(array, starts[dim], size, axis, allow_negative_indices=False)
 
   return along_dims(w, call(w.base, *starts), cut)
 
