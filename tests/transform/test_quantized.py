@@ -220,3 +220,35 @@ def test_a_sharded_quantized_weight_is_adapted_as_its_float_weight():
   trainable = randomized(trainable)
   got = jax.jit(adaptation.apply)(placed, trainable, x)
   assert_close(got, adaptation.apply(lj.dequantize({"kernel": codes}), trainable, x), 1e-5)
+
+
+USES = {
+  "a row past the start": lambda w: jax.lax.dynamic_index_in_dim(w, jnp.array(-5), keepdims=False),
+  "a fill value": lambda w: (-w[0]).at[jnp.array([0, 99])].get(mode="fill", fill_value=5.0),
+  "an empty operand": lambda w: jnp.concatenate([jnp.ones((32, 0)), w[0]], 1).sum(0),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+def test_a_use_of_a_quantized_weight_equals_that_of_the_dequantized(use):
+  codes = lj.quantize(normal(4, 32, 32), "Q8_0", ".*", axis=-1)
+  np.testing.assert_allclose(lj.dequantized(use)(codes), use(codes.dequantize()), rtol=1e-5)
+
+
+def test_a_quantized_weight_on_a_mesh_with_explicit_axes():
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+  codes = lj.quantize({"kernel": normal(256, 64)}, "nf4", "kernel")["kernel"]
+  shardings = codes.shardings(NamedSharding(mesh, PartitionSpec("tensor", "data")))
+  placed = {"kernel": jax.device_put(codes, shardings)}
+  x = normal(8, 256)
+
+  def fn(p, x):
+    return jnp.einsum("bi,io->bo", x, p["kernel"], out_sharding=PartitionSpec())
+
+  with jax.set_mesh(mesh):
+    adaptation = lj.lora(fn, lj.LoraConfig(rank=2, alpha=4.0, target=".*"))
+    trainable = adaptation.init(jax.random.key(0), placed, x)
+    got = jax.jit(adaptation.apply)(placed, trainable, x)
+  np.testing.assert_allclose(got, x @ codes.dequantize(), rtol=1e-4, atol=1e-4)
+  found = lj.shardings(trainable, {"kernel": shardings})["kernel"]
+  assert found.lora_b.spec == trainable["kernel"].lora_b.sharding.spec
