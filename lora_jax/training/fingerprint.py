@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from lora_jax.trees import leaves_with_path
+from lora_jax.quantization.leaf import is_quantized
+from lora_jax.trees import leaves_with_path, weights_with_path
 
 
 def fingerprint(tree: PyTree) -> str:
   """Returns 16 hexadecimal digits that depend on every path, shape, dtype and bit of a tree.
+
+  That of quantized weights depends on their format, too.
 
   It does not depend on how the arrays are sharded: the sums are of integers, made on the devices
   that hold the arrays. It finds damage and mistakes; it does not protect against malice.
@@ -24,6 +27,9 @@ def fingerprint(tree: PyTree) -> str:
   digest = hashlib.sha256()
   for (path, leaf), pair in zip(leaves, sums, strict=True):
     digest.update(f"{path} {leaf.shape} {leaf.dtype} {pair.tolist()}\n".encode())
+  for path, leaf in weights_with_path(tree):
+    if is_quantized(leaf):  # its codes mean other weights in another format
+      digest.update(f"{path} {leaf.format} {leaf.axis} {leaf.dtype}\n".encode())
   return digest.hexdigest()[:16]
 
 

@@ -3,12 +3,15 @@
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import lora_jax as lj
 from experiments.harness.sharding import sharding_of
+from lora_jax.quantization.leaf import Quantized
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
@@ -108,6 +111,16 @@ def test_a_fingerprint_depends_on_every_bit_and_place():
   trees += [{"b": array}, {"a": array.astype(np.int32)}, {"a": array > 3}, {"a": array > 4}]
   trees += [{"a": jax.random.key(i)} for i in range(2)]
   assert len({fingerprint(jax.tree.map(jax.numpy.asarray, tree)) for tree in trees}) == len(trees)
+
+
+def test_a_fingerprint_depends_on_what_codes_mean():
+  codes = lj.quantize({"kernel": jnp.ones((64, 64))}, "Q4_1", "kernel")["kernel"]
+  others = [
+    Quantized(codes.arrays, "Q4_1", axis=-1),
+    Quantized(codes.arrays, "Q4_1", dtype="bfloat16"),
+  ]
+  names = {fingerprint({"kernel": leaf}) for leaf in (codes, *others)}
+  assert len(names) == 3
 
 
 def test_a_fingerprint_takes_every_leaf_that_jax_computes_with():

@@ -245,8 +245,16 @@ def written_metadata(config: LlamaConfig, architecture: str | None = None) -> di
   """Returns the keys of a GGUF file that describe a model; the scaling of Llama 3 is a tensor.
 
   Arguments as in `gguf_tensors`.
+
+  Raises:
+    ValueError: if only some layers have a sliding window, which the format cannot say.
   """
   architecture = architecture_of(config) if architecture is None else architecture
+  if config.window_layers is not None:
+    raise ValueError(
+      f"layers {config.window_layers} have a sliding window and the others have not; the keys of "
+      f"{architecture} in GGUF have one window for all layers"
+    )
   mixture, scaling = config.mixture, config.rope_scaling
   width = EXPERT_WIDTH if mixture and architecture != "llama" else "feed_forward_length"
   written = {

@@ -245,6 +245,12 @@ def test_the_scaling_of_llama_3_is_found_from_its_factors(
   assert (scaling.kind, scaling.factor) == ("llama3", factor)
 
 
+def test_windows_of_some_layers_are_not_written():
+  config = dataclasses.replace(LLAMA, sliding_window=8, window_layers=(0,))
+  with pytest.raises(ValueError, match="one window for all layers"):
+    llama_gguf.written_metadata(config, "llama")
+
+
 def test_the_package_reads_our_files_and_we_read_its(tmp_path):
   metadata = {
     "llama.block_count": 2,
