@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,24 @@ def make_folder(path: str | Path) -> Path:
       break
   path.mkdir(parents=True, exist_ok=True)
   return path
+
+
+@contextmanager
+def new_path(path: str | Path) -> Iterator[Path]:
+  """Yields a path for a file or folder to write, which appears at `path` at the end or not at all.
+
+  Raises:
+    FileExistsError: if there is something at `path`.
+    ValueError: if one of its parents is a file; or as `local_path`.
+  """
+  path = local_path(path)
+  if path.exists():
+    raise FileExistsError(f"{path} exists; nothing is overwritten")
+  make_folder(path.parent)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as name:
+    temporary = Path(name) / "new"
+    yield temporary
+    os.rename(temporary, path)
 
 
 def read_bytes(path: str | Path) -> bytes:

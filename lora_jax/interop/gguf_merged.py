@@ -4,9 +4,7 @@ The base model's file is copied, and the minima of adapted blocks are overwritte
 are unchanged: other tensors, codes, scales and metadata.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import adapter_extra, adapter_weights
-from lora_jax.files import local_path, make_folder
+from lora_jax.files import local_path, new_path
 from lora_jax.models.checkpoints.gguf import GGUF, open_gguf
 from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.quantization.ggml import join
@@ -71,15 +69,12 @@ def save_merged_gguf(
   changed = [tensor for tensor in tensors if adapted & set(tensor.paths)]
   for tensor in changed:
     _check_blocks(file, tensor, before)
-  make_folder(path.parent)
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-    copy = Path(folder) / "file"
+  with new_path(path) as copy:
     shutil.copyfile(file.path, copy)
     with copy.open("r+b") as out:
       for tensor in changed:
         out.seek(file.tensors[tensor.name].offset)
         out.write(_blocks(file, tensor, after).data)
-    os.rename(copy, path)
   return errors
 
 

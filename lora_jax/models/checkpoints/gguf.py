@@ -5,9 +5,7 @@ file.metadata["llama.block_count"]        30
 file.tensors["blk.0.attn_q.weight"]       shape (576, 576), type Q4_1
 """
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lora_jax.extras import require
-from lora_jax.files import local_path, make_folder, regular_file
+from lora_jax.files import new_path, regular_file
 from lora_jax.models.checkpoints.gguf_header import GGUFTensor, read_header
 
 ARCHITECTURE, KIND = "general.architecture", "general.type"
@@ -159,12 +157,7 @@ def write_gguf(
   require("gguf")
   from gguf import GGMLQuantizationType, GGUFWriter
 
-  path = local_path(path)
-  if path.exists():
-    raise FileExistsError(f"{path} exists; nothing is overwritten")
-  make_folder(path.parent)
-  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-    temporary = Path(folder) / "file"
+  with new_path(path) as temporary:
     writer = GGUFWriter(temporary, architecture)
     writer.add_type(kind)
     for key in [key for key in metadata if key not in (ARCHITECTURE, KIND)]:
@@ -183,7 +176,6 @@ def write_gguf(
       writer.write_tensors_to_file()
     finally:
       writer.close()
-    os.rename(temporary, path)
 
 
 def _value_type(key: str, value: Any) -> tuple[Any, ...]:

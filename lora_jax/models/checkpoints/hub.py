@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from lora_jax.files import local_path, make_folder, parse_json, read_json
+from lora_jax.files import local_path, new_path, parse_json, read_json
 from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.checkpoints.pretrained import PRETRAINED, find_pretrained
 from lora_jax.models.checkpoints.recognize import (
@@ -484,21 +483,10 @@ def save_folder(
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-  """Yields a temporary folder, renamed to `folder` at the end, or removed if an error is raised.
-
-  Raises:
-    FileExistsError: if there is such a folder.
-    ValueError: if one of its parents is a file.
-  """
-  folder = local_path(folder)
-  if folder.exists():
-    raise FileExistsError(f"{folder} exists; nothing is overwritten")
-  make_folder(folder.parent)
-  with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-    temporary = Path(name) / "folder"
+  """Yields a temporary folder, renamed to `folder` at the end; errors as in `new_path`."""
+  with new_path(folder) as temporary:
     temporary.mkdir()
     yield temporary
-    os.rename(temporary, folder)
 
 
 def _save_shards(
