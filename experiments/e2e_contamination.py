@@ -33,6 +33,7 @@ from lora_jax.data.sets import e2e
 from lora_jax.data.text import Example
 from lora_jax.decoding import SamplingConfig, from_linen, generate
 from lora_jax.fields import Within, read_value
+from lora_jax.metrics.bootstrap import percentile_interval
 from lora_jax.models.zoo import LanguageModel, load_causal_lm
 
 Texts = Annotated[int, Within("[2, 600]")]
@@ -139,9 +140,7 @@ def _mean(by_token: np.ndarray, example: Example) -> float:
 def interval(values: np.ndarray) -> tuple[float, float]:
   """Returns the bootstrap interval of a mean."""
   draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-  tail = (1 - CONFIDENCE) / 2
-  low, high = np.quantile(values[draws].mean(1), [tail, 1 - tail])
-  return float(low), float(high)
+  return percentile_interval(values[draws].mean(1), CONFIDENCE)
 
 
 def table(rows: Sequence[Row]) -> str:

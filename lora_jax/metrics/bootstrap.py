@@ -98,12 +98,11 @@ def intervals(
   measured: Measured, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval | None]:
   """Does what `bootstrap` does, for a system that `measure` has measured."""
-  tail = _tail(confidence)
   by_metric: dict[str, Interval | None] = dict.fromkeys(METRICS)
   counts = _draw(measured, resamples, seed)
   for name, statistics in measured.statistics.items():
-    low, high = np.quantile(statistics.resampled(counts), [tail, 1 - tail])
-    by_metric[name] = Interval(statistics.score(), float(low), float(high))
+    samples = statistics.resampled(counts)
+    by_metric[name] = Interval(statistics.score(), *percentile_interval(samples, confidence))
   return by_metric
 
 
@@ -111,7 +110,6 @@ def differences(
   a: Measured, b: Measured, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Difference | None]:
   """Does what `paired_bootstrap` does, for two systems that `measure` has measured together."""
-  tail = _tail(confidence)
   if _size(a) != _size(b):
     raise ValueError(f"the systems have {_size(a)} and {_size(b)} segments; expected the same")
   by_metric: dict[str, Difference | None] = dict.fromkeys(METRICS)
@@ -120,9 +118,9 @@ def differences(
     first, second = a.statistics[name], b.statistics[name]
     difference = first.score() - second.score()
     samples = first.resampled(counts) - second.resampled(counts)
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    against = np.mean(samples * np.sign(difference) <= 0)
-    by_metric[name] = Difference(difference, float(low), float(high), float(against))
+    against = float(np.mean(samples * np.sign(difference) <= 0))
+    ends = percentile_interval(samples, confidence)
+    by_metric[name] = Difference(difference, *ends, against)
   return by_metric
 
 
@@ -145,6 +143,11 @@ def _draw(
   return generator.multinomial(size, np.full(size, 1 / size), size=resamples).astype(float)
 
 
-def _tail(confidence: float) -> float:
+def percentile_interval(
+  samples: Float[np.ndarray, " resamples"], confidence: float = 0.95
+) -> tuple[float, float]:
+  """Returns the ends of the interval that holds this share of the samples, from the middle."""
   read_value(Annotated[float, Within("(0, 1)")], confidence, "confidence")
-  return (1 - confidence) / 2
+  tail = (1 - confidence) / 2
+  low, high = np.quantile(samples, [tail, 1 - tail])
+  return float(low), float(high)

@@ -31,6 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from lora_jax.metrics.bootstrap import percentile_interval
+
 SLOTS = ("name", "Type", "food", "price", "customer rating", "area", "family friendly", "near")
 OFFICIAL = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
@@ -176,9 +178,7 @@ class SlotScores(NamedTuple):
     """Returns the ends of the rate's percentile interval over inputs, as in `bootstrap.py`."""
     size = len(self.counts)
     draws = np.random.default_rng(seed).integers(size, size=(resamples, size))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_rate(self.counts[draws].sum(1)), [tail, 1 - tail])
-    return float(low), float(high)
+    return percentile_interval(_rate(self.counts[draws].sum(1)), confidence)
 
 
 def _rate(counts: Int[np.ndarray, "*batch 4"]) -> Float[np.ndarray, "*batch"]:
