@@ -41,7 +41,7 @@ from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
 from experiments.nlg.base import Base, load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
-from experiments.nlg.finetuned import export_folder, load_exported, weights_digests
+from experiments.nlg.finetuned import check_weights, export_folder, load_exported
 from experiments.nlg.merged_gguf import export_merged_gguf
 from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_adapter, load_run
@@ -183,19 +183,14 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
 
   Reading an adapter of LoRA needs only the base model's shapes; its variants need the weights.
   """
-  result, method = read_finished(config.workdir), find_method(config.method)
+  read_finished(config.workdir)  # raises if it is not
+  method = find_method(config.method)
   if not method.exports_adapter:
     raise ValueError(_written_already(config))
   model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
   lora, adapter = load_peft(export_folder(config), model.stored, model.params)
   base = find_folder(config.model.folder)  # with its weights
-  changed = result.get("weights", {}).items() - weights_digests(base).items()
-  if changed:
-    raise ValueError(
-      f"{config.workdir} was trained on other weights than are in {base} now: "
-      f"{', '.join(sorted(name for name, _ in changed))}. Restore them, since the adapter fits no "
-      "others"
-    )
+  check_weights(config, base)
   files = exported_text_files(export_folder(config))
   if config.data.chat_template and "chat_template.jinja" not in files:
     raise ValueError(

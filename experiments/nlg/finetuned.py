@@ -67,6 +67,23 @@ def weights_digests(folder: Path) -> dict[str, str]:
   return {name: file_digest(folder / name) for name in weight_files(folder)[0]}
 
 
+def check_weights(config: FinetuneConfig, folder: Path) -> None:
+  """Raises ValueError unless the base model's files are those that a finished run has adapted.
+
+  Args:
+    config: the run's config.
+    folder: the base model's folder, or its GGUF file.
+  """
+  expected = read_finished(config.workdir).get("weights", {})
+  changed = expected.items() - weights_digests(folder).items()
+  if changed:
+    raise ValueError(
+      f"{config.workdir} was trained on other weights than are in {folder} now: "
+      f"{', '.join(sorted(name for name, _ in changed))}. Restore them, since the adapter fits no "
+      "others"
+    )
+
+
 def export_folder(config: FinetuneConfig) -> Path:
   """Returns the folder of a run's adapter in PEFT's format, or of its fully trained model."""
   adapter = find_method(config.method).exports_adapter
@@ -122,10 +139,12 @@ def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Fo
   return "server" if find_method(config.method).has_servers and not fused else "peft"
 
 
-def _shapes(config: FinetuneConfig, model: LanguageModel) -> PyTree:
-  """Returns the shapes of the trainable tree."""
+def trained_tree(config: FinetuneConfig, model: LanguageModel) -> PyTree:
+  """Returns the trained tree of a finished run; the base model's shapes are enough for LoRA."""
   batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  return jax.eval_shape(adapted_loss(config, model).init, jax.random.key(0), model.params, batch)
+  init = adapted_loss(config, model).init
+  shapes = jax.eval_shape(init, jax.random.key(0), model.params, batch)
+  return restore_adapter(Path(config.workdir) / "adapter", shapes)
 
 
 def load_exported(config: FinetuneConfig) -> RunAdapter:
@@ -144,7 +163,7 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
       f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
     )
   model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
-  adapter = restore_adapter(Path(config.workdir) / "adapter", _shapes(config, model))
+  adapter = trained_tree(config, model)
   base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))
   files = exported_text_files(folder)
   tokenizer, ids = load_tokenizer(folder), end_token_ids(folder)

@@ -2,21 +2,15 @@
 
 from pathlib import Path
 
-import jax
-from jaxtyping import PyTree
-
 from experiments.harness.methods import find_method, lora_config
-from experiments.harness.workdir import read_finished
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig, FinetuneConfig
-from experiments.nlg.finetuned import adapted_loss, weights_digests
+from experiments.nlg.finetuned import check_weights, trained_tree
 from experiments.nlg.restore import load_adapter
-from lora_jax.data.batches import fill
 from lora_jax.interop import save_merged_gguf
 from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.checkpoints.hub import find_folder
-from lora_jax.models.zoo import LanguageModel, load_causal_lm
-from lora_jax.training.checkpoint import restore_adapter
+from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 
@@ -45,20 +39,7 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
   if isinstance(config, E2EConfig):
     adapter = load_adapter(config, load_base(config, make_mesh()))
   else:
-    adapter = _finetuned_adapter(config, model)
+    check_weights(config, base)
+    adapter = trained_tree(config, model)
   tensors = model.stored_in_folder()
   return save_merged_gguf(out, base, lora_config(config), adapter, tensors, model.params)
-
-
-def _finetuned_adapter(config: FinetuneConfig, model: LanguageModel) -> PyTree:
-  """Returns the trained tree of a run of `experiments.finetune`."""
-  expected = read_finished(config.workdir).get("weights", {})
-  changed = expected.items() - weights_digests(model.folder).items()
-  if changed:
-    raise ValueError(
-      f"{config.workdir} was trained on other weights than are in {model.folder} now. Restore "
-      "them, since the adapter fits no others"
-    )
-  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  initial = adapted_loss(config, model).init(jax.random.key(0), model.params, batch)
-  return restore_adapter(Path(config.workdir) / "adapter", initial)
