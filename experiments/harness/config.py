@@ -51,9 +51,9 @@ PartOfOne = Annotated[float, Within("(0, 1)")]
 Devices = Annotated[int, Within("[1, 1_048_576]")]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
-ParamDtype = Literal["float32", "bfloat16", "float16", "stored", "int8", "nf4"]
-ParamDtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16", "stored", "int8", "nf4"]
+DtypeOrAuto = Literal["auto", Dtype]
+ParamDtype = Literal[Dtype, "stored", "int8", "nf4"]
+ParamDtypeOrAuto = Literal["auto", ParamDtype]
 Attention = Literal["compact", "xla", "cudnn"]
 Remat = Literal[
   "",

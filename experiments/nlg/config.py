@@ -28,6 +28,7 @@ from experiments.harness.config import (
 )
 from lora_jax.data.sets.e2e import Form, Split
 from lora_jax.fields import LocalPath, NonEmptyPath, Share, Within
+from lora_jax.models.checkpoints.loaded_weights import weights_format
 
 Checkpoint = Literal["best", "last"]
 Prompt = Literal["separator", "newline", "chat"]
@@ -80,7 +81,7 @@ class E2EModel(LanguageModel):
   rounded_to: Rounding = ""  # defaults are for runs that were stored without the field
 
   def __post_init__(self):
-    if self.start == "random" and self.param_dtype in ("stored", "int8", "nf4"):
+    if self.start == "random" and weights_format(self.param_dtype):
       raise ValueError(
         f"model.param_dtype={self.param_dtype} is for pretrained weights; with model.start=random "
         "choose float32, bfloat16 or float16"

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from lora_jax.models.checkpoints.gguf import is_gguf
+from lora_jax.models.checkpoints.loaded_weights import weights_format
 
-QUANTIZED = ("stored", "int8", "nf4")  # values of param_dtype
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 
 
 def _load(base: str, param_dtype: str) -> str:
   """Returns the line that loads a base model, with its weights quantized as in training."""
-  option = f", param_dtype={param_dtype!r}" if param_dtype in QUANTIZED else ""
+  option = f", param_dtype={param_dtype!r}" if weights_format(param_dtype) else ""
   return f"base = lora_jax.models.zoo.load_causal_lm({base!r}{option})"
 
 
