@@ -190,7 +190,7 @@ def _planned(planned: PyTree, shapes: PyTree, shardings: Any) -> PyTree:
 
 
 def _is_unused(tensor: str, config: Any) -> bool:
-  """Returns whether a tensor of a GGUF file is no leaf: its config has it, or it is a copy."""
+  """Returns whether a tensor of a GGUF file is not read: the config has it, or it is a copy."""
   return tensor == llama_gguf.ROPE_FACTORS or (config.tie_head and tensor == gguf_config.HEAD)
 
 

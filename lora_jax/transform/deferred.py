@@ -10,7 +10,6 @@ after it would be a residual of the weight's size.)
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -85,18 +84,11 @@ class Deferred:
     return len(self.shape)
 
   @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-  @property
   def dtype(self) -> Any:
     return self.operands[0].dtype if self.step is None else self.step.aval.dtype
 
   def __jax_array__(self) -> jax.Array:
     return evaluate(self)
-
-  def astype(self, dtype: Any) -> jax.Array:
-    return evaluate(self).astype(dtype)
 
   def with_leaf(self, leaf: Quantized) -> "Deferred":
     """Returns the same pointwise operations on another leaf."""
@@ -257,9 +249,9 @@ def _look_up(
   def take(array: jax.Array, fill: Any = None) -> jax.Array:
     inner = array.shape[last:]
     numbers = dnums._replace(offset_dims=tuple(num_out - 1 + i for i in range(len(inner))))
-    how = mode if fill is not None or not fills else lax.GatherScatterMode.CLIP
+    gather_mode = lax.GatherScatterMode.CLIP if fills and fill is None else mode
     sizes = (*slice_sizes[:last], *inner)
-    return lax.gather(array, indices, numbers, sizes, mode=how, fill_value=fill)
+    return lax.gather(array, indices, numbers, sizes, mode=gather_mode, fill_value=fill)
 
   rows = _pointwise(w, leaf.rows(take).astype(leaf.dtype))
   if fills:

@@ -32,6 +32,7 @@ from lora_jax.models.checkpoints.tensor_checks import check_tensors
 from lora_jax.quantization.ggml import block_bytes, field
 from lora_jax.quantization.leaf import Quantized, is_quantized
 from lora_jax.quantization.quantize import quantize
+from lora_jax.trees import leaves_with_path
 
 Holding = dict[tuple[int, ...], tuple[StoredTensor, int]]
 """The tensors that hold a leaf by their index into it, and its offset on their last axis."""
@@ -181,17 +182,18 @@ def _load_quantized(
 ) -> Quantized:
   """Returns a leaf in a format that the file does not have, quantized layer by layer."""
 
-  def one(held: Holding, sizes: tuple[int, ...], sharding: Any) -> Quantized:
+  def in_format(held: Holding, sizes: tuple[int, ...], sharding: Any) -> Quantized:
     leaf = _load_floats(tensors, held, jax.ShapeDtypeStruct(sizes, shape.dtype), sharding)
     return quantize({path: leaf}, shape.format, re.escape(path), shape.axis)[path]
 
   if next(iter(holding.values()))[0].layer is None:
-    leaf = one(holding, shape.shape, sharding)
+    leaf = in_format(holding, shape.shape, sharding)
   else:
     layers = _inner(holding, slice(None))
     inner = None if sharding is None else _without_first_axis(sharding)
     leaf = jax.tree.map(
-      lambda *arrays: jnp.stack(arrays), *(one(held, shape.shape[1:], inner) for held in layers)
+      lambda *arrays: jnp.stack(arrays),
+      *(in_format(held, shape.shape[1:], inner) for held in layers),
     )
   return leaf if sharding is None else jax.device_put(leaf, shape.shardings(sharding))
 
@@ -339,5 +341,4 @@ def tensors_of(
 
 
 def _with_path(tree: PyTree) -> list[tuple[str, Any]]:
-  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-  return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in flat]
+  return leaves_with_path(tree, is_leaf=lambda x: x is None)

@@ -370,12 +370,12 @@ ROWS = [
     ("6 tokens", "model 64", "each row of the embedding"),
   ),
   BadInput(
-    "a template that is no text in a GGUF file",
+    "a template that is not a string in a GGUF file",
     gguf(call=load_chat_template, **{"tokenizer.chat_template": 3}),
     ("tokenizer.chat_template must be a string", "3"),
   ),
   BadInput(
-    "a named template that is no text",
+    "a named template that is not a string",
     gguf(call=load_chat_template, **{"tokenizer.chat_template.rag": ["a"]}),
     ("tokenizer.chat_template.rag must be a string",),
   ),
