@@ -14,7 +14,13 @@ RANK2 = -2
 GROUPS = -3
 """The label of an axis that has one entry for each group of inputs."""
 
-INNER: Mapping[str, int] = {"rank": RANK, "rank2": RANK2, "groups": GROUPS}
+IN1, IN2, OUT1, OUT2 = -4, -5, -6, -7
+"""The labels of inputs and outputs as two axes each: those of a Kronecker product's factors."""
+
+INNER: Mapping[str, int] = {
+  **{"rank": RANK, "rank2": RANK2, "groups": GROUPS},
+  **{"in1": IN1, "in2": IN2, "out1": OUT1, "out2": OUT2},
+}
 
 
 class LoraAxes(NamedTuple):
