@@ -4,6 +4,7 @@ from lora_jax.adaptation import Adaptation as Adaptation
 from lora_jax.adapters.config import LoraConfig as LoraConfig
 from lora_jax.adapters.config import LoraRule as LoraRule
 from lora_jax.adapters.delta import LoraWeight as LoraWeight
+from lora_jax.adapters.delta import Shared as Shared
 from lora_jax.adapters.delta import Site as Site
 from lora_jax.adapters.delta import Variant as Variant
 from lora_jax.adapters.shardings import shardings as shardings
@@ -41,3 +42,6 @@ from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
 from lora_jax.variants.qa_lora import qa_lora as qa_lora
 from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant
 from lora_jax.variants.qa_merge import merge_quantized as merge_quantized
+from lora_jax.variants.vera import VERA as VERA
+from lora_jax.variants.vera import vera as vera
+from lora_jax.variants.vera import vera_variant as vera_variant

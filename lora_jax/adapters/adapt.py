@@ -32,15 +32,18 @@ from lora_jax.adapters.copies import (
 from lora_jax.adapters.delta import (
   LoraWeight,
   Site,
+  Table,
   Variant,
   adapter_extra,
-  adapter_weights,
+  largest_site,
+  shared_path,
+  whole_weights,
 )
 from lora_jax.adapters.initializers import BY_NAME, embedding, gaussian, kaiming_uniform
-from lora_jax.adapters.layers import spread_layers, spread_term, sum_with_weight
-from lora_jax.adapters.shardings import array_sharding
-from lora_jax.adapters.targets import Target, find_leaves
-from lora_jax.axes import LoraAxes
+from lora_jax.adapters.layers import spread_layers, spread_term, spread_update, sum_with_weight
+from lora_jax.adapters.shardings import array_sharding, replicated
+from lora_jax.adapters.targets import Target, find_leaves, shapes
+from lora_jax.axes import INNER, LoraAxes
 from lora_jax.fields import Finite, Share
 from lora_jax.placement import leaf_sharding, place
 from lora_jax.quantization.leaf import is_quantized
@@ -118,12 +121,17 @@ def adapt(
         f"these targeted weights are never used by the function: {', '.join(unused)}. "
         "Narrow `target`, or trace a call that uses them"
       )
-    items: list[tuple[tuple[str, ...], Any]] = []
+    sites: dict[str, Site] = {}
     for path, target in targets.items():
       axes, is_lookup = inferred.get(path, (None, False))
       axes = target.axes or axes
       assert axes is not None, "an unused weight has axes of its own"
-      items.append((target.keys, _start(_fold_path(key, path), target, axes, is_lookup)))
+      sites[path] = _site(target, axes, is_lookup)
+    items: list[tuple[tuple[str, ...], Any]] = [
+      (target.keys, _start(_fold_path(key, path), target, sites[path]))
+      for path, target in targets.items()
+    ]
+    items += _start_shared(key, targets, sites)
     items += [(keys, copies[path]) for path, (keys, _) in extra.items()]
     trainable = nest(items)
 
@@ -161,7 +169,7 @@ def adapt(
       path: merge_weight(
         jnp.asarray(targets[path].leaf), weight, _variant(targets[path]), scalings[path]
       )
-      for path, weight in adapter_weights(trainable).items()
+      for path, weight in whole_weights(trainable, shapes(targets)).items()
     }
     return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable)))
 
@@ -189,15 +197,16 @@ def adapted_weight(
   if not isinstance(scaling, int | float):
     scaling = jnp.asarray(scaling, jnp.float32)
   adapted = variant.weight(Factored(w, source), _named_factors(w, weight), scaling)
-  terms, gain = adapted.terms, adapted.gain
+  base, terms, gain = adapted.base, adapted.terms, adapted.gain
   if layers is not None:
     dim = axes.batch[0]
+    base = spread_update(base, dim, layers, w.shape[dim])
     terms = tuple(spread_term(term, dim, layers, w.shape[dim]) for term in terms)
     if gain is not None and dim in gain.dims:
       gain = spread_layers(gain, dim, layers, w.shape[dim], 1.0)
     elif gain is not None:
       raise ValueError(f"{source}: the gain of some layers of a stack needs the stack's axis")
-  return Factored(w, source, terms, gain)
+  return Factored(base, source, terms, gain)
 
 
 def _named_factors(w: Any, weight: LoraWeight) -> SimpleNamespace:
@@ -227,37 +236,90 @@ def _check_unquantized(targets: Mapping[str, Target]) -> None:
     )
 
 
-def _start(key: PRNGKeyArray, target: Target, axes: LoraAxes, is_lookup: bool) -> LoraWeight:
-  """Returns the initial arrays of one weight, float32, sharded as the weight."""
-  variant = _variant(target)
-  check_site(target, axes, variant)
+def _site(target: Target, axes: LoraAxes, is_lookup: bool) -> Site:
+  check_site(target, axes, _variant(target))
   initialize = target.init if callable(target.init) else BY_NAME[target.init]
   if is_lookup and initialize in (kaiming_uniform, gaussian):
     initialize = embedding
   layers = target.stacked_layers
-  site = Site(target.path, target.leaf, axes, target.rank, layers, initialize, is_lookup)
-  arrays = variant.start(key, site)
-  if not isinstance(arrays, Mapping) or set(arrays) != set(variant.arrays):
-    got = ", ".join(sorted(arrays)) if isinstance(arrays, Mapping) else repr(arrays)
-    raise ValueError(
-      f"{target.path}: start of {variant.table} gave {got:.100}, expected its arrays"
-    )
-  arrays = dict(arrays)
-  sharding, seen = leaf_sharding(target.leaf), {id(target.leaf)}
+  settings = target.rank, layers, initialize, is_lookup, target.scaling
+  return Site(target.path, target.leaf, axes, *settings)
+
+
+def _start(key: PRNGKeyArray, target: Target, site: Site) -> LoraWeight:
+  """Returns the initial arrays of one weight, float32, sharded as the weight."""
+  variant, sharding = _variant(target), leaf_sharding(target.leaf)
+  arrays = _checked_arrays(variant.start(key, site), variant.table, site, variant.sizes(site))
   for spec in variant.table:
-    array, shape = arrays[spec.name], site.array_shape(spec.words, **variant.sizes(site))
+    where = array_sharding(sharding, spec.words, site.axes, site.layers)
+    arrays[spec.name] = place(arrays[spec.name], where)
+  return LoraWeight.from_arrays(arrays, variant.table, site.axes, site.layers)
+
+
+def _start_shared(
+  key: PRNGKeyArray, targets: Mapping[str, Target], sites: Mapping[str, Site]
+) -> list[tuple[tuple[str, ...], LoraWeight]]:
+  """Returns the initial shared arrays of each variant that has some, replicated, with their keys.
+
+  Raises:
+    ValueError: if two variants with shared arrays have one name, and hence one place in the tree.
+  """
+  nodes, variants = [], {}
+  for target in targets.values():
+    variant = _variant(target)
+    if variant.shared is not None and variants.setdefault(variant.name, variant) != variant:
+      raise ValueError(
+        f"{target.path}: two variants with shared arrays have the name {variant.name!r}. Give "
+        "these weights one variant"
+      )
+  for variant in variants.values():
+    used_by = [site for path, site in sites.items() if _variant(targets[path]) == variant]
+    path, site = shared_path(variant.name), largest_site(used_by)
+    start = variant.shared.start(_fold_path(key, path), used_by)
+    arrays = _checked_arrays(start, variant.shared_table, dataclasses.replace(site, path=path))
+    sharding = replicated(leaf_sharding(used_by[0].leaf))
+    placed = {name: place(array, sharding) for name, array in arrays.items()}
+    node = LoraWeight.from_arrays(placed, variant.shared_table, site.axes, None)
+    nodes.append((tuple(path.split("/")), node))
+  return nodes
+
+
+def _checked_arrays(
+  arrays: Any, table: Table, site: Site, sizes: Mapping[str, int] | None = None
+) -> dict[str, jax.Array]:
+  """Returns the arrays that a `start` gave, float32, each in memory of its own.
+
+  Args:
+    arrays: by name.
+    table: of the expected ones.
+    site: of which they are the arrays.
+    sizes: of further inner axes; None accepts any.
+  Raises:
+    ValueError: if they are not the expected ones, or one is not a float array of its shape.
+  """
+  if not isinstance(arrays, Mapping) or set(arrays) != {spec.name for spec in table}:
+    got = ", ".join(sorted(arrays)) if isinstance(arrays, Mapping) else repr(arrays)
+    raise ValueError(f"{site.path}: start of {table} gave {got:.100}, expected its arrays")
+  checked, seen = {}, {id(site.leaf)}
+  for spec in table:
+    array, labels = arrays[spec.name], site.axes.labels(spec.words)
     if not is_array(array) or not is_float(array.dtype):
       raise ValueError(
-        f"{target.path}: init gave {spec.name} {array!r:.100}, expected a floating-point array"
+        f"{site.path}: init gave {spec.name} {array!r:.100}, expected a floating-point array"
       )
+    inner = sizes
+    if inner is None:
+      inner = {
+        w: array.shape[labels.index(l)] for w, l in INNER.items() if l in labels[: array.ndim]
+      }
+    shape = site.array_shape(spec.words, **inner)
     if array.shape != shape:
-      raise ValueError(f"{target.path}: init gave {spec.name} {array.shape}, expected {shape}")
+      raise ValueError(f"{site.path}: init gave {spec.name} {array.shape}, expected {shape}")
     if id(array) in seen:
       array = jnp.copy(array)  # a step donates the trained arrays: no two may share a buffer
     seen.add(id(array))
-    where = array_sharding(sharding, spec.words, axes, site.layers)
-    arrays[spec.name] = place(array.astype(jnp.float32), where)
-  return LoraWeight.from_arrays(arrays, variant.table, axes, site.layers)
+    checked[spec.name] = array.astype(jnp.float32)
+  return checked
 
 
 def _factored(
@@ -272,7 +334,7 @@ def _factored(
   """Returns the leaves of a call with the adapted weights among them factored."""
   scalings, rates = _scalings(scaling, targets), _dropout_rates(dropout_rate, targets)
   values = as_values(leaves, position)
-  for path, weight in adapter_weights(trainable).items():
+  for path, weight in whole_weights(trainable, shapes(targets)).items():
     target, leaf = targets[path], leaves[position[path]]
     base = deferred(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
     adapted = adapted_weight(base, weight, _variant(target), _source(target), scalings[path])

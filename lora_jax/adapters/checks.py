@@ -13,9 +13,13 @@ from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import (
   LORA_TABLE,
   LoraWeight,
+  Table,
   Variant,
   adapter_extra,
   adapter_weights,
+  largest_shape,
+  shared_arrays,
+  shared_path,
 )
 from lora_jax.adapters.layers import stored_shape
 from lora_jax.adapters.targets import Target
@@ -31,7 +35,8 @@ def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
   """
   _check_layers(target, axes)
   sides = axes.counts(stored_shape(target.leaf.shape, axes, target.stacked_layers))
-  has_rank = any("rank" in spec.words.split() for spec in variant.table)
+  words = [set(spec.words.split()) for spec in variant.table]
+  has_rank = any("rank" in axes and axes & {"in", "out"} for axes in words)
   if has_rank and target.rank > min(sides):
     raise ValueError(
       f"{target.path}: rank {target.rank} is larger than the smaller dimension of the weight, "
@@ -103,6 +108,7 @@ def check_adapter(
   for path, weight in weights.items():
     if path in targets:
       problems += _misshaped(path, weight, targets[path])
+  problems += _shared_problems(trainable, weights, targets)
   for path, leaf in leaves.items():
     if path in extra and jnp.shape(leaf) != jnp.shape(extra[path][1]):
       expected = jnp.shape(extra[path][1])
@@ -115,6 +121,37 @@ def check_adapter(
     )
 
 
+def _shared_problems(
+  trainable: PyTree, weights: Mapping[str, LoraWeight], targets: Mapping[str, Target]
+) -> list[str]:
+  """Returns the problems of the shared arrays."""
+  nodes = shared_arrays(trainable)
+  expected: dict[str, Table] = {}
+  users: dict[str, list[tuple[LoraAxes, Sequence[int]]]] = {}
+  for path, target in targets.items():
+    table = None if target.variant is None else target.variant.shared_table
+    if table is not None:
+      name = shared_path(table.variant)
+      expected[name] = table
+      if path in weights:
+        users.setdefault(name, []).append((weights[path].axes, target.leaf.shape))
+  problems = [f"missing: {path}" for path in expected if path not in nodes]
+  problems += [f"unexpected: {path}" for path in nodes if path not in expected]
+  for path, node in nodes.items():
+    if path not in users:
+      continue
+    if node.table != expected[path]:
+      problems.append(f"other variant: {path} is {node.table}, the config's is {expected[path]}")
+      continue
+    ranks = [
+      w.rank for w in weights.values() if shared_path(w.table.variant) == path and w.has_rank
+    ]
+    if node.has_rank and ranks and node.rank < max(ranks):
+      problems.append(f"mis-shaped: {path} has rank {node.rank}, expected {max(ranks)}")
+    problems += _array_problems(path, node, largest_shape(users[path]))
+  return problems
+
+
 def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
   variant, shape = target.variant, tuple(target.leaf.shape)
   expected = LORA_TABLE if variant is None else variant.table
@@ -123,12 +160,18 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
       f"other variant: {path} is {weight.table}, the config's is {expected}. Give the config the "
       "adapter's variant, LoraConfig(variant=...)"
     ]
-  axes, float32 = weight.axes, jnp.dtype("float32")
+  axes = weight.axes
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
     return [f"mis-shaped: {path} has {axes}, but the weight has shape {shape}"]
+  return _array_problems(path, weight, stored_shape(shape, axes, weight.layers))
+
+
+def _array_problems(path: str, weight: LoraWeight, shape: Sequence[int]) -> list[str]:
+  """Returns the problems of the arrays of a node, for a weight of this shape."""
+  float32 = jnp.dtype("float32")
   return [
     f"mis-shaped: {path}/{name} is {got}, expected {wanted}"
-    for name, got, wanted in _shapes(weight, stored_shape(shape, axes, weight.layers))
+    for name, got, wanted in _shapes(weight, shape)
     if got != wanted
   ] + [
     problem

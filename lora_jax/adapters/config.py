@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import jax
 
-from lora_jax.adapters.delta import Variant
+from lora_jax.adapters.delta import Shared, Variant
 from lora_jax.adapters.initializers import Initializer
 from lora_jax.axes import INNER, LoraAxes
 from lora_jax.fields import (
@@ -145,8 +145,25 @@ def _check_variant(variant: Variant | None) -> None:
     return
   where = f"variant {variant.name!r}"
   read_value(str, variant.name, "variant.name")
-  read_value(Mapping, variant.arrays, f"{where}: arrays")
-  for name, words in variant.arrays.items():
+  _check_words(where, variant.arrays, ["batch", "in", "out", *INNER])
+  names = set(variant.arrays)
+  if variant.shared is not None:
+    names |= _checked_shared(where, variant)
+  if isinstance(variant.frozen, str) or not set(variant.frozen) <= names:
+    raise ValueError(
+      f"{where}: frozen={variant.frozen!r} must be a collection of names of its arrays, "
+      f"{', '.join(sorted(names))}"
+    )
+  if set(variant.frozen) == names:
+    raise ValueError(f"{where} has no array that is trained; expected one that is not in `frozen`")
+  for name in ("start", "weight", "sizes"):
+    if not callable(getattr(variant, name)):
+      raise ValueError(f"{where}: {name} must be a function, got {getattr(variant, name)!r}")
+
+
+def _check_words(where: str, arrays: Mapping[str, str], known: Sequence[str]) -> None:
+  read_value(Mapping, arrays, f"{where}: arrays")
+  for name, words in arrays.items():
     read_value(str, name, f"{where}: the name of an array")
     read_value(str, words, f"{where}: arrays[{name!r}]")
     if not name.isidentifier() or name in ("axes", "sum_with_weight"):
@@ -154,22 +171,26 @@ def _check_variant(variant: Variant | None) -> None:
         f"{where}: {name!r} cannot name an array; expected an identifier other than axes and "
         "sum_with_weight"
       )
-  words = {word for axes in variant.arrays.values() for word in axes.split()}
-  if unknown := words - {"batch", "in", "out", *INNER}:
+  words = {word for axes in arrays.values() for word in axes.split()}
+  if unknown := words - set(known):
     raise ValueError(
-      f"{where}: unknown axes {', '.join(sorted(unknown))}; expected batch, in, out, "
-      f"{', '.join(INNER)}"
+      f"{where}: unknown axes {', '.join(sorted(unknown))}; expected {', '.join(known)}"
     )
-  if isinstance(variant.frozen, str) or not set(variant.frozen) <= set(variant.arrays):
-    raise ValueError(
-      f"{where}: frozen={variant.frozen!r} must be a collection of names of its arrays, "
-      f"{', '.join(variant.arrays)}"
-    )
-  if set(variant.frozen) == set(variant.arrays):
-    raise ValueError(f"{where} has no array that is trained; expected one that is not in `frozen`")
-  for name in ("start", "weight", "sizes"):
-    if not callable(getattr(variant, name)):
-      raise ValueError(f"{where}: {name} must be a function, got {getattr(variant, name)!r}")
+
+
+def _checked_shared(where: str, variant: Variant) -> set[str]:
+  """Returns the names of a variant's shared arrays; raises ValueError if they are not usable."""
+  shared = variant.shared
+  if not isinstance(shared, Shared):
+    raise ValueError(f"{where}: shared must be a Shared(arrays, start), got {shared!r:.100}")
+  _check_words(f"{where}: shared", shared.arrays, ["in", "out", *INNER])
+  if not callable(shared.start):
+    raise ValueError(f"{where}: shared.start must be a function, got {shared.start!r}")
+  if both := set(shared.arrays) & set(variant.arrays):
+    raise ValueError(f"{where} has {', '.join(sorted(both))} in its arrays and in its shared ones")
+  if "/" in variant.name:
+    raise ValueError(f"{where} has shared arrays, and a '/' in its name, which joins paths")
+  return set(shared.arrays)
 
 
 def _check_layers(name: str, layers: Sequence[int] | None) -> None:

@@ -11,9 +11,13 @@ In `weight`, w is the frozen weight, a `Factored`; each `p.name` is a `Factor` w
 labels)` contracts a factor with the weight itself. Everything else follows from the table: shapes
 and their checks, shardings, the format on disk, the summary, the optimizer's mask. `apply` passes
 the result of `weight` to the engine, and `merge` materializes it.
+
+Arrays that all weights of a variant share (`Shared`) are in the tree once, under the key
+`lora_shared`; `weight` sees each weight's part of them among its own arrays.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +32,11 @@ from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.factored import Factored
 from lora_jax.trees import FrozenKey, leaves_with_path
 
+SHARED = "lora_shared"
+"""The key of a trainable tree under which the shared arrays are, by variant."""
+
+SHARED_AXES = LoraAxes((), (0,), (1,))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -41,6 +50,7 @@ class Site:
     layers: the adapted layers of a stacked weight; None is all.
     initialize: draws A and B, `(key, a_shape, b_shape, num_inputs) -> (lora_a, lora_b)`.
     is_lookup: whether its rows are looked up, as an embedding's.
+    scaling: of its low-rank term, the config's.
   """
 
   path: str
@@ -50,6 +60,7 @@ class Site:
   layers: tuple[int, ...] | None
   initialize: Initializer
   is_lookup: bool = False
+  scaling: float = 1.0
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -85,6 +96,37 @@ def _no_sizes(site: Site) -> Mapping[str, int]:
   return {}
 
 
+class Shared(NamedTuple):
+  """The arrays that all weights of a variant share: the layers of a stack, too.
+
+  Each weight gets the first entries along each axis: as many as it has inputs and outputs, in the
+  shape of its own axes, and as many along an inner axis as its own arrays have.
+
+  Attributes:
+    arrays: the axes of each array, by name, without `batch`; `in` and `out` are one axis each, of
+      the largest number of inputs and outputs.
+    start: `start(key, sites) -> {name: array}`, the initial values, from all weights of the
+      variant; `largest_site(sites)` gives the shapes.
+  """
+
+  arrays: Mapping[str, str]
+  start: Callable[[PRNGKeyArray, Sequence[Site]], Mapping[str, jax.Array]]
+
+
+def largest_site(sites: Sequence[Site]) -> Site:
+  """Returns a site of the largest number of inputs, number of outputs and rank."""
+  shape = largest_shape((site.axes, site.shape) for site in sites)
+  leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+  rank = max(site.rank for site in sites)
+  return Site(SHARED, leaf, SHARED_AXES, rank, None, sites[0].initialize)
+
+
+def largest_shape(weights: Iterable[tuple[LoraAxes, Sequence[int]]]) -> tuple[int, int]:
+  """Returns the largest number of inputs and of outputs of weights, from their axes and shapes."""
+  inputs, outputs = zip(*(axes.counts(shape) for axes, shape in weights), strict=True)
+  return max(inputs), max(outputs)
+
+
 class Variant(NamedTuple):
   """A variant of LoRA: its arrays, their initial values, and the weight they make.
 
@@ -96,6 +138,8 @@ class Variant(NamedTuple):
     weight: `weight(w, p, scaling) -> Factored`, the paper's equation on the adapted layers.
     frozen: names of arrays that the adapter holds and does not train.
     sizes: of inner axes other than `rank`, by word.
+    shared: the arrays that all its weights share, or None. Variants with shared arrays have one
+      copy for each name.
   """
 
   name: str
@@ -104,11 +148,20 @@ class Variant(NamedTuple):
   weight: Callable[[Factored, Any, Any], Factored]
   frozen: Collection[str] = ()
   sizes: Callable[[Site], Mapping[str, int]] = _no_sizes
+  shared: Shared | None = None
 
   @property
   def table(self) -> "Table":
     """The static data of a variant that a node carries."""
-    specs = (ArraySpec(name, words, name in self.frozen) for name, words in self.arrays.items())
+    return self._table(self.arrays)
+
+  @property
+  def shared_table(self) -> "Table | None":
+    """The same of its shared arrays."""
+    return None if self.shared is None else self._table(self.shared.arrays)
+
+  def _table(self, arrays: Mapping[str, str]) -> "Table":
+    specs = (ArraySpec(name, words, name in self.frozen) for name, words in arrays.items())
     return Table(self.name, tuple(specs))
 
   def __hash__(self) -> int:
@@ -242,9 +295,68 @@ def is_lora_weight(node: Any) -> bool:
 
 
 def adapter_weights(trainable: PyTree) -> dict[str, LoraWeight]:
-  """Returns the adapted weights of a trainable tree by path."""
+  """Returns the adapted weights of a trainable tree by path, without the shared arrays."""
+  return {path: node for path, node in _nodes(trainable).items() if not is_shared(path)}
+
+
+def shared_arrays(trainable: PyTree) -> dict[str, LoraWeight]:
+  """Returns the nodes of shared arrays of a trainable tree by path.
+
+  Each is as the node of a weight with the largest number of inputs and outputs of its variant.
+  """
+  return {path: node for path, node in _nodes(trainable).items() if is_shared(path)}
+
+
+def shared_path(variant: str) -> str:
+  """Returns the path of a variant's shared arrays, from its name."""
+  return f"{SHARED}/{variant}"
+
+
+def is_shared(path: str) -> bool:
+  return path.startswith(f"{SHARED}/")
+
+
+def _nodes(trainable: PyTree) -> dict[str, LoraWeight]:
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   return {path: node for path, node in nodes if is_lora_weight(node)}
+
+
+def whole_weights(trainable: PyTree, shapes: Mapping[str, Sequence[int]]) -> dict[str, LoraWeight]:
+  """Returns the adapted weights by path, each with its part of the arrays that it shares.
+
+  Args:
+    trainable: a trainable tree that was checked.
+    shapes: of the weights, by path.
+  """
+  shared = shared_arrays(trainable)
+  return {
+    path: _with_shared(weight, shared.get(shared_path(weight.table.variant)), shapes[path])
+    for path, weight in adapter_weights(trainable).items()
+  }
+
+
+def _with_shared(weight: LoraWeight, shared: LoraWeight | None, shape: Sequence[int]) -> LoraWeight:
+  if shared is None:
+    return weight
+  inner = {
+    label: size
+    for spec in weight.table
+    for label, size in zip(
+      weight.axes.labels(spec.words), weight.arrays[spec.name].shape, strict=True
+    )
+    if label < 0
+  }
+  axes = {0: weight.axes.inputs, 1: weight.axes.outputs}  # of SHARED_AXES' labels
+  parts = {}
+  for spec in shared.table:
+    part, sizes = shared.arrays[spec.name], []
+    for axis, label in enumerate(shared.axes.labels(spec.words)):
+      dims = [shape[d] for d in axes[label]] if label >= 0 else [inner.get(label, part.shape[axis])]
+      part = jax.lax.slice_in_dim(part, 0, math.prod(dims), axis=axis)
+      sizes += dims
+    parts[spec.name] = part.reshape(sizes)
+  table = Table(weight.table.variant, (*weight.table.specs, *shared.table.specs))
+  return LoraWeight.from_arrays(weight.arrays | parts, table, weight.axes, weight.layers)
 
 
 def adapter_extra(trainable: PyTree) -> dict[str, Any]:

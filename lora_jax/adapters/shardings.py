@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lora_jax.adapters.delta import LoraWeight, is_lora_weight
+from lora_jax.adapters.delta import LoraWeight, is_lora_weight, is_shared
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding
 from lora_jax.trees import leaves_with_path, weights_with_path
@@ -17,7 +17,8 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   """Returns the shardings of a trainable tree that follow from those of its params.
 
   For `jax.jit(..., out_shardings=...)`, `lora_jax.freeze(..., shardings=...)` and restoring
-  checkpoints. XLA's own choice would often replicate gradients and optimizer state.
+  checkpoints. XLA's own choice would often replicate gradients and optimizer state. Arrays that all
+  adapted weights share are replicated.
 
   Args:
     trainable: as `init` returns it, of arrays or `ShapeDtypeStruct`s.
@@ -27,8 +28,12 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
     ValueError: if `trainable` has a leaf that `params` lacks.
   """
   leaves = dict(weights_with_path(params))
+  known = (leaf_sharding(leaf) for leaf in leaves.values())
+  of_shared = replicated(next((sharding for sharding in known if sharding is not None), None))
 
   def node_shardings(path: str, node: Any) -> Any:
+    if is_lora_weight(node) and is_shared(path):
+      return node.replace(**dict.fromkeys(node.arrays, of_shared))
     if path not in leaves:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
     sharding = leaf_sharding(leaves[path])
@@ -42,6 +47,15 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   structure = jax.tree.structure(trainable, is_leaf=is_lora_weight)
   return jax.tree.unflatten(structure, [node_shardings(path, node) for path, node in nodes])
+
+
+def replicated(
+  sharding: NamedSharding | PartitionSpec | None,
+) -> NamedSharding | PartitionSpec | None:
+  """Returns a replicated sharding over the mesh of another one."""
+  if isinstance(sharding, NamedSharding):
+    return sharding.update(spec=PartitionSpec())
+  return sharding if sharding is None else PartitionSpec()
 
 
 def array_sharding(

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.copies import is_float, wide_dtype
-from lora_jax.adapters.delta import adapter_extra, adapter_weights
+from lora_jax.adapters.delta import adapter_extra, adapter_weights, shared_arrays
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.transform.tracing import is_array
 from lora_jax.trees import leaves_with_path, weights_with_path
@@ -58,19 +58,21 @@ def summary(
   total = sum(_size(leaf) for leaf in base.values())
   targets, _ = find_leaves(config, params) if config is not None else ({}, {})
   weights, fully_trained = adapter_weights(trainable), adapter_extra(trainable)
+  shared = shared_arrays(trainable)
+  weights |= {path: node for path, node in shared.items() if not all(s.frozen for s in node.table)}
   specs = [spec for weight in weights.values() for spec in weight.table if not spec.frozen]
   names = list(dict.fromkeys(spec.name for spec in specs)) or ["lora_a", "lora_b"]
   blank = ("",) * (len(names) + 2)
   head = ("path", "weight", *names, "rank", "scaling", "parameters", "share")
   adapted: list[_Row] = []
   for path, weight in weights.items():
-    if path not in base:
+    if path not in base and path not in shared:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
     arrays = {spec.name: weight.arrays[spec.name] for spec in weight.table if not spec.frozen}
     shapes = (_shape(arrays[name]) if name in arrays else "" for name in names)
-    rank = str(weight.rank) if weight.has_rank else ""
+    rank = str(weight.rank) if weight.has_rank and path in base else ""
     scaling = f"{targets[path].scaling:g}" if path in targets else f"alpha/{rank}"
-    cells = (_shape(base[path]), *shapes, rank, scaling if rank else "")
+    cells = (_shape(base[path]) if path in base else "", *shapes, rank, scaling if rank else "")
     adapted.append(_Row(path, cells, sum(map(_size, arrays.values()))))
   extras = [_Row(path, (_shape(leaf), *blank), _size(leaf)) for path, leaf in fully_trained.items()]
   rows = []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lora_jax.adapters.config import (
   check_config,
 )
 from lora_jax.adapters.copies import is_float
-from lora_jax.adapters.delta import Variant
+from lora_jax.adapters.delta import SHARED, Variant, is_shared
 from lora_jax.axes import LoraAxes
 from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.tracing import check_dtype, is_array
@@ -62,6 +62,11 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
   """
   check_config(config)
   leaves = array_leaves(params)
+  if reserved := [path for path in leaves if is_shared(path)]:
+    raise ValueError(
+      f"params have a leaf {reserved[0]!r}, and the key {SHARED!r} is kept for the arrays that all "
+      "adapted weights share. Rename it"
+    )
   chosen = select_arrays(config.target, params, leaves, "target")
   for rule in config.rules:
     select(rule.pattern, chosen, "the rule")
@@ -78,6 +83,11 @@ def find_leaves(config: LoraConfig, params: PyTree) -> tuple[dict[str, Target], 
   if both:
     raise ValueError(f"both target and extra match {', '.join(both)}; expected one of them")
   return targets, {path: leaves[path] for path in extra}
+
+
+def shapes(targets: Mapping[str, Target]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of targeted weights, by path."""
+  return {path: tuple(target.leaf.shape) for path, target in targets.items()}
 
 
 def array_leaves(params: PyTree) -> dict[str, tuple[tuple[str, ...], Any]]:

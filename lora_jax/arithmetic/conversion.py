@@ -1,4 +1,4 @@
-"""The plain LoRA nearest to an adapter of any variant, by singular value decompositions."""
+"""Adapters of any variant as plain LoRA: exactly where they are low-rank, or the nearest one."""
 
 import re
 from typing import Annotated, Any
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from lora_jax.adapters.adapt import merge_weight
+from lora_jax.adapters.adapt import adapted_weight, merge_weight
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.copies import wide_dtype
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
 from lora_jax.adapters.layers import adapted_layers
-from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.adapters.targets import Target, find_leaves, shapes
 from lora_jax.arithmetic.truncation import balanced_factors
 from lora_jax.fields import Count, Within, read_value
 from lora_jax.trees import nest
@@ -63,19 +63,91 @@ def convert(
   items: list[tuple[tuple[str, ...], Any]] = []
   errors: dict[str, Float[Array, ""]] = {}
   with jax.default_matmul_precision("float32"):
-    for path, weight in adapter_weights(trainable).items():
+    for path, weight in whole_weights(trainable, shapes(targets)).items():
       target = targets[path]
       low_rank, errors[path] = _converted(target, weight, rank, energy)
       items.append((target.keys, low_rank))
-      rules[path] = LoraRule(
-        re.escape(path),
-        rank=low_rank.rank,
-        alpha=float(low_rank.rank),
-        stacked_layers=weight.layers,
-        on_unhandled=target.on_unhandled,
-      )
+      rules[path] = _rule(path, low_rank, target)
   items += [(extra[path][0], leaf) for path, leaf in adapter_extra(trainable).items()]
   return exact_config(rules, extra), nest(items), errors
+
+
+def to_lora(config: LoraConfig, trainable: PyTree, params: PyTree) -> tuple[LoraConfig, PyTree]:
+  """Returns the same adapter as plain LoRA, of scaling 1; exact.
+
+  It can be summed, truncated, served and exported as any LoRA, on the same base model. For variants
+  whose change of the weight is a sum of low-rank terms. The rank is that of the terms: twice as
+  large for PiSSA, OLoRA and MiLoRA, which change the weight by A B - A0 B0.
+
+  >>> import jax.numpy as jnp, lora_jax
+  >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(8, 6)}
+  >>> config = lora_jax.LoraConfig(2, 4.0, "kernel", variant=lora_jax.PISSA)
+  >>> trainable = lora_jax.lora(fn, config).init(jax.random.key(0), params, jnp.ones((1, 8)))
+  >>> plain, low_rank = to_lora(config, trainable, params)
+  >>> plain.variant, low_rank["kernel"].lora_a.shape
+  (None, (8, 4))
+
+  Args:
+    config: of the adapter, with its variant.
+    trainable: its tree.
+    params: of the base model; shapes suffice, except for variants that contract the weight.
+  Raises:
+    ValueError: if the adapter is not for these params, or a variant has no exact form.
+  """
+  targets, extra = find_leaves(config, params)
+  check_adapter(trainable, targets, extra)
+  rules: dict[str, LoraRule] = {}
+  items: list[tuple[tuple[str, ...], Any]] = []
+  with jax.default_matmul_precision("float32"):
+    for path, weight in whole_weights(trainable, shapes(targets)).items():
+      low_rank = _low_rank(targets[path], weight)
+      items.append((targets[path].keys, low_rank))
+      rules[path] = _rule(path, low_rank, targets[path])
+  items += [(extra[path][0], leaf) for path, leaf in adapter_extra(trainable).items()]
+  return exact_config(rules, extra), nest(items)
+
+
+def _rule(path: str, low_rank: LoraWeight, target: Target) -> LoraRule:
+  """Returns a rule of scaling 1 for a weight's factors."""
+  return LoraRule(
+    re.escape(path),
+    rank=low_rank.rank,
+    alpha=float(low_rank.rank),
+    stacked_layers=low_rank.layers,
+    on_unhandled=target.on_unhandled,
+  )
+
+
+def _low_rank(target: Target, weight: LoraWeight) -> LoraWeight:
+  """Returns the terms of a weight's change as one pair of factors.
+
+  Raises:
+    ValueError: if the change is not a sum of terms of inputs times outputs.
+  """
+  axes, leaf = weight.axes, target.leaf
+  base = deferred(leaf) if is_quantized(leaf) else leaf
+  variant = target.variant or LORA
+  adapted = adapted_weight(base, weight, variant, Source([target.path]), target.scaling)
+  pairs = [_pair(term.factors, axes) for term in adapted.terms]
+  if adapted.gain is not None or adapted.base is not base or None in pairs:
+    raise ValueError(
+      f"{target.path}: {variant.name} changes the weight by more than low-rank terms, which plain "
+      "LoRA cannot express exactly. Use lora_jax.convert, which returns the nearest one"
+    )
+  a, b = (
+    jnp.concatenate(
+      [
+        _along(factor, axes, words, leaf.shape, weight.layers, scaled)
+        for factor, scaled in factors
+      ],
+      axis=axes.labels(words).index(RANK),
+    )
+    for words, factors in (
+      ("batch in rank", [(pair[0], lambda x: x) for pair in pairs]),
+      ("batch rank out", [(pair[1], term.scaled) for pair, term in zip(pairs, adapted.terms)]),
+    )
+  )
+  return LoraWeight(a, b, axes, weight.layers)
 
 
 def _converted(

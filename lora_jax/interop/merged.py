@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
-from lora_jax.adapters.targets import find_leaves
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
+from lora_jax.adapters.targets import find_leaves, shapes
 from lora_jax.axes import LoraAxes
 from lora_jax.files import local_path
 from lora_jax.models.checkpoints.encoder_folder import OLD_NAMES
@@ -126,7 +126,8 @@ class _NewLeaves:
     targets, extra = find_leaves(config, params)
     check_adapter(trainable, targets, extra)
     self._targets = targets
-    self._weights, self._full = adapter_weights(trainable), adapter_extra(trainable)
+    self._weights = whole_weights(trainable, shapes(targets))
+    self._full = adapter_extra(trainable)
     self.errors = dict.fromkeys((*self._weights, *self._full), 0.0)
 
   def put_into(
