@@ -14,6 +14,7 @@ from lora_jax.adapters.summary import merge_error as merge_error
 from lora_jax.adapters.summary import summary as summary
 from lora_jax.arithmetic import align as align
 from lora_jax.arithmetic import convert as convert
+from lora_jax.arithmetic import to_lora as to_lora
 from lora_jax.arithmetic import truncate_rank as truncate_rank
 from lora_jax.arithmetic import weighted_sum as weighted_sum
 from lora_jax.axes import LoraAxes as LoraAxes
@@ -38,6 +39,13 @@ from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus
 from lora_jax.variants.lora import rank_stabilized as rank_stabilized
+from lora_jax.variants.milora import MILORA as MILORA
+from lora_jax.variants.milora import milora as milora
+from lora_jax.variants.olora import OLORA as OLORA
+from lora_jax.variants.olora import olora as olora
+from lora_jax.variants.pissa import PISSA as PISSA
+from lora_jax.variants.pissa import pissa as pissa
+from lora_jax.variants.pissa import pissa_variant as pissa_variant
 from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
 from lora_jax.variants.qa_lora import qa_lora as qa_lora
 from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant

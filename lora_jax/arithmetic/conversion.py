@@ -1,6 +1,8 @@
 """Adapters of any variant as plain LoRA: exactly where they are low-rank, or the nearest one."""
 
+import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
@@ -16,9 +18,14 @@ from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.adapters.targets import Target, find_leaves, shapes
 from lora_jax.arithmetic.truncation import balanced_factors
+from lora_jax.axes import RANK, LoraAxes
 from lora_jax.fields import Count, Within, read_value
+from lora_jax.quantization.leaf import is_quantized
+from lora_jax.transform.deferred import deferred
+from lora_jax.transform.factored import Source
+from lora_jax.transform.factors import Factor, Term
 from lora_jax.trees import nest
-from lora_jax.variants.lora import LORA
+from lora_jax.variants.lora import ARRAYS, LORA
 
 Energy = Annotated[float, Within("(0, 1]")]
 
@@ -122,32 +129,38 @@ def _low_rank(target: Target, weight: LoraWeight) -> LoraWeight:
   """Returns the terms of a weight's change as one pair of factors.
 
   Raises:
-    ValueError: if the change is not a sum of terms of inputs times outputs.
+    ValueError: if the change is not a sum of terms, each of inputs times outputs.
   """
-  axes, leaf = weight.axes, target.leaf
+  axes, leaf, variant = weight.axes, target.leaf, target.variant or LORA
   base = deferred(leaf) if is_quantized(leaf) else leaf
-  variant = target.variant or LORA
   adapted = adapted_weight(base, weight, variant, Source([target.path]), target.scaling)
-  pairs = [_pair(term.factors, axes) for term in adapted.terms]
-  if adapted.gain is not None or adapted.base is not base or None in pairs:
+  pairs = [_in_order(term, axes) for term in adapted.terms]
+  if adapted.gain is not None or adapted.base is not base or not all(pairs):
     raise ValueError(
       f"{target.path}: {variant.name} changes the weight by more than low-rank terms, which plain "
       "LoRA cannot express exactly. Use lora_jax.convert, which returns the nearest one"
     )
-  a, b = (
-    jnp.concatenate(
-      [
-        _along(factor, axes, words, leaf.shape, weight.layers, scaled)
-        for factor, scaled in factors
-      ],
-      axis=axes.labels(words).index(RANK),
-    )
-    for words, factors in (
-      ("batch in rank", [(pair[0], lambda x: x) for pair in pairs]),
-      ("batch rank out", [(pair[1], term.scaled) for pair, term in zip(pairs, adapted.terms)]),
-    )
-  )
-  return LoraWeight(a, b, axes, weight.layers)
+  joined = {}
+  for i, (name, words) in enumerate(ARRAYS.items()):
+    factors = [_full(pair[i], axes.labels(words), leaf.shape) for pair in pairs if pair]
+    whole = jnp.concatenate(factors, axis=axes.labels(words).index(RANK))
+    joined[name] = whole if weight.layers is None else whole[jnp.asarray(weight.layers)]
+  return LoraWeight(**joined, axes=axes, layers=weight.layers)
+
+
+def _in_order(term: Term, axes: LoraAxes) -> tuple[Factor, Factor] | None:
+  """Returns a term's factor of inputs, and that of outputs times the scaling; None if mixed."""
+  a, b = sorted(term.factors, key=lambda factor: bool(set(factor.dims) & set(axes.outputs)))
+  if set(a.dims) & set(axes.outputs) or set(b.dims) & set(axes.inputs):
+    return None
+  return a, dataclasses.replace(b, array=term.scaled(b.array))
+
+
+def _full(factor: Factor, labels: tuple[int, ...], shape: Sequence[int]) -> jax.Array:
+  """Returns a factor with all of these axes; it may be constant along some."""
+  rank = factor.array.shape[factor.axis(RANK)]
+  sizes = [rank if label == RANK else shape[label] for label in labels]
+  return jnp.broadcast_to(factor.along(labels), sizes)
 
 
 def _converted(

@@ -7,9 +7,10 @@ batch axis (the layers of a stack, the experts of a mixture).
 
 A variant's equation is written with these operations on small arrays.
 
-    a @ b         a term: the low-rank matmul, kept factored
-    a * d, a / d  elementwise, broadcast along the axes that one of them lacks
+    a @ b                 a term: the low-rank matmul, kept factored
+    a * d, a / d, a - d   elementwise, broadcast along the axes that one of them lacks
     a.sum_over(b, labels)   contracted over some labels
+    a.beside(b)           concatenated along rank: a.beside(c) @ b.beside(d) is a @ b + c @ d
 """
 
 import dataclasses
@@ -83,6 +84,14 @@ class Factor:
 
   def __truediv__(self, other: "Factor") -> "Factor":
     return _elementwise(jnp.divide, self, other)
+
+  def __sub__(self, other: "Factor") -> "Factor":
+    return _elementwise(jnp.subtract, self, other)
+
+  def beside(self, other: "Factor") -> "Factor":
+    """Returns two factors of the same axes, concatenated along rank."""
+    array = jnp.concatenate([self.array, other.array], axis=self.axis(RANK))
+    return Factor(array, self.labels, self.frozen and other.frozen)
 
   def __matmul__(self, other: "Factor") -> "Term":
     if not self.inner or set(self.inner) != set(other.inner):
