@@ -1,0 +1,43 @@
+"""Compares an implementation's outputs with a vector.
+
+from conformance.check import disagreements, read
+tensors, metadata = read("conformance/vectors/lora.safetensors")
+outputs = {"matmul/out": ..., "matmul/merged": ..., "matmul/grad/lora_a": ...}
+for line in disagreements(tensors, outputs): print(line)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conformance.files import read as read_file
+
+TOLERANCE = 1e-5
+"""For float32: the largest difference, as a share of the largest expected magnitude."""
+
+
+def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """Returns the arrays of a vector by name, and its metadata."""
+  return read_file(Path(path))
+
+
+def disagreements(
+  expected: Mapping[str, np.ndarray], outputs: Mapping[str, Any], tolerance: float = TOLERANCE
+) -> list[str]:
+  """Returns one line for each output that differs, has another shape, or is not in the vector."""
+  lines = []
+  for name, output in outputs.items():
+    got = np.asarray(output)
+    if name not in expected:
+      lines.append(f"{name} is not in the vector")
+    elif got.shape != expected[name].shape:
+      lines.append(f"{name} has shape {got.shape}, expected {expected[name].shape}")
+    else:
+      want = expected[name].astype(np.float64)
+      scale = max(float(np.max(np.abs(want), initial=0.0)), 1e-30)
+      error = float(np.max(np.abs(got.astype(np.float64) - want), initial=0.0)) / scale
+      if not error <= tolerance:
+        lines.append(f"{name} differs by {error:.2g} of its largest value, allowed {tolerance:.2g}")
+  return lines
