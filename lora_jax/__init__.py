@@ -39,6 +39,9 @@ from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus
 from lora_jax.variants.lora import rank_stabilized as rank_stabilized
+from lora_jax.variants.lora_xs import LORA_XS as LORA_XS
+from lora_jax.variants.lora_xs import lora_xs as lora_xs
+from lora_jax.variants.lora_xs import lora_xs_variant as lora_xs_variant
 from lora_jax.variants.milora import MILORA as MILORA
 from lora_jax.variants.milora import milora as milora
 from lora_jax.variants.olora import OLORA as OLORA
