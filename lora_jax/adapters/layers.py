@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import LoraAxes
-from lora_jax.transform.deferred import evaluate
+from lora_jax.transform.deferred import Base, Deferred, evaluate
 from lora_jax.transform.factors import Factor, Term
+from lora_jax.transform.formed import Formed, is_formed
 
 
 def stored_shape(
@@ -50,6 +51,20 @@ def spread_term(term: Term, dim: int, layers: tuple[int, ...], count: int) -> Te
     ones = Factor(jnp.ones((len(layers),), jnp.float32), (dim,))
     factors[0] = factors[0] * spread_layers(ones, dim, layers, count, 0.0)
   return dataclasses.replace(term, factors=tuple(factors))
+
+
+def spread_update(base: Base, dim: int, layers: tuple[int, ...], count: int) -> Base:
+  """Returns a base whose update, if it has one, is zero in the layers that are not adapted."""
+  if not (isinstance(base, Deferred) and is_formed(base.operands[0])):
+    return base
+  leaf: Formed = base.operands[0]
+  if not any(dim in factor.dims for factor in leaf.factors):
+    raise ValueError("the update of some layers of a stack needs a factor with the stack's axis")
+
+  def spread(factor: Factor) -> Factor:
+    return spread_layers(factor, dim, layers, count, 0.0) if dim in factor.dims else factor
+
+  return Deferred((leaf.map(lambda w: w, spread),))
 
 
 def sum_with_weight(

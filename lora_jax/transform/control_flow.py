@@ -5,7 +5,7 @@ its operands, arrays and `Factored` ones; `interpreter.run(jaxpr, values)` evalu
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from lora_jax.transform import _compat
 from lora_jax.transform.deferred import Deferred, evaluate, unstacked
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factored import Factored
-from lora_jax.transform.factors import Factor
-from lora_jax.transform.rules.moving import factor_spec, sharding_constraint
+from lora_jax.transform.factors import Factor, factor_spec, next_slice, stacked_arrays
+from lora_jax.transform.formed import is_formed
+from lora_jax.transform.rules.moving import sharding_constraint
 
 Values = list[Any]
 
@@ -197,7 +198,7 @@ def emit_shard_map(interpreter: Any, equation: Any, values: Values) -> Any:
     outputs = interpreter.run(params["jaxpr"], args)
     return tuple(as_array(out, "returned by a shard_map") for out in outputs)
 
-  values = [_splittable(value) for value in values]
+  values = list(map(_splittable, values, params["in_specs"]))
 
   return jax.shard_map(
     function,
@@ -277,33 +278,27 @@ def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
   """Returns the arrays that `scan` slices for `x`, and a function from a slice to its value."""
   if not isinstance(x, Factored):
     return x, lambda slice_: slice_
-  stacked: list[jax.Array] = []
-
-  def collect(factor: Factor) -> Factor:
-    if 0 in factor.dims:
-      stacked.append(jnp.moveaxis(factor.array, factor.axis(0), 0))
-    return factor
-
-  x.map_factors(collect)
+  factors: list[Factor] = []
+  x.map_factors(lambda factor: factors.append(factor) or factor)
+  base, rebuild_base = unstacked(x.base)
 
   def rebuild(slice_: Any) -> Factored:
     base, slices = slice_
-    arrays = iter(slices)
-
-    def take_slice(factor: Factor) -> Factor:
-      array = next(arrays) if 0 in factor.dims else factor.array
-      return Factor(array, tuple(d if d < 0 else d - 1 for d in factor.labels if d != 0))
-
+    arrays: Iterator[Any] = iter(slices)
     lookup = tuple(d - 1 for d in x.lookup if d != 0)
-    return dataclasses.replace(x.map_factors(take_slice), base=base, lookup=lookup)
+    layer = x.map_factors(lambda factor: next_slice(factor, arrays))
+    return dataclasses.replace(layer, base=rebuild_base(base), lookup=lookup)
 
-  return (unstacked(x.base), stacked), rebuild
+  return (base, stacked_arrays(factors)), rebuild
 
 
-def _splittable(value: Any) -> Any:
-  """Evaluates a quantized weight whose arrays cannot be split like the weight itself."""
+def _splittable(value: Any, spec: Any) -> Any:
+  """Evaluates a base whose arrays cannot be split like the weight itself."""
   base = value.base if isinstance(value, Factored) else None
-  if isinstance(base, Deferred) and base.pointwise_leaf is None:
+  if not isinstance(base, Deferred):
+    return value
+  leaf, split = base.pointwise_leaf, [dim for dim, names in enumerate(spec) if names]
+  if leaf is None or (is_formed(leaf) and not set(split) <= set(leaf.dims)):
     return value.rebase(evaluate(base))
   return value
 

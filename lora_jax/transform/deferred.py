@@ -19,6 +19,11 @@ from jax import lax
 
 from lora_jax.quantization.leaf import Quantized, is_quantized
 from lora_jax.transform import _compat
+from lora_jax.transform.factors import Factor
+from lora_jax.transform.formed import Formed, is_formed, is_sliceable
+from lora_jax.transform.products import Labels
+
+Leaf: TypeAlias = Quantized | Formed
 
 POINTWISE = ("convert_element_type", "copy", "copy_p", "name", "neg", "pvary", "pcast")
 
@@ -60,13 +65,16 @@ class Step:
     return hash(self._key)
 
 
+LINEAR = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["step"])
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-  """A quantized weight, or the result of operations on it that are not done yet.
+  """A weight that is not an array, or the result of operations on it that are not done yet.
 
   Attributes:
-    operands: the quantized leaf alone; or the operands of the step, arrays and `Deferred`s.
+    operands: the leaf alone; or the operands of the step, arrays and `Deferred`s.
     step: the last operation; None for the leaf itself.
   """
 
@@ -90,7 +98,7 @@ class Deferred:
   def __jax_array__(self) -> jax.Array:
     return evaluate(self)
 
-  def with_leaf(self, leaf: Quantized) -> "Deferred":
+  def with_leaf(self, leaf: Any) -> "Deferred":
     """Returns the same pointwise operations on another leaf."""
     if self.step is None:
       return Deferred((leaf,))
@@ -98,7 +106,7 @@ class Deferred:
     return Deferred((inner.with_leaf(leaf),), self.step)
 
   @property
-  def pointwise_leaf(self) -> Quantized | None:
+  def pointwise_leaf(self) -> Any:
     """The leaf, if only pointwise operations follow; its axes are then those of the result."""
     if self.step is None:
       return self.operands[0]
@@ -116,12 +124,21 @@ def deferred(leaf: Any) -> Any:
 
 
 def evaluate(x: Any) -> Any:
-  """Returns a deferred weight as an array; other values unchanged."""
+  """Returns a deferred weight as an array, of which the backward pass keeps no other.
+
+  Other values are unchanged.
+  """
+  return jax.checkpoint(_evaluate)(x) if isinstance(x, Deferred) else x
+
+
+def _evaluate(x: Any) -> Any:
   if not isinstance(x, Deferred):
     return x
   if x.step is None:
-    return x.operands[0].dequantize()
-  return _compat.bind(x.step.equation, [evaluate(operand) for operand in x.operands])[x.step.output]
+    (leaf,) = x.operands
+    return leaf.dequantize() if _is_leaf(leaf) else leaf
+  operands = [_evaluate(operand) for operand in x.operands]
+  return _compat.bind(x.step.equation, operands)[x.step.output]
 
 
 def record(equation: Any, operands: Sequence[Any]) -> list[Any]:
@@ -147,7 +164,7 @@ def consume(equation: Any, operands: Sequence[Any]) -> list[Any]:
   """Returns the outputs of an equation that uses deferred weights; none of them is kept."""
 
   def run(*operands):
-    return _compat.bind(equation, [evaluate(x) for x in operands])
+    return _run(equation, operands)
 
   def run_in_branch(*operands):
     mesh = jax.sharding.get_abstract_mesh()
@@ -166,8 +183,56 @@ def consume(equation: Any, operands: Sequence[Any]) -> list[Any]:
   return jax.checkpoint(platform_run)(*operands)
 
 
-def _leaves(operands: Sequence[Any]) -> list[Quantized]:
-  return [x for x in jax.tree.leaves(list(operands), is_leaf=is_quantized) if is_quantized(x)]
+def _run(equation: Any, operands: Sequence[Any]) -> list[Any]:
+  """Returns the outputs of an equation, its operands evaluated.
+
+  If an update would be added to its base in less than float32, it is applied by itself: rounding
+  the sum to bfloat16, with 8 bits of precision, would lose an update of less than 1/256.
+  """
+  leaves, tree = jax.tree.flatten(list(operands), is_leaf=is_formed)
+  places = [i for i, leaf in enumerate(leaves) if is_formed(leaf)]
+  if equation.primitive.name not in LINEAR or sum(map(_is_rounded, operands)) != 1:
+    return _compat.bind(equation, [_evaluate(x) for x in operands])
+
+  def run(weights: Sequence[jax.Array], others: Sequence[Any] = leaves) -> list[Any]:
+    filled = list(others)
+    for i, weight in zip(places, weights, strict=True):
+      filled[i] = weight
+    return _compat.bind(equation, [_evaluate(x) for x in jax.tree.unflatten(tree, filled)])
+
+  bases = [leaves[i].base_array() for i in places]
+  wide = [_widened(base) for base in bases]
+  updates = [leaves[i].update_array(base.dtype) for i, base in zip(places, wide, strict=True)]
+  inputs = [_widened(leaf) for leaf in leaves]
+  _, changes = jax.jvp(lambda *weights: run(weights, inputs), wide, updates)
+  return [out + change.astype(out.dtype) for out, change in zip(run(bases), changes, strict=True)]
+
+
+def _is_rounded(x: Any) -> bool:
+  """Whether an update would be added to a base in less than 32 bits, or the sum be cast so."""
+  parts = [x, *_parts(x)] if isinstance(x, Deferred) else []
+  return any(map(is_formed, parts)) and any(part.dtype.itemsize < 4 for part in parts)
+
+
+def _parts(x: Deferred) -> list[Any]:
+  """Returns the leaves and deferred weights that a weight is computed from."""
+  inner = [part for part in x.operands if isinstance(part, Deferred)]
+  return [*filter(_is_leaf, x.operands), *inner, *(p for part in inner for p in _parts(part))]
+
+
+def _widened(x: Any) -> Any:
+  """Returns float8 as bfloat16, in which an update is not lost; others unchanged."""
+  is_array = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+  return x.astype(jnp.bfloat16) if is_array and x.dtype.itemsize == 1 else x
+
+
+def _leaves(operands: Sequence[Any]) -> list[Leaf]:
+  leaves = jax.tree.leaves(list(operands), is_leaf=_is_leaf)
+  return [leaf for leaf in leaves if _is_leaf(leaf)]
+
+
+def _is_leaf(x: Any) -> bool:
+  return is_quantized(x) or is_formed(x)
 
 
 def _is_explicit(operands: Sequence[Any]) -> bool:
@@ -181,21 +246,25 @@ def _always(operands: Sequence[Any]) -> jax.Array:
   XLA for CPUs drops optimization barriers: it would dequantize all weights of a model at the
   beginning, once for both passes, and keep them. It does not move operations out of a branch.
   """
-  code = next(iter(_leaves(operands)[0].arrays.values()))
-  first = lax.slice(code, [0] * code.ndim, [1] * code.ndim).reshape(())
-  bits = lax.bitcast_convert_type(first, f"uint{8 * code.dtype.itemsize}")
+  array = jax.tree.leaves(_leaves(operands)[0])[0]
+  first = lax.slice(array, [0] * array.ndim, [1] * array.ndim).reshape(())
+  first = first.real if jnp.iscomplexobj(first) else first
+  bits = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
   return lax.population_count(bits) <= 64
 
 
-def unstacked(x: Any) -> Any:
-  """Returns a weight whose arrays can be sliced along its first axis, as `scan` does.
+def unstacked(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+  """Returns the arrays of a base that `scan` slices, and a function from a slice to the base.
 
-  It is evaluated if its operations do not allow that.
+  A weight is evaluated if its operations do not allow that.
   """
-  if not isinstance(x, Deferred):
-    return x
-  leaf = x.pointwise_leaf
-  return x if leaf is not None and leaf.ndim > 2 and -leaf.axis < leaf.ndim else evaluate(x)
+  leaf = x.pointwise_leaf if isinstance(x, Deferred) else None
+  if leaf is None or leaf.ndim < 3 or not is_sliceable(leaf, 0):
+    return evaluate(x), lambda array: array
+  if is_quantized(leaf):
+    return x, lambda slice_: slice_
+  arrays, of_slice = leaf.unstacked()
+  return arrays, lambda slice_: x.with_leaf(of_slice(slice_))
 
 
 def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
@@ -203,7 +272,6 @@ def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
   leaf, params = w.pointwise_leaf, equation.params
   if leaf is None:
     return None
-  num_stacks = min(leaf.ndim - 2, leaf.ndim + leaf.axis)
   if equation.primitive.name == "slice":
     strides = params["strides"] or [1] * leaf.ndim
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
@@ -211,19 +279,26 @@ def _slice_stack(equation: Any, w: Deferred, *starts: Any) -> Deferred | None:
   else:
     cuts = list(zip(starts, params["slice_sizes"], strict=True))
     is_cut = [cut[1] != size for cut, size in zip(cuts, leaf.shape, strict=True)]
-  if any(is_cut[num_stacks:]):
+  if any(is_cut[-2:]) or not all(is_sliceable(leaf, dim) for dim, cut in enumerate(is_cut) if cut):
     return None
 
   cut: Callable[..., jax.Array] = lax.slice_in_dim
   if starts:
     cut = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
 
-  def sliced(array: jax.Array) -> jax.Array:
-    for axis in range(num_stacks):
-      array = cut(array, *cuts[axis], axis=axis) if is_cut[axis] else array
+  def sliced(array: jax.Array, labels: Labels = tuple(range(leaf.ndim - 2))) -> jax.Array:
+    for axis, dim in enumerate(labels):
+      array = cut(array, *cuts[dim], axis=axis) if dim >= 0 and is_cut[dim] else array
     return array
 
-  return w.with_leaf(jax.tree.map(sliced, leaf))
+  if is_quantized(leaf):
+    return w.with_leaf(jax.tree.map(sliced, leaf))
+  return w.with_leaf(
+    leaf.map(
+      lambda base: jax.tree.map(sliced, base),
+      lambda f: dataclasses.replace(f, array=sliced(f.array, f.labels)),
+    )
+  )
 
 
 def _look_up(
@@ -232,7 +307,7 @@ def _look_up(
   """Returns rows of a weight, dequantized after the lookup; None for any other gather."""
   dnums = dimension_numbers
   leaf = w.pointwise_leaf if isinstance(w, Deferred) else None
-  if leaf is None or leaf.axis != -1 or dnums.operand_batching_dims or leaf.explicit_sharding:
+  if leaf is None or not _has_rows(leaf) or dnums.operand_batching_dims or leaf.explicit_sharding:
     return None
   last = leaf.ndim - 1
   num_out = len(dnums.offset_dims) + indices.ndim - 1
@@ -253,11 +328,36 @@ def _look_up(
     sizes = (*slice_sizes[:last], *inner)
     return lax.gather(array, indices, numbers, sizes, mode=gather_mode, fill_value=fill)
 
-  rows = _pointwise(w, leaf.rows(take).astype(leaf.dtype))
+  rows = _pointwise(w, _rows(leaf, take, num_out - 1))
   if fills:
     exists = take(jnp.ones(leaf.shape[:last], jnp.uint8), 0)[..., None] > 0
     rows = jnp.where(exists, rows, jnp.nan if fill_value is None else fill_value)
   return rows
+
+
+def _has_rows(leaf: Any) -> bool:
+  """Whether rows can be looked up in a leaf's arrays."""
+  if is_formed(leaf):
+    is_array = not is_quantized(leaf.base)
+    return leaf.ndim == 2 and 0 in leaf.dims and (is_array or _has_rows(leaf.base))
+  return leaf.axis == -1
+
+
+def _rows(leaf: Any, take: Callable[..., jax.Array], num_indices: int) -> jax.Array:
+  """Returns rows of a leaf, (*indices, row); `take` looks them up in an array."""
+  if is_quantized(leaf):
+    return leaf.rows(take).astype(leaf.dtype)
+  if not is_formed(leaf):
+    return take(leaf)
+
+  def look_up(factor: Factor) -> Factor:
+    labels = tuple(num_indices if label == 1 else label for label in factor.labels if label != 0)
+    if 0 not in factor.labels:
+      return dataclasses.replace(factor, labels=labels)
+    array = take(jnp.moveaxis(factor.array, factor.axis(0), 0))
+    return dataclasses.replace(factor, array=array, labels=(*range(num_indices), *labels))
+
+  return leaf.map(lambda base: _rows(base, take, num_indices), look_up).dequantize()
 
 
 def _pointwise(w: Deferred, array: jax.Array) -> jax.Array:

@@ -25,7 +25,16 @@ from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.deferred import Base, Deferred, deferred, evaluate
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factors import RANK, ArrayLike, Factor, Term, move_factor
-from lora_jax.transform.products import Labels, aligned, contract, plus, resharded, spread
+from lora_jax.transform.formed import Formed, Update, is_formed
+from lora_jax.transform.products import (
+  Labels,
+  aligned,
+  contract,
+  plus,
+  resharded,
+  spread,
+  wide_dtype,
+)
 
 
 class Source:
@@ -68,7 +77,8 @@ class Factored:
   """A weight, or a view of one, with its low-rank terms and its gain kept apart.
 
   Attributes:
-    base: the frozen part, of the view's full shape; a `Deferred` if it is quantized.
+    base: the frozen part, of the view's full shape; a `Deferred` if it is quantized or has an
+      update of its size.
     source: the weights it comes from.
     terms: the low-rank terms; several after weights were concatenated.
     gain: multiplies base and terms; a factor without inner axes, or None.
@@ -119,6 +129,26 @@ class Factored:
     if gain.inner:
       raise ValueError(f"a gain has no inner axes, got labels {gain.labels}")
     return dataclasses.replace(self, gain=gain if self.gain is None else self.gain * gain)
+
+  def formed(
+    self, update: Update, scaling: ArrayLike, *factors: Factor, dims: Sequence[int] = ()
+  ) -> "Factored":
+    """Adds `scaling * update(w, *factors)`, an update that has no low-rank factors.
+
+    It is computed where the weight is used, in both passes, as an array of the weight's size.
+
+    Args:
+      update: from the base, as a factor in float32 or wider with all its dimensions, and the
+        factors to a factor; static, so a function of a module.
+      scaling: alpha / rank.
+      factors: the small arrays.
+      dims: the dimensions along which a slice of the update is the update of slices of the weight
+        and the factors; the batch axes should be, so that `scan` computes one layer at a time.
+    """
+    leaf = self.base.operands[0] if isinstance(self.base, Deferred) else self.base
+    if self.terms or self.gain is not None or is_formed(leaf):
+      raise ValueError("an update without low-rank factors is added first, and once")
+    return self.rebase(Deferred((Formed(leaf, factors, scaling, update, tuple(dims)),)))
 
   # ---- structural rules ----------------------------------------------------------------------
 
@@ -270,7 +300,7 @@ class Factored:
 
     Only for merging, lookups and `on_unhandled`.
     """
-    out = evaluate(self.base).astype(_wide(self.dtype))
+    out = evaluate(self.base).astype(wide_dtype(self.dtype))
     for term in () if self.probing else self.terms:
       out = out + aligned(term.product(self.shape, out.dtype), out)
     if self.gain is not None:
@@ -326,12 +356,8 @@ def _multiplied(array: jax.Array, labels: Labels, gain: Factor) -> jax.Array:
   scale = gain.along(tuple(label for label in labels if label in gain.labels))
   axes = [axis for axis, label in enumerate(labels) if label in gain.labels]
   scale = resharded(lax.broadcast_in_dim(scale, array.shape, axes), array)
-  wide = _wide(array.dtype)
+  wide = wide_dtype(array.dtype)
   return (array.astype(wide) * scale.astype(wide)).astype(array.dtype)
-
-
-def _wide(dtype: Any) -> Any:
-  return dtype if dtype.itemsize > 2 else jnp.float32
 
 
 def _dot_term(

@@ -16,7 +16,7 @@ A variant's equation is written with these operations on small arrays.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -194,3 +194,25 @@ def move_factor(array: jax.Array, labels: Labels, where: Mapping[int, Labels]) -
   gone = [i for i, label in enumerate(labels) if label >= 0 and not where[label]]
   moved = [moved_label for old in labels for moved_label in ((old,) if old < 0 else where[old])]
   return Factor(lax.squeeze(array, gone) if gone else array, tuple(moved))
+
+
+def stacked_arrays(factors: Iterable[Factor]) -> list[jax.Array]:
+  """Returns the arrays of the factors that vary along dimension 0, with that axis first."""
+  return [jnp.moveaxis(f.array, f.axis(0), 0) for f in factors if 0 in f.labels]
+
+
+def next_slice(factor: Factor, slices: Iterator[jax.Array]) -> Factor:
+  """Returns a factor for one slice of the weight along dimension 0.
+
+  Args:
+    factor: of the whole weight.
+    slices: of the `stacked_arrays` of this factor and those after it.
+  """
+  array = next(slices) if 0 in factor.labels else factor.array
+  return Factor(array, tuple(l if l < 0 else l - 1 for l in factor.labels if l != 0), factor.frozen)
+
+
+def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
+  """Returns a factor's PartitionSpec from its weight's: the inner axes are replicated."""
+  axes = dict(enumerate(spec))  # a spec may be shorter than the shape
+  return jax.sharding.PartitionSpec(*(axes.get(label) for label in labels))

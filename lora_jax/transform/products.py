@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Labels = tuple[int, ...]
@@ -59,6 +60,11 @@ def _product_sharding(x, x_labels, y, y_labels, labels) -> jax.sharding.NamedSha
     spec.append(tuple(name for name in names if name not in seen) or None)
     seen.update(names)
   return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def wide_dtype(dtype: Any) -> Any:
+  """Returns float32 for a narrower floating-point dtype, and others unchanged."""
+  return dtype if dtype.itemsize > 2 else jnp.float32
 
 
 def resharded(x: jax.Array, like: jax.Array) -> jax.Array:

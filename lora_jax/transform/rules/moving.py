@@ -1,7 +1,7 @@
 """Structural rules: the weight's elements are moved or sliced; their values stay."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax.transform.deferred import Base
 from lora_jax.transform.errors import Unsupported
 from lora_jax.transform.factored import Factored
-from lora_jax.transform.factors import Factor
+from lora_jax.transform.factors import Factor, factor_spec
 from lora_jax.transform.products import Labels
 
 
@@ -138,12 +138,6 @@ def all_gather(call, w, *, all_gather_dimension, axis_name, axis_index_groups, t
     return lax.all_gather(array, axis_name, axis=axis, tiled=True)
 
   return along_dims(w, call(w.base), gathered)
-
-
-def factor_spec(labels: Labels, spec: Iterable[Any]) -> jax.sharding.PartitionSpec:
-  """Returns a factor's PartitionSpec from its weight's: the rank axis is replicated."""
-  axes = dict(enumerate(spec))  # a spec may be shorter than the shape
-  return jax.sharding.PartitionSpec(*(axes.get(label) for label in labels))
 
 
 def along_dims(w: Factored, base: Base, on_axis: Callable[[jax.Array, int, int], jax.Array]):

@@ -1,0 +1,61 @@
+"""HiRA (Huang et al. 2025, ICLR, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation", eq. 4).
+
+    h = x (W + scaling * W * (A B))          * is elementwise
+
+A, (in, rank), and B, (rank, out), are LoRA's. The update has up to rank(W) * rank, so it has no
+low-rank factors and is formed: each layer computes it from A, B and W in the forward and again in
+the backward pass, and keeps none of it. B is initialized to 0, so that step 0 is the base model.
+
+Dropout has no branch to act on and is refused. The paper and PEFT have no scaling: alpha = rank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt
+from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.delta import Variant
+from lora_jax.axes import RANK
+from lora_jax.transform.factored import Factored
+from lora_jax.transform.factors import Factor
+from lora_jax.transform.interpreter import OpaqueRule
+from lora_jax.variants.lora import ARRAYS, start
+
+
+def weight(w: Factored, p: Any, scaling: Any) -> Factored:
+  """Returns `W + scaling * W * (A B)`."""
+  return w.formed(modulated, scaling, p.lora_a, p.lora_b, dims=range(w.ndim))
+
+
+def modulated(w: Factor, a: Factor, b: Factor) -> Factor:
+  """Returns `W * (A B)`."""
+  return w * a.sum_over(b, (RANK,))
+
+
+HIRA = Variant("HiRA", ARRAYS, start, weight)
+
+
+def hira(
+  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
+) -> Adaptation:
+  """Adapts `fn(params, *args, **kwargs)` by HiRA, as `lora` does with `variant=HIRA` in the config.
+
+  For the arguments, the further arguments of `apply` and the errors, see
+  `lora_jax.adapters.adapt.adapt`.
+
+  >>> import jax, jax.numpy as jnp
+  >>> fn = lambda params, x: x @ params["kernel"]
+  >>> params = {"kernel": jnp.ones((8, 6))}
+  >>> adapted = hira(fn, LoraConfig(rank=2, alpha=2.0, target="kernel"))
+  >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones((3, 8)))
+  >>> trainable["kernel"].lora_b.shape
+  (2, 6)
+  """
+  check_config(config)
+  if config.variant not in (None, HIRA):
+    raise ValueError(
+      f"hira got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
+    )
+  return adapt(fn, dataclasses.replace(config, variant=HIRA), HIRA, opaque)
