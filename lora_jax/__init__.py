@@ -35,6 +35,8 @@ from lora_jax.trees import partition as partition
 from lora_jax.trees import trainable_mask as trainable_mask
 from lora_jax.variants.dora import DORA as DORA
 from lora_jax.variants.dora import dora as dora
+from lora_jax.variants.hira import HIRA as HIRA
+from lora_jax.variants.hira import hira as hira
 from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus

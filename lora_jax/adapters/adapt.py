@@ -339,10 +339,22 @@ def _factored(
     base = deferred(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
     adapted = adapted_weight(base, weight, _variant(target), _source(target), scalings[path])
     if key is not None and not _is_zero(rates[path]):
+      _check_drops(adapted, _variant(target), rates[path])
       terms = _with_dropout(adapted.terms, rates[path], _fold_path(key, path))
       adapted = dataclasses.replace(adapted, terms=terms)
     values[position[path]] = adapted
   return values
+
+
+def _check_drops(adapted: Factored, variant: Variant, rate: Any) -> None:
+  """Raises ValueError if dropout would have no effect: without a term that is trained."""
+  if all(term.frozen for term in adapted.terms):
+    value = f"{rate:g}" if isinstance(rate, int | float) else "a traced rate"
+    raise ValueError(
+      f"{adapted.source}: LoRA dropout ({value}) acts on the input of a low-rank branch, and "
+      f"{variant.name} has none that is trained. Give LoraConfig or a LoraRule for it dropout=0.0, "
+      "and apply no dropout_rate for it"
+    )
 
 
 def _with_dropout(terms: tuple[Term, ...], rate: Any, key: PRNGKeyArray) -> tuple[Term, ...]:

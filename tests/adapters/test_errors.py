@@ -14,6 +14,7 @@ from lora_jax.axes import LoraAxes
 
 from tests.layer_kinds import kernel_dot
 from tests.toy_models import make_params, tokens, unrolled
+from tests.toy_variants import GAIN_OUT
 
 KEY = jax.random.key(0)
 X = jnp.ones((3, 8))
@@ -177,6 +178,21 @@ def test_dropout_without_a_key():
   plain = lj.lora(square, lj.LoraConfig(rank=2, alpha=4.0, target="kernel"))
   with pytest.raises(ValueError, match="needs lora_key"):
     plain.apply(SQUARE, trainable, X, dropout_rate=jnp.float32(0.5))
+
+
+@pytest.mark.parametrize("variant", [GAIN_OUT, lj.HIRA], ids=["gain", "HiRA"])
+def test_dropout_of_a_variant_without_a_low_rank_branch(variant):
+  message = rf"kernel: LoRA dropout \(.*\) acts on the input .*, and {variant.name} has none .*=0.0"
+  with pytest.raises(ValueError, match=message.replace(".*", "0.1", 1)):
+    init(square, SQUARE, X, dropout=0.1, variant=variant)
+  rules = [lj.LoraRule("kernel", dropout=0.0)]
+  config = lj.LoraConfig(2, 4.0, "kernel", dropout=0.1, rules=rules, variant=variant)
+  lora = lj.lora(square, config)
+  trainable = lora.init(KEY, SQUARE, X)
+  lora.apply(SQUARE, trainable, X, lora_key=None, dropout_rate=0.5)  # evaluates
+  for rate in (0.5, {"kernel": 0.5}, jnp.float32(0.5)):
+    with pytest.raises(ValueError, match=message):
+      jax.jit(lora.apply)(SQUARE, trainable, X, lora_key=KEY, dropout_rate=rate)
 
 
 def test_an_extra_needs_a_real_array():
