@@ -84,18 +84,23 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
   mesh = config.mesh.make()
   base = load_base(stored, mesh)
   params, loss = restore_params(stored, config.fit.keep, base, mesh)
-  if config.model.rounded_to != stored.model.rounded_to:
+  if _is_served_rounded(config, stored):
     served = rounded(base.params, config.model.rounded_to)
     params, _ = restore_params(stored, config.fit.keep, base, mesh, served)
     loss = validation_loss(base, params, load_data(stored, base), mesh)
   return {
     **{name: result[name] for name in SHARED_FIELDS if name in result},
+    **({"trained_on": "the model's weights"} if _is_served_rounded(config, stored) else {}),
     "valid_loss": loss,
     **decode_and_score(config, base, params, mesh),
     "run": stored.workdir,
     "seconds": time.perf_counter() - start,
     **provenance(),
   }
+
+
+def _is_served_rounded(config: E2EConfig, stored: E2EConfig) -> bool:
+  return config.model.rounded_to != stored.model.rounded_to
 
 
 def _changed(stored: E2EConfig, config: E2EConfig) -> dict[str, Any]:

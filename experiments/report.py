@@ -20,7 +20,16 @@ from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
 from experiments.nlg.e2e import decoded_inputs
 from experiments.nlg.figure import draw
-from experiments.nlg.groups import Group, by_budget, by_rank, by_rate, group_runs
+from experiments.nlg.groups import (
+  ROUNDED,
+  Group,
+  by_bits,
+  by_budget,
+  by_rank,
+  by_rate,
+  group_runs,
+  unrounded,
+)
 from experiments.nlg.report_csv import write_csv
 from experiments.nlg.scores import DIGITS, METRICS, SCORES, number
 from lora_jax.fields import NonEmptyPath, read_value
@@ -54,18 +63,20 @@ def report(
   runs, unfinished = read_runs(folders)
   groups = group_runs(runs)
   rates, sweeps, budgets = by_rate(groups), by_rank(groups), by_budget(groups)
+  bits = by_bits(groups)
   parts = [f"# {len(runs)} runs in {len(groups)} groups", unfinished, _results(groups)]
   if any(group.first.is_decoded for group in groups):
     parts += [_over_inputs(groups), _compared(groups, runs, against), _paper()]
   elif against is not None:
     raise ValueError("--against compares decoded texts, and none of the runs has decoded any")
   parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
-  parts += [_budgets(budgets) if budgets else "", _origin(runs)]
+  parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
+  parts.append(_origin(runs))
   text = "\n\n".join(part for part in parts if part) + "\n"
   out.parent.mkdir(parents=True, exist_ok=True)
   Path(f"{out}.md").write_text(text, "utf-8")
   write_csv(Path(f"{out}.csv"), groups)
-  draw(Path(f"{out}.png"), groups, rates, sweeps, budgets)
+  draw(Path(f"{out}.png"), groups, rates, sweeps, budgets, bits)
   return text
 
 
@@ -284,6 +295,21 @@ def _budgets(families: Mapping[str, Mapping[int, Group]]) -> str:
     rows.append([f"{tokens:,}", *cells])
   parts = ["## By pretraining", table.aligned(rows), _gaps(families, budgets)]
   return "\n\n".join(part for part in parts if part)
+
+
+def _bits(families: Mapping[str, Mapping[float, Group]], groups: Sequence[Group]) -> str:
+  head = ["adapter", "weights rounded to", "bits", HEADS["valid_loss"], "SER"]
+  rows = [
+    [label, group.settings[ROUNDED], f"{bits:.3g}", *_loss_and_errors(group)]
+    for label, members in families.items()
+    for bits, group in members.items()
+  ]
+  rows += [[label, "", "", *_loss_and_errors(group)] for label, group in unrounded(groups).items()]
+  return f"## By bits of the base model's linear weights\n\n{table.aligned([head, *rows])}"
+
+
+def _loss_and_errors(group: Group) -> list[str]:
+  return [_statistic(group, name) for name in ("valid_loss", "slot_error_rate")]
 
 
 def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -> str:

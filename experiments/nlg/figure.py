@@ -9,10 +9,11 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.harness import paper as paper_tables
-from experiments.nlg.groups import Group
+from experiments.nlg.groups import Group, unrounded
 from experiments.nlg.scores import METRICS
 
-VALUES = {"valid_loss": "validation loss, nats/token", **METRICS}
+LOSS, SLOT_ERRORS = "validation loss, nats/token", "slot error rate, %"
+VALUES = {"valid_loss": LOSS, **METRICS}
 RUNS, PAPER = "tab:blue", "tab:orange"
 
 
@@ -22,6 +23,7 @@ def draw(
   rates: Mapping[str, Sequence[Group]],
   sweeps: Sequence[Sequence[Group]],
   budgets: Mapping[str, Mapping[int, Group]],
+  bits: Mapping[str, Mapping[float, Group]],
 ) -> None:
   """Writes a PNG file with one row of panels for each view of the groups."""
   rows: list[tuple[float, Callable[[SubFigure], None]]] = []
@@ -32,6 +34,8 @@ def draw(
   rows += [(3.6, partial(_by_rank, sweep)) for sweep in sweeps]
   if budgets:
     rows.append((4.0, partial(_by_budget, budgets)))
+  if bits:
+    rows.append((4.0, partial(_by_bits, bits, unrounded(groups))))
   heights = [height for height, _ in rows]
   figure = Figure(figsize=(16, sum(heights)), dpi=100, layout="constrained")
   parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
@@ -131,3 +135,23 @@ def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) ->
     axes.set_title(VALUES[name], fontsize="medium")
     axes.grid(alpha=0.3)
   list(panels.values())[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _by_bits(
+  families: Mapping[str, Mapping[float, Group]], float_runs: Mapping[str, Group], figure: SubFigure
+) -> None:
+  figure.suptitle("By the bits of the base model's linear weights; dashed: not rounded")
+  names = {"valid_loss": LOSS, "slot_error_rate": SLOT_ERRORS}
+  panels = figure.subplots(1, len(names), squeeze=False)[0]
+  for axes, (name, title) in zip(panels, names.items(), strict=True):
+    for label, members in families.items():
+      known = [(bits, value.mean) for bits, g in members.items() if (value := g.statistic(name))]
+      axes.plot([bits for bits, _ in known], [mean for _, mean in known], "o-", label=label)
+    for i, (label, group) in enumerate(float_runs.items()):
+      if (value := group.statistic(name)) is not None:
+        style = {"color": f"C{len(families) + i}", "label": f"{label}, not rounded"}
+        axes.axhline(value.mean, linestyle="--", **style)
+    axes.set_xlabel("bits per weight, scales included")
+    axes.set_title(title, fontsize="medium")
+    axes.grid(alpha=0.3)
+  panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -13,11 +13,14 @@ from experiments.harness.config import ALL_LINEAR
 from experiments.harness.methods import Method
 from experiments.harness.runs import Run
 from experiments.nlg.config import E2EConfig
+from experiments.nlg.rounding import bits_per_weight
 from experiments.nlg.scores import model_label
 from lora_jax.trees import matches
 
 RATE = "optimizer.learning_rate"
 LINES = "data.num_train_records"
+ROUNDED = "model.rounded_to"
+TRAINED_ON = "trained_on"  # of the result: an adapter was evaluated on other, rounded weights
 TOKENS = "pretraining_tokens"  # of the result: it names a base better than its folder does
 BASE = {"model.folder", "model.start"}
 HAVE_COLUMNS = {RATE, LINES, "decoding.num_inputs"}  # of the report: in a label only if it must be
@@ -171,6 +174,28 @@ def by_budget(groups: Sequence[Group]) -> dict[str, dict[int, Group]]:
   return budgets
 
 
+def by_bits(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:
+  """Returns the groups on rounded weights, by method and bits per weight, in ascending order.
+
+  Adapters of rounded weights, and those of the model's own weights that were evaluated on rounded
+  ones, are two families. Of several learning rates, a format has the one with the smallest
+  validation loss.
+  """
+  families: dict[str, dict[float, Group]] = defaultdict(dict)
+  for group in sorted(groups, key=lambda group: group.loss, reverse=True):  # the best comes last
+    if group.settings.get(ROUNDED):
+      trained_on = group.settings.get(TRAINED_ON, "the rounded weights")
+      bits = bits_per_weight(group.settings[ROUNDED])
+      families[f"{group.method_label}, trained on {trained_on}"][bits] = group
+  return {label: dict(sorted(families[label].items())) for label in sorted(families)}
+
+
+def unrounded(groups: Sequence[Group]) -> dict[str, Group]:
+  """Returns the groups on the model's own weights, by method; the best learning rate of each."""
+  ordered = sorted(groups, key=lambda group: group.loss, reverse=True)  # the best comes last
+  return {group.method_label: group for group in ordered if group.settings.get(ROUNDED) == ""}
+
+
 def _settings(run: Run) -> dict[str, Any]:
   """Returns the fields that the run's method uses, except those that differ within a group."""
   settings = {name: value for name, value in run.settings.items() if run.method.uses(name)}
@@ -180,8 +205,8 @@ def _settings(run: Run) -> dict[str, Any]:
   is_gpt2 = settings.get("experiment") == E2EConfig.NAME
   if is_gpt2 and "lora.target" in settings and target(settings["lora.target"]) == "all linear":
     settings["lora.target"] = ALL_LINEAR  # several patterns select these layers
-  tokens = run.result.get(TOKENS)
-  return settings if tokens is None else {**settings, TOKENS: tokens}
+  known = {name: run.result.get(name) for name in (TOKENS, TRAINED_ON)}
+  return settings | {name: value for name, value in known.items() if value is not None}
 
 
 def _labels(
@@ -231,6 +256,10 @@ def _setting(name: str, value: Any) -> str:
       return f"{value} base"
     case "optimizer.learning_rate":
       return f"rate {value:g}"
+    case "model.rounded_to":
+      return f"rounded to {value}" if value else "not rounded"
+    case "trained_on":
+      return f"trained on {value}"
     case "pretraining_tokens":
       return f"base of {value:,} tokens"
     case "data.num_train_records":

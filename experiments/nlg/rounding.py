@@ -31,6 +31,19 @@ def rounded(params: PyTree, name: Rounding) -> PyTree:
   return replace_leaves(params, {path: _round(path, leaf, name) for path, leaf in kernels.items()})
 
 
+def bits_per_weight(name: str) -> float:
+  """Returns the bits of a weight in a format, scales included.
+
+  >>> bits_per_weight("rtn3"), round(bits_per_weight("nf4"), 3)
+  (4.0, 4.127)
+  """
+  quantize = FORMATS[name].quantize
+  assert quantize is not None, "the config names formats that can be written"
+  values = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+  arrays = jax.eval_shape(quantize, values).values()
+  return 8 * sum(array.size * array.dtype.itemsize for array in arrays) / values.size
+
+
 def _round(path: str, kernel: Float[Array, "*stack d_in d_out"], name: str) -> Float[Array, "..."]:
   kind = FORMATS[name]
   assert kind.quantize is not None, "the config names formats that can be written"

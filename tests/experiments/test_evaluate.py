@@ -89,6 +89,7 @@ def test_a_finished_evaluation_is_not_repeated(runs, capsys):
 @pytest.mark.long
 def test_an_adapter_served_on_rounded_weights(runs, tmp_path):
   result = evaluate_run(runs / "lora", {"rounded_to": "rtn2", "num_shots": 1, "num_inputs": 2})
+  assert result["trained_on"] == "the model's weights"
   assert result["valid_loss"] != stored(runs / "lora")["valid_loss"]
   folder = runs / "lora" / "evaluations" / "num_inputs=2,num_shots=1,rounded_to=rtn2"
   assert read_run(E2EConfig, folder).model.rounded_to == "rtn2"

@@ -263,6 +263,32 @@ def test_methods_by_the_pretraining_of_their_base(runs, tmp_path):
   assert gaps["1,000 tokens"][lora].startswith(f"{gap['bleu'].difference:+.2f} [")
 
 
+def test_adapters_of_rounded_weights_by_bits(runs, tmp_path):
+  own_weights = {"valid_loss": 8.0, "trained_on": "the model's weights"}
+  variations = []
+  for name, config, of_result in (
+    ("q8", {"model.rounded_to": "Q8_0"}, {"valid_loss": 7.0}),
+    ("q3", {"model.rounded_to": "rtn3"}, {"valid_loss": 7.5}),
+    ("q3_fast", {"model.rounded_to": "rtn3", "optimizer.learning_rate": 0.1}, {"valid_loss": 9.0}),
+    ("served", {"model.rounded_to": "rtn3"}, own_weights),
+  ):
+    variations.append(changed(runs / "lora1", tmp_path / name, config, of_result))
+  text = report([*variations, runs / "lora1"], tmp_path / "r")
+  section = text.split("## By bits of the base model's linear weights")[1].split("\n## ")[0]
+  lines = [line.strip("|").split("|") for line in section.splitlines() if "|" in line]
+  cells = [[cell.strip() for cell in line] for line in lines]
+  own = result(runs, "lora1")["valid_loss"]
+  assert [row[1:4] for row in cells[2:]] == [
+    ["rtn3", "4", "8.000"],
+    ["rtn3", "4", "7.500"],
+    ["Q8_0", "8.5", "7.000"],
+    ["", "", f"{own:.3f}"],
+  ]
+  assert cells[2][0] == "LoRA, rank 4, all linear, trained on the model's weights"
+  assert cells[3][0] == cells[4][0] == "LoRA, rank 4, all linear, trained on the rounded weights"
+  assert (tmp_path / "r.png").stat().st_size > 10_000
+
+
 def test_a_rank_is_shown_at_its_best_learning_rate(runs, tmp_path):
   variations = {  # alpha / rank is the same in all of them
     "slow": ({"lora.rank": 64, "lora.alpha": 512.0, "optimizer.learning_rate": 1e-3}, 7.5),
