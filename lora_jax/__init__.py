@@ -37,6 +37,11 @@ from lora_jax.variants.dora import DORA as DORA
 from lora_jax.variants.dora import dora as dora
 from lora_jax.variants.hira import HIRA as HIRA
 from lora_jax.variants.hira import hira as hira
+from lora_jax.variants.loha import LOHA as LOHA
+from lora_jax.variants.loha import loha as loha
+from lora_jax.variants.lokr import LOKR as LOKR
+from lora_jax.variants.lokr import lokr as lokr
+from lora_jax.variants.lokr import lokr_variant as lokr_variant
 from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus
@@ -46,6 +51,10 @@ from lora_jax.variants.lora_xs import lora_xs as lora_xs
 from lora_jax.variants.lora_xs import lora_xs_variant as lora_xs_variant
 from lora_jax.variants.milora import MILORA as MILORA
 from lora_jax.variants.milora import milora as milora
+from lora_jax.variants.miss import MISS as MISS
+from lora_jax.variants.miss import MISS_BAT as MISS_BAT
+from lora_jax.variants.miss import miss as miss
+from lora_jax.variants.miss import miss_mini_variant as miss_mini_variant
 from lora_jax.variants.olora import OLORA as OLORA
 from lora_jax.variants.olora import olora as olora
 from lora_jax.variants.pissa import PISSA as PISSA

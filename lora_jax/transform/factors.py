@@ -60,6 +60,9 @@ class Factor:
   def axis(self, label: int) -> int:
     return self.labels.index(label)
 
+  def size(self, label: int) -> int:
+    return self.array.shape[self.axis(label)]
+
   def relabel(self, labels: Mapping[int, int]) -> "Factor":
     """Returns the same array with some labels replaced."""
     return dataclasses.replace(self, labels=tuple(labels.get(l, l) for l in self.labels))
@@ -161,6 +164,11 @@ class Term:
     if isinstance(self.scaling, int | float):
       return z * self.scaling
     return z * jnp.asarray(self.scaling).astype(z.dtype)
+
+  def between(self, z: jax.Array, rank_axis: int) -> jax.Array:
+    """Returns the branch's activations between A and B, scaled; every rule calls it once."""
+    del rank_axis
+    return self.scaled(z)
 
   def fold(self, number: ArrayLike) -> "Term":
     if self.key is None:
