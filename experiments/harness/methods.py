@@ -87,7 +87,12 @@ METHODS: Mapping[str, Method] = {
   "lora": Method("LoRA", make=_low_rank, exports_adapter=True, has_servers=True),
   "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True),
   "qa_lora": Method(
-    "QA-LoRA", make=_low_rank, variant=lj.QA_LORA, experiments=("gpt2_e2e", "finetune")
+    "QA-LoRA",
+    make=_low_rank,
+    variant=lj.QA_LORA,
+    exports_adapter=True,  # as the LoRA that it is
+    has_servers=True,
+    experiments=("gpt2_e2e", "finetune"),
   ),
   "full_finetuning": Method(
     "full fine-tuning",

@@ -5,9 +5,11 @@ import json
 import jax.numpy as jnp
 import pytest
 
+import lora_jax as lj
 from experiments import export, finetune
 from experiments.configs.finetune import get_config
 from experiments.harness.launch import apply
+from lora_jax.interop import load_peft
 from lora_jax.models.checkpoints.gguf import open_gguf, write_gguf
 from lora_jax.models.llama import gguf as llama_gguf
 from lora_jax.models.llama.model import Llama, LlamaConfig
@@ -59,7 +61,8 @@ def config_of(folder, **changes):
 @pytest.mark.long
 def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys):
   finetune.run(config_of(tmp_path))
-  capsys.readouterr()
+  printed = capsys.readouterr().out
+  assert f"# python -m experiments.export {tmp_path / 'run'} merged.gguf --merged" in printed
   merged = tmp_path / "merged.gguf"
   export.main([str(tmp_path / "run"), str(merged), "--merged"])
   printed = capsys.readouterr().out
@@ -70,8 +73,12 @@ def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys):
   new = open_gguf(merged)
   assert new.metadata == base.metadata
   assert merged.stat().st_size == base.path.stat().st_size
-  models = (load_causal_lm(path) for path in (merged, tmp_path / "run" / "model", base.path))
-  in_gguf, in_floats, before = (model.call(model.params, TOKENS) for model in models)
+  in_gguf, before = (
+    model.call(model.params, TOKENS) for model in map(load_causal_lm, (merged, base.path))
+  )
+  model = load_causal_lm(base.path, param_dtype="stored")
+  lora, adapter = load_peft(tmp_path / "run" / "peft", model.stored, model.params)
+  in_floats = lj.lora(model.call, lora).apply(model.params, adapter, TOKENS)  # QA-LoRA as LoRA
   update = float(jnp.abs(in_floats - before).max())
   assert update > 0.1
   assert float(jnp.abs(in_gguf - in_floats).max()) < 0.1 * update

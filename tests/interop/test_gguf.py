@@ -18,7 +18,7 @@ from lora_jax.models.gpt2 import folder as gpt2_folder
 from lora_jax.models.gpt2.model import GPT2Config
 from lora_jax.models.llama import folder as llama_folder
 from lora_jax.models.llama.config_json import read_config
-from lora_jax.trees import nest
+from lora_jax.trees import leaves_with_path, nest
 
 from tests import make_gguf_adapter_golden as golden
 from tests.make_peft_golden import GOLDEN, MODELS
@@ -242,6 +242,40 @@ def test_some_layers_of_a_stack(tmp_path):
   assert {key.split(".")[1] for key in read(path)[1]} == {"1"}
   back = load_gguf_adapter(path, *base(name, scan_layers=True))
   check_equal(deltas(back, name, True), deltas(adapter, name, True))
+
+
+def grouped(adapter, name, size, scan_layers=False):
+  """Returns QA-LoRA in groups of `size` inputs, with the first A of each group."""
+  variant = lj.qa_lora_variant(size)
+  config = dataclasses.replace(adapter[0], variant=variant)
+  targets, nodes = find_leaves(config, base(name, scan_layers)[1])[0], []
+  for path, weight in adapter_weights(adapter[1]).items():
+    arrays = weight.arrays | {"lora_a": weight.lora_a[..., ::size, :]}
+    node = LoraWeight.from_arrays(arrays, variant.table, weight.axes, weight.layers)
+    nodes.append((targets[path].keys, node))
+  return config, nest(nodes)
+
+
+@pytest.mark.parametrize(
+  ("name", "scan_layers", "settings"),
+  [
+    ("llama/llama3", False, {}),
+    ("llama/mixtral", True, {"target": r"layers/.*/(kernel|gate|up|down)", "stacked_layers": [1]}),
+    ("gpt2/tied", True, {"target": r".*/attn/(query|value)/kernel"}),
+  ],
+)
+def test_qa_lora_is_written_as_the_lora_that_it_is(name, scan_layers, settings, tmp_path):
+  """The file's LoRA changes each weight as QA-LoRA's own merge does."""
+  size, params = 4, base(name, scan_layers)[1]
+  adapter = grouped(random_adapter(name, scan_layers, **settings), name, size, scan_layers)
+  path = save(tmp_path / "new.gguf", name, adapter, scan_layers)
+  back = load_gguf_adapter(path, *base(name, scan_layers))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
+  merged = lj.lora(lambda params: None, adapter[0]).merge(zeros, jax.device_put(adapter[1]))
+  got, changed = deltas(back, name, scan_layers), adapter_weights(adapter[1])
+  for leaf, array in leaves_with_path(merged):
+    if leaf in changed or leaf in got:
+      np.testing.assert_allclose(got[leaf], array, 1e-5, 1e-5, err_msg=leaf)
 
 
 def test_float16(tmp_path):

@@ -35,6 +35,7 @@ ADAPTERS = {  # a model, and settings of the adapter
   "ranks and scalings that differ": ("llama", {"target": LINEAR, "rules": RULES}),
   "rank-stabilized scaling": ("llama", {"target": LINEAR, "alpha": 8 * math.sqrt(4)}),
   "linear weights of a tied model": ("llama_tied", {"target": LINEAR}),
+  "QA-LoRA, as the LoRA that it is": ("llama", {"variant": lj.qa_lora_variant(8)}),
   "linear weights with biases": ("llama_biased", {"target": LINEAR}),
   "Qwen 2": ("qwen2", {"target": LINEAR}),
   "Qwen 3": ("qwen3", {"target": (LINEAR, HEAD)}),
@@ -100,6 +101,23 @@ def test_an_adapter_is_the_same_in_llama_cpp(name, llama_cpp, report, tmp_path):
   assert effect > 0.05
   assert got.difference < tolerance(tiny.config)
   assert got.num_equal == NUM_GREEDY
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_sliding_window_is_ignored(name, llama_cpp, tmp_path):
+  """As docs/serving.md says; if this fails, llama.cpp has learned it."""
+  tiny = make_tiny(tmp_path, name)
+  file, path = open_gguf(tiny.path), tmp_path / "window.gguf"
+  tensors = {name: file.blocks(name) for name in file.tensors}
+  metadata = dict(file.metadata) | {f"{name}.attention.sliding_window": 4}
+  write_gguf(path, name, metadata, tensors)
+  whole, windowed = (llama_cpp.logits(file, PROMPT) for file in (tiny.path, path))
+  np.testing.assert_array_equal(whole, windowed)
+  model = load_causal_lm(path)
+  ours = model.call(model.params, jnp.asarray([PROMPT]))
+  assert np.abs(np.asarray(ours)[0, -1] - np.asarray(whole)[-1]).max() > 0.1, (
+    "no effect here either"
+  )
 
 
 def test_adapters_are_scaled_switched_and_summed_by_request(llama_cpp, report, tmp_path):

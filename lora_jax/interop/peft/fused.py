@@ -14,6 +14,7 @@ from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
 from lora_jax.adapters.targets import Target, find_leaves
 from lora_jax.axes import LoraAxes
 from lora_jax.interop.peft.modules import Module, find_modules, has_values, values_of
+from lora_jax.interop.plain_lora import is_grouped, without_groups
 from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.trees import weights_with_path
 from lora_jax.variants.dora import DORA, column_norm_squared
@@ -128,6 +129,8 @@ def check_parts(
 ) -> AdapterParts:
   """Checks a trained tree, and finds the modules that another package has for it.
 
+  QA-LoRA becomes plain LoRA, which computes the same.
+
   Args:
     config: of the adapter.
     trainable: the trained tree.
@@ -140,6 +143,9 @@ def check_parts(
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
   weights, full = adapter_weights(trainable), adapter_extra(trainable)
+  for path in [path for path, weight in weights.items() if is_grouped(weight)]:
+    weights[path] = without_groups(weights[path], leaves[path].shape)
+    targets[path] = dataclasses.replace(targets[path], variant=LORA)
   return AdapterParts(weights, full, targets, leaves, find_modules(tensors, leaves))
 
 
