@@ -75,10 +75,10 @@ class Family(NamedTuple):
   module: Callable[[Any], CausalLM]
   read_config: Callable[..., Any]
   load: Callable[..., tuple[Any, PyTree]]
-  plan: Callable[[Path, Any, str], PyTree]
   params_shapes: Callable[[Any], PyTree]
   stored_tensors: Callable[[Any], list[StoredTensor]]
   stored_in: Callable[[Path, Any], list[StoredTensor]]
+  is_unused: Callable[[str, Any], bool]
   save: Callable[..., None]
   type_of: Callable[[Any], str]
   read_gguf: Callable[..., Any]
@@ -89,10 +89,10 @@ _GPT2 = Family(
   GPT2,
   gpt2_folder.read_config,
   gpt2_folder.load_gpt2,
-  gpt2_folder.plan_gpt2,
   gpt2_folder.params_shapes,
   gpt2_folder.stored_tensors,
-  lambda folder, config: gpt2_folder.stored_tensors(config),
+  gpt2_folder.stored_in,
+  gpt2_folder.is_unused,
   gpt2_folder.save_gpt2,
   lambda config: "gpt2",
   gpt2_gguf.read_config,
@@ -102,10 +102,10 @@ _LLAMA = Family(
   Llama,
   llama_json.read_config,
   llama_folder.load_llama,
-  llama_folder.plan_llama,
   llama_folder.params_shapes,
   llama_folder.stored_tensors,
   llama_folder.stored_in,
+  llama_folder.is_unused,
   llama_folder.save_llama,
   llama_json.family_of,
   llama_gguf.read_config,
@@ -181,7 +181,10 @@ def plan_causal_lm(
   config = family.read_config(path, param_dtype=float_dtype(param_dtype), **computation)
   shapes = planned = family.params_shapes(config)
   if weights is not None:
-    planned = family.plan(path, config, weights)
+    stored = family.stored_in(path, config)
+    planned = plan_params(
+      path, stored, shapes, lambda tensor: family.is_unused(tensor, config), weights
+    )
   return _model(path, model_type, config, _planned(planned, shapes, shardings))
 
 
@@ -228,11 +231,12 @@ def _find(folder: Path) -> tuple[str, Family]:
       f"{path}: {model_type} is an encoder, expected a language model, of type {names}. Encoders "
       "are loaded by load_bert and load_deberta, and fine-tuned by python -m experiments.glue"
     )
-  kind = describe_folder(folder) if model_type is None else ""
+  if model_type is None and (kind := describe_folder(folder)):
+    raise ValueError(f"{folder} has no language model: {kind}")
   raise ValueError(
-    f"{path}: the zoo has no language model of type {model_type!r}; it has {names}. "
-    f"{kind and f'Of the folder: {kind}. '}Any other model in JAX can be adapted as it is: "
-    "lora_jax.lora(fn, config), where fn(params, *args) is your own function"
+    f"{path}: the zoo has no language model of type {model_type!r}; it has {names}. Any other "
+    "model in JAX can be adapted as it is: lora_jax.lora(fn, config), where fn(params, *args) is "
+    "your own function"
   )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
 from lora_jax.quantization.format import Format
@@ -146,11 +146,23 @@ class Quantized:
     spec = PartitionSpec(*rest[:place], last, *rest[place:])
     return first.update(spec=spec) if isinstance(first, NamedSharding) else spec
 
-  def shardings(self, sharding: NamedSharding | PartitionSpec) -> "Quantized":
+  def shardings(
+    self, sharding: NamedSharding | PartitionSpec | SingleDeviceSharding
+  ) -> "Quantized":
     """Returns the shardings of its arrays, given that of the weight.
 
     Axes within a block are replicated, as is an axis that the mesh does not divide.
+
+    Raises:
+      ValueError: if the sharding has no axes by name and is not of a single device.
     """
+    if isinstance(sharding, SingleDeviceSharding):
+      return jax.tree.map(lambda _: sharding, self)
+    if not isinstance(sharding, NamedSharding | PartitionSpec):
+      raise ValueError(
+        f"a weight in {self.format} has several arrays, which {type(sharding).__name__} does not "
+        "say how to shard. Give NamedSharding(mesh, PartitionSpec(...)), by the weight's axes"
+      )
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     spec = (*spec, *(None for _ in range(self.ndim)))[: self.ndim]
     place = self.ndim + self.axis

@@ -98,6 +98,16 @@ def test_a_loaded_model_prints_as_one_line():
   assert pair == (config, params)
 
 
+def test_the_folder_of_a_run_is_not_a_model(tmp_path):
+  """It has a config.json too, which is another one."""
+  (tmp_path / "config.json").write_text('{"method": "lora"}')
+  (tmp_path / "metrics.jsonl").touch()
+  with pytest.raises(
+    ValueError, match=rf"is the folder of a run: .*\.export {tmp_path} NEW --merg"
+  ):
+    plan_causal_lm(tmp_path)
+
+
 def test_weights_come_in_the_dtype_asked_for():
   model = load_causal_lm(FOLDERS["gpt2"], param_dtype="bfloat16")
   assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}

@@ -20,7 +20,11 @@ _FOLDERS = (  # pattern of a file, and what it says of the folder; the first tha
     "it is a model of sentence-transformers: give its folder 0_Transformer",
   ),
   ("model_index.json", "it is a pipeline of diffusers, not a single model"),
-  ("metrics.jsonl", "it is the folder of a run: give its folder merged, once it is exported"),
+  (
+    "metrics.jsonl",
+    "it is the folder of a run: export the run's model, python -m experiments.export {file.parent} "
+    "NEW --merged, and give NEW",
+  ),
   ("*.gguf", "it has a GGUF file: give the file itself, {file}"),
   (
     "params.json",

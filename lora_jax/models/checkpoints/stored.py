@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.gguf import open_gguf
@@ -199,6 +199,8 @@ def _load_quantized(
 
 
 def _without_first_axis(sharding: Any) -> Any:
+  if not isinstance(sharding, NamedSharding):  # of a single device
+    return sharding
   return sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
 
 

@@ -24,7 +24,7 @@ from lora_jax.models.checkpoints.hub import (
 )
 from lora_jax.models.checkpoints.loaded_weights import float_dtype, weights_format
 from lora_jax.models.checkpoints.recognize import check_layer_count
-from lora_jax.models.checkpoints.stored import Loaded, load_params, plan_params, tensors_of
+from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 
@@ -101,27 +101,14 @@ def load_gpt2(
   """
   folder = find_folder(name)
   config = read_config(folder, param_dtype=float_dtype(param_dtype), **computation)
-  stored = _stored_in(folder, config)
-  unused = functools.partial(_is_unused, config=config)
+  stored = stored_in(folder, config)
+  unused = functools.partial(is_unused, config=config)
   weights = weights_format(param_dtype)
   params = load_params(folder, stored, params_shapes(config), shardings, unused, weights)
   return Loaded(config, params)
 
 
-def plan_gpt2(folder: Path, config: GPT2Config, weights: str) -> PyTree:
-  """Returns the shapes of the params of `load_gpt2`, of which only the tensors' dtypes are read.
-
-  Args:
-    folder: with safetensors.
-    config: of the model.
-    weights: `stored`, `int8` or `nf4`.
-  """
-  stored = _stored_in(folder, config)
-  unused = functools.partial(_is_unused, config=config)
-  return plan_params(folder, stored, params_shapes(config), unused, weights)
-
-
-def _stored_in(folder: Path, config: GPT2Config) -> list[StoredTensor]:
+def stored_in(folder: Path, config: GPT2Config) -> list[StoredTensor]:
   """Returns the tensors of a folder's files, by their names there.
 
   Raises:
@@ -138,7 +125,7 @@ def _stored_in(folder: Path, config: GPT2Config) -> list[StoredTensor]:
   return [tensor._replace(name=tensor.name.removeprefix(PREFIX)) for tensor in stored]
 
 
-def _is_unused(tensor: str, config: GPT2Config) -> bool:
+def is_unused(tensor: str, config: GPT2Config) -> bool:
   """Returns whether a tensor is a constant of old files, or a stored copy of a tied head."""
   return bool(MASKS.fullmatch(tensor)) or (config.tie_head and tensor == HEAD)
 

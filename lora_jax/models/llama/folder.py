@@ -19,7 +19,7 @@ from lora_jax.models.checkpoints.hub import (
 )
 from lora_jax.models.checkpoints.loaded_weights import float_dtype, weights_format
 from lora_jax.models.checkpoints.recognize import check_layer_count
-from lora_jax.models.checkpoints.stored import Loaded, load_params, plan_params, tensors_of
+from lora_jax.models.checkpoints.stored import Loaded, load_params, tensors_of
 from lora_jax.models.llama.config_json import (
   FIELDS,
   family_of,
@@ -89,48 +89,32 @@ def load_llama(
   """
   folder = find_folder(name)
   config = read_config(folder, param_dtype=float_dtype(param_dtype), **computation)
-  _check(folder, config)
   params = load_params(
     folder,
     stored_in(folder, config),
     params_shapes(config),
     shardings,
-    functools.partial(_is_unused, config=config),
+    functools.partial(is_unused, config=config),
     weights_format(param_dtype),
   )
   return Loaded(config, params)
 
 
-def plan_llama(folder: Path, config: LlamaConfig, weights: str) -> PyTree:
-  """Returns the shapes of the params of `load_llama`, of which only the tensors' dtypes are read.
-
-  Args:
-    folder: with safetensors.
-    config: of the model.
-    weights: `stored`, `int8` or `nf4`.
-  """
-  _check(folder, config)
-  stored = stored_in(folder, config)
-  unused = functools.partial(_is_unused, config=config)
-  return plan_params(folder, stored, params_shapes(config), unused, weights)
-
-
-def _check(folder: Path, config: LlamaConfig) -> None:
-  """Raises ValueError if a folder's files have other layers or another head than its config."""
-  with open_tensors(folder) as tensors:
-    check_layer_count(folder, tensors, "layers", FIELDS["num_layers"], config.num_layers)
-    if config.tie_head:
-      check_tied(folder, tensors, HEAD, EMBEDDING)
-
-
-def _is_unused(tensor: str, config: LlamaConfig) -> bool:
+def is_unused(tensor: str, config: LlamaConfig) -> bool:
   """Returns whether a tensor is a constant of old files, or a stored copy of a tied head."""
   return tensor.endswith("rotary_emb.inv_freq") or (config.tie_head and tensor == HEAD)
 
 
 def stored_in(folder: Path, config: LlamaConfig) -> list[StoredTensor]:
-  """Returns the tensors of a folder's files, with fused or separate experts."""
+  """Returns the tensors of a folder's files, with fused or separate experts.
+
+  Raises:
+    ValueError: if they have other layers or another head than the config.
+  """
   with open_tensors(folder) as tensors:
+    check_layer_count(folder, tensors, "layers", FIELDS["num_layers"], config.num_layers)
+    if config.tie_head:
+      check_tied(folder, tensors, HEAD, EMBEDDING)
     fused = any(".experts.gate_up_proj" in name for name in tensors)
   return stored_tensors(config, published=not fused)
 

@@ -4,6 +4,9 @@ llama.cpp has one architecture, `llama`, for Llama, Mistral and Mixtral. It rota
 elements of a head there, where we and `transformers` rotate those half a head apart, so that
 the rows of query and key are interleaved in its files. Gemma's norms are stored with the 1 that the
 model adds.
+
+The key `attention.sliding_window` is read and written, but llama.cpp ignores it for llama, qwen2 and
+qwen3: it attends to the whole sequence.
 """
 
 import dataclasses

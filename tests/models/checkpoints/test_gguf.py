@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
@@ -144,6 +144,7 @@ def test_linear_weights_are_quantized_while_loading(name, format_, scan_layers, 
 
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.long), True])
 def test_devices_read_their_own_parts(scan_layers, tmp_path):
+  """Codes too, on a mesh or on one device; other shardings do not say which axis is which."""
   mesh = make_mesh(data=1, fsdp=2, tensor=2)
   specs = {"kernel": P("fsdp", "tensor"), "embedding": P(None, "tensor"), "bias": P("tensor")}
 
@@ -173,8 +174,13 @@ def test_devices_read_their_own_parts(scan_layers, tmp_path):
       leaves_with_path(parts.params), leaves_with_path(plan.params), strict=True
     ):
       assert planned.sharding.is_equivalent_to(array.sharding, array.ndim), leaf
-  layer = parts.params["layers" if scan_layers else "layers_0"]
-  codes = layer["mlp"]["up"]["kernel"].arrays["qs"]  # of (64, 128): 128 rows of 2 blocks
+  device = SingleDeviceSharding(jax.devices()[1])
+  on_device = load_causal_lm(path, **options, shardings=device)
+  assert {leaf.sharding for leaf in jax.tree.leaves(on_device.params)} == {device}
+  kernel = parts.params["layers" if scan_layers else "layers_0"]["mlp"]["up"]["kernel"]
+  with pytest.raises(ValueError, match=r"which str does not say .* Give NamedSharding"):
+    kernel.shardings("fsdp")
+  codes = kernel.arrays["qs"]  # of (64, 128): 128 rows of 2 blocks
   assert codes.addressable_shards[0].data.shape[-3:] == (64, 1, 16)
 
 
