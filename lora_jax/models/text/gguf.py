@@ -39,7 +39,13 @@ DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unk": 0}}  # of llama.
 ENDS = (  # of turns and texts; llama.cpp stops at them even if the metadata does not name them
   *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"),
   *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"),
+  *("</s>", "<eos>", "[EOS]", "[EOT]"),
 )
+FILL_IN_ENDS = {  # tokens of code models, by the name in their key; llama.cpp stops at them too
+  "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+  "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+  "fim_sep": ("<|file_sep|>",),
+}
 SAMPLING = {  # keys of general.sampling, and transformers' names
   "temp": "temperature",
   "top_k": "top_k",
@@ -154,15 +160,19 @@ def _read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
         f"to {max(Kind)}"
       )
   special = dict(DEFAULT_IDS[model])
-  for use in (*USES, "eot", "eom"):
+  for use in (*USES, "eot", "eom", *FILL_IN_ENDS):
     key = f"tokenizer.ggml.{NAMES.get(use, use)}_token_id"
     token_id = Annotated[int, Within(f"[0, {len(tokens) - 1}]")]
     if (value := _read(path, metadata, key, token_id)) is not None:
       special[use] = value
   special = {use: i for use, i in special.items() if i < len(tokens)}
+  for use, names in FILL_IN_ENDS.items():
+    if use not in special and (named := [ids[token] for token in names if token in ids]):
+      special[use] = named[0]
   named = (ids[token] for token in ENDS if token in ids)
-  end_ids = [special[use] for use in ("eos", "eot", "eom") if use in special]
-  end_ids = list(dict.fromkeys([*end_ids, *named]))
+  first, last = ("eos", "eot", "eom"), FILL_IN_ENDS
+  first, last = ([special[use] for use in uses if use in special] for uses in (first, last))
+  end_ids = list(dict.fromkeys([*first, *named, *last]))
   kinds = [Kind(code) for code in codes]
   for i in end_ids:
     kinds[i] = Kind.CONTROL

