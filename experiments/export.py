@@ -41,7 +41,12 @@ from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
 from experiments.nlg.base import Base, load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
-from experiments.nlg.finetuned import check_weights, export_folder, load_exported
+from experiments.nlg.finetuned import (
+  check_weights,
+  export_folder,
+  load_exported,
+  weights_digests,
+)
 from experiments.nlg.merged_gguf import export_merged_gguf
 from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_adapter, load_run
@@ -54,7 +59,6 @@ from experiments.nlg.text_files import (
 from lora_jax.files import local_path
 from lora_jax.interop import load_peft, save_merged
 from lora_jax.models.checkpoints.gguf import is_gguf
-from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.text.tokenizer import tokenizer_files
 from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
@@ -94,6 +98,8 @@ def _e2e_adapter(config: E2EConfig) -> RunAdapter:
   base = load_base(config, make_mesh())
   adapter, result = load_adapter(config, base), read_finished(config.workdir)
   name, digests = config.model.folder or EMBEDDED, {"fingerprint": result["base"]}
+  if is_gguf(base.model.folder):
+    digests = weights_digests(base.model.folder) | digests
   decode = base.tokenizer.decode
   return RunAdapter(
     config,
@@ -189,7 +195,7 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
     raise ValueError(_written_already(config))
   model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
   lora, adapter = load_peft(export_folder(config), model.stored, model.params)
-  base = find_folder(config.model.folder)  # with its weights
+  base = model_folder(config)  # with its weights
   check_weights(config, base)
   files = exported_text_files(export_folder(config))
   if config.data.chat_template and "chat_template.jinja" not in files:

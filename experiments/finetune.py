@@ -44,12 +44,12 @@ from experiments.nlg.finetuned import (
 )
 from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.files import read_json
-from lora_jax.models.checkpoints.gguf import is_gguf
-from lora_jax.models.checkpoints.hub import find_folder
-from lora_jax.models.checkpoints.pretrained import PRETRAINED
+from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
+from lora_jax.models.checkpoints.pretrained import PRETRAINED, cached_path
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.step import make_train_step, start
+from lora_jax.variants.qa_merge import MERGEABLE
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
       f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})",
     ]
   lines = ["# here", *usage.in_lora_jax(model, str(folder), config.model.param_dtype), ""]
-  path = find_folder(model) if model in PRETRAINED else Path(model)
+  path = cached_path(model) if model in PRETRAINED else Path(model)  # without asking the hub
   lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")
   served = find_method(config.method).has_servers and "target_parameters" not in written
@@ -251,7 +251,17 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
     lines += [f"# {line}" for line in command]
   lines += ["", "# for llama.cpp and Ollama"]
   lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
+  if find_method(config.method).variant == lj.QA_LORA and _has_minima(path):
+    lines += ["", "# for llama.cpp, merged into a copy of the base model's file"]
+    lines += [f"# python -m experiments.export {config.workdir} merged.gguf --merged"]
   return lines
+
+
+def _has_minima(path: Path) -> bool:
+  """Returns whether a model is a GGUF file with weights that QA-LoRA merges into."""
+  if not (path.is_file() and is_gguf(path)):
+    return False
+  return any(tensor.type in MERGEABLE for tensor in open_gguf(path).tensors.values())
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ class BaseModel(NamedTuple):
     return self.name if HUB.fullmatch(self.name) and not Path(self.name).exists() else None
 
   @property
+  def shown_path(self) -> Path:
+    """Its path in the card's commands; of a named model without the user's cache folder."""
+    return Path(self.path.name) if self.name in PRETRAINED else self.path
+
+  @property
   def license(self) -> str:
     """Its licence's identifier on the hub, from its own files; `unknown` if they name none."""
     if is_gguf(self.path):

@@ -89,7 +89,8 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   )
   written = read_json(folder / "adapter_config.json")
   base, here = run.base.name, "."
-  lines = code("python", usage.in_peft(base, run.base.path, here))
+  lines = _about_file(run.base)
+  lines += code("python", usage.in_peft(base, run.base.shown_path, here))
   lines += code("python", usage.in_lora_jax(base, here, run.config.model.param_dtype))
   servable = form != "peft" and not is_gguf(run.base.path)
   if servable and (command := usage.in_vllm(base, here, written["r"])):
@@ -115,6 +116,13 @@ def _write_mlx(run: RunAdapter, folder: Path) -> None:
   if is_gguf(run.base.path):
     lines += ["mlx-lm reads the base model from its Hugging Face folder, not from a GGUF file.", ""]
   _write_card(run, folder, "mlx", lines)
+
+
+def _about_file(base: BaseModel) -> list[str]:
+  """Returns a line on the file of a named model, which others find elsewhere."""
+  if base.shown_path == base.path:
+    return []
+  return [f"`{base.shown_path}` is {base.name}: `make {base.name}` fetches it, and says where.", ""]
 
 
 def _write_card(run: RunAdapter, folder: Path, form: Format, lines: list[str]) -> None:
@@ -145,8 +153,9 @@ def _write_gguf(run: RunAdapter, out: Path) -> None:
       base_model=run.base.repository or run.base.name,
     )
     (temporary / names["Modelfile"]).write_text(modelfile(run, out.name), "utf-8")
-    base = str(path) if is_gguf(path) else "base.gguf"
-    lines = code("sh", usage.in_llama_server(base, out.name))
+    base = str(run.base.shown_path) if is_gguf(path) else "base.gguf"
+    lines = _about_file(run.base)
+    lines += code("sh", usage.in_llama_server(base, out.name))
     lines += code("sh", usage.in_ollama(names["Modelfile"]))
     dtype = run.config.model.param_dtype
     lines += code("python", usage.gguf_in_lora_jax(run.base.name, out.name, dtype))

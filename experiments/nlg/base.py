@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.harness.sharding import sharding_of
-from experiments.nlg.config import E2EConfig, Prompt
+from experiments.nlg.config import E2EConfig, FinetuneConfig, Prompt
 from experiments.nlg.pretraining import PRETRAINING
 from experiments.nlg.rounding import rounded
 from experiments.nlg.user_data import Text, load_text
@@ -98,7 +98,7 @@ def random_params(module: nn.Module, mesh: Mesh, key: jax.Array) -> PyTree:
   return jax.jit(init, out_shardings=sharding_of(mesh)(jax.eval_shape(init, key)))(key)
 
 
-def model_folder(config: E2EConfig) -> Path:
+def model_folder(config: E2EConfig | FinetuneConfig) -> Path:
   """Returns the base model's folder or file; by default that of the embedded model."""
   if config.model.folder:
     return find_folder(config.model.folder)

@@ -16,6 +16,7 @@ from experiments.harness.model_card import BaseModel
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest, read_finished
 from experiments.nlg.adapters import Format, RunAdapter, write_adapter
+from experiments.nlg.base import model_folder
 from experiments.nlg.config import FinetuneConfig
 from experiments.nlg.text_files import (
   end_token_ids,
@@ -153,8 +154,8 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
   For a variant other than LoRA the base model's weights are read too, since it may need them.
 
   Raises:
-    FileNotFoundError, ValueError: if the run is not finished, has no adapter, or its files are
-      gone or damaged.
+    FileNotFoundError, ValueError: if the run is not finished, has no adapter, its files are gone
+      or damaged, or the base model's have changed.
   """
   result, method = read_finished(config.workdir), find_method(config.method)
   folder = export_folder(config)
@@ -162,6 +163,7 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
     raise ValueError(
       f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
     )
+  check_weights(config, model_folder(config))
   model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
   adapter = trained_tree(config, model)
   base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from experiments.harness.methods import find_method, lora_config
-from experiments.nlg.base import load_base
+from experiments.nlg.base import load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import check_weights, trained_tree
 from experiments.nlg.restore import load_adapter
 from lora_jax.interop import save_merged_gguf
 from lora_jax.models.checkpoints.gguf import is_gguf
-from lora_jax.models.checkpoints.hub import find_folder
-from lora_jax.models.zoo import load_causal_lm
+from lora_jax.models.checkpoints.loaded_weights import STORED
+from lora_jax.models.zoo import LanguageModel, load_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 
@@ -29,17 +29,25 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
       f"{config.workdir} is a run of {config.method}, which has no adapter; QA-LoRA's merges into "
       "a GGUF file (method=qa_lora). Give a folder to make instead of a file"
     )
-  base = find_folder(config.model.folder) if config.model.folder else None
-  if base is None or not is_gguf(base):
+  base = model_folder(config)
+  if not is_gguf(base):
     raise ValueError(
-      f"{config.workdir} adapts {base or 'the embedded GPT-2'}, which is not a GGUF file, and a "
-      "merged GGUF file has the blocks of its base model's. Give a folder to make instead of a file"
+      f"{config.workdir} adapts {config.model.folder or 'the embedded GPT-2'}, which is not a GGUF "
+      "file, and a merged GGUF file has the blocks of its base model's. Give a folder to make "
+      "instead of a file"
     )
-  model = load_causal_lm(base, param_dtype="stored", scan_layers=config.model.scan_layers)
   if isinstance(config, E2EConfig):
-    adapter = load_adapter(config, load_base(config, make_mesh()))
+    trained_on = load_base(config, make_mesh())
+    adapter, model = load_adapter(config, trained_on), trained_on.model
+    if config.model.param_dtype != STORED:
+      model = _load_stored(config, base)
   else:
     check_weights(config, base)
+    model = _load_stored(config, base)
     adapter = trained_tree(config, model)
   tensors = model.stored_in_folder()
   return save_merged_gguf(out, base, lora_config(config), adapter, tensors, model.params)
+
+
+def _load_stored(config: E2EConfig | FinetuneConfig, base: Path) -> LanguageModel:
+  return load_causal_lm(base, param_dtype=STORED, scan_layers=config.model.scan_layers)

@@ -19,10 +19,11 @@ from experiments.harness.config import read_config
 from experiments.harness.launch import apply
 from experiments.harness.methods import lora_config
 from experiments.harness.model_card import BaseModel
-from experiments.harness.workdir import file_digest
+from experiments.harness.workdir import file_digest, read_run
 from experiments.nlg import usage
+from experiments.nlg.adapters import write_adapter
 from experiments.nlg.config import FinetuneConfig
-from experiments.nlg.finetuned import weights_digests
+from experiments.nlg.finetuned import load_exported, weights_digests
 from experiments.nlg.restore import load_run
 from experiments.nlg.text_files import text_files, write_with
 from lora_jax.interop import load_gguf_adapter, load_peft, save_peft
@@ -204,6 +205,32 @@ def test_the_lines_that_load_a_quantized_base_model():
   for lines in (usage.in_lora_jax, usage.gguf_in_lora_jax):
     assert "load_causal_lm('base.gguf', param_dtype='nf4')" in lines("base.gguf", "a", "nf4")[1]
     assert "load_causal_lm('base.gguf')" in lines("base.gguf", "a", "auto")[1]
+
+
+def test_a_card_has_no_path_of_the_users_cache(run_on_gguf, tmp_path):
+  """A named model's file is somewhere else for others, who are told how to fetch it."""
+  folder, model, _ = run_on_gguf
+  run = load_exported(read_run(FinetuneConfig, folder))
+  named = run._replace(base=run.base._replace(name="smollm2"))
+  write_adapter(named, tmp_path / "my.gguf", "gguf")
+  write_adapter(named, tmp_path / "folder", "peft")
+  for card in (tmp_path / "my.README.md", tmp_path / "folder" / "README.md"):
+    text = card.read_text()
+    assert str(model.folder.parent) not in text.split("## Config")[0]
+    assert "`base.gguf` is smollm2: `make smollm2` fetches it" in text
+    assert f"base.gguf {file_digest(model.folder)}" in text
+  assert "llama-server -m base.gguf --lora my.gguf" in (tmp_path / "my.README.md").read_text()
+  assert "from_pretrained('.', gguf_file='base.gguf')" in text
+
+
+def test_a_base_model_that_has_changed_is_not_exported_for(run_on_gguf, tmp_path):
+  folder, _, _ = run_on_gguf
+  run = shutil.copytree(folder, tmp_path / "run")
+  result = json.loads((run / "result.json").read_text())
+  result["weights"] = {"base.gguf": "0" * 64}
+  (run / "result.json").write_text(json.dumps(result))
+  with pytest.raises(SystemExit, match=r"trained on other weights than are in .*base\.gguf"):
+    export.main([str(run), str(tmp_path / "my.gguf")])
 
 
 def test_a_base_model_for_the_card(tmp_path):
