@@ -37,6 +37,10 @@ from lora_jax.variants.dora import DORA as DORA
 from lora_jax.variants.dora import dora as dora
 from lora_jax.variants.hira import HIRA as HIRA
 from lora_jax.variants.hira import hira as hira
+from lora_jax.variants.ia3 import IA3 as IA3
+from lora_jax.variants.ia3 import IA3_FEEDFORWARD as IA3_FEEDFORWARD
+from lora_jax.variants.ia3 import ia3 as ia3
+from lora_jax.variants.ia3 import ia3_variant as ia3_variant
 from lora_jax.variants.loha import LOHA as LOHA
 from lora_jax.variants.loha import loha as loha
 from lora_jax.variants.lokr import LOKR as LOKR

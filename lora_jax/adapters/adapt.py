@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.biases import Bias, bias_gains, check_biases, find_biases, scaled
 from lora_jax.adapters.checks import check_adapter, check_number, check_site
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.copies import (
@@ -52,7 +53,7 @@ from lora_jax.transform.factored import Factored, Source, as_values
 from lora_jax.transform.factors import Factor, Term
 from lora_jax.transform.inference import infer_axes
 from lora_jax.transform.interpreter import Interpreter, OpaqueRule
-from lora_jax.transform.tracing import is_array, trace_call
+from lora_jax.transform.tracing import TracedCall, is_array, trace_call
 from lora_jax.trees import closest_names, nest, replace_leaves
 
 
@@ -110,23 +111,9 @@ def adapt(
     targets, extra = find(params)
     copies = {path: trained_copy(f"extra {path}", leaf) for path, (_, leaf) in extra.items()}
     call = trace_call(fn, replace_leaves(params, in_dtypes_of(extra, copies)), args, kwargs)
-    sources = {path: _source(target) for path, target in targets.items()}
-    axes_by_path = {
-      path: target.axes for path, target in targets.items() if target.axes is not None
-    }
-    inferred = infer_axes(call, sources, axes_by_path, Interpreter(opaque))
-    unused = [path for path, target in targets.items() if not (path in inferred or target.axes)]
-    if unused:
-      raise ValueError(
-        f"these targeted weights are never used by the function: {', '.join(unused)}. "
-        "Narrow `target`, or trace a call that uses them"
-      )
-    sites: dict[str, Site] = {}
-    for path, target in targets.items():
-      axes, is_lookup = inferred.get(path, (None, False))
-      axes = target.axes or axes
-      assert axes is not None, "an unused weight has axes of its own"
-      sites[path] = _site(target, axes, is_lookup)
+    sites = find_sites(targets, call, opaque)
+    biases = find_biases(targets, extra, params)
+    check_biases(biases, targets, sites, call, params)
     items: list[tuple[tuple[str, ...], Any]] = [
       (target.keys, _start(_fold_path(key, path), target, sites[path]))
       for path, target in targets.items()
@@ -137,6 +124,7 @@ def adapt(
 
     def first_step(leaves: list[Any]) -> list[Any]:
       values = _factored(targets, trainable, call.position, leaves, key, None, None)
+      _scale_biases(values, biases, trainable, targets, call.position)
       return Interpreter(opaque).evaluate(call.jaxpr, values)
 
     jax.eval_shape(first_step, call.leaves)  # raises errors that only real factors show
@@ -157,6 +145,8 @@ def adapt(
     trained = in_dtypes_of(extra, adapter_extra(trainable))
     call = trace_call(fn, replace_leaves(params, trained), args, kwargs)
     values = _factored(targets, trainable, call.position, call.leaves, key, scaling, dropout_rate)
+    biases = find_biases(targets, extra, params)
+    _scale_biases(values, biases, trainable, targets, call.position)
     outputs = Interpreter(opaque).evaluate(call.jaxpr, values)
     return jax.tree.unflatten(call.out_tree, outputs)
 
@@ -171,9 +161,43 @@ def adapt(
       )
       for path, weight in whole_weights(trainable, shapes(targets)).items()
     }
+    biases = find_biases(targets, extra, params)
+    gains = bias_gains(biases, trainable, targets)
+    for bias in biases.values():
+      merged[bias.path] = scaled(jnp.asarray(bias.leaf), gains[bias.path])
     return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable)))
 
   return Adaptation(init, apply, merge)
+
+
+def find_sites(
+  targets: Mapping[str, Target], call: TracedCall, opaque: Mapping[str, OpaqueRule]
+) -> dict[str, Site]:
+  """Returns the targeted weights, by path, with their axes as a call uses them.
+
+  Args:
+    targets: each with its variant.
+    call: the traced function.
+    opaque: as in `adapt`.
+  Raises:
+    ValueError: if a weight is never used, or its settings do not fit its axes.
+  """
+  sources = {path: source_of(target) for path, target in targets.items()}
+  axes_by_path = {path: target.axes for path, target in targets.items() if target.axes is not None}
+  inferred = infer_axes(call, sources, axes_by_path, Interpreter(opaque))
+  unused = [path for path, target in targets.items() if not (path in inferred or target.axes)]
+  if unused:
+    raise ValueError(
+      f"these targeted weights are never used by the function: {', '.join(unused)}. "
+      "Narrow `target`, or trace a call that uses them"
+    )
+  sites: dict[str, Site] = {}
+  for path, target in targets.items():
+    axes, is_lookup = inferred.get(path, (None, False))
+    axes = target.axes or axes
+    assert axes is not None, "an unused weight has axes of its own"
+    sites[path] = _site(target, axes, is_lookup)
+  return sites
 
 
 def merge_weight(
@@ -337,13 +361,25 @@ def _factored(
   for path, weight in whole_weights(trainable, shapes(targets)).items():
     target, leaf = targets[path], leaves[position[path]]
     base = deferred(leaf) if is_quantized(leaf) else jnp.asarray(leaf)
-    adapted = adapted_weight(base, weight, _variant(target), _source(target), scalings[path])
+    adapted = adapted_weight(base, weight, _variant(target), source_of(target), scalings[path])
     if key is not None and not _is_zero(rates[path]):
       _check_drops(adapted, _variant(target), rates[path])
       terms = _with_dropout(adapted.terms, rates[path], _fold_path(key, path))
       adapted = dataclasses.replace(adapted, terms=terms)
     values[position[path]] = adapted
   return values
+
+
+def _scale_biases(
+  values: list[Any],
+  biases: Mapping[str, Bias],
+  trainable: PyTree,
+  targets: Mapping[str, Target],
+  position: Mapping[str, int],
+) -> None:
+  """Scales the biases among the leaves of a call, in place."""
+  for path, gain in bias_gains(biases, trainable, targets).items():
+    values[position[path]] = scaled(jnp.asarray(values[position[path]]), gain)
 
 
 def _check_drops(adapted: Factored, variant: Variant, rate: Any) -> None:
@@ -372,7 +408,8 @@ def _variant(target: Target) -> Variant:
   return target.variant
 
 
-def _source(target: Target) -> Source:
+def source_of(target: Target) -> Source:
+  """Returns a weight's source in the engine."""
   return Source([target.path], target.on_unhandled == "materialize")
 
 

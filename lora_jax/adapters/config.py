@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import jax
 
-from lora_jax.adapters.delta import Shared, Variant
+from lora_jax.adapters.delta import BiasGain, Shared, Variant
 from lora_jax.adapters.initializers import Initializer
 from lora_jax.axes import INNER, LoraAxes
 from lora_jax.fields import (
@@ -156,6 +156,8 @@ def _check_variant(variant: Variant | None) -> None:
     )
   if set(variant.frozen) == names:
     raise ValueError(f"{where} has no array that is trained; expected one that is not in `frozen`")
+  if variant.bias is not None:
+    _check_bias(where, variant)
   for name in ("start", "weight", "sizes"):
     if not callable(getattr(variant, name)):
       raise ValueError(f"{where}: {name} must be a function, got {getattr(variant, name)!r}")
@@ -191,6 +193,17 @@ def _checked_shared(where: str, variant: Variant) -> set[str]:
   if "/" in variant.name:
     raise ValueError(f"{where} has shared arrays, and a '/' in its name, which joins paths")
   return set(shared.arrays)
+
+
+def _check_bias(where: str, variant: Variant) -> None:
+  gain = variant.bias
+  if not isinstance(gain, BiasGain):
+    raise ValueError(f"{where}: bias must be a BiasGain(array, paths), got {gain!r:.100}")
+  if sorted(variant.arrays.get(gain.array, "").split()) not in (["batch", "out"], ["out"]):
+    raise ValueError(f"{where}: bias names {gain.array!r}, expected an array of 'batch out'")
+  read_value(Mapping, gain.paths, f"{where}: bias.paths")
+  for path, bias in gain.paths.items():
+    read_value(str | None, bias, f"{where}: bias.paths[{path!r}]")
 
 
 def _check_layers(name: str, layers: Sequence[int] | None) -> None:

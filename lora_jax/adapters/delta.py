@@ -127,6 +127,19 @@ def largest_shape(weights: Iterable[tuple[LoraAxes, Sequence[int]]]) -> tuple[in
   return max(inputs), max(outputs)
 
 
+class BiasGain(NamedTuple):
+  """The gain over the outputs of a layer that multiplies its bias, too.
+
+  Attributes:
+    array: its name among the variant's arrays.
+    paths: the path of the bias by that of the weight, None for a weight without one; of others, the
+      leaf `bias` or `b` next to the weight is taken.
+  """
+
+  array: str
+  paths: Mapping[str, str | None] = {}
+
+
 class Variant(NamedTuple):
   """A variant of LoRA: its arrays, their initial values, and the weight they make.
 
@@ -140,6 +153,7 @@ class Variant(NamedTuple):
     sizes: of inner axes other than `rank`, by word.
     shared: the arrays that all its weights share, or None. Variants with shared arrays have one
       copy for each name.
+    bias: the gain that also multiplies the layer's bias, or None.
   """
 
   name: str
@@ -149,6 +163,7 @@ class Variant(NamedTuple):
   frozen: Collection[str] = ()
   sizes: Callable[[Site], Mapping[str, int]] = _no_sizes
   shared: Shared | None = None
+  bias: BiasGain | None = None
 
   @property
   def table(self) -> "Table":

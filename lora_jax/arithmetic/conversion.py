@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from lora_jax.adapters.adapt import adapted_weight, merge_weight
+from lora_jax.adapters.biases import Bias, find_biases
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
 from lora_jax.adapters.copies import wide_dtype
@@ -66,6 +67,7 @@ def convert(
   read_value(Energy | None, energy, "energy")
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
+  _check_no_bias(find_biases(targets, extra, params))
   rules: dict[str, LoraRule] = {}
   items: list[tuple[tuple[str, ...], Any]] = []
   errors: dict[str, Float[Array, ""]] = {}
@@ -184,6 +186,14 @@ def _converted(
   a, b, error = balanced_factors(u, values, v, new_rank)
   lora_a, lora_b = a.reshape(*batch, *inputs, new_rank), b.reshape(*batch, new_rank, *outputs)
   return LoraWeight(lora_a, lora_b, axes, weight.layers), error
+
+
+def _check_no_bias(biases: Mapping[str, Bias]) -> None:
+  for path, bias in biases.items():
+    raise ValueError(
+      f"{bias.path} is scaled with {path}, and plain LoRA leaves biases as they are. Merge the "
+      "adapter instead"
+    )
 
 
 def _rank_for(values: Float[Array, "*batch n"], energy: float | None) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.adapters.adapt import merge_weight
+from lora_jax.adapters.biases import bias_gains, find_biases
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
@@ -128,7 +129,9 @@ class _NewLeaves:
     self._targets = targets
     self._weights = whole_weights(trainable, shapes(targets))
     self._full = adapter_extra(trainable)
-    self.errors = dict.fromkeys((*self._weights, *self._full), 0.0)
+    biases = find_biases(targets, extra, params)
+    self._gains = bias_gains(biases, trainable, targets)
+    self.errors = dict.fromkeys((*self._weights, *self._gains, *self._full), 0.0)
 
   def put_into(
     self, array: np.ndarray, stored: StoredTensor, leaves: Mapping[str, Any]
@@ -164,7 +167,10 @@ class _NewLeaves:
     """Returns the new part in float32, before rounding."""
     if path in self._full:
       return np.asarray(self._full[path][place], np.float32)
-    wide, weight = base.astype(np.float32), self._weights[path]
+    wide = base.astype(np.float32)
+    if path in self._gains:
+      return wide * np.asarray(self._gains[path][place])
+    weight = self._weights[path]
     for i in place:
       weight = None if weight is None else _of_layer(path, weight, i)
     if weight is None:

@@ -1,0 +1,97 @@
+"""Checks in a jaxpr that an array is the bias of a weight: it is added to that layer's output only.
+
+    y = x W;  z = y + b          z * gain = x (W * gain) + b * gain
+
+Every operation is visited with what each of its operands is: the weight or its layer's output so
+far, linear in the weight; the bias, moved or cast; or something else. The bias may only meet the
+output, in a sum.
+"""
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jax.extend.core import Literal
+
+from lora_jax.transform import _compat
+
+
+class _Kind(enum.Enum):
+  OUTPUT = enum.auto()  # the weight, or its layer's output before the bias
+  BIAS = enum.auto()
+
+
+MOVES = {
+  *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "copy", "copy_p"),
+  *("convert_element_type", "reduce_precision", "name", "sharding_constraint", "reshard"),
+  *("slice", "dynamic_slice", "split", "optimization_barrier", "pvary", "pcast"),
+}
+LINEAR = {
+  *("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "mul", "div", "neg"),
+  *("gather", "reduce_sum", "psum", "psum_invariant", "psum2", "concatenate", "pad"),
+}
+SUMS = {"add", "add_any", "sub"}
+
+
+def misused_bias(jaxpr: Any, weight: int, bias: int) -> str | None:
+  """Returns how an array is used other than as the bias of a weight; None if it is not.
+
+  Args:
+    jaxpr: of the function.
+    weight: the index of the weight among its inputs.
+    bias: the index of the array.
+  """
+  kinds: list[_Kind | None] = [None] * len(_compat.open_jaxpr(jaxpr)[0].invars)
+  kinds[weight], kinds[bias] = _Kind.OUTPUT, _Kind.BIAS
+  try:
+    outputs = _visit(jaxpr, kinds)
+  except _Misused as error:
+    return str(error)
+  return "returned by the function" if _Kind.BIAS in outputs else None
+
+
+class _Misused(Exception):
+  """Carries a description out of nested jaxprs."""
+
+
+def _visit(jaxpr: Any, kinds: Sequence[_Kind | None]) -> list[_Kind | None]:
+  """Returns the kind of each output of a jaxpr, from those of its inputs."""
+  jaxpr, _ = _compat.open_jaxpr(jaxpr)
+  env: dict[Any, _Kind | None] = dict(zip(jaxpr.invars, kinds, strict=True))
+
+  def kind_of(atom: Any) -> _Kind | None:
+    return None if isinstance(atom, Literal) else env.get(atom)
+
+  for equation in jaxpr.eqns:
+    operands = [kind_of(atom) for atom in equation.invars]
+    if any(operands):
+      env.update(zip(equation.outvars, _outputs(equation, operands), strict=True))
+  return [kind_of(atom) for atom in jaxpr.outvars]
+
+
+def _outputs(equation: Any, operands: list[_Kind | None]) -> list[_Kind | None]:
+  name, count = equation.primitive.name, len(equation.outvars)
+  bodies = list(_bodies(equation.params))
+  if name == "cond":
+    branches = [_visit(branch, operands[1:]) for branch in equation.params["branches"]]
+    return [kinds[0] if len(set(kinds)) == 1 else None for kinds in zip(*branches, strict=True)]
+  if len(bodies) == 1 and len(_compat.open_jaxpr(bodies[0])[0].invars) == len(operands):
+    return _visit(bodies[0], operands)
+  present = {kind for kind in operands if kind is not None}
+  if name == "optimization_barrier":
+    return operands
+  if name in MOVES and operands[0] is not None:
+    return [operands[0]] * count
+  if _Kind.BIAS not in present:
+    is_linear = name in LINEAR or (name in SUMS and None not in operands)
+    return [_Kind.OUTPUT if is_linear else None] * count
+  if name in SUMS and len(operands) == 2 and present == {_Kind.OUTPUT, _Kind.BIAS}:
+    return [None] * count
+  line = _compat.source_line(equation)
+  raise _Misused(f"used by {name!r} at {line}, other than in a sum with the layer's output")
+
+
+def _bodies(params: Mapping[str, Any]) -> Iterator[Any]:
+  for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    if key in params:
+      yield params[key]
