@@ -41,6 +41,8 @@ from lora_jax.variants.ia3 import IA3 as IA3
 from lora_jax.variants.ia3 import IA3_FEEDFORWARD as IA3_FEEDFORWARD
 from lora_jax.variants.ia3 import ia3 as ia3
 from lora_jax.variants.ia3 import ia3_variant as ia3_variant
+from lora_jax.variants.loftq import loftq as loftq
+from lora_jax.variants.loftq import loftq_adapter as loftq_adapter
 from lora_jax.variants.loha import LOHA as LOHA
 from lora_jax.variants.loha import loha as loha
 from lora_jax.variants.lokr import LOKR as LOKR
@@ -68,6 +70,8 @@ from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
 from lora_jax.variants.qa_lora import qa_lora as qa_lora
 from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant
 from lora_jax.variants.qa_merge import merge_quantized as merge_quantized
+from lora_jax.variants.trainable_tokens import trainable_tokens as trainable_tokens
+from lora_jax.variants.trainable_tokens import trainable_tokens_variant as trainable_tokens_variant
 from lora_jax.variants.vera import VERA as VERA
 from lora_jax.variants.vera import vera as vera
 from lora_jax.variants.vera import vera_variant as vera_variant

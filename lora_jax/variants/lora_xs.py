@@ -25,7 +25,7 @@ from lora_jax.fields import NonNegative, read_value
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.variants.pissa import adapt_by
-from lora_jax.variants.svd import as_factors, matrices, svd
+from lora_jax.variants.svd import as_factors, matrices, some, svd
 
 ARRAYS = {"lora_a": "batch in rank", "lora_r": "batch rank rank2", "lora_b": "batch rank2 out"}
 
@@ -47,9 +47,8 @@ class _Start:
   stddev: float
 
   def __call__(self, key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
-    u, values, v = svd(matrices(site))
-    rank = site.rank
-    a, b = as_factors(site, u[..., :rank] * values[..., None, :rank], v[..., :rank, :])
+    u, values, v = some(svd(matrices(site)), slice(site.rank))
+    a, b = as_factors(site, u * values[..., None, :], v)
     shape = site.array_shape(ARRAYS["lora_r"], **sizes(site))
     return {"lora_a": a, "lora_r": self.stddev * jax.random.normal(key, shape), "lora_b": b}
 

@@ -20,16 +20,14 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.pissa import ARRAYS, FROZEN, adapt_by, balanced, weight
-from lora_jax.variants.svd import matrices, svd
+from lora_jax.variants.pissa import ARRAYS, FROZEN, adapt_by, initialized_to, weight
+from lora_jax.variants.svd import balanced, matrices, some, svd
 
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
   """Returns the last terms of the weight's decomposition; needs real params."""
   del key
-  u, values, v = svd(matrices(site))
-  rank = site.rank
-  return balanced(site, (u[..., -rank:], values[..., -rank:], v[..., -rank:, :]))
+  return initialized_to(*balanced(site, some(svd(matrices(site)), slice(-site.rank, None))))
 
 
 MILORA = Variant("MiLoRA", ARRAYS, start, weight, FROZEN)

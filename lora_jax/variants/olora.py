@@ -23,14 +23,14 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.variants.pissa import ARRAYS, FROZEN, adapt_by, initialized_to, weight
-from lora_jax.variants.svd import matrices
+from lora_jax.variants.svd import as_factors, matrices
 
 
 def start(key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
   """Returns the first rows of R and columns of Q, transposed; needs real params."""
   del key
   q, r = jax.jit(jnp.linalg.qr)(matrices(site).mT)
-  return initialized_to(site, r[..., : site.rank, :].mT, q[..., : site.rank].mT)
+  return initialized_to(*as_factors(site, r[..., : site.rank, :].mT, q[..., : site.rank].mT))
 
 
 OLORA = Variant("OLoRA", ARRAYS, start, weight, FROZEN)

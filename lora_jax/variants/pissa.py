@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
@@ -33,7 +32,7 @@ from lora_jax.fields import Count, read_value
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.variants.lora import ARRAYS as LORA_ARRAYS
-from lora_jax.variants.svd import Svd, as_factors, leading_svd, matrices, svd
+from lora_jax.variants.svd import balanced, leading_svd, matrices, some, svd
 
 ARRAYS = LORA_ARRAYS | {"initial_a": "batch in rank", "initial_b": "batch rank out"}
 FROZEN = ("initial_a", "initial_b")
@@ -46,28 +45,9 @@ def weight(w: Factored, p: Any, scaling: Any) -> Factored:
   return w + scaling * (a @ b)
 
 
-def initialized_to(
-  site: Site, a: Float[Array, "*batch inputs rank"], b: Float[Array, "*batch rank outputs"]
-) -> dict[str, jax.Array]:
-  """Returns the arrays at step 0, of factors of the weight's matrices."""
-  a, b = as_factors(site, a, b)
+def initialized_to(a: Float[Array, "*a"], b: Float[Array, "*b"]) -> dict[str, jax.Array]:
+  """Returns the arrays at step 0."""
   return {"lora_a": a, "lora_b": b, "initial_a": a, "initial_b": b}
-
-
-def balanced(site: Site, terms: Svd) -> dict[str, jax.Array]:
-  """Returns the arrays at step 0, with `scaling * A B` the sum of terms of a decomposition.
-
-  Raises:
-    ValueError: if the scaling is negative: A and B have the roots of the singular values over it.
-  """
-  if site.scaling < 0:
-    raise ValueError(
-      f"{site.path}: A and B are initialized to sqrt(S / scaling), and scaling is {site.scaling}; "
-      "expected a positive alpha"
-    )
-  u, values, v = terms
-  half = jnp.sqrt(values / site.scaling)
-  return initialized_to(site, u * half[..., None, :], half[..., None] * v)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +58,11 @@ class _Start:
 
   def __call__(self, key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
     x, rank = matrices(site), site.rank
-    if self.num_iterations is not None:
-      return balanced(site, leading_svd(key, x, rank, self.num_iterations))
-    u, values, v = svd(x)
-    return balanced(site, (u[..., :rank], values[..., :rank], v[..., :rank, :]))
+    if self.num_iterations is None:
+      terms = some(svd(x), slice(rank))
+    else:
+      terms = leading_svd(key, x, rank, self.num_iterations)
+    return initialized_to(*balanced(site, terms))
 
 
 def pissa_variant(num_iterations: int | None = None) -> Variant:
@@ -112,6 +93,7 @@ def pissa(
   It is `lora` with `variant=pissa_variant(num_iterations)` in the config; see there for the
   arguments, the further arguments of `apply` and the errors. `init` needs real params.
 
+  >>> import jax.numpy as jnp
   >>> fn = lambda params, x: x @ params["kernel"]
   >>> params = {"kernel": jnp.diag(jnp.arange(1.0, 7.0))}
   >>> adapted = pissa(fn, LoraConfig(rank=2, alpha=2.0, target="kernel"))

@@ -27,16 +27,37 @@ def as_factors(
   site: Site, a: Float[Array, "*batch inputs rank"], b: Float[Array, "*batch rank outputs"]
 ) -> tuple[Float[Array, "*a"], Float[Array, "*b"]]:
   """Returns two factors of a weight's matrices in the shapes of `lora_a` and `lora_b`."""
-  sizes = {"rank": a.shape[-1]}
-  return a.reshape(site.array_shape("batch in rank", **sizes)), b.reshape(
-    site.array_shape("batch rank out", **sizes)
-  )
+  words = "batch in rank", "batch rank out"
+  first, second = (site.array_shape(axes) for axes in words)
+  return a.reshape(first), b.reshape(second)
+
+
+def balanced(site: Site, terms: Svd) -> tuple[Float[Array, "*a"], Float[Array, "*b"]]:
+  """Returns A and B with `scaling * A B` the sum of the terms, U sqrt(S / scaling) its half.
+
+  Raises:
+    ValueError: if the scaling is negative.
+  """
+  if site.scaling < 0:
+    raise ValueError(
+      f"{site.path}: A and B are initialized to sqrt(S / scaling), and scaling is {site.scaling}; "
+      "expected a positive alpha"
+    )
+  u, values, v = terms
+  half = jnp.sqrt(values / site.scaling)
+  return as_factors(site, u * half[..., None, :], half[..., None] * v)
 
 
 @jax.jit
 def svd(x: Float[Array, "*batch m n"]) -> Svd:
   """Returns the decomposition of each matrix."""
   return jnp.linalg.svd(x, full_matrices=False)
+
+
+def some(terms: Svd, which: slice) -> Svd:
+  """Returns some of the terms of a decomposition."""
+  u, values, v = terms
+  return u[..., which], values[..., which], v[..., which, :]
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "num_iterations"))
@@ -55,4 +76,4 @@ def leading_svd(
     for _ in range(num_iterations):
       q = jnp.linalg.qr(x @ jnp.linalg.qr(x.mT @ q)[0])[0]
     u, values, v = jnp.linalg.svd(q.mT @ x, full_matrices=False)
-    return (q @ u)[..., :rank], values[..., :rank], v[..., :rank, :]
+    return some((q @ u, values, v), slice(rank))
