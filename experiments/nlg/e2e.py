@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -46,14 +46,8 @@ def load_data(config: E2EConfig, base: Base) -> Data:
     ValueError: if there are fewer examples than the config says, or fewer inputs to decode.
   """
   inputs_of(config)  # so that an error comes before training
-  data, limit = config.data, min(512, base.model.num_positions)
-
-  def examples(split: e2e.Split, count: int) -> list[text.Example]:
-    records = _random_part(e2e_tfds.load(split, data.form, data.source), split, count)
-    return encode(base, records, limit)
-
-  train = examples("train", data.num_train_records)
-  valid = examples("valid", data.num_valid_records)
+  data = config.data
+  train, valid = (examples_of(config, base, split) for split in ("train", "valid"))
 
   def batches(examples: list[text.Example], seed: int | None, epochs: int) -> Batches:
     shape: dict[str, Any] = {
@@ -70,6 +64,16 @@ def load_data(config: E2EConfig, base: Base) -> Data:
 
   in_epochs, once = batches(train, config.seed, data.num_epochs), batches(valid, None, 1)
   return Data(in_epochs, once, len(train), examples_digest(train, valid))
+
+
+def examples_of(
+  config: E2EConfig, base: Base, split: Literal["train", "valid"]
+) -> list[text.Example]:
+  """Returns the encoded examples of training or validation, the same ones for every seed."""
+  data = config.data
+  count = data.num_train_records if split == "train" else data.num_valid_records
+  records = _random_part(e2e_tfds.load(split, data.form, data.source), split, count)
+  return encode(base, records, min(512, base.model.num_positions))
 
 
 def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:

@@ -65,10 +65,10 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Segm
     for hypothesis, texts in zip(hypotheses, references, strict=True)
   ]
   rows = [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in scores]
-  return SegmentStatistics(np.array(rows, float), _bleu_formula)
+  return SegmentStatistics(np.array(rows, float), bleu_formula)
 
 
-def _bleu_formula(sums: np.ndarray) -> np.ndarray:
+def bleu_formula(sums: np.ndarray) -> np.ndarray:
   """The geometric mean of the precisions times the brevity penalty; zero if one is zero."""
   length, reference_length = sums[..., 0], sums[..., 1]
   matches, total = np.split(sums[..., 2:], 2, axis=-1)

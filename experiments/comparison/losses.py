@@ -1,0 +1,90 @@
+"""The losses of a finished run that its result does not have: by input, and on Wikipedia text."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+import lora_jax as lj
+from experiments.nlg.base import Base
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.e2e import examples_of
+from experiments.nlg.restore import load_run
+from lora_jax.data import corpus
+from lora_jax.data.batches import padded_batches
+from lora_jax.data.text import Example
+from lora_jax.training.loop import evaluate_loss
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
+from lora_jax.training.step import make_eval_step
+
+ROWS, ROW_LENGTH = 8, 256  # of the Wikipedia text
+LENGTHS = 32  # tokens: rows of examples are padded to multiples of it
+
+
+def measure_losses(folder: str | Path) -> dict[str, Any]:
+  """Returns a finished run's losses by input, and its loss on Wikipedia text.
+
+  Returns:
+    `input_losses`, the sum of each validation example's token losses, nats; `input_tokens`, its
+    supervised tokens; `wikipedia_loss`, nats per token.
+  Raises:
+    FileNotFoundError, ValueError: as `load_run`.
+  """
+  run = load_run(folder)
+  examples = examples_of(run.config, run.base, "valid")
+  losses = losses_by_input(run.base, run.params, examples)
+  return {
+    "input_losses": [round(float(loss), 4) for loss in losses],
+    "input_tokens": [len(example.targets) for example in examples],
+    "wikipedia_loss": wikipedia_loss(run.base, run.params, run.config),
+  }
+
+
+def losses_by_input(
+  base: Base, params: PyTree, examples: list[Example]
+) -> Float[np.ndarray, " inputs"]:
+  """Returns the sum of each example's token losses, nats."""
+  loss = language_model_loss(base.module)
+
+  @jax.jit
+  def of_rows(params: PyTree, batch: PyTree) -> jax.Array:
+    def of_row(row: PyTree) -> jax.Array:
+      return loss(params, jax.tree.map(lambda x: x[None], row)).total
+
+    return jax.vmap(of_row)(batch)
+
+  order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+  longest = max(len(example.tokens) for example in examples)
+  batches = padded_batches(
+    [examples[i] for i in order],
+    batch_size=ROWS,
+    row_lengths=[*range(LENGTHS, longest + LENGTHS, LENGTHS)],
+    loss_length=max(len(example.targets) for example in examples),
+    seed=None,
+  )
+  sums = np.concatenate([of_rows(params, batches[i]) for i in range(len(batches))])
+  losses = np.empty(len(examples), sums.dtype)
+  losses[order] = sums[: len(examples)]
+  return losses
+
+
+def wikipedia_loss(base: Base, params: PyTree, config: E2EConfig) -> float:
+  """Returns the mean loss on 39 articles that the embedded base model was not trained on, nats."""
+  files = [Path(str(resources.files("lora_jax") / "assets" / "wikipedia" / "held_out.txt.xz"))]
+  stream = corpus.encode_stream(base.tokenizer, corpus.documents(files), base.end_of_text)
+  length = min(ROW_LENGTH, base.model.num_positions)
+  rows = corpus.Rows(stream, base.end_of_text, batch_size=ROWS, row_length=length, seed=None)
+  step = make_eval_step(lj.full_finetuning(language_model_loss(base.module)))
+  mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  return evaluate_loss(step, params, params, (rows[i] for i in range(len(rows))), mesh)
+
+
+def folder_bytes(folder: Path) -> int | None:
+  """Returns the bytes of all files in a folder; None if there is no folder."""
+  if not folder.is_dir():
+    return None
+  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,180 @@
+"""Carries out planned runs, each in its folder, and collects them as records for JSON lines.
+
+Beside the files of every run (experiments/harness/workdir.py) a folder has
+
+    planned.json    its stage and arm
+    failed.json     why its training failed, instead of result.json
+    measured.json   its losses by input, and on Wikipedia text; of the reported runs
+"""
+
+import json
+import math
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.losses import folder_bytes, measure_losses
+from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
+from experiments.configs import Config
+from experiments.configs.variants import Sizes
+from experiments.harness.config import flat
+from experiments.harness.workdir import read_result, stored_config, write_json
+from experiments.nlg.e2e import decoded_inputs
+from lora_jax.files import read_json
+from lora_jax.metrics import ngrams
+
+PLANNED, FAILED, MEASURED = "planned.json", "failed.json", "measured.json"
+COSTS = "costs"  # a stage without runs
+Record = dict[str, Any]
+SETTINGS = (  # of a record
+  *("lora.rank", "lora.alpha", "lora.target", "optimizer.learning_rate"),
+  *("optimizer.weight_decay", "optimizer.warmup_share", "data.num_train_records"),
+)
+
+
+def carry_out(
+  runs: Iterable[Planned], sizes: Sizes, root: Path, run: Callable[[Config], Mapping[str, Any]]
+) -> list[str]:
+  """Does runs that are not finished yet; returns the folders of those that could not be done.
+
+  A run whose training is not finite has failed: that is a result, and it is not repeated.
+
+  Args:
+    runs: planned runs.
+    sizes: of the comparison.
+    root: the folder of all runs.
+    run: `experiments.gpt2_e2e.run`.
+  """
+  broken = []
+  for planned in runs:
+    folder = root / planned.stage / planned.name
+    if (folder / FAILED).exists() or _is_complete(folder, planned):
+      continue
+    print(f"[{planned.stage}] {folder}", flush=True)
+    config = config_of(planned, sizes, str(folder))
+    try:
+      run(config)
+      write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
+      if _is_measured(planned):
+        write_json(folder / MEASURED, measure_losses(folder))
+    except FloatingPointError as error:
+      write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
+      write_json(folder / FAILED, {"reason": str(error)})
+      print(f"  failed: {error}", flush=True)
+    except Exception:  # the other runs are still worth doing
+      broken.append(str(folder))
+      print(f"  {traceback.format_exc()}", flush=True)
+  return broken
+
+
+def _is_measured(planned: Planned) -> bool:
+  return planned.arm == FROZEN or planned.stage in ("seeds", "smollm2")
+
+
+def _is_complete(folder: Path, planned: Planned) -> bool:
+  needed = ["result.json", PLANNED, *([MEASURED] if _is_measured(planned) else [])]
+  return all((folder / name).exists() for name in needed)
+
+
+def collect(root: Path) -> list[Record]:
+  """Returns a record of each finished or failed run, by stage and name.
+
+  A record of a run has its stage, arm, base model, status, settings and results. Its status is
+  failed if the training was not finite, or ended with a loss above the base model's own; else
+  finished. The costs of a train step are records of the stage costs.
+  """
+  records = [_record(path.parent) for path in sorted(root.glob(f"*/*/{PLANNED}"))]
+  frozen = {r["base"]: r["valid_loss"] for r in records if r["arm"] == FROZEN}
+  for record in records:
+    limit = frozen.get(record["base"], math.inf)
+    if record["status"] == "finished" and record["valid_loss"] > limit:
+      record |= {"status": "failed", "reason": f"its loss is above the base model's, {limit:.3f}"}
+  records.sort(key=lambda record: list(STAGES).index(record["stage"]))
+  for base in dict.fromkeys(STAGES.values()):
+    for arm, costs in read_costs(root, base).items():
+      records.append({"stage": COSTS, "arm": arm, "base": base, **costs})
+  return records
+
+
+def read_costs(root: Path, base: str) -> dict[str, Any]:
+  """Returns the costs of the arms' train steps on a base model, as far as they are measured."""
+  path = costs_file(root, base)
+  return read_json(path) if path.exists() else {}
+
+
+def costs_file(root: Path, base: str) -> Path:
+  """Returns the file of the costs on a base model."""
+  return root / f"{COSTS}_{base}.json"
+
+
+def _record(folder: Path) -> Record:
+  planned = read_json(folder / PLANNED)
+  settings, result = flat(stored_config(folder)), read_result(folder)
+  record: Record = {
+    **planned,
+    "base": STAGES[planned["stage"]],
+    "folder": folder.name,
+    "method": settings["method"],
+    "seed": settings["seed"],
+    "status": "finished",
+    "settings": {name: settings[name] for name in SETTINGS},
+  }
+  if result is None:
+    return record | {"status": "failed", **read_json(folder / FAILED)}
+  kept = ("valid_loss", "trainable_parameters", "num_train_steps", "train_seconds", "train_tokens")
+  record |= {name: result[name] for name in (*kept, "device", "jax", "commit") if name in result}
+  record["adapter_bytes"] = folder_bytes(folder / "adapter")
+  if (folder / MEASURED).exists():
+    record |= read_json(folder / MEASURED)
+  if result.get("scores", {}).get("bleu") is not None:
+    record |= {"bleu": result["scores"]["bleu"], "bleu_rows": _bleu_rows(folder, settings)}
+  return record
+
+
+def _bleu_rows(folder: Path, settings: Mapping[str, Any]) -> list[list[int]]:
+  """Returns BLEU's statistics of each input, as `lora_jax.metrics.ngrams.bleu`'s rows."""
+  names = ("data.form", "data.source", "decoding.split", "decoding.num_inputs")
+  groups = decoded_inputs(*(settings[name] for name in names))
+  texts = (folder / "predictions.txt").read_text("utf-8").removesuffix("\n").split("\n")
+  rows = ngrams.bleu(texts, [group.references for group in groups]).rows
+  return rows.astype(int).tolist()
+
+
+def rate_losses(records: Iterable[Record], stage: str) -> dict[str, dict[float, float]]:
+  """Returns the validation losses of a stage by arm and learning rate; infinite if failed."""
+  losses: dict[str, dict[float, float]] = defaultdict(dict)
+  for record in records:
+    if record["stage"] == stage and record["arm"] != FROZEN:
+      rate = record["settings"]["optimizer.learning_rate"]
+      finished = record["status"] == "finished"
+      losses[record["arm"]][rate] = record["valid_loss"] if finished else math.inf
+  return losses
+
+
+def write_lines(path: Path, records: Iterable[Record]) -> None:
+  """Writes records as JSON lines."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
+
+
+def read_lines(path: Path) -> list[Record]:
+  """Returns the records of a file of JSON lines.
+
+  Raises:
+    FileNotFoundError: if there is none.
+    ValueError: if a line is not a JSON object, naming it.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no file {path}: run python -m experiments.variants first")
+  records = []
+  for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    try:
+      record = json.loads(line)
+    except ValueError as error:
+      raise ValueError(f"{path}:{number}: {error}") from error
+    if not isinstance(record, dict) or "stage" not in record:
+      raise ValueError(f"{path}:{number}: expected a run's record, got {line[:60]!r}")
+    records.append(record)
+  return records

@@ -1,0 +1,96 @@
+"""Finds the rank at which an arm has as many trained parameters as the control."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from experiments.harness.fit import count_trained
+from experiments.harness.methods import adapt
+from experiments.nlg.base import model_folder
+from experiments.nlg.config import E2EConfig
+from lora_jax.data.batches import fill
+from lora_jax.models.parts.causal_lm import CausalLM
+from lora_jax.models.zoo import plan_causal_lm
+from lora_jax.training.loss import language_model_loss
+
+
+class Size(NamedTuple):
+  """The size of an arm on a base model.
+
+  Attributes:
+    rank: of its adapters; None if the method has none.
+    parameters: that are trained.
+    is_matched: whether they are within the tolerance of the control's.
+    reason: why not; "" if they are.
+  """
+
+  rank: int | None
+  parameters: int
+  is_matched: bool
+  reason: str = ""
+
+
+@functools.cache
+def _planned(folder: Path) -> tuple[CausalLM, PyTree]:
+  model = plan_causal_lm(folder)
+  return model.module, model.params
+
+
+def count_parameters(config: E2EConfig) -> int:
+  """Returns the trained parameters of a run, from its base model's shapes."""
+  module, shapes = _planned(model_folder(config))
+  adaptation = adapt(config)(language_model_loss(module))
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
+  return count_trained(
+    jax.eval_shape(lambda p: adaptation.init(jax.random.key(0), p, batch), shapes)
+  )
+
+
+def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first: int = 1) -> Size:
+  """Returns a rank with `wanted` parameters within the tolerance; if there is none, the closest.
+
+  >>> match_rank(lambda rank: 100 * rank, wanted=390, tolerance=0.05)
+  Size(rank=4, parameters=400, is_matched=True, reason='')
+
+  Args:
+    count: from a rank to the number of parameters, which grows with it; ValueError if the rank is
+      too large for a weight.
+    wanted: the control's number of parameters.
+    tolerance: the largest difference, as a share of `wanted`.
+    first: the rank to try first.
+  """
+  counts: dict[int, int | None] = {}
+
+  def number(rank: int) -> int | None:
+    if rank not in counts:
+      try:
+        counts[rank] = count(rank)
+      except ValueError:
+        if rank == 1:
+          raise
+        counts[rank] = None
+    return counts[rank]
+
+  def is_small(rank: int) -> bool:
+    value = number(rank)
+    return value is not None and value <= wanted
+
+  value = number(first)
+  if value is not None and abs(value / wanted - 1) <= tolerance:
+    return Size(first, value, True)
+  low, high = 1, 2
+  while is_small(high):
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if is_small(middle) else (low, middle)
+  known = {rank: value for rank in (low, high) if (value := number(rank)) is not None}
+  rank = min(known, key=lambda rank: abs(known[rank] - wanted))
+  if abs(known[rank] / wanted - 1) <= tolerance:
+    return Size(rank, known[rank], True)
+  shares = ", ".join(f"rank {r} has {100 * (n / wanted - 1):+.1f} %" for r, n in known.items())
+  return Size(rank, known[rank], False, f"no rank fits: {shares}")

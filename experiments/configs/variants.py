@@ -1,0 +1,149 @@
+"""LoRA's variants on E2E: the arms, sizes and base configs of `python -m experiments.variants`.
+
+    python -m experiments.gpt2_e2e --config=experiments/configs/variants.py:embedded
+    python -m experiments.gpt2_e2e --config=experiments/configs/variants.py:smollm2
+
+These are single LoRA runs; the comparison's have a few fields changed.
+docs/variants_comparison.md has the plan, the rules and the results. What may decide a result is
+fixed here before the runs: the margin, the seeds, the arms, the lines, the learning rates tried.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from experiments.configs import Config, gpt2_e2e
+from experiments.harness.config import ALL_LINEAR
+
+Changes = dict[str, object]
+
+MARGIN = 0.02  # nats per token: smaller differences do not matter
+CONTROL = "lora"
+RANK = 4  # of the control, whose number of trained parameters the others match ...
+TOLERANCE = 0.05  # ... by this share
+SCALING = 2.0  # alpha / rank, which is held: alpha is 2 * rank at every rank
+ONE_PROJECTION = r".*/attn/value/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One row of the comparison.
+
+  Attributes:
+    method: of harness/methods.py.
+    is_matched: whether its rank is free, so that it can have the control's number of parameters.
+      The others keep their own size, and are not ranked.
+    changes: other fields of its runs. A rank here is the arm's own.
+    label: in tables and plots; "" is the method's.
+  """
+
+  method: str
+  is_matched: bool = True
+  changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+  label: str = ""
+
+
+ARMS: dict[str, Arm] = {
+  "lora": Arm("lora"),
+  "dora": Arm("dora"),
+  "pissa": Arm("pissa"),
+  "olora": Arm("olora"),
+  "milora": Arm("milora"),
+  "lora_ga": Arm("lora_ga"),
+  "eva": Arm("eva"),
+  "corda": Arm("corda"),
+  "lora_fa": Arm("lora_fa"),
+  "lora_xs": Arm("lora_xs"),
+  "loha": Arm("loha"),
+  "lokr": Arm("lokr"),
+  "hira": Arm("hira"),
+  "miss": Arm("miss"),
+  "adalora": Arm("adalora"),
+  "relora": Arm("relora"),
+  "cola": Arm("cola"),
+  "vera": Arm("vera", changes={"lora.rank": 128}, is_matched=False),
+  "ia3": Arm("ia3", is_matched=False),
+  "ln_tuning": Arm("ln_tuning", is_matched=False),
+  "trainable_tokens": Arm("trainable_tokens", is_matched=False),
+  "lora_rank1_v": Arm(
+    "lora",
+    changes={"lora.rank": 1, "lora.target": ONE_PROJECTION},
+    is_matched=False,
+    label="LoRA, rank 1, v only",
+  ),
+  "full_finetuning": Arm("full_finetuning", is_matched=False),
+}
+BEST_KNOWN = (  # on SmolLM2; fixed before any run
+  *("lora", "dora", "pissa", "adalora", "lora_ga", "lora_fa", "vera", "loha", "lokr", "ia3"),
+)
+WITH_BLEU = ("lora", "dora", "pissa", "adalora", "lora_fa")  # with three seeds, on SmolLM2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of a comparison.
+
+  Attributes:
+    rate_lines, lines, draw_lines: training examples of a run that chooses a learning rate, of one
+      that is reported, and of a random draw.
+    rate_points: learning rates of each arm, half a decade apart, before any are added.
+    valid_lines: validation examples.
+    seeds: of the reported runs.
+    draws: random draws of each arm.
+    decoded_inputs: test inputs of the runs with BLEU.
+    smollm2: whether SmolLM2 is trained too.
+  """
+
+  rate_lines: int = 1000
+  rate_points: Mapping[str, int] = dataclasses.field(
+    default_factory=lambda: {"embedded": 4, "smollm2": 3}
+  )
+  lines: int = 4000
+  draw_lines: int = 1000
+  valid_lines: int = 500
+  seeds: tuple[int, ...] = (1, 2, 3)
+  draws: int = 12
+  decoded_inputs: int = 200
+  smollm2: bool = True
+
+
+FULL = Sizes()
+TINY = Sizes(  # minutes, to see all parts work; its results say nothing
+  rate_lines=48,
+  rate_points={"embedded": 3},
+  lines=64,
+  draw_lines=48,
+  valid_lines=24,
+  seeds=(1, 2),
+  draws=2,
+  smollm2=False,
+)
+RATE_SEED = 0  # not reported
+DRAW_SEED = 4  # not reported
+MAX_ADDED_RATES = 6
+
+# SmolLM2's best learning rates for configs/gpu_queue.py, by arm; not run yet
+BEST: dict[str, float | None] = dict.fromkeys(BEST_KNOWN)
+
+
+def get_config(base: str = "embedded") -> Config:
+  """Returns the config that all runs on a base model change: embedded or smollm2."""
+  if base not in ("embedded", "smollm2"):
+    raise ValueError(f"expected variants.py:embedded or variants.py:smollm2, got {base!r}")
+  config = gpt2_e2e.get_config("mini" if base == "embedded" else "smollm2")
+  config.lora.update({"rank": RANK, "alpha": SCALING * RANK, "target": ALL_LINEAR})
+  config.data.num_valid_records = FULL.valid_lines
+  config.optimizer.update({"warmup_steps": 0, "warmup_share": 0.1})
+  config.fit.update({"eval_every_steps": 1_000_000, "checkpoint_every_steps": 1_000_000})
+  config.decoding.update({"num_inputs": 0, "official_references": False})
+  return config
+
+
+def best_rate(arm: str) -> float:
+  """Returns SmolLM2's best learning rate of an arm; raises ValueError if it is not known yet."""
+  rate = BEST[arm]
+  if rate is None:
+    raise ValueError(
+      f"the learning rate of {arm} is not known yet: run python -m experiments.variants "
+      "--stage=smollm2_rates, and write the best ones into BEST of configs/variants.py"
+    )
+  return rate

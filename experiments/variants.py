@@ -1,0 +1,143 @@
+"""A fair comparison of LoRA's variants, on the embedded base model and on SmolLM2.
+
+    python -m experiments.variants --plan                       # the runs, with their hours
+    python -m experiments.variants                              # all of them; resumes
+    python -m experiments.variants --stage=rates --arms=lora,dora
+    python -m experiments.variants --tiny --arms=lora,dora      # all parts in minutes
+    python -m experiments.variants --report                     # the page of the runs so far
+    python -m experiments.variants --lines=FILE --out=page      # the page of published runs
+
+Time: 19 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 4 minutes.
+Expect: not run yet (docs/variants_comparison.md).
+
+rates -> seeds -> effort on the embedded base model, then smollm2_rates -> smollm2; each run is one
+of `experiments.gpt2_e2e`. Writes ROOT/runs.jsonl, and from it the page as HTML and Markdown.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import gpt2_e2e
+from experiments.comparison.costs import measure_costs
+from experiments.comparison.page import write_page
+from experiments.comparison.plan import (
+  STAGES,
+  Planned,
+  arms_of,
+  best_rate,
+  changes_of,
+  config_of,
+  default_rate,
+  draw_runs,
+  frozen_run,
+  plan,
+  rate_runs,
+  reported_runs,
+)
+from experiments.comparison.runs import (
+  carry_out,
+  collect,
+  costs_file,
+  rate_losses,
+  read_costs,
+  read_lines,
+  write_lines,
+)
+from experiments.comparison.summary import summarize
+from experiments.configs.variants import CONTROL, FULL, TINY, Sizes
+from experiments.harness.config import read_output
+from experiments.harness.launch import RATE, explained, make_parser
+from experiments.harness.workdir import write_json
+from lora_jax.training.allocator import keep_freed_memory
+
+RATE_STAGES = {"seeds": "rates", "smollm2": "smollm2_rates"}  # whose best rates they take
+
+
+def do_stage(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
+  """Does the runs of a stage; returns the folders of those that could not be done.
+
+  Raises:
+    ValueError: if a stage needs learning rates that are not known yet.
+  """
+  if stage in RATE_STAGES:
+    records = collect(root)
+    losses = rate_losses(records, RATE_STAGES[stage])
+    rates = {arm: rate for arm in losses if (rate := best_rate(losses[arm])) is not None}
+    missing = [arm for arm in arms_of(stage, arms) if arm not in losses]
+    if missing:
+      raise ValueError(
+        f"no learning rates of {', '.join(missing)} are known: run --stage={RATE_STAGES[stage]}"
+      )
+    return carry_out(reported_runs(stage, sizes, rates, arms), sizes, root, gpt2_e2e.run)
+  if stage == "effort":
+    return carry_out(draw_runs(sizes, arms), sizes, root, gpt2_e2e.run)
+  broken = carry_out([frozen_run(stage)], sizes, root, gpt2_e2e.run)
+  while not broken:
+    runs = rate_runs(stage, sizes, rate_losses(collect(root), stage), arms)
+    if not runs:
+      break
+    broken = carry_out(runs, sizes, root, gpt2_e2e.run)
+  return broken
+
+
+def do_costs(base: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> None:
+  """Measures the steps of all arms on a base model, once."""
+  stage = next(stage for stage, other in STAGES.items() if other == base)
+  chosen = arms_of(stage, arms)
+  if set(chosen) <= read_costs(root, base).keys():
+    return
+  print(f"[costs] the train steps of {len(chosen)} arms on {base}", flush=True)
+  configs = {}
+  for arm in chosen:
+    settings = {RATE: default_rate(arm, base), "data.num_train_records": sizes.rate_lines}
+    configs[arm] = config_of(Planned(stage, arm, changes_of(arm, base, settings)), sizes, "")
+  write_json(costs_file(root, base), measure_costs(configs, CONTROL))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = make_parser("variants", __doc__)
+  parser.add_argument("--root", default="", help="the folder of all runs; default runs/variants")
+  parser.add_argument("--stage", default="all", choices=["all", *STAGES])
+  parser.add_argument("--arms", default="", help="arms, by commas, beside the control; all")
+  parser.add_argument("--tiny", action="store_true", help="minutes, to see all parts work")
+  parser.add_argument("--plan", action="store_true", help="print the runs and hours, and stop")
+  parser.add_argument("--report", action="store_true", help="write the page, and stop")
+  parser.add_argument("--lines", default="", help="the page of these JSON lines, without a root")
+  parser.add_argument("--out", default="", help="the page without ending; default ROOT/variants")
+  options = parser.parse_args(arguments)
+  sizes = TINY if options.tiny else FULL
+  root = Path(options.root or ("runs/variants_tiny" if options.tiny else "runs/variants"))
+  arms = [arm for arm in options.arms.split(",") if arm]
+  with explained():
+    out = read_output("--out", options.out or root / "variants", ".html", ".md")
+    if options.plan:
+      print(plan(sizes, arms))
+      return
+    lines, broken = Path(options.lines or root / "runs.jsonl"), []
+    if not options.lines:
+      broken = [] if options.report else do_all(options.stage, sizes, root, arms)
+      records = collect(root)
+      if not records:
+        raise ValueError(f"{root} has no finished runs: leave out --report")
+      write_lines(lines, records)
+    print(write_page(summarize(read_lines(lines)), out))
+    print(f"wrote {out}.html and {out}.md from {lines}")
+    if broken:
+      raise RuntimeError(f"{len(broken)} runs could not be done: {', '.join(broken)}")
+
+
+def do_all(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
+  """Does one stage, or all; returns the folders of the runs that could not be done."""
+  keep_freed_memory()
+  stages = [s for s in STAGES if sizes.smollm2 or STAGES[s] == "embedded"]
+  broken = []
+  for name in stages if stage == "all" else [stage]:
+    broken += do_stage(name, sizes, root, arms)
+    if name in ("rates", "smollm2_rates"):
+      do_costs(STAGES[name], sizes, root, arms)
+  return broken
+
+
+if __name__ == "__main__":
+  main()

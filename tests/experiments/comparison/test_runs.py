@@ -1,0 +1,134 @@
+"""Carrying out runs: failures are results, nothing is repeated; records and JSON lines."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.comparison.losses import losses_by_input, wikipedia_loss
+from experiments.comparison.plan import FROZEN, Planned, config_of, frozen_run
+from experiments.comparison.runs import (
+  carry_out,
+  collect,
+  costs_file,
+  rate_losses,
+  read_lines,
+  write_lines,
+)
+from experiments.configs.variants import TINY
+from experiments.harness.config import read_config, replace_fields
+from experiments.harness.workdir import open_workdir, write_json
+from experiments.nlg.base import load_base
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.e2e import examples_of, load_data, validation_loss
+
+from tests.tiny_e2e import tiny_config
+
+LOSSES = {1e-3: 2.5, 3e-3: 1.5, 1e-2: 9.0}  # by learning rate
+
+
+def planned(rate, arm="lora"):
+  return Planned("rates", arm, {"method": "lora", "optimizer.learning_rate": rate, "seed": 0})
+
+
+def fake_run(config):
+  """Leaves what a run leaves: its config and its result, without training."""
+  settings = read_config(E2EConfig, config)
+  if settings.optimizer.learning_rate == 0.3:
+    raise ValueError("a mistake")
+  with open_workdir(settings) as folder:
+    if settings.optimizer.learning_rate == 0.1:
+      raise FloatingPointError("the loss of step 3 is nan")
+    trains = settings.method != FROZEN
+    loss = LOSSES[settings.optimizer.learning_rate] if trains else 4.9
+    result = {"method": settings.method, "seed": settings.seed, "valid_loss": loss}
+    write_json(folder / "result.json", {**result, "trainable_parameters": 7})
+  return result
+
+
+@pytest.fixture
+def root(tmp_path):
+  runs = [planned(rate) for rate in (*LOSSES, 0.1)]
+  assert carry_out(runs, TINY, tmp_path, fake_run) == []
+  folder = tmp_path / "rates" / FROZEN
+  fake_run(config_of(frozen_run("rates"), TINY, str(folder)))
+  write_json(folder / "planned.json", {"stage": "rates", "arm": FROZEN})
+  return tmp_path
+
+
+def test_failed_runs_are_counted_and_not_repeated(root):
+  records = {
+    r["settings"]["optimizer.learning_rate"]: r for r in collect(root) if r["arm"] != FROZEN
+  }
+  assert {rate: record["status"] for rate, record in records.items()} == {
+    1e-3: "finished",
+    3e-3: "finished",
+    1e-2: "failed",  # above the base model's loss
+    0.1: "failed",
+  }
+  assert records[1e-2]["reason"] == "its loss is above the base model's, 4.900"
+  assert records[0.1]["reason"] == "the loss of step 3 is nan"
+
+  def repeated(config):
+    raise AssertionError(f"{config.workdir} was done before")
+
+  assert carry_out([planned(rate) for rate in (*LOSSES, 0.1)], TINY, root, repeated) == []
+
+
+def test_other_errors_are_named_and_the_rest_is_done(tmp_path, capsys):
+  broken = carry_out([planned(0.3), planned(1e-3)], TINY, tmp_path, fake_run)
+  assert broken == [str(tmp_path / "rates" / "lora,rate=0.3,seed=0")]
+  assert "ValueError: a mistake" in capsys.readouterr().out
+  assert [record["valid_loss"] for record in collect(tmp_path)] == [2.5]
+
+
+def test_losses_by_rate(root):
+  losses = rate_losses(collect(root), "rates")
+  assert losses == {"lora": {1e-3: 2.5, 3e-3: 1.5, 1e-2: math.inf, 0.1: math.inf}}
+
+
+def test_records_are_json_lines(root):
+  write_json(costs_file(root, "embedded"), {"lora": {"gflop": 1.0}})
+  records = collect(root)
+  path = root / "runs.jsonl"
+  write_lines(path, records)
+  assert read_lines(path) == records
+  assert len(path.read_text().splitlines()) == 6
+  assert records[-1] == {"stage": "costs", "arm": "lora", "base": "embedded", "gflop": 1.0}
+  record = json.loads(path.read_text().splitlines()[0])
+  assert {"stage", "arm", "base", "method", "seed", "status", "settings"} <= record.keys()
+
+
+def test_lines_that_cannot_be_read(tmp_path):
+  path = tmp_path / "runs.jsonl"
+  with pytest.raises(FileNotFoundError, match="there is no file"):
+    read_lines(path)
+  path.write_text('{"stage": "rates"}\n[1]\n')
+  with pytest.raises(ValueError, match=r"runs.jsonl:2: expected a run's record, got '\[1\]'"):
+    read_lines(path)
+  path.write_text("{\n")
+  with pytest.raises(ValueError, match=r"runs.jsonl:1: "):
+    read_lines(path)
+
+
+def test_losses_by_input_add_up_to_the_validation_loss(tmp_path):
+  config = replace_fields(
+    read_config(E2EConfig, tiny_config(tmp_path)), {"data.num_valid_records": 9}
+  )
+  mesh = config.mesh.make()
+  base = load_base(config, mesh)
+  examples = examples_of(config, base, "valid")
+  losses = losses_by_input(base, base.params, examples)
+  assert len(losses) == len(examples) == 9
+  tokens = sum(len(example.targets) for example in examples)
+  whole = validation_loss(base, base.params, load_data(config, base), mesh)
+  assert losses.sum() / tokens == pytest.approx(whole, rel=1e-5)
+  assert np.argmax(losses) == max(range(9), key=lambda i: len(examples[i].targets))  # their order
+
+
+@pytest.mark.long
+def test_the_wikipedia_loss_of_random_weights_is_that_of_a_uniform_guess(tmp_path):
+  config = read_config(E2EConfig, tiny_config(tmp_path))
+  base = load_base(config, config.mesh.make())
+  assert wikipedia_loss(base, base.params, config) == pytest.approx(math.log(8192), abs=0.2)
