@@ -1,6 +1,8 @@
 """Low-Rank Adaptation of any JAX function, as a transform of its parameters."""
 
 from lora_jax.adaptation import Adaptation as Adaptation
+from lora_jax.adapters.collect import InputMoments as InputMoments
+from lora_jax.adapters.collect import collect as collect
 from lora_jax.adapters.config import LoraConfig as LoraConfig
 from lora_jax.adapters.config import LoraRule as LoraRule
 from lora_jax.adapters.delta import LoraWeight as LoraWeight

@@ -378,7 +378,7 @@ def _dot_term(
     factor = _rank_first(factor)
     piece = factor.array.astype(x.dtype)
     x, labels = contract(x, labels, piece, factor.labels, keep, precision, dtype)
-    x = term.scaled(x) if i == 0 else x
+    x = term.between(x, labels.index(RANK)) if i == 0 else x
   return x, labels
 
 

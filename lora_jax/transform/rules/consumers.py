@@ -66,10 +66,9 @@ def ragged_dot_general(call, x, w, *rest, ragged_dot_dimension_numbers, precisio
       if not any(group in f.dims for f in term.factors):
         raise Unsupported("factors without an axis for the groups of a ragged matmul")
       z = jnp.moveaxis(term.drop(w.input(x)), row_axis, 0)
-      factors = sorted(term.factors, key=lambda f: in_dim not in f.dims)
-      for factor, axis in zip(factors, (in_dim, RANK), strict=True):
-        z = _ragged(z, factor, axis, group, group_sizes, precision)
-      out = plus(out, term.scaled(z))
+      a, b = sorted(term.factors, key=lambda f: in_dim not in f.dims)
+      z = term.between(_ragged(z, a, in_dim, group, group_sizes, precision), -1)
+      out = plus(out, _ragged(z, b, RANK, group, group_sizes, precision))
     return out
 
   x_labels = (row, in_dim) if row_axis == 0 else (in_dim, row)
@@ -112,8 +111,8 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
 
   def output(x, terms):
     out = call(x, w.base)
-    wide = w.input(x)
     for term in terms:
+      wide = term.drop(w.input(x))
       kernel, mixer = sorted(term.factors, key=lambda f: out_dim in f.dims)
       if set(mixer.dims) != {out_dim} or out_dim in kernel.dims:
         raise Unsupported("a convolution with other output axes than its channels")
@@ -123,13 +122,15 @@ def conv_general_dilated(call, x, w, *, dimension_numbers, feature_group_count, 
       if groups > 1:  # every group of inputs meets the same `rank` kernels
         a = jnp.concatenate([a] * groups, axis=out_dim)
       z = lax.conv_general_dilated(
-        term.drop(wide),
+        wide,
         a,
         dimension_numbers=lax.ConvDimensionNumbers(*dimension_numbers),
         feature_group_count=groups,
         **options,
       )
-      out = plus(out, _mix_channels(term.scaled(z), mixer, out_dim, out_spec[1], groups))
+      out = plus(
+        out, _mix_channels(term.between(z, out_spec[1]), mixer, out_dim, out_spec[1], groups)
+      )
     return out
 
   unshared = w.ndim  # the label of axes that the kernel does not have
