@@ -384,7 +384,7 @@ def _scale_biases(
 
 def _check_drops(adapted: Factored, variant: Variant, rate: Any) -> None:
   """Raises ValueError if dropout would have no effect: without a term that is trained."""
-  if all(term.frozen for term in adapted.terms):
+  if not variant.has_dropout or all(term.frozen for term in adapted.terms):
     value = f"{rate:g}" if isinstance(rate, int | float) else "a traced rate"
     raise ValueError(
       f"{adapted.source}: LoRA dropout ({value}) acts on the input of a low-rank branch, and "

@@ -154,6 +154,7 @@ class Variant(NamedTuple):
     shared: the arrays that all its weights share, or None. Variants with shared arrays have one
       copy for each name.
     bias: the gain that also multiplies the layer's bias, or None.
+    has_dropout: whether LoRA dropout applies to the input of its terms; if not, it is refused.
   """
 
   name: str
@@ -164,6 +165,7 @@ class Variant(NamedTuple):
   sizes: Callable[[Site], Mapping[str, int]] = _no_sizes
   shared: Shared | None = None
   bias: BiasGain | None = None
+  has_dropout: bool = True
 
   @property
   def table(self) -> "Table":
