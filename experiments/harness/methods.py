@@ -27,7 +27,7 @@ class Method:
     ignores: config fields, or whole sections, that have no effect on its runs.
     owns_base: the trainable tree is the base model itself, whose arrays training donates.
     variant: the variant of LoRA; None is LoRA itself.
-    exports_adapter: whether PEFT has a format for its adapters.
+    exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
     has_servers: whether adapter servers such as vLLM read that format.
     learning_rate: the default, as a multiple of the config file's.
     tried_learning_rates: those of tuning sweeps, as multiples of one that all methods share.
@@ -83,6 +83,11 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
   return functools.partial(lj.lora, config=lora_config(config))
 
 
+def _as_lora(label: str, variant: lj.Variant) -> Method:
+  """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
+  return Method(label, make=_low_rank, variant=variant, exports_adapter=True, has_servers=True)
+
+
 METHODS: Mapping[str, Method] = {
   "lora": Method("LoRA", make=_low_rank, exports_adapter=True, has_servers=True),
   "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True),
@@ -94,6 +99,10 @@ METHODS: Mapping[str, Method] = {
     has_servers=True,
     experiments=("gpt2_e2e", "finetune"),
   ),
+  "pissa": _as_lora("PiSSA", lj.PISSA),
+  "olora": _as_lora("OLoRA", lj.OLORA),
+  "milora": _as_lora("MiLoRA", lj.MILORA),
+  "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,

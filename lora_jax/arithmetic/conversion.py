@@ -76,13 +76,13 @@ def convert(
       target = targets[path]
       low_rank, errors[path] = _converted(target, weight, rank, energy)
       items.append((target.keys, low_rank))
-      rules[path] = _rule(path, low_rank, target)
+      rules[path] = _rule(path, low_rank, target, 1.0)
   items += [(extra[path][0], leaf) for path, leaf in adapter_extra(trainable).items()]
   return exact_config(rules, extra), nest(items), errors
 
 
 def to_lora(config: LoraConfig, trainable: PyTree, params: PyTree) -> tuple[LoraConfig, PyTree]:
-  """Returns the same adapter as plain LoRA, of scaling 1; exact.
+  """Returns the same adapter as plain LoRA, of the same scaling; exact.
 
   It can be summed, truncated, served and exported as any LoRA, on the same base model. For variants
   whose change of the weight is a sum of low-rank terms. The rank is that of the terms: twice as
@@ -109,39 +109,47 @@ def to_lora(config: LoraConfig, trainable: PyTree, params: PyTree) -> tuple[Lora
   items: list[tuple[tuple[str, ...], Any]] = []
   with jax.default_matmul_precision("float32"):
     for path, weight in whole_weights(trainable, shapes(targets)).items():
-      low_rank = _low_rank(targets[path], weight)
-      items.append((targets[path].keys, low_rank))
-      rules[path] = _rule(path, low_rank, targets[path])
+      target = targets[path]
+      low_rank = same_lora(target, weight)
+      if low_rank is None:
+        raise ValueError(
+          f"{path}: {target.variant.name if target.variant else 'it'} changes the weight by more "
+          "than low-rank terms, which plain LoRA cannot express exactly. Use lora_jax.convert, "
+          "which returns the nearest one"
+        )
+      items.append((target.keys, low_rank))
+      rules[path] = _rule(path, low_rank, target, target.scaling)
   items += [(extra[path][0], leaf) for path, leaf in adapter_extra(trainable).items()]
   return exact_config(rules, extra), nest(items)
 
 
-def _rule(path: str, low_rank: LoraWeight, target: Target) -> LoraRule:
-  """Returns a rule of scaling 1 for a weight's factors."""
+def _rule(path: str, low_rank: LoraWeight, target: Target, scaling: float) -> LoraRule:
+  """Returns a rule for a weight's factors."""
   return LoraRule(
     re.escape(path),
     rank=low_rank.rank,
-    alpha=float(low_rank.rank),
+    alpha=scaling * low_rank.rank,
     stacked_layers=low_rank.layers,
     on_unhandled=target.on_unhandled,
   )
 
 
-def _low_rank(target: Target, weight: LoraWeight) -> LoraWeight:
-  """Returns the terms of a weight's change as one pair of factors.
+def same_lora(target: Target, weight: LoraWeight) -> LoraWeight | None:
+  """Returns a weight's adapter as plain LoRA of the same scaling.
 
-  Raises:
-    ValueError: if the change is not a sum of terms, each of inputs times outputs.
+  It is None if the change of the weight is not a sum of terms, each of inputs times outputs.
+
+  Args:
+    target: the weight and its settings; its leaf may be a shape.
+    weight: its arrays, with those that it shares with other weights.
   """
-  axes, leaf, variant = weight.axes, target.leaf, target.variant or LORA
+  weight, axes, leaf = jax.tree.map(jnp.asarray, weight), weight.axes, target.leaf
   base = deferred(leaf) if is_quantized(leaf) else leaf
-  adapted = adapted_weight(base, weight, variant, Source([target.path]), target.scaling)
-  pairs = [_in_order(term, axes) for term in adapted.terms]
+  variant, source = target.variant or LORA, Source([target.path])
+  adapted = adapted_weight(base, weight, variant, source, target.scaling)
+  pairs = [_in_order(term, axes, target.scaling) for term in adapted.terms]
   if adapted.gain is not None or adapted.base is not base or not all(pairs):
-    raise ValueError(
-      f"{target.path}: {variant.name} changes the weight by more than low-rank terms, which plain "
-      "LoRA cannot express exactly. Use lora_jax.convert, which returns the nearest one"
-    )
+    return None
   joined = {}
   for i, (name, words) in enumerate(ARRAYS.items()):
     factors = [_full(pair[i], axes.labels(words), leaf.shape) for pair in pairs if pair]
@@ -150,12 +158,13 @@ def _low_rank(target: Target, weight: LoraWeight) -> LoraWeight:
   return LoraWeight(**joined, axes=axes, layers=weight.layers)
 
 
-def _in_order(term: Term, axes: LoraAxes) -> tuple[Factor, Factor] | None:
-  """Returns a term's factor of inputs, and that of outputs times the scaling; None if mixed."""
+def _in_order(term: Term, axes: LoraAxes, scaling: float) -> tuple[Factor, Factor] | None:
+  """Returns a term's factors of inputs and of outputs, for a scaling; None if they are mixed."""
   a, b = sorted(term.factors, key=lambda factor: bool(set(factor.dims) & set(axes.outputs)))
   if set(a.dims) & set(axes.outputs) or set(b.dims) & set(axes.inputs):
     return None
-  return a, dataclasses.replace(b, array=term.scaled(b.array))
+  relative = dataclasses.replace(term, scaling=term.scaling / scaling)
+  return a, dataclasses.replace(b, array=relative.scaled(b.array))
 
 
 def _full(factor: Factor, labels: tuple[int, ...], shape: Sequence[int]) -> jax.Array:

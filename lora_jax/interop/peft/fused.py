@@ -10,11 +10,11 @@ from jaxtyping import PyTree
 
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import LoraWeight, adapter_extra, adapter_weights
-from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
+from lora_jax.adapters.targets import Target, find_leaves, shapes
+from lora_jax.arithmetic.conversion import same_lora
 from lora_jax.axes import LoraAxes
 from lora_jax.interop.peft.modules import Module, find_modules, has_values, values_of
-from lora_jax.interop.plain_lora import is_grouped, without_groups
 from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.trees import weights_with_path
 from lora_jax.variants.dora import DORA, column_norm_squared
@@ -129,7 +129,7 @@ def check_parts(
 ) -> AdapterParts:
   """Checks a trained tree, and finds the modules that another package has for it.
 
-  QA-LoRA becomes plain LoRA, which computes the same.
+  Variants that are plain LoRA of another rank or shape, such as QA-LoRA and PiSSA, become that.
 
   Args:
     config: of the adapter.
@@ -142,10 +142,13 @@ def check_parts(
   leaves = dict(weights_with_path(params))
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
-  weights, full = adapter_weights(trainable), adapter_extra(trainable)
-  for path in [path for path, weight in weights.items() if is_grouped(weight)]:
-    weights[path] = without_groups(weights[path], leaves[path].shape)
-    targets[path] = dataclasses.replace(targets[path], variant=LORA)
+  weights, full = whole_weights(trainable, shapes(targets)), adapter_extra(trainable)
+  for path, target in targets.items():
+    plain = None if target.variant in (None, LORA, DORA) else same_lora(target, weights[path])
+    if plain is not None:
+      alpha = target.scaling * plain.rank
+      weights[path] = plain
+      targets[path] = dataclasses.replace(target, variant=LORA, rank=plain.rank, alpha=alpha)
   return AdapterParts(weights, full, targets, leaves, find_modules(tensors, leaves))
 
 
