@@ -45,7 +45,7 @@ COLUMNS = (
 NOTES = (
   f"Ranked arms have the trained parameters of LoRA of rank {RANK} within 5 %; the others have "
   f"their own size, are plotted, and are not ranked. alpha / rank is held at {SCALING:g}.",
-  "Loss is that of the validation examples. Differences to LoRA have simultaneous 95 % intervals: "
+  "Loss is that on the validation examples. Differences to LoRA have simultaneous 95 % intervals: "
   "bootstrap over seeds and inputs, corrected over all ranked arms "
   "(experiments/comparison/statistics.py).",
   f"Equivalent: the interval lies within the margin of {MARGIN:g} nats per token, which was fixed "
@@ -224,7 +224,9 @@ def _html_results(table: Table) -> Iterator[str]:
   heads += [column.label for column in columns]
   yield '<div class="scroll" tabindex="0" role="region" aria-label="results">'
   yield '<table class="sortable"><caption>A header sorts by its column</caption><thead><tr>'
-  yield "".join(f'<th scope="col">{html.escape(head)}</th>' for head in heads)
+  for i, head in enumerate(heads):
+    kind = ' class="text"' if i < 2 else ""
+    yield f'<th scope="col"{kind}>{html.escape(head)}</th>'
   yield "</tr></thead><tbody>"
   for row in table.rows:
     cells = [_cell(difference(row), row.difference)]

@@ -340,6 +340,17 @@ def hours(rows: Iterable[Row]) -> float:
 
 def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
   """Returns the table of planned runs with their hours, and the arms' sizes, in Markdown."""
+  parts = [stage_table(sizes, chosen)]
+  for base in dict.fromkeys(STAGES[row.stage] for row in planned_rows(sizes, chosen)):
+    parts += [f"Sizes on {base}:", size_table(base, chosen)]
+  missing = [arm for arm in ARMS if arm not in present(ARMS)]
+  if missing:
+    parts.append(f"No row in experiments/harness/methods.py yet: {', '.join(missing)}.")
+  return "\n\n".join(parts)
+
+
+def stage_table(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
+  """Returns the table of planned runs with their hours."""
   rows = planned_rows(sizes, chosen)
   table = [["stage", "base model", "runs", "lines", "minutes each", "hours"]]
   for row in rows:
@@ -347,13 +358,7 @@ def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
     table.append([row.stage, STAGES[row.stage], *cells, f"{row.runs * row.seconds / 3600:.1f}"])
   total = sum(row.runs for row in rows)
   table.append(["all", "", f"{total:.0f}", "", "", f"{hours(rows):.1f}"])
-  parts = [aligned(table)]
-  for base in dict.fromkeys(STAGES[row.stage] for row in rows):
-    parts += [f"Sizes on {base}:", size_table(base, chosen)]
-  missing = [arm for arm in ARMS if arm not in present(ARMS)]
-  if missing:
-    parts.append(f"No row in experiments/harness/methods.py yet: {', '.join(missing)}.")
-  return "\n\n".join(parts)
+  return aligned(table)
 
 
 def size_table(base: str, chosen: Sequence[str] = ()) -> str:

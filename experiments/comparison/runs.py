@@ -7,6 +7,8 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
     measured.json   its losses by input, and on Wikipedia text; of the reported runs
 """
 
+import contextlib
+import io
 import json
 import math
 import traceback
@@ -55,7 +57,9 @@ def carry_out(
     print(f"[{planned.stage}] {folder}", flush=True)
     config = config_of(planned, sizes, str(folder))
     try:
-      run(config)
+      with contextlib.redirect_stdout(io.StringIO()):
+        result = run(config)
+      print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
       write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
       if _is_measured(planned):
         write_json(folder / MEASURED, measure_losses(folder))

@@ -1,16 +1,19 @@
-"""All runs of SmolLM2 on E2E that are worth a GPU: all examples, ranks 1 to 64, five seeds.
+"""All runs of SmolLM2 on E2E that are worth a GPU: all examples, ranks, variants, five seeds.
 
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py:tiny
 
 The most useful runs come first, so the queue can be stopped at any time; the same command resumes
-it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep
-the scaling of rank 16. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
+it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep the scaling
+of rank 16. LoRA's variants come last, with the sizes and learning rates of variants.py; those
+without a learning rate there are left out, and named. `tiny` takes one step of every run on a few
+examples, on a CPU, as a check.
 """
 
 from collections.abc import Iterator
 
-from experiments.configs import Config, gpt2_e2e
+from experiments.comparison.plan import changes_of
+from experiments.configs import Config, gpt2_e2e, variants
 from experiments.configs.smollm2_rates import ARMS, Changes, best_rate
 from experiments.harness.config import read_config
 from experiments.nlg.config import E2EConfig
@@ -41,7 +44,7 @@ def get_config(size: str = "full") -> Config:
 
 
 def sweep(config: Config) -> Iterator[Changes]:
-  """Yields the changed fields of each run: methods, then ranks, for one seed after another."""
+  """Yields the changed fields of each run: methods and ranks by seed, then variants by seed."""
   read_config(E2EConfig, config)
   scaling = config.lora.alpha / config.lora.rank
   rate = best_rate("LoRA, rank 16")
@@ -51,3 +54,15 @@ def sweep(config: Config) -> Iterator[Changes]:
     for rank in RANKS:
       alpha = {"lora.rank": rank, "lora.alpha": scaling * rank}
       yield {**alpha, "optimizer.learning_rate": rate, "seed": seed}
+  yield from variant_runs()
+
+
+def variant_runs() -> Iterator[Changes]:
+  """Yields the changed fields of the runs of LoRA's variants, and names those left out."""
+  if unknown := [arm for arm, rate in variants.BEST.items() if rate is None]:
+    print(f"left out, as their learning rates are not known yet: {', '.join(unknown)}")
+  for seed in SEEDS:
+    for arm, best in variants.BEST.items():
+      if best is not None:
+        settings = {"optimizer.learning_rate": best, "optimizer.warmup_share": 0.1, "seed": seed}
+        yield changes_of(arm, "smollm2", settings)

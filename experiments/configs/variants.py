@@ -121,7 +121,8 @@ RATE_SEED = 0  # not reported
 DRAW_SEED = 4  # not reported
 MAX_ADDED_RATES = 6
 
-# SmolLM2's best learning rates for configs/gpu_queue.py, by arm; not run yet
+# SmolLM2's best learning rates of the stage smollm2_rates, for configs/gpu_queue.py; None marks
+# those not run yet.
 BEST: dict[str, float | None] = dict.fromkeys(BEST_KNOWN)
 
 
@@ -136,14 +137,3 @@ def get_config(base: str = "embedded") -> Config:
   config.fit.update({"eval_every_steps": 1_000_000, "checkpoint_every_steps": 1_000_000})
   config.decoding.update({"num_inputs": 0, "official_references": False})
   return config
-
-
-def best_rate(arm: str) -> float:
-  """Returns SmolLM2's best learning rate of an arm; raises ValueError if it is not known yet."""
-  rate = BEST[arm]
-  if rate is None:
-    raise ValueError(
-      f"the learning rate of {arm} is not known yet: run python -m experiments.variants "
-      "--stage=smollm2_rates, and write the best ones into BEST of configs/variants.py"
-    )
-  return rate

@@ -165,7 +165,7 @@ def test_a_browser_sorts_and_plots(summary, tmp_path):
   assert log[4].startswith("DoRA|")  # the only difference; arms without one come last
   assert log[5] is None
   front = "LoRA, rank 1, v only; LoRA; full fine-tuning"
-  assert f"smaller trained parameters, smaller loss, nats/token): {front}." in log[6]
+  assert f"smaller trained parameters, smaller loss): {front}." in log[6]
   assert log[7].startswith("loss, nats/token against bytes on disk. On the Pareto front")
   assert log[8:10] == [2, 2]
   assert log[10] == "bleu"

@@ -20,14 +20,16 @@ from experiments.comparison.plan import (
   rate_runs,
   reported_runs,
   size_of,
+  stage_table,
 )
 from experiments.comparison.sizes import Size, match_rank
-from experiments.configs import variants
+from experiments.configs import gpu_queue, variants
 from experiments.configs.variants import ARMS, BEST_KNOWN, FULL, RANK, TINY, WITH_BLEU
 from experiments.harness.config import read_config
 from experiments.harness.methods import find_method
 from experiments.nlg.config import E2EConfig
 
+from tests.docs.pages import page
 from tests.tiny_e2e import tiny_folder
 
 CHOSEN = ("dora", "full_finetuning")
@@ -201,3 +203,19 @@ def test_the_printed_plan_has_hours_and_sizes(monkeypatch):
   text = plan(TINY)
   assert "| all " in text
   assert "rank 3 has -12.5 %" in text
+
+
+def test_the_gpu_queue_has_the_variants_whose_rates_are_known(monkeypatch, capsys):
+  assert list(gpu_queue.variant_runs()) == []
+  monkeypatch.setattr(variants, "BEST", {"lora": 1e-3, "dora": 3e-3, "pissa": None})
+  runs = list(gpu_queue.variant_runs())
+  assert len(runs) == 2 * len(gpu_queue.SEEDS)
+  assert runs[1] == {
+    **{"method": "dora", "lora.rank": 3, "lora.alpha": 6.0, "seed": 1},
+    **{"optimizer.learning_rate": 3e-3, "optimizer.warmup_share": 0.1},
+  }
+  assert capsys.readouterr().out.endswith("learning rates are not known yet: pissa\n")
+
+
+def test_the_page_has_the_plan():
+  assert stage_table(FULL) in page("variants_comparison")
