@@ -27,8 +27,11 @@ class Method:
     ignores: config fields, or whole sections, that have no effect on its runs.
     owns_base: the trainable tree is the base model itself, whose arrays training donates.
     variant: the variant of LoRA; None is LoRA itself.
+    target: the weights that it adapts, instead of `lora.target`.
+    rules: settings of some of them.
     exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
     has_servers: whether adapter servers such as vLLM read that format.
+    corrects_quantization: whether the adapter starts from the base model's quantization error.
     learning_rate: the default, as a multiple of the config file's.
     tried_learning_rates: those of tuning sweeps, as multiples of one that all methods share.
     experiments: the experiments that have it; None is all that adapt a base model.
@@ -39,8 +42,11 @@ class Method:
   ignores: tuple[str, ...] = ()
   owns_base: bool = False
   variant: lj.Variant | None = None
+  target: str | None = None
+  rules: tuple[lj.LoraRule, ...] = ()
   exports_adapter: bool = False
   has_servers: bool = False
+  corrects_quantization: bool = False
   learning_rate: float = 1.0
   tried_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0)
   experiments: tuple[str, ...] | None = None
@@ -67,15 +73,16 @@ class Method:
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
   """Returns the `LoraConfig` of a run, with its variant and its fully trained head."""
-  lora = config.lora
+  lora, method = config.lora, METHODS[config.method]
   return lj.LoraConfig(
     lora.rank,
     lora.alpha,
-    target=lora.target,
-    dropout=lora.dropout,
+    target=method.target or lora.target,
+    dropout=lora.dropout if method.uses("lora.dropout") else 0.0,
     init=lora.init,  # pyright: ignore[reportArgumentType]
+    rules=method.rules,
     extra=config.head,
-    variant=METHODS[config.method].variant,
+    variant=method.variant,
   )
 
 
@@ -86,6 +93,11 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
 def _as_lora(label: str, variant: lj.Variant) -> Method:
   """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
   return Method(label, make=_low_rank, variant=variant, exports_adapter=True, has_servers=True)
+
+
+def _ln_tuning(config: AdaptationConfig) -> Adapt:
+  head = (config.head,) if isinstance(config.head, str) else config.head
+  return functools.partial(lj.ln_tuning, train=(lj.NORMS, *head))
 
 
 METHODS: Mapping[str, Method] = {
@@ -103,6 +115,24 @@ METHODS: Mapping[str, Method] = {
   "olora": _as_lora("OLoRA", lj.OLORA),
   "milora": _as_lora("MiLoRA", lj.MILORA),
   "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS),
+  "loftq": Method(
+    "LoftQ",
+    make=_low_rank,
+    exports_adapter=True,
+    has_servers=True,
+    corrects_quantization=True,
+    experiments=("gpt2_e2e", "finetune"),
+  ),
+  "vera": dataclasses.replace(_as_lora("VeRA", lj.VERA), ignores=("lora.alpha", "lora.init")),
+  "ia3": Method(
+    "(IA)^3",
+    make=_low_rank,
+    ignores=("lora",),
+    variant=lj.IA3,
+    target=r".*/(attn/(key|value)|mlp/(shared/)?down)/kernel",
+    rules=(lj.LoraRule(r".*/mlp/(shared/)?down/kernel", variant=lj.IA3_FEEDFORWARD),),
+  ),
+  "ln_tuning": Method("LayerNorm tuning", make=_ln_tuning, ignores=("lora",)),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,
