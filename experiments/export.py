@@ -64,6 +64,7 @@ from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 EMBEDDED = "lora_jax/assets/gpt2"
+LARGE_ERROR = 0.1  # of an update's norm
 EXPORTED = {kind.NAME: kind for kind in (E2EConfig, GlueConfig, FinetuneConfig)}
 
 
@@ -240,6 +241,9 @@ def _merge_into_gguf(folder: str, out: str) -> None:
   worst = max(errors, key=errors.__getitem__)
   print(f"rounding the minima of {len(errors)} weights to float16 changed each update by at most")
   print(f"{errors[worst]:.1%} of its norm ({worst})")
+  if errors[worst] > LARGE_ERROR:
+    print("note: an update this small is partly lost. Train longer or with a higher learning rate,")
+    print("or export the adapter instead, without --merged: it is exact")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import read_config, replace_fields
-from experiments.harness.fit import count, count_trained, fit_run, initialize
+from experiments.harness.fit import count, count_trained, fit_run
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
 from experiments.harness.optimizer import make_optimizer
@@ -38,10 +38,12 @@ from experiments.nlg.finetuned import (
   check_export,
   export,
   export_folder,
+  float_params,
   loading_options,
   samples,
   weights_digests,
 )
+from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.files import read_json
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
@@ -50,6 +52,8 @@ from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
 from lora_jax.training.step import make_train_step, start
 from lora_jax.variants.qa_merge import MERGEABLE
+
+FEW_STEPS = 20
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -70,7 +74,9 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
   model = load_causal_lm(config.model.folder, **options)
   base_parameters = count(model.params)
   loss = adapted_loss(config, model)
-  trainable = initialize(config, loss, model.params, data.train[0])
+  trainable = initial_adapter(
+    config, loss, model.params, data.train[0], lambda: float_params(config, mesh)
+  )
   check_export(config, model, trainable)
   _check_data(config)
   check_examples(workdir, data.digest)
@@ -119,6 +125,7 @@ def _checked(config: ConfigDict) -> FinetuneConfig:
   find_method(settings.method, settings.NAME)
   if not settings.model.folder:
     raise ValueError("no model is given: add --model=FOLDER, or a repository of the hub")
+  check_quantized(settings)
   if not settings.data.file:
     raise ValueError("no data is given: add --data=FILE.jsonl")
   return settings
@@ -197,6 +204,7 @@ def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable
   base, size, method = count(model.params), count_trained(trainable), find_method(config.method)
   epochs = config.data.num_epochs
   rank = f", rank {config.lora.rank}" if method.uses("lora") else ""
+  note = f"note       {len(data.train)} steps change little: raise data.num_epochs"
   return "\n".join(
     [
       f"model      {config.model.folder}: {model.model_type}, {base:,} parameters",
@@ -205,6 +213,7 @@ def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable
       f"steps      {len(data.train):,} in {epochs} epoch{'s' if epochs > 1 else ''}, each of "
       f"{config.data.batch_size} rows of {data.train.row_lengths[-1]} tokens"
       f"{', packed' if config.data.packing else ''}",
+      *([note] if len(data.train) < FEW_STEPS else []),
     ]
   )
 

@@ -59,7 +59,7 @@ def config_of(folder, **changes):
 
 
 @pytest.mark.long
-def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys):
+def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys, monkeypatch):
   finetune.run(config_of(tmp_path))
   printed = capsys.readouterr().out
   assert f"# python -m experiments.export {tmp_path / 'run'} merged.gguf --merged" in printed
@@ -68,6 +68,7 @@ def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f"wrote {merged}\nrounding the minima of 14 weights" in printed
   assert "% of its norm (layers_" in printed
+  assert "partly lost" not in printed
 
   base = open_gguf(tmp_path / "base.gguf")
   new = open_gguf(merged)
@@ -84,6 +85,12 @@ def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys):
   assert float(jnp.abs(in_gguf - in_floats).max()) < 0.1 * update
   assert relative_difference(in_gguf, in_floats) < 0.02
 
+  errors = {"layers_0/mlp/up/kernel": 0.3}
+  monkeypatch.setattr(export, "export_merged_gguf", lambda config, out: errors)
+  export.main([str(tmp_path / "run"), str(tmp_path / "small.gguf"), "--merged"])
+  assert "30.0% of its norm" in (printed := capsys.readouterr().out)
+  assert "an update this small is partly lost. Train longer" in printed
+  monkeypatch.undo()
   with pytest.raises(SystemExit, match="exists; nothing is overwritten"):
     export.main([str(tmp_path / "run"), str(merged), "--merged"])
   raw = bytearray(base.path.read_bytes())
