@@ -193,7 +193,7 @@ def from_weight(name: str, formula: Formula, start: Callable[..., starts.Pair]) 
     add_start(vector, layer, w, pair, scaling)
     a, b = (single(each) for each in pair)
     shapes = [layer.shape(words, {"rank": rank}) for words in formulas.LORA_ARRAYS.values()]
-    p = {"start_a": a.reshape(shapes[0]), "start_b": b.reshape(shapes[1])}
+    p: Tensors = {"start_a": a.reshape(shapes[0]), "start_b": b.reshape(shapes[1])}
     p |= {"lora_a": p["start_a"] + vector.normal(*shapes[0], scale=0.1)}
     p |= {"lora_b": p["start_b"] + vector.normal(*shapes[1], scale=0.1)}
     details = {"rank": rank, "alpha": scaling * rank}
@@ -242,30 +242,32 @@ def loftq() -> Vector:
     arrays={},
   )
   vector = Vector("loftq", formula)
-  for bits, rank in ((2, 4), (4, 4)):
-    case = f"uniform_{bits}_bits"
+  for bits in (4, 8):
+    case, rank = f"uniform_{bits}_bits", 4
     w = vector.normal(24, 16, scale=0.5)
     sequence = starts.loftq(w, rank, 5, starts.uniform(bits))
     errors = [np.linalg.norm(w - q - ab) for q, ab in sequence]
     vector.add(case, w=w, out__errors=errors, out__first_error=np.linalg.norm(w - sequence[0][0]))
-    vector.add(case, out__quantized=sequence[-1][0], out__delta=sequence[-1][1])
+    for moment, (quantized, delta) in (("first", sequence[0]), ("last", sequence[-1])):
+      vector.add(case, **{f"out__{moment}_quantized": quantized, f"out__{moment}_delta": delta})
     vector.cases[case] = {"rank": rank, "bits": bits, "steps": 5}
   return vector
 
 
 def lokr() -> Vector:
   vector, formula, s = Vector("lokr", formulas.LOKR), formulas.LOKR, 1.5
-  sizes = {"in1": 3, "out1": 5, "in2": 4, "out2": 2, "rank": 2}
-  forms = {"full": ("w1", "w2"), "low_rank_w2": ("w1", "w2_a", "w2_b")}
-  forms["low_rank"] = ("w1_a", "w1_b", "w2_a", "w2_b")
+  sizes = {"in1": 3, "out1": 2, "in2": 4, "out2": 5, "rank": 2}
+  forms = {"none": ("w1", "w2"), "w2": ("w1", "w2_a", "w2_b")}
+  forms["both"] = ("w1_a", "w1_b", "w2_a", "w2_b")
+  settings = {"rank": 2, "alpha": 3.0}
   for case, names in forms.items():
     words = {name: formula.arrays[name].replace("window ", "") for name in names}
     p = {n: vector.normal(*MATMUL.shape(words[n], sizes), scale=0.5) for n in names}
-    add_layer(vector, case, MATMUL, p, s, rank=2, alpha=3.0)
-  p = {"w1": vector.normal(2, 3, scale=0.5), "w2": vector.normal(2, 2, 2, 2, scale=0.5)}
-  add_layer(vector, "conv", CONV, p, s, rank=2, alpha=3.0)
-  p = {"w1": vector.normal(3, 2, 3, scale=0.5), "w2": vector.normal(3, 4, 2, scale=0.5)}
-  add_layer(vector, "stack", STACK, p, s, rank=2, alpha=3.0)
+    add_layer(vector, case, MATMUL, p, s, factor=3, decompose=case, **settings)
+  p = {"w1": vector.normal(2, 2, scale=0.5), "w2": vector.normal(2, 2, 2, 3, scale=0.5)}
+  add_layer(vector, "conv", CONV, p, s, factor=2, decompose="none", **settings)
+  p = {"w1": vector.normal(3, 2, 2, scale=0.5), "w2": vector.normal(3, 4, 3, scale=0.5)}
+  add_layer(vector, "stack", STACK, p, s, factor=2, decompose="none", **settings)
   return vector
 
 
@@ -367,7 +369,7 @@ def adalora() -> Vector:
     ("penalty", steps.penalty, steps.penalty_gradients),
     ("mean_norm", steps.mean_norm, steps.mean_norm_gradients),
   ):
-    found = dict(zip(("lora_a", "lora_b"), gradients(a, b), strict=True))
+    found: Tensors = dict(zip(("lora_a", "lora_b"), gradients(a, b), strict=True))
     check_gradients(
       lambda p, value=value: value(p.lora_a, p.lora_b), SimpleNamespace(lora_a=a, lora_b=b), found
     )

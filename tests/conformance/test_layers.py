@@ -21,7 +21,8 @@ Case = Mapping[str, Any]
 
 
 def matmul(params, x):
-  return x @ params["w"] + params.get("bias", 0.0)
+  out = x @ params["w"]
+  return out + params["bias"][None] if "bias" in params else out
 
 
 def conv(params, x):
@@ -54,6 +55,17 @@ class Names:
 
 
 INITIAL = {"start_a": "initial_a", "start_b": "initial_b"}
+
+
+def miss(case: Case) -> lj.Variant:
+  outputs = {"matmul": 10, "stack": 6}[case["layer"]]
+  return lj.MISS if case["width"] == outputs else lj.miss_mini_variant(case["width"])
+
+
+def ia3(case: Case) -> lj.Variant:
+  return lj.IA3 if case["along"] == "out" else lj.IA3_FEEDFORWARD
+
+
 VARIANTS = {
   "lora": Names(lambda case: lj.LORA),
   "rslora": Names(lambda case: lj.LORA),
@@ -63,30 +75,51 @@ VARIANTS = {
   "pissa": Names(lambda case: lj.PISSA, INITIAL),
   "olora": Names(lambda case: lj.OLORA, INITIAL),
   "milora": Names(lambda case: lj.MILORA, INITIAL),
+  "lora_xs": Names(lambda case: lj.LORA_XS, {"core": "lora_r"}),
   "hira": Names(lambda case: lj.HIRA),
+  "loha": Names(lambda case: lj.LOHA),
+  "lokr": Names(lambda case: lj.lokr_variant(case["factor"], case["decompose"])),
+  "miss": Names(miss, {"d": "shard"}),
+  "ia3": Names(ia3, {"scale": "ia3_gain"}),
 }
+MISSING = dict.fromkeys(["adalora", "lora_fa", "lora_ga"], "not implemented yet")
+"""Variants of the vectors that lora_jax does not have."""
+DIFFERENT = {
+  ("lokr", "conv"): "W1 of lora_jax is along all input axes of a kernel, PEFT's along its channels"
+}
+"""Cases that lora_jax defines otherwise, and how."""
+REFUSED = {
+  ("ia3", "in_conv"): "its gain is neither along the output's axes only nor along the input"
+}
+"""Cases that lora_jax refuses: PEFT has one scale for each channel of a convolution's input."""
 
 
 def prepared(name: str, case: str):
   """Returns an adaptation, its params, its trainable tree with the vector's arrays, and inputs."""
   tensors, details = vector(name)[0], cases(name)[case]
   names = VARIANTS[name]
-  config = lj.LoraConfig(details["rank"], details["alpha"], "w", variant=names.variant(details))
+  rank = details.get("rank", 1)  # where the paper has no alpha, it is the rank
+  variant = names.variant(details)
+  config = lj.LoraConfig(rank, details.get("alpha", float(rank)), "w", variant=variant)
   if name == "rslora":
     config = lj.rank_stabilized(config)
   fn = LAYERS[details["layer"]]
-  params = {key: jnp.asarray(tensors[f"{case}/{key}"], jnp.float32) for key in ("w",)}
+  params = {
+    key: jnp.asarray(tensors[f"{case}/{key}"], jnp.float32)
+    for key in ("w", "bias")
+    if f"{case}/{key}" in tensors
+  }
   x = jnp.asarray(tensors[f"{case}/x"])
   adaptation = lj.lora(fn, config)
   start = adaptation.init(jax.random.key(0), params, x)
-  arrays = given(tensors, f"{case}/p/", names.arrays)
+  arrays = arrays_of(tensors, f"{case}/p/", names.arrays)
   arrays |= {key: value for key, value in start["w"].arrays.items() if key not in arrays}
   shapes = {key: value.shape for key, value in arrays.items()}
   assert shapes == {key: value.shape for key, value in start["w"].arrays.items()}
   return adaptation, params, {"w": start["w"].replace(**arrays)}, x
 
 
-def given(tensors, prefix: str, names: Mapping[str, str]) -> dict[str, jax.Array]:
+def arrays_of(tensors, prefix: str, names: Mapping[str, str]) -> dict[str, jax.Array]:
   """Returns the arrays of a case by the library's names."""
   found = {n.removeprefix(prefix): each for n, each in tensors.items() if n.startswith(prefix)}
   return {names.get(n, n): jnp.asarray(each, jnp.float32) for n, each in found.items()}
@@ -104,7 +137,10 @@ def outputs(name: str, case: str) -> dict[str, jax.Array]:
     return jnp.sum(direction * out), out
 
   (_, out), gradients = jax.jit(loss)(trainable)
-  results = {f"{case}/out": out, f"{case}/merged": adaptation.merge(params, trainable)["w"]}
+  merged = adaptation.merge(params, trainable)
+  results = {f"{case}/out": out, f"{case}/merged": merged["w"]}
+  if "bias" in merged:
+    results[f"{case}/merged_bias"] = merged["bias"]
   (node,) = adapter_weights(gradients).values()
   own = {theirs: ours for ours, theirs in VARIANTS[name].arrays.items()}
   trained = {spec.name for spec in node.table if not spec.frozen}
@@ -113,6 +149,8 @@ def outputs(name: str, case: str) -> dict[str, jax.Array]:
 
 def layer_cases():
   for name in VECTORS:
+    if name in ("vera", "trainable_tokens"):
+      continue  # below
     for case, details in cases(name).items():
       if details.get("layer") in LAYERS:
         short = name == "lora" or details["layer"] == "matmul"  # other layers have the same weight
@@ -122,15 +160,17 @@ def layer_cases():
 
 @pytest.mark.parametrize(("name", "case"), list(layer_cases()))
 def test_a_layer_agrees_with_its_vector(name, case):
-  if name not in VARIANTS:
-    pytest.skip(f"lora_jax has no {name} yet")
-  try:
-    VARIANTS[name].variant(cases(name)[case])
-  except AttributeError as error:
-    pytest.skip(f"lora_jax has no {name} yet: {error}")
+  if name in MISSING:
+    pytest.skip(f"lora_jax has no {name}: {MISSING[name]}")
+  if (name, case) in DIFFERENT:
+    pytest.skip(DIFFERENT[name, case])
+  if (name, case) in REFUSED:
+    with pytest.raises(lj.UnsupportedOperation, match=REFUSED[name, case]):
+      outputs(name, case)
+    return
   results = outputs(name, case)
-  expected = {n for n in vector(name)[0] if n.startswith((f"{case}/grad/", f"{case}/out"))}
-  assert {*results} == expected | {f"{case}/merged"}
+  starts = tuple(f"{case}/{part}" for part in ("grad/", "out", "merged"))
+  assert {*results} == {n for n in vector(name)[0] if n.startswith(starts)}
   assert disagreements(vector(name)[0], results, TOLERANCE) == []
 
 
@@ -142,3 +182,68 @@ def test_the_arrays_of_a_vector_matter():
     wrong = {**tensors, changed: tensors[changed] * np.float64(1.0001)}
     (line,) = disagreements(wrong, results)
     assert line.startswith(f"{changed} differs by ")
+
+
+def test_vera_shares_its_arrays_among_the_layers():
+  tensors, details = vector("vera")[0], cases("vera")
+
+  def fn(params, inputs):
+    layers = {case: LAYERS[each["layer"]] for case, each in details.items()}
+    return {case: layers[case]({"w": params[case]}, inputs[case]) for case in details}
+
+  def of_each(name):
+    return {case: jnp.asarray(tensors[f"{case}/{name}"], jnp.float32) for case in details}
+
+  params, x, directions = of_each("w"), of_each("x"), of_each("direction")
+  config = lj.LoraConfig(details["first"]["rank"], 1.0, ".*", variant=lj.VERA)
+  adaptation = lj.lora(fn, config)
+  start = adaptation.init(jax.random.key(0), params, x)
+  trainable = {
+    case: start[case].replace(vera_d=d, vera_b=of_each("p/lambda_b")[case])
+    for case, d in of_each("p/lambda_d").items()
+  }
+  shared = start["lora_shared"]["VeRA"].replace(
+    vera_in=of_each("p/shared_a")["first"], vera_out=of_each("p/shared_b")["first"]
+  )
+  trainable["lora_shared"] = {"VeRA": shared}
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def loss(trainable):
+    out = adaptation.apply(params, trainable, x)
+    return sum(jnp.sum(directions[case] * out[case]) for case in details), out
+
+  (_, out), gradients = jax.jit(loss)(trainable)
+  merged = adaptation.merge(params, trainable)
+  results = {f"{case}/out": out[case] for case in details}
+  results |= {f"{case}/merged": merged[case] for case in details}
+  for case in details:
+    results[f"{case}/grad/lambda_d"] = gradients[case].vera_d
+    results[f"{case}/grad/lambda_b"] = gradients[case].vera_b
+  assert disagreements(tensors, results) == []
+
+
+@pytest.mark.parametrize("case", ["lookup", "head"])
+def test_trainable_tokens_are_trained_as_differences(case):
+  """lora_jax trains the difference from the base model's rows, with the same gradient."""
+  tensors = vector("trainable_tokens")[0]
+  w, rows = (jnp.asarray(tensors[f"{case}/{n}"], jnp.float32) for n in ("w", "p/rows"))
+  indices, x = (jnp.asarray(tensors[f"{case}/{n}"]) for n in ("p/indices", "x"))
+  fn = lookup if case == "lookup" else lambda params, x: x @ params["w"].T
+  variant = lj.trainable_tokens_variant([int(i) for i in indices])
+  adaptation = lj.lora(fn, lj.LoraConfig(1, 1.0, "w", variant=variant))
+  x = x if case == "lookup" else x.astype(jnp.float32)
+  embedding = lj.lora(lookup, lj.LoraConfig(1, 1.0, "w", variant=variant))
+  node = embedding.init(jax.random.key(0), {"w": w}, indices)["w"]
+  trainable = {"w": node.replace(token_delta=rows - w[indices])}
+  direction = jnp.asarray(tensors[f"{case}/direction"], jnp.float32)
+
+  def loss(trainable):
+    return jnp.sum(direction * adaptation.apply({"w": w}, trainable, x))
+
+  mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
+  part, frozen = lj.partition(trainable, mask)
+  gradient = jax.grad(lambda part: loss(lj.combine(part, frozen)))(part)["w"].token_delta
+  results = {"out": adaptation.apply({"w": w}, trainable, x), "grad/rows": gradient}
+  results["merged"] = embedding.merge({"w": w}, trainable)["w"]
+  results = {f"{case}/{name}": array for name, array in results.items()}
+  assert disagreements(tensors, results) == []

@@ -1,0 +1,76 @@
+"""lora_jax starts where the vectors say, whatever the signs of singular vectors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from conformance.check import disagreements
+
+from tests.conformance.test_layers import LAYERS
+from tests.conformance.vectors import cases, vector
+
+PAIRS = {  # the first pair of each, by the library's names
+  "pissa": (lj.PISSA, "initial_a", "initial_b"),
+  "olora": (lj.OLORA, "initial_a", "initial_b"),
+  "milora": (lj.MILORA, "initial_a", "initial_b"),
+  "lora_xs": (lj.LORA_XS, "lora_a", "lora_b"),
+}
+
+
+def started(name: str, case: str, variant: lj.Variant):
+  """Returns the initial node of a case, its axes of inputs and of outputs joined into one each."""
+  tensors, details = vector(name)[0], cases(name)[case]
+  params = {"w": jnp.asarray(tensors[f"{case}/w"], jnp.float32)}
+  config = lj.LoraConfig(details["rank"], details["alpha"], "w", variant=variant)
+  x = jnp.asarray(tensors[f"{case}/x"])
+  adaptation = lj.lora(LAYERS[details["layer"]], config)
+  return adaptation.init(jax.random.key(0), params, x)["w"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("case", ["matmul", "conv", "stack"])
+def test_a_pair_is_the_weights(name, case):
+  variant, name_a, name_b = PAIRS[name]
+  node, tensors = started(name, case, variant), vector(name)[0]
+  stacked = case == "stack"
+  a = np.asarray(node.arrays[name_a], np.float64)
+  b = np.asarray(node.arrays[name_b], np.float64)
+  if not stacked:
+    a = a.reshape(-1, a.shape[-1])
+  w = tensors[f"{case}/w"]
+  scaling = 1.0 if name == "lora_xs" else float(tensors[f"{case}/scaling"])
+  delta = (scaling * a @ b).reshape(w.shape)
+  results = {"delta": delta, "residual": w - delta}
+  results |= {"norms_a": np.linalg.norm(a, axis=-2), "norms_b": np.linalg.norm(b, axis=-1)}
+  results = {f"{case}/start/{key}": value for key, value in results.items()}
+  assert results.keys() == {key for key in tensors if key.startswith(f"{case}/start/")}
+  assert disagreements(tensors, results) == []
+
+
+@pytest.mark.parametrize("case", ["matmul", "conv", "lookup", "stack"])
+def test_doras_magnitude_is_the_norm(case):
+  results = {f"{case}/start/magnitude": started("dora", case, lj.DORA).magnitude}
+  assert disagreements(vector("dora")[0], results) == []
+
+
+def test_loftqs_errors():
+  """With one iteration Q and A B are the vector's; with more, the best iterate's error is."""
+  case, tensors = "uniform_8_bits", vector("loftq")[0]
+  params = {"w": jnp.asarray(tensors[f"{case}/w"], jnp.float32)}
+  config = lj.LoraConfig(4, 8.0, "w")
+  trainable = lj.lora(LAYERS["matmul"], config).init(jax.random.key(0), params, jnp.ones((1, 24)))
+  norm = np.linalg.norm(tensors[f"{case}/w"])
+  base, first, errors = lj.loftq(config, trainable, params, "int8", num_iterations=1)
+  rounded, corrected = errors["w"].rounded * norm, errors["w"].corrected * norm
+  best = lj.loftq(config, trainable, params, "int8")[2]["w"].corrected * norm
+  expected = tensors[f"{case}/out/errors"]
+  assert rounded == pytest.approx(float(tensors[f"{case}/out/first_error"]), rel=1e-4)
+  assert corrected == pytest.approx(expected[0], rel=1e-4)
+  assert best == pytest.approx(expected.min(), rel=1e-4)
+  assert expected.min() < 0.99 * expected[0]
+  results = {"first_quantized": lj.dequantize(base)["w"]}
+  results["first_delta"] = 2.0 * first["w"].lora_a @ first["w"].lora_b
+  results = {f"{case}/out/{name}": array for name, array in results.items()}
+  assert disagreements(tensors, results, 1e-4) == []  # of small residuals, in float32
