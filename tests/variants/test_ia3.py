@@ -10,9 +10,16 @@ from jax import lax
 from safetensors.numpy import load_file
 
 import lora_jax as lj
+from experiments.configs import finetune as finetune_configs
+from experiments.harness.config import read_config, replace_fields
+from experiments.harness.methods import lora_config
+from experiments.nlg.config import FinetuneConfig
+from lora_jax.adapters.biases import find_biases
+from lora_jax.adapters.targets import find_leaves
 
 from tests import make_shared_golden as golden
 from tests import parity
+from tests.experiments.harness.test_methods import MODELS
 from tests.toy_models import relative_difference
 
 KEY = jax.random.key(0)
@@ -245,3 +252,25 @@ def test_the_logits_are_pefts():
     place["kernel"] = place["kernel"].replace(ia3_gain=jnp.asarray(array.ravel()))
   out = jax.jit(ia3.apply)(params, trainable, *inputs)
   assert relative_difference(out, arrays["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_biases_of_each_model_are_scaled(family):
+  module, _ = MODELS[family]
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  params = jax.eval_shape(module.init, KEY, tokens)["params"]
+  config = lora_config(apply_changes({"method": "ia3", "lora.dropout": 0.1}))
+  fn = lambda params, tokens: module.apply({"params": params}, tokens)  # noqa: E731
+  trainable = jax.eval_shape(lj.lora(fn, config).init, KEY, params, tokens)
+  layers = 1 if family == "gpt2_scanned" else 2
+  assert len(jax.tree.leaves(trainable)) == 3 * layers
+  targets, extra = find_leaves(config, params)
+  biases = find_biases(targets, extra, params)
+  has_biases = family not in ("llama", "mixture")
+  assert len(biases) == (2 * layers if has_biases else 0)
+  assert all(bias.path == path.replace("kernel", "bias") for path, bias in biases.items())
+
+
+def apply_changes(changes):
+  config = read_config(FinetuneConfig, finetune_configs.get_config())
+  return replace_fields(config, changes)
