@@ -79,6 +79,7 @@ def test_nothing_of_the_size_of_the_table_is_made_or_trained():
   assert count_of_sizes(step, {48}) <= count_of_sizes(base, {48})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_table_that_is_sharded(kind):
   params, ids = example()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 import lora_jax as lj
@@ -163,3 +165,31 @@ def test_the_logits_are_pefts():
   trainable["lora_shared"]["VeRA"] = node.replace(**shared)
   out = jax.jit(vera.apply)(params, trainable, *inputs)
   assert relative_difference(out, arrays["logits"]) < 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_shared_arrays_on_a_mesh(kind):
+  draw = np.random.default_rng(0).standard_normal
+  params = {n: jnp.asarray(draw(s), jnp.float32) for n, s in (("up", (8, 12)), ("down", (12, 4)))}
+  x = jnp.asarray(draw((4, 8)), jnp.float32)
+  single = lj.lora(mlp, CONFIG)
+  trainable = randomized(single.init(KEY, params, x))
+  expected = jax.jit(jax.value_and_grad(lambda t: single.apply(params, t, x).sum()))(trainable)
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
+  out = P("data", "tensor") if kind == AxisType.Explicit else None
+
+  def fn(params, x):
+    h = jnp.tanh(jnp.einsum("bi,io->bo", x, params["up"], out_sharding=out))
+    return jnp.einsum("bi,io->bo", h, params["down"], out_sharding=out)
+
+  with jax.set_mesh(mesh):
+    specs = {"up": P("fsdp", "tensor"), "down": P("tensor", "fsdp")}
+    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    params = jax.device_put(params, places)
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+    vera = lj.lora(fn, CONFIG)
+    start = vera.init(KEY, params, x)
+    placed = jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), trainable, start)
+    got = jax.jit(jax.value_and_grad(lambda t: vera.apply(params, t, x).sum()))(placed)
+  assert relative_difference(jax.device_get(got), jax.device_get(expected)) < 1e-5
