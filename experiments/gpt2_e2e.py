@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import check_attention, read_config, replace_fields
-from experiments.harness.fit import count, fit_run, initialize
+from experiments.harness.fit import count, fit_run
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.workdir import (
@@ -32,9 +32,10 @@ from experiments.harness.workdir import (
   read_run,
   run_once,
 )
-from experiments.nlg.base import Base, load_base, pretraining_tokens
+from experiments.nlg.base import Base, float_params, load_base, pretraining_tokens
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data, validation_loss
+from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.scores import markdown
 from lora_jax.training.loss import language_model_loss
 
@@ -54,6 +55,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   start = time.perf_counter()
   config.check_steps()
+  check_quantized(config)
   check_attention(config.model.attention, config.model.dtype)
   mesh, method = config.mesh.make(), find_method(config.method)
   base = load_base(config, mesh)
@@ -95,7 +97,7 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
     find_method(config.method),
     loss,
     base.params,
-    initialize(config, loss, base.params, data.train[0]),
+    initial_adapter(config, loss, base.params, data.train[0], lambda: float_params(config, mesh)),
     data.train,
     mesh,
     examples=f"{data.num_train_records:,} examples",

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from experiments.harness.config import replace_fields
 from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, FinetuneConfig, Prompt
 from experiments.nlg.pretraining import PRETRAINING
@@ -87,6 +88,12 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
   model = model._replace(params=rounded(model.params, config.model.rounded_to))
   decoder = from_linen(model.module, model.init_cache, model.num_slots)
   return Base(model, text, config.data.prompt, decoder)
+
+
+def float_params(config: E2EConfig, mesh: Mesh) -> PyTree:
+  """Returns the base params as they are before any quantization or rounding, float32."""
+  changes = {"model.param_dtype": "float32", "model.rounded_to": ""}
+  return load_base(replace_fields(config, changes), mesh).params
 
 
 def random_params(module: nn.Module, mesh: Mesh, key: jax.Array) -> PyTree:

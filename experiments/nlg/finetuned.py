@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import lora_jax as lj
-from experiments.harness.config import check_attention
+from experiments.harness.config import check_attention, replace_fields
 from experiments.harness.methods import adapt, find_method, lora_config
 from experiments.harness.model_card import BaseModel
 from experiments.harness.sharding import sharding_of
@@ -49,6 +49,12 @@ def loading_options(config: FinetuneConfig, mesh: Mesh) -> dict[str, Any]:
     "remat": model.remat or None,
     "attention": model.attention,
   }
+
+
+def float_params(config: FinetuneConfig, mesh: Mesh) -> PyTree:
+  """Returns the base params as they are before quantization, float32."""
+  floats = replace_fields(config, {"model.param_dtype": "float32"})
+  return load_causal_lm(config.model.folder, **loading_options(floats, mesh)).params
 
 
 def adapted_loss(config: FinetuneConfig, model: LanguageModel) -> lj.Adaptation:

@@ -109,8 +109,8 @@ def loftq_adapter(
 ) -> tuple[PyTree, dict[str, QuantizationError]]:
   """Initializes the adapter of a base model that is quantized already: one iteration.
 
-  The base model is unchanged, such as a GGUF file's blocks, or weights rounded to a format's
-  values. Adapted weights that `base` has unquantized keep their adapter.
+  The base model is unchanged: codes that others have too, or weights rounded to a format's values.
+  Adapted weights that `base` has unquantized keep their adapter.
 
   Args:
     config: of plain LoRA.
@@ -121,8 +121,8 @@ def loftq_adapter(
   Returns:
     The adapter, and the errors by path.
   Raises:
-    ValueError: if none of the adapted weights is quantized; if the adapter is not for these params
-      or not of plain LoRA; if a scaling is negative.
+    ValueError: if no adapted weight differs between `params` and `base`; if the adapter is not for
+      these params or not of plain LoRA; if a scaling is negative.
   """
   targets, weights = _checked(config, trainable, params)
   leaves = dict(weights_with_path(base))
@@ -133,12 +133,13 @@ def loftq_adapter(
     if leaf is None or leaf.shape != target.leaf.shape:
       got = "no such leaf" if leaf is None else f"the shape {leaf.shape}"
       raise ValueError(f"{path}: base has {got}, expected the shape {target.leaf.shape} of params")
-    if is_quantized(leaf) or not jnp.array_equal(leaf, target.leaf):
-      fitted[path], errors[path] = _nearest(target, weight, leaf)
+    near, error = _nearest(target, weight, leaf)
+    if error.rounded > 0:
+      fitted[path], errors[path] = near, error
   if not fitted:
     raise ValueError(
-      f"none of the {len(weights)} adapted weights is quantized in `base`, so there is no error to "
-      "correct. Quantize them, as by lora_jax.quantize, or use plain LoRA"
+      f"none of the {len(weights)} adapted weights differs in `base` from `params`: there is no "
+      "error of quantization to correct. Quantize them, as by lora_jax.quantize, or use plain LoRA"
     )
   return _with_weights(trainable, fitted), errors
 
