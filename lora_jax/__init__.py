@@ -16,6 +16,7 @@ from lora_jax.adapters.summary import merge_error as merge_error
 from lora_jax.adapters.summary import summary as summary
 from lora_jax.arithmetic import align as align
 from lora_jax.arithmetic import convert as convert
+from lora_jax.arithmetic import drop_zero_ranks as drop_zero_ranks
 from lora_jax.arithmetic import to_lora as to_lora
 from lora_jax.arithmetic import truncate_rank as truncate_rank
 from lora_jax.arithmetic import weighted_sum as weighted_sum
@@ -37,8 +38,16 @@ from lora_jax.trees import label as label
 from lora_jax.trees import match as match
 from lora_jax.trees import partition as partition
 from lora_jax.trees import trainable_mask as trainable_mask
+from lora_jax.variants.adalora import ADALORA as ADALORA
+from lora_jax.variants.adalora import AdaLoraBudget as AdaLoraBudget
+from lora_jax.variants.adalora import adalora as adalora
+from lora_jax.variants.adalora import adalora_optimizer as adalora_optimizer
+from lora_jax.variants.adalora import adalora_ranks as adalora_ranks
+from lora_jax.variants.corda import CORDA as CORDA
+from lora_jax.variants.corda import corda_config as corda_config
 from lora_jax.variants.dora import DORA as DORA
 from lora_jax.variants.dora import dora as dora
+from lora_jax.variants.eva import eva_config as eva_config
 from lora_jax.variants.hira import HIRA as HIRA
 from lora_jax.variants.hira import hira as hira
 from lora_jax.variants.ia3 import IA3 as IA3
@@ -56,6 +65,11 @@ from lora_jax.variants.lora import LORA as LORA
 from lora_jax.variants.lora import lora as lora
 from lora_jax.variants.lora import lora_plus as lora_plus
 from lora_jax.variants.lora import rank_stabilized as rank_stabilized
+from lora_jax.variants.lora_fa import LORA_FA as LORA_FA
+from lora_jax.variants.lora_fa import lora_fa as lora_fa
+from lora_jax.variants.lora_fa import lora_fa_optimizer as lora_fa_optimizer
+from lora_jax.variants.lora_ga import LORA_GA as LORA_GA
+from lora_jax.variants.lora_ga import lora_ga_config as lora_ga_config
 from lora_jax.variants.lora_xs import LORA_XS as LORA_XS
 from lora_jax.variants.lora_xs import lora_xs as lora_xs
 from lora_jax.variants.lora_xs import lora_xs_variant as lora_xs_variant
@@ -74,6 +88,10 @@ from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
 from lora_jax.variants.qa_lora import qa_lora as qa_lora
 from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant
 from lora_jax.variants.qa_merge import merge_quantized as merge_quantized
+from lora_jax.variants.relora import cola_optimizer as cola_optimizer
+from lora_jax.variants.relora import relora_config as relora_config
+from lora_jax.variants.relora import relora_optimizer as relora_optimizer
+from lora_jax.variants.relora import relora_schedule as relora_schedule
 from lora_jax.variants.trainable_tokens import trainable_tokens as trainable_tokens
 from lora_jax.variants.trainable_tokens import trainable_tokens_variant as trainable_tokens_variant
 from lora_jax.variants.vera import VERA as VERA
