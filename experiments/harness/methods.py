@@ -6,13 +6,24 @@ matter, what is saved and exported.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from jaxtyping import PyTree
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
 
 import lora_jax as lj
 from experiments.harness.config import AdaptationConfig
+from lora_jax.files import read_json
+
+RANKS = "ranks.json"
+"""In a run's folder: by path, the ranks that a method has chosen from data."""
+
+FROM_DATA = ("gpt2_e2e", "finetune")
+"""The experiments that initialize adapters from data."""
 
 Adapt = Callable[[Callable[..., Any]], lj.Adaptation]
 
@@ -32,6 +43,8 @@ class Method:
     exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
     has_servers: whether adapter servers such as vLLM read that format.
     corrects_quantization: whether the adapter starts from the base model's quantization error.
+    from_data: returns the config whose adapter is initialized from batches, as `lj.eva_config`.
+    num_batches: the number of training batches that it takes, the first ones.
     learning_rate: the default, as a multiple of the config file's.
     tried_learning_rates: those of tuning sweeps, as multiples of one that all methods share.
     experiments: the experiments that have it; None is all that adapt a base model.
@@ -47,6 +60,8 @@ class Method:
   exports_adapter: bool = False
   has_servers: bool = False
   corrects_quantization: bool = False
+  from_data: Callable[..., lj.LoraConfig] | None = None
+  num_batches: int = 8
   learning_rate: float = 1.0
   tried_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0)
   experiments: tuple[str, ...] | None = None
@@ -72,9 +87,13 @@ class Method:
 
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
-  """Returns the `LoraConfig` of a run, with its variant and its fully trained head."""
+  """Returns the `LoraConfig` of a run, with its variant and its fully trained head.
+
+  The ranks of a method that is initialized from data are those in the run's folder, if it has some.
+  """
   lora, method = config.lora, METHODS[config.method]
-  return lj.LoraConfig(
+  ranks = Path(config.workdir) / RANKS
+  whole = lj.LoraConfig(
     lora.rank,
     lora.alpha,
     target=method.target or lora.target,
@@ -84,13 +103,33 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     extra=config.head,
     variant=method.variant,
   )
+  if method.from_data is None or not ranks.exists():
+    return whole
+  rules = [
+    lj.LoraRule(re.escape(path), rank, lora.alpha * rank / lora.rank)
+    for path, rank in read_json(ranks).items()
+  ]
+  return dataclasses.replace(whole, target=[rule.pattern for rule in rules], rules=rules)
+
+
+def _without_data(variant: lj.Variant) -> lj.Variant:
+  """Returns a variant that starts from zeros, for adapters that are read from a run's folder."""
+
+  def zeros(key: PRNGKeyArray, site: lj.Site) -> dict[str, jax.Array]:
+    del key
+    return {
+      name: jnp.zeros(site.array_shape(words), jnp.float32)
+      for name, words in variant.arrays.items()
+    }
+
+  return variant._replace(start=zeros)
 
 
 def _low_rank(config: AdaptationConfig) -> Adapt:
   return functools.partial(lj.lora, config=lora_config(config))
 
 
-def _as_lora(label: str, variant: lj.Variant) -> Method:
+def _as_lora(label: str, variant: lj.Variant | None) -> Method:
   """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
   return Method(label, make=_low_rank, variant=variant, exports_adapter=True, has_servers=True)
 
@@ -115,6 +154,21 @@ METHODS: Mapping[str, Method] = {
   "olora": _as_lora("OLoRA", lj.OLORA),
   "milora": _as_lora("MiLoRA", lj.MILORA),
   "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS),
+  "eva": dataclasses.replace(
+    _as_lora("EVA", None), ignores=("lora.init",), from_data=lj.eva_config, experiments=FROM_DATA
+  ),
+  "lora_ga": dataclasses.replace(
+    _as_lora("LoRA-GA", _without_data(lj.LORA_GA)),
+    ignores=("lora.init",),
+    from_data=lj.lora_ga_config,
+    experiments=FROM_DATA,
+  ),
+  "corda": dataclasses.replace(
+    _as_lora("CorDA", _without_data(lj.CORDA)),
+    ignores=("lora.init",),
+    from_data=lj.corda_config,
+    experiments=FROM_DATA,
+  ),
   "loftq": Method(
     "LoftQ",
     make=_low_rank,
@@ -124,6 +178,10 @@ METHODS: Mapping[str, Method] = {
     experiments=("gpt2_e2e", "finetune"),
   ),
   "vera": dataclasses.replace(_as_lora("VeRA", lj.VERA), ignores=("lora.alpha", "lora.init")),
+  "hira": Method("HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA),
+  "loha": Method("LoHa", make=_low_rank, ignores=("lora.init",), variant=lj.LOHA),
+  "lokr": Method("LoKr", make=_low_rank, ignores=("lora.init",), variant=lj.LOKR),
+  "miss": Method("MiSS", make=_low_rank, ignores=("lora.init",), variant=lj.MISS),
   "ia3": Method(
     "(IA)^3",
     make=_low_rank,
