@@ -114,7 +114,7 @@ TINY = Sizes(  # minutes, to see all parts work; its results say nothing
   draw_lines=48,
   valid_lines=24,
   seeds=(1, 2),
-  draws=2,
+  draws=1,
   smollm2=False,
 )
 RATE_SEED = 0  # not reported
