@@ -40,6 +40,50 @@ def truncate_rank(
   return *close_adapter([opened], weights | opened.extra), errors
 
 
+def drop_zero_ranks(
+  config: LoraConfig, trainable: PyTree, params: PyTree
+) -> tuple[LoraConfig, PyTree]:
+  """Returns the same adapter without the columns of A and rows of B that contribute 0.
+
+  Each weight gets its own rank, all layers of a stack the largest of theirs; one of rank 0 is not
+  adapted. For AdaLoRA's final ranks, after `to_lora`, and for cycles that were not reached.
+
+  Args:
+    config: of the adapter, of plain LoRA.
+    trainable: its tree, real arrays.
+    params: of the base model, or their shapes.
+
+  Returns:
+    The config, of scaling 1, and the trainable tree.
+  Raises:
+    ValueError: if the adapter is not for these params, or changes nothing.
+  """
+  opened = open_adapter(config, trainable, params)
+  weights = {path: _without_zeros(weight) for path, weight in opened.weights.items()}
+  leaves = {path: weight for path, weight in weights.items() if weight.rank} | opened.extra
+  if not leaves:
+    raise ValueError(
+      "all terms of the adapter are 0: it is the base model, and has no ranks to keep"
+    )
+  return close_adapter([opened], leaves)
+
+
+def _without_zeros(weight: LoraWeight) -> LoraWeight:
+  a, b, rank = weight.lora_a, weight.lora_b, weight.rank
+  batch = a.shape[: len(weight.axes.batch)]
+  columns, rows = a.reshape(*batch, -1, rank), b.reshape(*batch, rank, -1)
+  used = jnp.any(columns != 0, axis=-2) & jnp.any(rows != 0, axis=-1)
+  kept = int(jnp.max(jnp.sum(used, axis=-1)))
+  order = jnp.argsort(~used, axis=-1, stable=True)[..., :kept]
+  columns = jnp.take_along_axis(columns, order[..., None, :], axis=-1)
+  rows = jnp.take_along_axis(rows, order[..., :, None], axis=-2)
+  a, b = (
+    columns.reshape(*a.shape[:-1], kept),
+    rows.reshape(*batch, kept, *b.shape[len(batch) + 1 :]),
+  )
+  return weight.replace(lora_a=a, lora_b=b)
+
+
 def _truncated(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Float[Array, ""]]:
   """Returns the best approximation of a rank, and its relative error."""
   a, b, full_rank = weight.lora_a, weight.lora_b, weight.rank
