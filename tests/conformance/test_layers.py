@@ -46,7 +46,7 @@ class Names:
   """How the library calls a variant of the vectors.
 
   Attributes:
-    variant: returns the library's variant for a case, or raises AttributeError if it has none.
+    variant: returns the library's variant for a case.
     arrays: the library's name of an array by the vector's; the others have the same.
   """
 
@@ -80,10 +80,11 @@ VARIANTS = {
   "loha": Names(lambda case: lj.LOHA),
   "lokr": Names(lambda case: lj.lokr_variant(case["factor"], case["decompose"])),
   "miss": Names(miss, {"d": "shard"}),
+  "lora_fa": Names(lambda case: lj.LORA_FA),
+  "lora_ga": Names(lambda case: lj.LORA_GA, INITIAL),
+  "adalora": Names(lambda case: lj.ADALORA),
   "ia3": Names(ia3, {"scale": "ia3_gain"}),
 }
-MISSING = dict.fromkeys(["adalora", "lora_fa", "lora_ga"], "not implemented yet")
-"""Variants of the vectors that lora_jax does not have."""
 DIFFERENT = {
   ("lokr", "conv"): "W1 of lora_jax is along all input axes of a kernel, PEFT's along its channels"
 }
@@ -110,13 +111,16 @@ def prepared(name: str, case: str):
     if f"{case}/{key}" in tensors
   }
   x = jnp.asarray(tensors[f"{case}/x"])
-  adaptation = lj.lora(fn, config)
-  start = adaptation.init(jax.random.key(0), params, x)
+  adaptation = starting = lj.lora(fn, config)
+  if name == "lora_ga":  # which starts from data, at arrays of the same shapes as PiSSA's
+    starting = lj.lora(fn, dataclasses.replace(config, variant=lj.PISSA))
+  start = starting.init(jax.random.key(0), params, x)["w"]
   arrays = arrays_of(tensors, f"{case}/p/", names.arrays)
-  arrays |= {key: value for key, value in start["w"].arrays.items() if key not in arrays}
+  arrays |= {key: value for key, value in start.arrays.items() if key not in arrays}
   shapes = {key: value.shape for key, value in arrays.items()}
-  assert shapes == {key: value.shape for key, value in start["w"].arrays.items()}
-  return adaptation, params, {"w": start["w"].replace(**arrays)}, x
+  assert shapes == {key: value.shape for key, value in start.arrays.items()}
+  node = lj.LoraWeight.from_arrays(arrays, variant.table, start.axes, start.layers)
+  return adaptation, params, {"w": node}, x
 
 
 def arrays_of(tensors, prefix: str, names: Mapping[str, str]) -> dict[str, jax.Array]:
@@ -160,8 +164,6 @@ def layer_cases():
 
 @pytest.mark.parametrize(("name", "case"), list(layer_cases()))
 def test_a_layer_agrees_with_its_vector(name, case):
-  if name in MISSING:
-    pytest.skip(f"lora_jax has no {name}: {MISSING[name]}")
   if (name, case) in DIFFERENT:
     pytest.skip(DIFFERENT[name, case])
   if (name, case) in REFUSED:

@@ -74,3 +74,42 @@ def test_loftqs_errors():
   results["first_delta"] = 2.0 * first["w"].lora_a @ first["w"].lora_b
   results = {f"{case}/out/{name}": array for name, array in results.items()}
   assert disagreements(tensors, results, 1e-4) == []  # of small residuals, in float32
+
+
+def test_lora_ga_starts_from_the_gradient():
+  tensors, details = vector("lora_ga")[0], cases("lora_ga")["matmul"]
+  w, gradient = (jnp.asarray(tensors[f"matmul/{n}"], jnp.float32) for n in ("w", "start/gradient"))
+
+  def loss(params, x):  # its gradient with respect to w is the vector's, where x is the identity
+    return jnp.sum(gradient * (x @ params["w"]))
+
+  config = lj.LoraConfig(details["rank"], details["alpha"], "w")
+  batches = [jnp.eye(len(w))]
+  settings = {"gamma": details["gamma"], "num_iterations": 30}
+  config = lj.lora_ga_config(loss, config, {"w": w}, batches, **settings)
+  node = lj.lora(loss, config).init(jax.random.key(0), {"w": w}, batches[0])["w"]
+  results = {"projection_a": node.lora_a @ node.lora_a.T}
+  results["projection_b"] = node.lora_b.T @ node.lora_b
+  results = {f"matmul/start/{name}": array for name, array in results.items()}
+  assert disagreements(tensors, results, 1e-4) == []  # of an iteration in float32
+
+
+def test_evas_ranks_and_directions():
+  tensors, details = vector("eva")[0], cases("eva")["centered"]
+  x = {n: jnp.asarray(tensors[f"activations/{n}"], jnp.float32) for n in details["weights"]}
+  params = {name: jnp.ones((x[name].shape[1], 8)) for name in details["weights"]}
+
+  def loss(params, batch):
+    return sum(jnp.sum((batch[name] @ params[name]) ** 2) for name in params)
+
+  config = lj.LoraConfig(details["rank"], 1.0, ".*")
+  config = lj.eva_config(loss, config, params, [x], rho=details["rho"])
+  trainable = lj.lora(loss, config).init(jax.random.key(0), params, x)
+  ranks = [trainable[name].rank for name in details["weights"]]
+  assert ranks == tensors["centered/out/ranks"].tolist()
+  assert len({*ranks}) > 1
+  results = {
+    f"centered/out/{name}/projection": trainable[name].lora_a @ trainable[name].lora_a.T
+    for name in details["weights"]
+  }
+  assert disagreements(tensors, results, 1e-4) == []  # of a covariance in float32
