@@ -45,10 +45,10 @@ TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Short runs of LoRA, DoRA and full fine-tuning."""
+  """Short runs of LoRA, DoRA, PiSSA and full fine-tuning."""
   root = tmp_path_factory.mktemp("runs")
   short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
-  methods = {"lora": "lora", "dora": "dora", "full": "full_finetuning"}
+  methods = {"lora": "lora", "dora": "dora", "pissa": "pissa", "full": "full_finetuning"}
   for name, changes in {name: {"method": method} for name, method in methods.items()}.items():
     gpt2_e2e.run(apply(tiny_config(root / name), {**short, **changes}))
   return root
@@ -64,7 +64,9 @@ def check_text_files(folder):
   assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 
-@pytest.mark.parametrize(("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
+@pytest.mark.parametrize(
+  ("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", []), ("pissa", [])]
+)
 def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
   export.main([str(runs / name), str(tmp_path / "new"), *flags])
   assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
@@ -79,6 +81,7 @@ def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
   assert written["target_modules"] == ["c_attn", "c_proj", "c_fc"]
   assert ("rank_pattern" in written) == (not flags)  # 3 x 4 on the fused weight, 4 elsewhere
+  assert (written["r"] == 8) == (name == "pissa")  # plain LoRA of twice the rank
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "full"])
