@@ -35,6 +35,7 @@ from experiments.harness.workdir import (
 from experiments.nlg.base import Base, float_params, load_base, pretraining_tokens
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data, validation_loss
+from experiments.nlg.from_data import start_from_data
 from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.scores import markdown
 from lora_jax.training.loss import language_model_loss
@@ -84,6 +85,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
 
 def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
   """Adapts the base model; returns the merged params, and the result's fields about training."""
+  start_from_data(config, language_model_loss(base.module), base.params, data.train, mesh)
   adapted = adapt(config)
   eval_loss = adapted(language_model_loss(base.module))
   loss = adapted(

@@ -1,7 +1,7 @@
 """Fine-tunes a user's model: the adapted loss, answers to prompts, and exported files."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from lora_jax.models.checkpoints.hub import weight_files
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.checkpoint import restore_adapter
-from lora_jax.training.loss import language_model_loss
+from lora_jax.training.loss import LossSum, language_model_loss
 
 
 def loading_options(config: FinetuneConfig, mesh: Mesh) -> dict[str, Any]:
@@ -59,7 +59,12 @@ def float_params(config: FinetuneConfig, mesh: Mesh) -> PyTree:
 
 def adapted_loss(config: FinetuneConfig, model: LanguageModel) -> lj.Adaptation:
   """Returns the config's method, applied to the loss of a batch."""
-  return adapt(config)(language_model_loss(model.module, chunk_size=config.fit.loss_chunk or None))
+  return adapt(config)(whole_loss(config, model))
+
+
+def whole_loss(config: FinetuneConfig, model: LanguageModel) -> Callable[..., LossSum]:
+  """Returns the loss of a batch, a function of all params."""
+  return language_model_loss(model.module, chunk_size=config.fit.loss_chunk or None)
 
 
 def weights_digests(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import lora_jax as lj
 from experiments.harness.fit import initialize
 from experiments.harness.methods import find_method, lora_config
 from experiments.nlg.config import E2EConfig, E2EModel, FinetuneConfig
+from experiments.nlg.from_data import read_start
 from lora_jax.models.checkpoints.loaded_weights import QUANTIZED
 
 
@@ -38,7 +39,7 @@ def initial_adapter(
   batch: Any,
   load_floats: Callable[[], PyTree],
 ) -> PyTree:
-  """Returns a run's initial trainable tree, by LoftQ if its method says so.
+  """Returns a run's initial trainable tree, by LoftQ or from data if its method says so.
 
   Args:
     config: the run's config.
@@ -47,7 +48,7 @@ def initial_adapter(
     batch: a batch, for its shapes.
     load_floats: loads the params before quantization; called only if they are needed.
   """
-  trainable = initialize(config, loss, params, batch)
+  trainable = read_start(config, initialize(config, loss, params, batch))
   if not find_method(config.method).corrects_quantization:
     return trainable
   trainable, errors = lj.loftq_adapter(lora_config(config), trainable, load_floats(), params)
