@@ -42,7 +42,9 @@ from experiments.nlg.finetuned import (
   loading_options,
   samples,
   weights_digests,
+  whole_loss,
 )
+from experiments.nlg.from_data import start_from_data
 from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.files import read_json
@@ -73,6 +75,7 @@ def _run(config: FinetuneConfig, workdir: Path) -> dict[str, Any]:
   text, data = load_checked_data(config, plan_causal_lm(config.model.folder, **options))
   model = load_causal_lm(config.model.folder, **options)
   base_parameters = count(model.params)
+  start_from_data(config, whole_loss(config, model), model.params, data.train, mesh)
   loss = adapted_loss(config, model)
   trainable = initial_adapter(
     config, loss, model.params, data.train[0], lambda: float_params(config, mesh)
