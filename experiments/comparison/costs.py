@@ -20,7 +20,7 @@ from experiments.configs import Config
 from experiments.harness.config import read_config
 from experiments.harness.fit import initialize
 from experiments.harness.methods import adapt, find_method
-from experiments.harness.optimizer import make_optimizer
+from experiments.harness.optimizer import run_optimizer
 from experiments.nlg.base import Base, load_base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import load_data
@@ -51,8 +51,9 @@ def compile_step(settings: E2EConfig, base: Base, mesh: Mesh) -> Step:
   """Compiles the train step of a run, and gives it the run's first batch."""
   batch = load_data(settings, base).train[0]
   loss = adapt(settings)(language_model_loss(base.module))
-  optimizer, _ = make_optimizer(settings.optimizer, num_train_steps=100)
   trainable = initialize(settings, loss, base.params, batch)
+  method = find_method(settings.method)
+  optimizer, _ = run_optimizer(settings, method, base.params, trainable, num_train_steps=100)
   state, frozen, optimizer = start(base.params, trainable, optimizer, jax.random.key(0), mesh)
   placed = place_batch(mesh, batch, 1)
   step: Any = make_train_step(loss, optimizer, state, 1)

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from experiments.harness.config import Fit, TrainingConfig
 from experiments.harness.methods import Method
-from experiments.harness.optimizer import make_optimizer
+from experiments.harness.optimizer import run_optimizer
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import BatchSource, as_grain
 from lora_jax.quantization.leaf import is_quantized
@@ -88,7 +88,7 @@ def fit_run(
     eval_loss, eval_batches, evaluate: as in `lora_jax.training.loop.fit`.
   """
   workdir, steps = Path(config.workdir), num_train_steps or len(batches)
-  optimizer, schedule = make_optimizer(config.optimizer, steps, decays)
+  optimizer, schedule = run_optimizer(config, method, params, trainable, steps, decays)
   size = count_trained(trainable)
   print(
     f"{method.label} in {workdir}: {size:,} trainable parameters, {examples}, {steps:,} steps",

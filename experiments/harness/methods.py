@@ -6,13 +6,15 @@ matter, what is saved and exported.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 import lora_jax as lj
@@ -26,6 +28,28 @@ FROM_DATA = ("gpt2_e2e", "finetune")
 """The experiments that initialize adapters from data."""
 
 Adapt = Callable[[Callable[..., Any]], lj.Adaptation]
+MakeSchedule = Callable[[int], optax.Schedule]
+"""From a number of steps to the config's schedule of the learning rate."""
+
+
+class Setup(NamedTuple):
+  """What the optimizer of a run may depend on.
+
+  Attributes:
+    config: the run's config.
+    params: the base params, or their shapes.
+    trainable: the initial trainable tree, or its shapes.
+    num_train_steps: number of updates.
+  """
+
+  config: Any  # an AdaptationConfig; pretraining's has no such sections
+  params: PyTree
+  trainable: PyTree
+  num_train_steps: int
+
+
+def _config_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
+  return make(num_train_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +69,9 @@ class Method:
     corrects_quantization: whether the adapter starts from the base model's quantization error.
     from_data: returns the config whose adapter is initialized from batches, as `lj.eva_config`.
     num_batches: the number of training batches that it takes, the first ones.
+    num_cycles: the number of pairs that are trained one after another, each of the config's rank.
+    wrap: returns the method's optimizer, from that of the config.
+    schedule: returns the schedule of the learning rate, from the config's and the number of steps.
     learning_rate: the default, as a multiple of the config file's.
     tried_learning_rates: those of tuning sweeps, as multiples of one that all methods share.
     experiments: the experiments that have it; None is all that adapt a base model.
@@ -62,6 +89,9 @@ class Method:
   corrects_quantization: bool = False
   from_data: Callable[..., lj.LoraConfig] | None = None
   num_batches: int = 8
+  num_cycles: int = 1
+  wrap: Callable[[optax.GradientTransformation, Setup], optax.GradientTransformation] | None = None
+  schedule: Callable[[MakeSchedule, int], optax.Schedule] = _config_schedule
   learning_rate: float = 1.0
   tried_learning_rates: tuple[float, ...] = (1.0, 3.0, 10.0)
   experiments: tuple[str, ...] | None = None
@@ -103,6 +133,8 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     extra=config.head,
     variant=method.variant,
   )
+  if method.num_cycles > 1:
+    return lj.relora_config(whole, method.num_cycles)
   if method.from_data is None or not ranks.exists():
     return whole
   rules = [
@@ -137,6 +169,57 @@ def _as_lora(label: str, variant: lj.Variant | None) -> Method:
 def _ln_tuning(config: AdaptationConfig) -> Adapt:
   head = (config.head,) if isinstance(config.head, str) else config.head
   return functools.partial(lj.ln_tuning, train=(lj.NORMS, *head))
+
+
+def _lora_fa(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+  return lj.lora_fa_optimizer(optimizer, lora_config(run.config), run.trainable, run.params)
+
+
+def _adalora(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+  """Wraps the optimizer; the shares of the steps are those of the authors' command for MNLI.
+
+  There, 8,000 and 50,000 of 86,000 steps are the first and the last ones, with a choice every 100.
+  """
+  steps = run.num_train_steps
+  budget = lj.AdaLoraBudget(
+    target_rank=max(round(run.config.lora.rank / 1.5), 1),
+    num_train_steps=steps,
+    initial_steps=round(0.09 * steps),
+    final_steps=round(0.58 * steps),
+    interval=max(round(0.001 * steps), 1),
+  )
+  return lj.adalora_optimizer(optimizer, budget)
+
+
+CYCLES = 4  # of ReLoRA's runs of 20,000 steps in its authors' commands; also for Chain of LoRA
+
+
+def _cycle_steps(num_train_steps: int) -> int:
+  return math.ceil(num_train_steps / CYCLES)
+
+
+def _relora(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+  steps = _cycle_steps(run.num_train_steps)
+  return lj.relora_optimizer(optimizer, num_cycles=CYCLES, cycle_steps=steps)
+
+
+def _cola(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+  steps = _cycle_steps(run.num_train_steps)
+  return lj.cola_optimizer(optimizer, num_cycles=CYCLES, cycle_steps=steps)
+
+
+def _relora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
+  """Returns the config's schedule with warmups of 2 % of a cycle, as in its authors' commands."""
+  steps = _cycle_steps(num_train_steps)
+  warmup = math.ceil(0.02 * steps)
+  return lj.relora_schedule(make(num_train_steps), cycle_steps=steps, warmup_steps=warmup)
+
+
+def _cola_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
+  """Returns the config's schedule of a cycle, repeated; Chain of LoRA counts from each restart."""
+  steps = _cycle_steps(num_train_steps)
+  schedule = make(steps)
+  return lambda step: schedule(step % steps)
 
 
 METHODS: Mapping[str, Method] = {
@@ -189,6 +272,24 @@ METHODS: Mapping[str, Method] = {
     variant=lj.IA3,
     target=r".*/(attn/(key|value)|mlp/(shared/)?down)/kernel",
     rules=(lj.LoraRule(r".*/mlp/(shared/)?down/kernel", variant=lj.IA3_FEEDFORWARD),),
+  ),
+  "lora_fa": dataclasses.replace(_as_lora("LoRA-FA", lj.LORA_FA), wrap=_lora_fa),
+  "adalora": dataclasses.replace(
+    _as_lora("AdaLoRA", lj.ADALORA), ignores=("lora.init",), wrap=_adalora
+  ),
+  "relora": dataclasses.replace(
+    _as_lora("ReLoRA", None),
+    ignores=("lora.dropout",),
+    num_cycles=CYCLES,
+    wrap=_relora,
+    schedule=_relora_schedule,
+  ),
+  "cola": dataclasses.replace(
+    _as_lora("Chain of LoRA", None),
+    ignores=("lora.dropout",),
+    num_cycles=CYCLES,
+    wrap=_cola,
+    schedule=_cola_schedule,
   ),
   "ln_tuning": Method("LayerNorm tuning", make=_ln_tuning, ignores=("lora",)),
   "full_finetuning": Method(

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from experiments.harness.config import AdaptationConfig
 from experiments.harness.methods import find_method
-from experiments.harness.optimizer import make_optimizer
+from experiments.harness.optimizer import run_optimizer
 from experiments.harness.workdir import read_finished, read_result
 from lora_jax.training.checkpoint import Checkpoints, restore_adapter
 from lora_jax.training.fingerprint import fingerprint
@@ -49,7 +49,8 @@ def restore_trained(
   path = folder / "checkpoints" / str(step)
   if not path.is_dir():
     raise FileNotFoundError(f"{path} does not exist: the {checkpoint} checkpoint of {folder}")
-  optimizer, _ = make_optimizer(config.optimizer, result["num_train_steps"], decays)
+  method, steps = find_method(config.method), result["num_train_steps"]
+  optimizer, _ = run_optimizer(config, method, params, trainable, steps, decays)
   state, frozen, _ = start(params, trainable, optimizer, jax.random.key(0), mesh)
   with Checkpoints(folder / "checkpoints") as checkpoints:
     restored = checkpoints.restore(step, state, fingerprint(params))
