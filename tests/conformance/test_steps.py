@@ -61,6 +61,12 @@ def test_relora_trains_on_the_merged_weight(case):
   merged = adaptation.merge(before, {"w": node.replace(lora_a=arrays[0], lora_b=arrays[1])})
   assert disagreements(tensors, {f"{case}/w": merged["w"]}) == []
 
+  both = lj.lora(fn, lj.relora_config(config, num_cycles=2))  # merges nothing: two blocks
+  second = [jnp.asarray(tensors[f"{case}/p/{name}"], jnp.float32) for name in ("lora_a", "lora_b")]
+  a, b = (jnp.concatenate([arrays[i], second[i]], axis=axis) for i, axis in ((0, -1), (1, -2)))
+  out = both.apply(before, {"w": lj.LoraWeight(a, b, node.axes)}, x)
+  assert disagreements(tensors, {f"{case}/out": out}) == []
+
 
 def test_lora_fas_optimizer():
   tensors, settings = vector("lora_fa")[0], cases("lora_fa")["steps"]
