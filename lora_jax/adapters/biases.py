@@ -61,8 +61,8 @@ def find_biases(
     if gain is None:
       continue
     array, paths = gain
-    named = ["/".join((*target.keys[:-1], name)) for name in NAMES]
-    bias = paths[path] if path in paths else next((p for p in named if p in leaves), None)
+    named = [p for p in _near(path, leaves, targets) if p.rpartition("/")[2] in NAMES]
+    bias = paths[path] if path in paths else next(iter(named), None)
     if bias is None:
       continue
     if bias not in leaves:
@@ -105,15 +105,24 @@ def check_biases(
       )
   leaves, found = array_leaves(params), {bias.path for bias in biases.values()}
   for path in targets.keys() - biases.keys():
-    target, scaled = targets[path], targets[path].variant and targets[path].variant.bias
-    if not scaled or path in scaled.paths:
+    variant = targets[path].variant
+    if variant is None or variant.bias is None or path in variant.bias.paths:
       continue
-    for other, (keys, leaf) in leaves.items():
-      is_other = other in targets or other in found
-      if keys[:-1] == target.keys[:-1] and not is_other and _fits(leaf, sites[path]):
+    for other in _near(path, leaves, targets):
+      if other not in found and _fits(leaves[other][1], sites[path]):
         raise ValueError(
           f"{other} may be the bias of {path}, and would have to be scaled with it. {_remedy(path)}"
         )
+
+
+def _near(path: str, leaves: Mapping[str, Any], targets: Mapping[str, Target]) -> list[str]:
+  """Returns the paths of the leaves next to a weight that have fewer axes and are not adapted."""
+  folder, ndim = path.rpartition("/")[0], targets[path].leaf.ndim
+  return [
+    other
+    for other, (_, leaf) in leaves.items()
+    if other.rpartition("/")[0] == folder and other not in targets and leaf.ndim < ndim
+  ]
 
 
 def _remedy(path: str) -> str:

@@ -21,6 +21,11 @@ VARIANTS = {
   "dora": lj.DORA,
   "qa_lora": lj.qa_lora_variant(2),
   "vera": lj.VERA,
+  "ia3": lj.IA3,
+  "ia3_feedforward": lj.IA3_FEEDFORWARD,
+  "trainable_tokens": lj.trainable_tokens_variant((0, 1, 2)),
+  "lora_fa": lj.LORA_FA,
+  "adalora": lj.ADALORA,
   "pissa": lj.PISSA,
   "olora": lj.OLORA,
   "milora": lj.MILORA,
@@ -59,6 +64,12 @@ FEW = {"plain: ragged_dot over experts"}
 SCANNED = "Flax Linen: nn.scan over layers"
 FEW_OF = {  # where the equation uses no more of the engine than others do
   "hadamard": FEW | {SCANNED},
+  "vera": FEW | {SCANNED},
+  "ia3": FEW,
+  "ia3_feedforward": set(),
+  "trainable_tokens": {"plain: w[ids], out of bounds filled, clipped, promised"},
+  "lora_fa": FEW | {SCANNED},
+  "adalora": FEW | {SCANNED},
   "pissa": FEW | {SCANNED},
   "olora": FEW,
   "milora": FEW,
@@ -82,11 +93,14 @@ COMPILED_LOOPS = {  # without LLVM's optimizations, as here, tanh rounds otherwi
 }
 CONVOLUTIONS = {str(kind) for kind in KINDS if "Conv" in kind.name}
 NO_SIDE = "its gain is neither along the output's axes only nor along the input's"
+OF_INPUTS = ("gain_in", "ia3_feedforward")
 REFUSED = {  # along the inputs of a convolution's window, or joined along the outputs: no one side
-  ("gain_in", name): NO_SIDE
+  (variant, name): NO_SIDE
+  for variant in OF_INPUTS
   for name in (*CONVOLUTIONS, "plain: concatenated weights, one of them plain")
 } | {
-  ("gain_in", "plain: integer and boolean inputs"): "its gain is along the input, which is of int"
+  (variant, "plain: integer and boolean inputs"): "its gain is along the input, which is of int"
+  for variant in OF_INPUTS
 }
 ODD_INPUTS = (  # which groups of 2 do not divide
   *("Flax Linen: DenseGeneral, several input axes", "Flax Linen: DenseGeneral, batch_dims"),
@@ -109,7 +123,14 @@ REFUSED |= {
   ("qa_lora", name): "groups of 2 inputs must divide its input axis" for name in ODD_INPUTS
 }
 REFUSED |= {("qa_lora", name): "this weight's rows are looked up" for name in LOOKUPS}
-ROUNDED = {("gain_in", "plain: bfloat16 input, float32 weight, by lax.dot_general"): 1e-2}
+REFUSED |= {
+  ("trainable_tokens", name): "trainable tokens are rows that are looked up by their ids"
+  for name in {str(kind) for kind in KINDS} - set(LOOKUPS)
+}
+ROUNDED = {
+  (variant, "plain: bfloat16 input, float32 weight, by lax.dot_general"): 1e-2
+  for variant in OF_INPUTS
+}
 
 
 def pairs():
