@@ -127,6 +127,10 @@ REFUSED |= {
   ("trainable_tokens", name): "trainable tokens are rows that are looked up by their ids"
   for name in {str(kind) for kind in KINDS} - set(LOOKUPS)
 }
+BY_SIZE = {  # refused where the weight's sizes do not fit, as docs/variants.md shows
+  "lokr_both": "is larger than the smaller side of W1",
+  "miss_bat": "MiSS's bat needs a rank that divides",
+}
 ROUNDED = {
   (variant, "plain: bfloat16 input, float32 weight, by lax.dot_general"): 1e-2
   for variant in OF_INPUTS
@@ -222,11 +226,17 @@ def check(name, kind):
 @pytest.mark.parametrize(("name", "kind"), list(pairs()))
 def test_a_variant_on_a_layer_kind(name, kind):
   reason = REFUSED.get((name, str(kind)))
-  if reason is None:
-    check(name, kind)
-  else:
+  if reason is not None:
     with pytest.raises((lj.UnsupportedOperation, ValueError), match=reason):
       prepared(name, kind)
+    return
+  try:
+    prepared(name, kind)
+  except ValueError as error:
+    if BY_SIZE.get(name, "not by size") not in str(error):
+      raise
+    return
+  check(name, kind)
 
 
 WORDS = {"lora_a": "batch in rank", "lora_b": "batch rank out"}
