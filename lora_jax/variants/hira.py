@@ -1,4 +1,4 @@
-"""HiRA (Huang et al. 2025, ICLR, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation", eq. 4).
+"""HiRA (Huang et al. 2025, Parameter-Efficient Hadamard High-Rank Adaptation, ICLR):
 
     h = x (W + scaling * W * (A B))          * is elementwise
 
@@ -6,7 +6,7 @@ A, (in, rank), and B, (rank, out), are LoRA's. The update has up to rank(W) * ra
 low-rank factors and is formed: each layer computes it from A, B and W in the forward and again in
 the backward pass, and keeps none of it. B is initialized to 0, so that step 0 is the base model.
 
-Dropout has no branch to act on and is refused. The paper and PEFT have no scaling: alpha = rank.
+Dropout has no branch to act on and is refused. PEFT has no scaling: alpha = rank.
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ base model; the config's `init` is not used. The last shard may be cut off.
             rank), for each block of outputs: the update is formed where the weight is used, in both
             passes. LoRA dropout has no branch to act on, and is refused.
 
-The paper and PEFT have no scaling: alpha = rank. Several input or output axes are taken as one.
+PEFT has no scaling: alpha = rank. Several input or output axes are taken as one.
 """
 
 import dataclasses
