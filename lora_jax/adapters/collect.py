@@ -40,16 +40,16 @@ class InputMoments(NamedTuple):
   Attributes:
     second: of x x^T.
     first: of x.
-    count: of tokens.
+    num_tokens: the number of tokens.
   """
 
   second: Float[Array, "*batch inputs inputs"]
   first: Float[Array, "*batch inputs"]
-  count: Float[Array, "*batch"]
+  num_tokens: Float[Array, "*batch"]
 
   def covariance(self) -> Float[Array, "*batch inputs inputs"]:
     """Returns the mean of (x - mean) (x - mean)^T; 0 without tokens."""
-    count = jnp.maximum(self.count, 1)[..., None]
+    count = jnp.maximum(self.num_tokens, 1)[..., None]
     mean = self.first / count
     return self.second / count[..., None] - mean[..., :, None] * mean[..., None, :]
 
@@ -79,7 +79,7 @@ def collect(
   >>> params, batches = {"kernel": jnp.ones((3, 2))}, [jnp.eye(4, 3), jnp.ones((1, 3))]
   >>> config = LoraConfig(rank=1, alpha=1.0, target="kernel")
   >>> moments = collect(fn, config, params, batches, "activations")["kernel"]
-  >>> [float(x) for x in (moments.second[0, 0], moments.second[0, 1], moments.count)]
+  >>> [float(x) for x in (moments.second[0, 0], moments.second[0, 1], moments.num_tokens)]
   [2.0, 1.0, 4.0]
   >>> collect(fn, config, params, batches, "gradients")["kernel"].shape
   (3, 2)
@@ -121,7 +121,12 @@ def collect(
   return result
 
 
-_ANY = Variant("any", {"rows": "batch in rank", "columns": "batch rank out"}, dict, lambda w, *_: w)
+_ANY = Variant(  # of which only the name and the axes are read
+  "any",
+  {"lora_a": "batch in rank", "lora_b": "batch rank out"},
+  lambda key, site: {},
+  lambda w, p, scaling: w,
+)
 
 
 def data_sites(
@@ -228,7 +233,7 @@ def _as_moments(site: Site, second: Array, count: Array) -> InputMoments:
   moments = InputMoments(
     second[..., :n], second[..., n], jnp.round(jnp.mean(count.reshape(*lead, n), axis=-1))
   )
-  if not bool(jnp.any(moments.count)):
+  if not bool(jnp.any(moments.num_tokens)):
     raise ValueError(
       f"{site.path}: no token counts, since the value of `fn` does not depend on the output of its "
       "layer, or only through an operation without a gradient. Leave it out of `target`, or give "

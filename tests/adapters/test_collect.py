@@ -31,8 +31,8 @@ REFUSED |= dict.fromkeys(LOOKED_UP, "its rows are looked up")
 SHORT = {"plain: w[ids]", "mesh: shard_map, weight split over its inputs"}
 
 
-def moments_of(fn, params, *batches, target="w", **options):
-  config = lj.LoraConfig(1, 1.0, target, **options)
+def moments_of(fn, params, *batches, target="w", stacked_layers=None):
+  config = lj.LoraConfig(1, 1.0, target, stacked_layers=stacked_layers)
   return collect(fn, config, params, batches, "activations")
 
 
@@ -41,7 +41,7 @@ def expect(moments, x, atol=1e-4):
   x = np.asarray(x, np.float64)
   np.testing.assert_allclose(moments.second, x.T @ x, atol=atol)
   np.testing.assert_allclose(moments.first, x.sum(0), atol=atol)
-  assert moments.count == len(x)
+  assert moments.num_tokens == len(x)
 
 
 def layer(moments, i):
@@ -57,17 +57,18 @@ def test_the_inputs_of_layers_that_are_scanned():
   def fn(params, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
 
-  found, chosen = (moments_of(fn, params, X, **o)["w"] for o in ({}, {"stacked_layers": [2]}))
+  found = moments_of(fn, params, X)["w"]
+  chosen = moments_of(fn, params, X, stacked_layers=[2])["w"]
   x = X
   for i in range(3):
     expect(layer(found, i), x)
     if i == 2:
       expect(layer(chosen, 0), x)
     x = jnp.tanh(x @ params["w"][i])
-  assert chosen.count.shape == (1,)
+  assert chosen.num_tokens.shape == (1,)
 
 
-@pytest.mark.parametrize("experts", ["ragged_dot", "indexed"])
+@pytest.mark.parametrize("experts", ["ragged_dot", pytest.param("indexed", marks=pytest.mark.long)])
 def test_the_inputs_of_experts(experts):
   params = {"w": normal(3, 6, 4, seed=1)}
   if experts == "ragged_dot":
@@ -82,6 +83,7 @@ def test_the_inputs_of_experts(experts):
   np.testing.assert_array_equal(layer(found, 2).covariance(), 0)
 
 
+@pytest.mark.long
 def test_inputs_in_the_axes_of_the_weight():
   """Of several axes, scaled per channel, transposed, joined with another weight."""
   x, scale = normal(4, 2, 3), jnp.arange(1.0, 4)
@@ -93,9 +95,12 @@ def test_inputs_in_the_axes_of_the_weight():
 
   found = moments_of(fn, params, x, target="[wv]")
   expect(found["v"], x.reshape(4, 6))
-  expect(found["w"], jnp.transpose(x * scale[None, None], (0, 2, 1)).reshape(4, 6))  # the axes of w, in order
+  expect(
+    found["w"], jnp.transpose(x * scale[None, None], (0, 2, 1)).reshape(4, 6)
+  )  # the axes of w, in order
 
 
+@pytest.mark.long
 def test_the_inputs_of_a_convolution_are_its_windows():
   x, params = normal(2, 6, 3), {"w": normal(2, 3, 4, seed=1)}
 
@@ -121,6 +126,7 @@ def test_tokens_without_a_gradient_do_not_count():
   expect(found["last"], (mask @ jnp.tanh(X @ params["first"]) / 5)[2:4])
 
 
+@pytest.mark.long
 def test_uses_and_batches_are_added_in_float32():
   params = {"w": normal(6, 6, seed=1, dtype=jnp.bfloat16)}
   fn = lambda params, x: x @ params["w"] + (2 * x) @ params["w"]  # noqa: E731
@@ -131,6 +137,7 @@ def test_uses_and_batches_are_added_in_float32():
   expect(found, np.concatenate([rows, 2 * rows]), atol=2e-3)  # bfloat16 would be off by 4
 
 
+@pytest.mark.long
 def test_a_quantized_weight():
   params = {"w": normal(64, 8, seed=1)}
   quantized = lj.quantize(params, "int8", "w")
@@ -168,6 +175,7 @@ def test_the_gradient_is_the_mean_over_batches_a_few_weights_at_a_time():
   assert seen == ["v", "w"]
 
 
+@pytest.mark.long
 def test_sharded_statistics_are_sharded_as_the_weight():
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   spec = jax.sharding.PartitionSpec
