@@ -15,6 +15,9 @@ its own format has no error.
 Then an update of 5 % of each weight's norm is merged into the quantized weights. QA-LoRA, in groups
 of a block, is added to the blocks' minima. LoRA is added to the dequantized weights, which are
 quantized again. The error is over the update's norm: at 100 % as much is lost as was merged.
+
+LoftQ (`--loftq`) starts LoRA of rank 16 from the error of quantization. Its table has the error of
+the quantized weights alone, and with the initial adapter after 1 and 5 iterations.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from lora_jax.trees import weights_with_path
 
 SHOWN = ("Q8_0", "int8", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "nf4", "rtn3", "rtn2")
 MERGED = ("Q4_1", "Q5_1")
+CORRECTED = ("nf4", "Q4_0", "rtn3", "rtn2")
 RANK, SHARE = 16, 0.05
 
 
@@ -97,6 +101,20 @@ def merge_row(format: str, variant: lj.Variant, kernels: Sequence[jax.Array]) ->
   return [format, variant.name, f"{np.mean(errors):.1%}", f"{max(errors):.1%}"]
 
 
+def loftq_row(format: str, kernels: Sequence[jax.Array]) -> list[str]:
+  """Returns the relative errors of all kernels: quantized, and with LoftQ's adapter."""
+  config = lj.LoraConfig(RANK, float(RANK), "w")
+  fn, squares, norm = lambda params, x: x @ params["w"], np.zeros(3), 0.0
+  for kernel in kernels:
+    params, size = {"w": kernel}, float(jnp.sum(kernel**2))
+    inputs = jax.ShapeDtypeStruct((1, kernel.shape[0]), jnp.float32)
+    start = lj.lora(fn, config).init(jax.random.key(0), params, inputs)
+    one, five = (lj.loftq(config, start, params, format, count)[2]["w"] for count in (1, 5))
+    errors = np.asarray([one.rounded, one.corrected, five.corrected])
+    squares, norm = squares + errors**2 * size, norm + size
+  return [format, *(f"{error:.2%}" for error in np.sqrt(squares / norm))]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
   return "\n".join(
@@ -109,11 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser("benchmarks.quantization", description=__doc__)
   parser.add_argument("--model", default="smollm2", help="a folder or file; default: %(default)s")
   parser.add_argument("--kernels", type=int, default=0, help="the first ones only; 0 is all")
+  parser.add_argument("--loftq", action="store_true", help="only LoftQ's table")
   options = parser.parse_args(arguments)
   leaves = weights_with_path(load_causal_lm(options.model).params)
   kernels = [leaf for path, leaf in leaves if path.endswith("/kernel") and leaf.ndim == 2]
   kernels = kernels[: options.kernels or None]
   print(f"{len(kernels)} kernels, {sum(kernel.size for kernel in kernels):,} weights")
+  if options.loftq:
+    head = ["format", "quantized", "1 iteration", "5 iterations"]
+    print(table(head, [loftq_row(name, kernels) for name in CORRECTED]))
+    return
   head = ["format", "bits", "error", "quantize_ms", "dequantize_ms"]
   print(table(head, [format_row(name, kernels) for name in SHOWN]))
   print(f"\nmerged: an update of {SHARE:.0%} of the norm, rank {RANK}")

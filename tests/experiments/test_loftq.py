@@ -1,0 +1,39 @@
+"""Runs of LoftQ: on a quantized base only; trained, resumed and restored."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import finetune, gpt2_e2e
+from experiments.configs import finetune as finetune_configs
+from experiments.harness.launch import apply
+from experiments.nlg.restore import load_run
+
+from tests.tiny_e2e import tiny_config
+from tests.tiny_training import interrupted_at
+
+
+def test_a_base_that_is_not_quantized_is_refused(tmp_path):
+  config = apply(tiny_config(tmp_path / "run"), {"method": "loftq"})
+  message = r"method=loftq starts .*param_dtype=int8 or nf4, or model.rounded_to; or choose .*lora$"
+  with pytest.raises(ValueError, match=message):
+    gpt2_e2e.run(config)
+  changes = {"method": "loftq", "model.folder": "any", "model.param_dtype": "stored"}
+  with pytest.raises(ValueError, match=r"param_dtype=stored has no .*=int8 or nf4; or choose"):
+    finetune.run(apply(finetune_configs.get_config(), changes))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", [{"param_dtype": "int8"}, {"rounded_to": "Q4_0"}], ids=str)
+def test_a_run_is_trained_resumed_and_restored(model, tmp_path, capsys):
+  changes = {f"model.{name}": value for name, value in model.items()}
+  changes |= {"method": "loftq", "fit.num_train_steps": 4, "decoding.num_inputs": 0}
+  runs = [apply(tiny_config(tmp_path / name), changes) for name in ("whole", "interrupted")]
+  whole = gpt2_e2e.run(runs[0])
+  assert "LoftQ: mean error of 12 quantized weights" in capsys.readouterr().out
+  with interrupted_at(2):
+    gpt2_e2e.run(runs[1])
+  assert gpt2_e2e.run(runs[1])["valid_loss"] == whole["valid_loss"]
+  finished = load_run(runs[0].workdir)
+  assert Path(runs[0].workdir, "adapter").is_dir()
+  assert finished.generate(["name : The Vaults"])
