@@ -5,7 +5,8 @@ model.json       the base model's config      adapter/        the trainable tree
 examples.json    the digest of the examples   peft/, base/    exports for other packages
 metrics.jsonl    losses by step               model/          the fully trained model
 tensorboard/     the same, for TensorBoard    predictions.txt one text for each input
-                                              result.json     written last: the run is finished
+ranks.json       ranks chosen from data       result.json     written last: the run is finished
+                                              adapter_initial/ the start, if made from data
 """
 
 import contextlib
