@@ -1,5 +1,6 @@
 """Initial adapters from the first training batches, of methods that are initialized from data."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,8 @@ def start_from_data(
   count = min(method.num_batches, len(batches))
   first: list[Any] = [place_batch(mesh, batches[i]) for i in range(count)]
   print(f"{method.label}: {count:,} batches initialize the adapter", flush=True)
-  with_start = method.from_data(
-    lambda params, batch: mean(fn(params, batch)), lora_config(config), params, first
-  )
+  plain = dataclasses.replace(lora_config(config), variant=None)
+  with_start = method.from_data(lambda params, batch: mean(fn(params, batch)), plain, params, first)
   trainable = initialize(config, lj.lora(fn, with_start), params, first[0])
   ranks = {path: weight.rank for path, weight in adapter_weights(trainable).items()}
   write_json(workdir / RANKS, ranks)
