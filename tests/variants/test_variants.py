@@ -34,11 +34,12 @@ VARIANTS = {
   "loha": lj.LOHA,
   "lokr": lj.LOKR,
   "lokr_whole": lj.lokr_variant(decompose="none"),
+  "lokr_both": lj.lokr_variant(2, decompose="both"),
   "miss": lj.MISS,
   "miss_bat": lj.MISS_BAT,
   "miss_mini": lj.miss_mini_variant(1),
 }
-FORMS_W = {"hira", "lokr_whole", "miss_bat"}  # arrays of the weight's size, on purpose
+FORMS_W = {"hira", "lokr_whole", "lokr_both", "miss_bat"}  # arrays of the weight's size, on purpose
 NOT_THE_BASE = {"lora_xs": "R is drawn from N(0, 1e-5^2)"}  # at step 0, to the bit
 TOYS = {  # equations that use more of the engine; a few kinds show it
   "gain_out": toys.GAIN_OUT,
@@ -80,6 +81,7 @@ FEW_OF = {  # where the equation uses no more of the engine than others do
   "loha": FEW,
   "lokr": FEW,
   "lokr_whole": set(),
+  "lokr_both": set(),
   "miss": FEW,
   "miss_bat": set(),
   "miss_mini": set(),
