@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.adapters.delta import largest_site
 from lora_jax.training.checkpoint import restore_adapter, save_adapter
+from lora_jax.training.held import read_held, write_held
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import start, trainable_tree
 from lora_jax.trees import leaves_with_path
@@ -166,6 +167,21 @@ def test_a_step_donates_them_and_trains_them_once():
   }
   assert moved.pop("lora_shared/shared pair/a") is False
   assert all(moved.values())
+
+
+def test_frozen_ones_are_written_once_and_read_by_a_resumed_run(tmp_path):
+  params, x = example()
+  config = lj.LoraConfig(2, 2.0, ".*", variant=variant(frozen=("a", "b")))
+  first, second = (
+    lj.lora(two_layers, config).init(jax.random.key(seed), params, x) for seed in (0, 1)
+  )
+  held = [
+    lj.partition(tree, lj.trainable_mask({"base": None, "adapter": tree})["adapter"])[1]
+    for tree in (first, second)
+  ]
+  assert len(jax.tree.leaves(held[0])) == 2
+  write_held(tmp_path, held[0])
+  jax.tree.map(np.testing.assert_array_equal, read_held(tmp_path, held[1]), held[0])
 
 
 def test_they_are_replicated():
