@@ -18,7 +18,7 @@ from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.metrics_log import read_metrics
 
-from tests.tiny_training import TARGET, batches, fresh_params, model
+from tests.tiny_training import TARGET, batches, fresh_params, interrupted_at, model
 
 CHANGES = {
   **{"lora.rank": 2, "lora.target": TARGET, "optimizer.warmup_steps": 2, "seed": 3},
@@ -70,6 +70,24 @@ def test_the_kept_checkpoint_is_restored(tmp_path, method, keep, capsys):
   )
   assert valid_loss == trained.loss
   jax.tree.map(np.testing.assert_array_equal, stored, kept)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora_fa", "adalora", "relora", "cola"])
+def test_methods_with_an_optimizer_of_their_own_resume_to_the_same_bits(tmp_path, method):
+  """At a checkpoint within a cycle, and at one between two: cycles have two steps."""
+  ends = []
+  for step in (None, 3, 4):
+    checkpoints = {"fit.eval_every_steps": 4, "fit.checkpoint_every_steps": 3}
+    config = config_of(tmp_path / str(step), method=method, **checkpoints)
+    if step:
+      with interrupted_at(step):
+        fitted(config, num_train_steps=8)
+    _, trained = fitted(config, num_train_steps=8)
+    ends.append(trained.fitted.last)
+  for end in ends[1:]:
+    for leaf, expected in zip(jax.tree.leaves(end), jax.tree.leaves(ends[0]), strict=True):
+      assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()
 
 
 def test_a_trained_base_replaces_the_original():
