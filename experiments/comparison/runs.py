@@ -2,9 +2,9 @@
 
 Beside the files of every run (experiments/harness/workdir.py) a folder has
 
-    planned.json    its stage and arm
     failed.json     why its training failed, instead of result.json
     measured.json   its losses by input, and on Wikipedia text; of the reported runs
+    planned.json    its stage and arm; written last
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.comparison.losses import folder_bytes, measure_losses
 from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
+from experiments.comparison.sizes import trained_at_once
 from experiments.configs import Config
 from experiments.configs.variants import Sizes
 from experiments.harness.config import flat
@@ -52,7 +53,7 @@ def carry_out(
   broken = []
   for planned in runs:
     folder = root / planned.stage / planned.name
-    if (folder / FAILED).exists() or _is_complete(folder, planned):
+    if (folder / PLANNED).exists():
       continue
     print(f"[{planned.stage}] {folder}", flush=True)
     config = config_of(planned, sizes, str(folder))
@@ -60,26 +61,21 @@ def carry_out(
       with contextlib.redirect_stdout(io.StringIO()):
         result = run(config)
       print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
-      write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
       if _is_measured(planned):
         write_json(folder / MEASURED, measure_losses(folder))
     except FloatingPointError as error:
-      write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
       write_json(folder / FAILED, {"reason": str(error)})
       print(f"  failed: {error}", flush=True)
     except Exception:  # the other runs are still worth doing
       broken.append(str(folder))
       print(f"  {traceback.format_exc()}", flush=True)
+      continue
+    write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
   return broken
 
 
 def _is_measured(planned: Planned) -> bool:
   return planned.arm == FROZEN or planned.stage in ("seeds", "smollm2")
-
-
-def _is_complete(folder: Path, planned: Planned) -> bool:
-  needed = ["result.json", PLANNED, *([MEASURED] if _is_measured(planned) else [])]
-  return all((folder / name).exists() for name in needed)
 
 
 def collect(root: Path) -> list[Record]:
@@ -127,9 +123,11 @@ def _record(folder: Path) -> Record:
   }
   if result is None:
     return record | {"status": "failed", **read_json(folder / FAILED)}
-  kept = ("valid_loss", "trainable_parameters", "num_train_steps", "train_seconds", "train_tokens")
+  kept = ("valid_loss", "num_train_steps", "train_seconds", "train_tokens")
   record |= {name: result[name] for name in (*kept, "device", "jax", "commit") if name in result}
-  record["adapter_bytes"] = folder_bytes(folder / "adapter")
+  record["parameters"] = trained_at_once(settings["method"], result["trainable_parameters"])
+  float32 = 4 * result["trainable_parameters"]  # of a method that trains the base model itself
+  record["adapter_bytes"] = folder_bytes(folder / "adapter") or float32
   if (folder / MEASURED).exists():
     record |= read_json(folder / MEASURED)
   if result.get("scores", {}).get("bleu") is not None:

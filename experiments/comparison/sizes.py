@@ -9,7 +9,7 @@ import jax
 from jaxtyping import PyTree
 
 from experiments.harness.fit import count_trained
-from experiments.harness.methods import adapt
+from experiments.harness.methods import adapt, find_method
 from experiments.nlg.base import model_folder
 from experiments.nlg.config import E2EConfig
 from lora_jax.data.batches import fill
@@ -23,7 +23,7 @@ class Size(NamedTuple):
 
   Attributes:
     rank: of its adapters; None if the method has none.
-    parameters: that are trained.
+    parameters: that are trained at once.
     is_matched: whether they are within the tolerance of the control's.
     reason: why not; "" if they are.
   """
@@ -41,13 +41,17 @@ def _planned(folder: Path) -> tuple[CausalLM, PyTree]:
 
 
 def count_parameters(config: E2EConfig) -> int:
-  """Returns the trained parameters of a run, from its base model's shapes."""
+  """Returns the parameters of a run that are trained at once, from its base model's shapes."""
   module, shapes = _planned(model_folder(config))
   adaptation = adapt(config)(language_model_loss(module))
   batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  return count_trained(
-    jax.eval_shape(lambda p: adaptation.init(jax.random.key(0), p, batch), shapes)
-  )
+  trainable = jax.eval_shape(lambda p: adaptation.init(jax.random.key(0), p, batch), shapes)
+  return trained_at_once(config.method, count_trained(trainable))
+
+
+def trained_at_once(method: str, parameters: int) -> int:
+  """Returns how many of an adapter's parameters are trained at once: those of one of its cycles."""
+  return parameters // find_method(method).num_cycles
 
 
 def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first: int = 1) -> Size:
@@ -57,8 +61,8 @@ def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first
   Size(rank=4, parameters=400, is_matched=True, reason='')
 
   Args:
-    count: from a rank to the number of parameters, which grows with it; ValueError if the rank is
-      too large for a weight.
+    count: from a rank to the number of parameters, which grows with it, or stays as it is from some
+      rank on; ValueError if the rank is too large for a weight.
     wanted: the control's number of parameters.
     tolerance: the largest difference, as a share of `wanted`.
     first: the rank to try first.
@@ -84,6 +88,9 @@ def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first
     return Size(first, value, True)
   low, high = 1, 2
   while is_small(high):
+    if number(high) == number(low):
+      high = low  # it grows no more
+      break
     low, high = high, 2 * high
   while high - low > 1:
     middle = (low + high) // 2

@@ -34,7 +34,7 @@ class Row:
     bleu_difference, bleu_low, bleu_high: as above.
     wikipedia_loss: nats per token, mean over the seeds.
     forgetting: that minus the base model's.
-    parameters: trained ones.
+    parameters: trained at once: of a method with restarts, those of one cycle.
     adapter_bytes: on disk.
     step_seconds, step_ratio, gflop, step_megabytes: of a train step; see costs.py.
     rate: the best learning rate.
@@ -159,7 +159,7 @@ def _row(arm: str, records: Sequence[Record], frozen: Record) -> Row:
   reported = [r for r in runs if r["stage"] in REPORTED.values() and r["status"] == "finished"]
   row.runs, row.failed = len(runs), sum(record["status"] == "failed" for record in runs)
   row.failed_share = row.failed / row.runs if runs else None
-  row.parameters = next((n for r in runs if (n := r.get("trainable_parameters"))), None)
+  row.parameters = next((n for r in runs if (n := r.get("parameters"))), None)
   row.seeds = len(reported)
   if reported:
     losses = [record["valid_loss"] for record in reported]

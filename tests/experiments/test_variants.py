@@ -5,9 +5,14 @@ import re
 import pytest
 
 from experiments import variants
-from experiments.comparison.runs import write_lines
+from experiments.comparison import plan
+from experiments.comparison.runs import read_lines, write_lines
+from experiments.comparison.summary import summarize
+from experiments.configs import variants as configs
+from experiments.configs.variants import TINY
 
 from tests.experiments.comparison.records import records
+from tests.tiny_e2e import tiny_folder
 
 
 def test_the_page_of_published_lines(tmp_path, capsys):
@@ -38,15 +43,34 @@ def test_what_cannot_be_done_is_refused(flags, message, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_all_parts_in_minutes(tmp_path, capsys, monkeypatch):
+def test_all_parts_from_the_rates_to_the_page(tmp_path, monkeypatch):
+  def get_config(base):
+    config = configs.get_config(base)
+    config.model.folder = str(tiny_folder())
+    return config
+
+  monkeypatch.setattr(plan, "get_config", get_config)
   monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)  # it is for whole processes
-  flags = ["--tiny", "--arms=full_finetuning", f"--root={tmp_path}"]
+  plan.size_of.cache_clear()
+  flags = ["--tiny", "--arms=pissa,full_finetuning", f"--root={tmp_path}"]
   variants.main(flags)
+  plan.size_of.cache_clear()
   text = (tmp_path / "variants.md").read_text("utf-8")
   assert "not ranked: its own size" in text
   assert "### Expected best loss by the number of random draws" in text
-  files = {path.parent.name for path in tmp_path.glob("seeds/*/measured.json")}
-  assert len(files) == 4
-  before = sorted(path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json"))
+  (table,) = summarize(read_lines(tmp_path / "runs.jsonl")).tables
+  rows = {row.label: row for row in table.rows}
+  assert rows["PiSSA"].parameters == rows["LoRA"].parameters
+  assert rows["PiSSA"].verdict in ("better", "worse", "equivalent", "cannot be told")
+  for row in rows.values():
+    assert row.seeds == len(TINY.seeds)
+    measured = (row.step_seconds, row.gflop, row.step_megabytes, row.adapter_bytes)
+    assert all(value and value > 0 for value in measured)
+    assert row.forgetting is not None
+    assert min(table.rates[row.label]) < row.rate < max(table.rates[row.label])
+  full, lora = rows["full fine-tuning"], rows["LoRA"]
+  assert full.gflop > lora.gflop
+  assert full.step_megabytes > lora.step_megabytes
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.json")}
   variants.main(flags)  # nothing is repeated
-  assert sorted(path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")) == before
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.json")} == before

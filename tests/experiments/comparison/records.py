@@ -47,7 +47,7 @@ def record(stage, arm, rate, seed, loss, status="finished"):
     "status": status,
     "settings": {"optimizer.learning_rate": rate},
     "valid_loss": loss,
-    "trainable_parameters": PARAMETERS.get(arm, 0),
+    "parameters": PARAMETERS.get(arm, 0),
     "adapter_bytes": 4 * PARAMETERS.get(arm, 0),
     "train_seconds": 3600.0,
     "device": "1 x cpu",

@@ -72,6 +72,7 @@ def test_sizes_are_those_of_lora_of_rank_4():
   assert dora.parameters == 3 * linear + outputs
   assert not dora.is_matched
   assert dora.reason == "no rank fits: rank 3 has -12.5 %, rank 4 has +12.5 %"
+  assert size_of("relora", "embedded")[:3] == (RANK, RANK * linear, True)  # of one cycle
   assert size_of("lora_rank1_v", "embedded")[:3] == (1, LAYERS * 2 * WIDTH, False)
   full = size_of("full_finetuning", "embedded")
   assert full[:3] == (
@@ -106,6 +107,11 @@ def test_a_rank_too_large_for_the_model_ends_the_search():
   assert size == Size(64, 164, False, "no rank fits: rank 64 has -83.6 %")
   with pytest.raises(ValueError, match="rank is larger"):
     match_rank(lambda rank: count(100), 1000, 0.05)
+
+
+def test_parameters_that_stop_growing_end_the_search():
+  size = match_rank(lambda rank: 100 * min(rank, 24), 5000, 0.05)
+  assert size == Size(32, 2400, False, "no rank fits: rank 32 has -52.0 %")
 
 
 def until_bracketed(loss, arms=("lora",)):
