@@ -7,6 +7,7 @@ CORE_TESTS ?= $(filter-out tests/test_notebooks.py,$(wildcard tests/test_*.py)) 
   $(wildcard $(addprefix tests/,adapters arithmetic methods transform variants decoding training \
   models/gpt2 models/llama models/parts models/test_zoo.py))
 PEERS_TESTS ?= tests/interop tests/models tests/decoding/test_beam.py tests/docs/test_parity.py \
+  tests/docs/test_variants.py \
   tests/experiments/test_finetune.py
 PEERS_EXTRAS = $(EXTRAS),peers
 LLAMA_CPP := 3.22.1
