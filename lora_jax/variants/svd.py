@@ -51,7 +51,8 @@ def balanced(site: Site, terms: Svd) -> tuple[Float[Array, "*a"], Float[Array, "
 @jax.jit
 def svd(x: Float[Array, "*batch m n"]) -> Svd:
   """Returns the decomposition of each matrix."""
-  return jnp.linalg.svd(x, full_matrices=False)
+  u, values, v = jnp.linalg.svd(x, full_matrices=False)
+  return u, values, v
 
 
 def some(terms: Svd, which: slice) -> Svd:
