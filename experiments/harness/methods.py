@@ -219,7 +219,11 @@ def _cola_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
   """Returns the config's schedule of a cycle, repeated; Chain of LoRA counts from each restart."""
   steps = _cycle_steps(num_train_steps)
   schedule = make(steps)
-  return lambda step: schedule(step % steps)
+
+  def repeated(step: Any) -> Any:
+    return schedule(step % steps)
+
+  return repeated
 
 
 METHODS: Mapping[str, Method] = {

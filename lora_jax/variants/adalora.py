@@ -126,14 +126,14 @@ class AdaLoraState(NamedTuple):
   """The state of `adalora_optimizer`; its trees have the nodes of AdaLoRA.
 
   Attributes:
-    count: number of updates made so far.
+    step: number of updates made so far.
     sensitivity: the moving average of |w grad_w|.
     uncertainty: the moving average of its deviation.
     kept: the chosen triplets, in the place of e.
     inner: the state of the inner optimizer.
   """
 
-  count: Int[Array, ""]
+  step: Int[Array, ""]
   sensitivity: PyTree
   uncertainty: PyTree
   kept: PyTree
@@ -166,16 +166,16 @@ def adalora_optimizer(
       _on_nodes(lambda node: jax.tree.map(jnp.zeros_like, node), params) for _ in range(2)
     )
     kept = _on_nodes(lambda node: _only_e(node, jnp.ones_like(node.lora_e, bool)), params)
-    count = jnp.zeros((), jnp.int32)
-    return AdaLoraState(count, sensitivity, uncertainty, kept, inner.init(params))
+    step = jnp.zeros((), jnp.int32)
+    return AdaLoraState(step, sensitivity, uncertainty, kept, inner.init(params))
 
-  def update(grads: PyTree, state: AdaLoraState, params: PyTree | None = None, **extra: Any):
+  def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
     if params is None:
       raise ValueError("AdaLoRA needs the params: optimizer.update(grads, state, params)")
-    if budget.orthogonality:
-      grads = _with_penalty(grads, params, budget.orthogonality)
+    weight = budget.orthogonality
+    grads = _with_penalty(updates, params, weight) if weight else updates
     updates, inner_state = inner.update(grads, state.inner, params, **extra)
-    step, new = state.count + 1, optax.apply_updates(params, updates)
+    step, new = state.step + 1, optax.apply_updates(params, updates)
     sensitivity, uncertainty = _moved(state, new, grads, step, budget)
     scores = _on_nodes(_importance, sensitivity, uncertainty)
     initial, final = _sizes(params, budget.target_rank)

@@ -102,8 +102,8 @@ def lora_fa_optimizer(
   def init(params: PyTree) -> LoraFaState:
     return LoraFaState(inverses, inner.init(params))
 
-  def update(grads: PyTree, state: LoraFaState, params: PyTree | None = None, **extra: Any):
-    leaves, structure = jax.tree.flatten(grads, is_leaf=is_lora_weight)
+  def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_lora_weight)
     remaining = iter(state.inverses)
     leaves = [_nearest(leaf, next(remaining)) if is_lora_fa(leaf) else leaf for leaf in leaves]
     grads = jax.tree.unflatten(structure, leaves)

@@ -79,11 +79,11 @@ class CyclesState(NamedTuple):
   """The state of `relora_optimizer` and `cola_optimizer`.
 
   Attributes:
-    count: number of updates made so far.
+    step: number of updates made so far.
     inner: the inner optimizer's state, of the block that is trained.
   """
 
-  count: Int[Array, ""]
+  step: Int[Array, ""]
   inner: Any
 
 
@@ -178,20 +178,20 @@ def _in_cycles(
   def init(params: PyTree) -> CyclesState:
     return CyclesState(jnp.zeros((), jnp.int32), inner.init(_block(params, 0, num_cycles)))
 
-  def update(grads: PyTree, state: CyclesState, params: PyTree | None = None, **extra: Any):
+  def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
     if params is None:
       raise ValueError("training in cycles needs params: optimizer.update(grads, state, params)")
-    cycle = jnp.minimum(state.count // cycle_steps, num_cycles - 1)
+    cycle = jnp.minimum(state.step // cycle_steps, num_cycles - 1)
     active = _block(params, cycle, num_cycles)
-    starts = (state.count > 0) & (state.count == cycle * cycle_steps)
+    starts = (state.step > 0) & (state.step == cycle * cycle_steps)
     inner_state = lax.cond(starts, restart, lambda inner, active: inner, state.inner, active)
     updates, inner_state = inner.update(
-      _block(grads, cycle, num_cycles), inner_state, active, **extra
+      _block(updates, cycle, num_cycles), inner_state, active, **extra
     )
     whole = jax.tree.map(
       lambda block, node: _placed(block, node, cycle), updates, params, is_leaf=is_lora_weight
     )
-    return whole, CyclesState(state.count + 1, inner_state)
+    return whole, CyclesState(state.step + 1, inner_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
