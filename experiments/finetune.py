@@ -22,7 +22,7 @@ from experiments.harness.config import read_config, replace_fields
 from experiments.harness.fit import count, count_trained, fit_run
 from experiments.harness.launch import launch
 from experiments.harness.methods import find_method, lora_config
-from experiments.harness.optimizer import make_optimizer
+from experiments.harness.optimizer import run_optimizer
 from experiments.harness.workdir import (
   check_examples,
   check_model,
@@ -181,7 +181,8 @@ def plan(config: ConfigDict, all_rows: bool = False) -> None:
     table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
     print(table, end="\n\n")
   print(_outline(settings, model, data, trainable))
-  optimizer, _ = make_optimizer(_with_warmup(settings, data).optimizer, len(data.train))
+  warmed = _with_warmup(settings, data)
+  optimizer, _ = run_optimizer(warmed, method, model.params, trainable, len(data.train))
   state, frozen, optimizer = start(model.params, trainable, optimizer, jax.random.key(0), mesh)
   parts = settings.fit.accumulation_steps
   step: Any = make_train_step(loss, optimizer, state, parts)
