@@ -27,7 +27,7 @@ BUDGET = lj.AdaLoraBudget(
 
 
 def fn(params, x):
-  return jnp.concatenate([x[:, : len(w)] @ w for w in params.values()], axis=1)
+  return jnp.concatenate([x[:, : len(w)] @ w for _, w in sorted(params.items())], axis=1)
 
 
 def example():
@@ -134,9 +134,9 @@ def test_a_stack_counts_each_of_its_layers():
 
   def run(tree, grads):
     optimizer = lj.adalora_optimizer(optax.sgd(0.1), budget)
-    state = optimizer.init(tree)
+    state, step = optimizer.init(tree), jax.jit(optimizer.update)
     for _ in range(2):
-      updates, state = optimizer.update(grads, state, tree)
+      updates, state = step(grads, state, tree)
       tree = optax.apply_updates(tree, updates)
     return tree
 
