@@ -9,6 +9,7 @@ compiled program, and the arrays that the backward pass keeps of one token.
 import argparse
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,12 @@ def child(method: str, num_layers: int, embed_dim: int) -> None:
   params = jax.jit(module.init)(jax.random.key(0), tokens[:1, :2])["params"]
   target = r".*/(attn/(query|key|value|out)|mlp/(up|down))/kernel"
   lora = lj.LoraConfig(RANK, 8.0, target, variant=METHODS[method])
-  adapted = lj.lora(lambda p, x: jnp.mean(module.apply({"params": p}, x) ** 2), lora)
+
+  def mean_square(params: Any, tokens: Any) -> jax.Array:
+    logits: Any = module.apply({"params": params}, tokens)
+    return jnp.mean(logits**2)
+
+  adapted = lj.lora(mean_square, lora)
   trainable = adapted.init(jax.random.key(1), params, tokens)
   mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
   part, frozen = lj.partition(trainable, mask)
@@ -51,7 +57,9 @@ def child(method: str, num_layers: int, embed_dim: int) -> None:
   gradient = jax.jit(jax.grad(loss)).lower(part, params, frozen).compile()
   wait_for_start()
   jax.block_until_ready(gradient(part, params, frozen))
-  finish([gradient.memory_analysis().temp_size_in_bytes, sum(x.size for x in wide) / rows])
+  analysis = gradient.memory_analysis()
+  assert analysis is not None, "compiled programs have one"
+  finish([analysis.temp_size_in_bytes, sum(x.size for x in wide) / rows])
 
 
 def main() -> None:

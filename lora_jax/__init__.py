@@ -88,7 +88,7 @@ from lora_jax.variants.qa_lora import QA_LORA as QA_LORA
 from lora_jax.variants.qa_lora import qa_lora as qa_lora
 from lora_jax.variants.qa_lora import qa_lora_variant as qa_lora_variant
 from lora_jax.variants.qa_merge import merge_quantized as merge_quantized
-from lora_jax.variants.relora import cola_optimizer as cola_optimizer
+from lora_jax.variants.relora import chain_of_lora_optimizer as chain_of_lora_optimizer
 from lora_jax.variants.relora import relora_config as relora_config
 from lora_jax.variants.relora import relora_optimizer as relora_optimizer
 from lora_jax.variants.relora import relora_schedule as relora_schedule

@@ -33,44 +33,38 @@ class Arm:
     is_matched: whether its rank is free, so that it can have the control's number of parameters.
       The others keep their own size, and are not ranked.
     changes: other fields of its runs. A rank here is the arm's own.
+    name: of its runs; "" is the method.
     label: in tables and plots; "" is the method's.
   """
 
   method: str
   is_matched: bool = True
   changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+  name: str = ""
   label: str = ""
 
 
+MATCHED = (
+  *("lora", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa", "lora_xs"),
+  *("loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora"),
+)
 ARMS: dict[str, Arm] = {
-  "lora": Arm("lora"),
-  "dora": Arm("dora"),
-  "pissa": Arm("pissa"),
-  "olora": Arm("olora"),
-  "milora": Arm("milora"),
-  "lora_ga": Arm("lora_ga"),
-  "eva": Arm("eva"),
-  "corda": Arm("corda"),
-  "lora_fa": Arm("lora_fa"),
-  "lora_xs": Arm("lora_xs"),
-  "loha": Arm("loha"),
-  "lokr": Arm("lokr"),
-  "hira": Arm("hira"),
-  "miss": Arm("miss"),
-  "adalora": Arm("adalora"),
-  "relora": Arm("relora"),
-  "cola": Arm("cola"),
-  "vera": Arm("vera", changes={"lora.rank": 128}, is_matched=False),
-  "ia3": Arm("ia3", is_matched=False),
-  "ln_tuning": Arm("ln_tuning", is_matched=False),
-  "trainable_tokens": Arm("trainable_tokens", is_matched=False),
-  "lora_rank1_v": Arm(
-    "lora",
-    changes={"lora.rank": 1, "lora.target": ONE_PROJECTION},
-    is_matched=False,
-    label="LoRA, rank 1, v only",
-  ),
-  "full_finetuning": Arm("full_finetuning", is_matched=False),
+  arm.name or arm.method: arm
+  for arm in (
+    *map(Arm, MATCHED),
+    Arm("vera", changes={"lora.rank": 128}, is_matched=False),
+    Arm("ia3", is_matched=False),
+    Arm("ln_tuning", is_matched=False),
+    Arm("trainable_tokens", is_matched=False),
+    Arm(
+      "lora",
+      changes={"lora.rank": 1, "lora.target": ONE_PROJECTION},
+      is_matched=False,
+      name="lora_rank1_v",
+      label="LoRA, rank 1, v only",
+    ),
+    Arm("full_finetuning", is_matched=False),
+  )
 }
 BEST_KNOWN = (  # on SmolLM2; fixed before any run
   *("lora", "dora", "pissa", "adalora", "lora_ga", "lora_fa", "vera", "loha", "lokr", "ia3"),

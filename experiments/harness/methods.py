@@ -203,9 +203,11 @@ def _relora(optimizer: optax.GradientTransformation, run: Setup) -> optax.Gradie
   return lj.relora_optimizer(optimizer, num_cycles=CYCLES, cycle_steps=steps)
 
 
-def _cola(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+def _chain_of_lora(
+  optimizer: optax.GradientTransformation, run: Setup
+) -> optax.GradientTransformation:
   steps = _cycle_steps(run.num_train_steps)
-  return lj.cola_optimizer(optimizer, num_cycles=CYCLES, cycle_steps=steps)
+  return lj.chain_of_lora_optimizer(optimizer, num_cycles=CYCLES, cycle_steps=steps)
 
 
 def _relora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
@@ -215,7 +217,7 @@ def _relora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule
   return lj.relora_schedule(make(num_train_steps), cycle_steps=steps, warmup_steps=warmup)
 
 
-def _cola_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
+def _chain_of_lora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
   """Returns the config's schedule of a cycle, repeated; Chain of LoRA counts from each restart."""
   steps = _cycle_steps(num_train_steps)
   schedule = make(steps)
@@ -288,12 +290,12 @@ METHODS: Mapping[str, Method] = {
     wrap=_relora,
     schedule=_relora_schedule,
   ),
-  "cola": dataclasses.replace(
+  "chain_of_lora": dataclasses.replace(
     _as_lora("Chain of LoRA", None),
     ignores=("lora.dropout",),
     num_cycles=CYCLES,
-    wrap=_cola,
-    schedule=_cola_schedule,
+    wrap=_chain_of_lora,
+    schedule=_chain_of_lora_schedule,
   ),
   "ln_tuning": Method("LayerNorm tuning", make=_ln_tuning, ignores=("lora",)),
   "full_finetuning": Method(

@@ -14,7 +14,7 @@ while it is trained.
 
     relora_optimizer    at the start of a cycle most of the optimizer's moments are set to 0, those
                         of the smallest magnitudes; `relora_schedule` warms up again
-    cola_optimizer      the optimizer is initialized again
+    chain_of_lora_optimizer      the optimizer is initialized again
 
 As a transformation of updates they work in any training loop, and a run can be resumed from their
 state at any step. To merge instead, as a pretraining of many cycles would: `params =
@@ -76,7 +76,7 @@ def relora_config(config: LoraConfig, num_cycles: int) -> LoraConfig:
 
 
 class CyclesState(NamedTuple):
-  """The state of `relora_optimizer` and `cola_optimizer`.
+  """The state of `relora_optimizer` and `chain_of_lora_optimizer`.
 
   Attributes:
     step: number of updates made so far.
@@ -120,7 +120,7 @@ def relora_optimizer(
   return _in_cycles(optimizer, num_cycles, cycle_steps, restart)
 
 
-def cola_optimizer(
+def chain_of_lora_optimizer(
   optimizer: optax.GradientTransformation, *, num_cycles: int, cycle_steps: int
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that it trains by Chain of LoRA: each cycle initializes it again.

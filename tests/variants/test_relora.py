@@ -57,7 +57,7 @@ def pruned(moments):
 
 
 def restarted(name, state, part):
-  if name == "cola":
+  if name == "chain_of_lora":
     return INNER.init(part)
   adam, *rest = state
   return (adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu)), *rest)
@@ -90,13 +90,13 @@ def reference(name, initial):
 
 
 def optimizer_of(name):
-  if name == "cola":
-    return lj.cola_optimizer(INNER, num_cycles=CYCLES, cycle_steps=CYCLE_STEPS)
+  if name == "chain_of_lora":
+    return lj.chain_of_lora_optimizer(INNER, num_cycles=CYCLES, cycle_steps=CYCLE_STEPS)
   settings = {"num_cycles": CYCLES, "cycle_steps": CYCLE_STEPS, "kept_share": SHARE}
   return lj.relora_optimizer(INNER, **settings)
 
 
-@pytest.mark.parametrize("name", ["relora", "cola"])
+@pytest.mark.parametrize("name", ["relora", "chain_of_lora"])
 def test_every_step_is_that_of_merging_and_starting_again(name):
   params, _, _ = example()
   merge = lj.lora(fn, CONFIG).merge
@@ -154,7 +154,7 @@ def test_configs_and_settings():
   with pytest.raises(ValueError, match="kept_share must be"):
     lj.relora_optimizer(INNER, num_cycles=2, cycle_steps=2, kept_share=1.5)
   with pytest.raises(ValueError, match="cycle_steps must be"):
-    lj.cola_optimizer(INNER, num_cycles=2, cycle_steps=0)
+    lj.chain_of_lora_optimizer(INNER, num_cycles=2, cycle_steps=0)
 
 
 @pytest.mark.parametrize(("variant", "rank"), [(None, 3), (lj.DORA, 4)])
@@ -162,7 +162,7 @@ def test_adapters_without_blocks_are_refused(variant, rank):
   params, xs, _ = example()
   config = lj.LoraConfig(rank, 1.0, "w", variant=variant)
   trainable = lj.lora(fn, config).init(KEY, params, xs[0])
-  optimizer = lj.cola_optimizer(INNER, num_cycles=2, cycle_steps=2)
+  optimizer = lj.chain_of_lora_optimizer(INNER, num_cycles=2, cycle_steps=2)
   with pytest.raises(
     ValueError, match="in 2 cycles is for plain LoRA with a multiple of 2 as rank"
   ):

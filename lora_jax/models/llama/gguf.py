@@ -5,8 +5,8 @@ elements of a head there, where we and `transformers` rotate those half a head a
 the rows of query and key are interleaved in its files. Gemma's norms are stored with the 1 that the
 model adds.
 
-The key `attention.sliding_window` is read and written, but llama.cpp ignores it for llama, qwen2 and
-qwen3: it attends to the whole sequence.
+The key `attention.sliding_window` is read and written, but llama.cpp ignores it for llama, qwen2
+and qwen3: it attends to the whole sequence.
 """
 
 import dataclasses

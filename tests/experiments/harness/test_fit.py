@@ -73,7 +73,7 @@ def test_the_kept_checkpoint_is_restored(tmp_path, method, keep, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["lora_fa", "adalora", "relora", "cola"])
+@pytest.mark.parametrize("method", ["lora_fa", "adalora", "relora", "chain_of_lora"])
 def test_methods_with_an_optimizer_of_their_own_resume_to_the_same_bits(tmp_path, method):
   """At a checkpoint within a cycle, and at one between two: cycles have two steps."""
   ends = []
