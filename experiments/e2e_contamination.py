@@ -13,7 +13,7 @@ A small difference proves nothing: a name alone can fit a text better (a coffee 
 difference proves nothing either: a model may have read the texts without memorizing them. Intervals
 are by bootstrap over the texts.
 
-Time: 71 s for 20 texts with SmolLM2 on 2 busy CPU cores; not measured for 100.
+Time: 71 s for 20 texts with SmolLM2 on 2 busy CPU cores; the 100 of docs/smollm2.md were not timed.
 Expect: a table of three rows, each with the true names, the other names and their difference.
 """
 
