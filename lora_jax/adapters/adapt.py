@@ -22,7 +22,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree, Shaped
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.biases import Bias, bias_gains, check_biases, find_biases, scaled
 from lora_jax.adapters.checks import check_adapter, check_number, check_site
-from lora_jax.adapters.config import LoraConfig
+from lora_jax.adapters.config import LoraConfig, check_config
 from lora_jax.adapters.copies import (
   in_dtypes_of,
   is_float,
@@ -168,6 +168,26 @@ def adapt(
     return replace_leaves(params, merged | merged_leaves(extra, adapter_extra(trainable)))
 
   return Adaptation(init, apply, merge)
+
+
+def adapt_by(
+  variant: Variant,
+  fn: Callable[..., Any],
+  config: LoraConfig,
+  opaque: Mapping[str, OpaqueRule] | None,
+) -> Adaptation:
+  """Adapts a function by one variant, as `adapt` does with it in the config.
+
+  Raises:
+    ValueError: if the config has another variant.
+  """
+  check_config(config)
+  if config.variant not in (None, variant):
+    raise ValueError(
+      f"{variant.name} got a config of another variant, {config.variant.name}. Use "
+      "lora_jax.lora(fn, config)"
+    )
+  return adapt(fn, dataclasses.replace(config, variant=variant), variant, opaque)
 
 
 def find_sites(

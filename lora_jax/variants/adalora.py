@@ -27,12 +27,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, Site, Variant, adapter_weights, is_lora_weight
 from lora_jax.fields import Count, CountOrZero, NonNegative, Within, check_fields
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.pissa import adapt_by
 
 ARRAYS = {"lora_a": "batch in rank", "lora_e": "batch rank", "lora_b": "batch rank out"}
 STDDEV = 0.02

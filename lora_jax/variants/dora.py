@@ -12,7 +12,6 @@ base model, to the bit. |V| is a constant for gradients (sec. 4.3), computed fro
 |W|^2 is computed once and kept in the adapter, frozen: `norm_squared`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,8 +22,8 @@ from jax import lax
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import RANK, RANK2, LoraAxes
 from lora_jax.transform.factored import Factored
@@ -98,9 +97,4 @@ def dora(
   >>> bool((adapted.apply(params, trainable, jnp.ones((3, 8))) == 8.0).all())
   True
   """
-  check_config(config)
-  if config.variant not in (None, DORA):
-    raise ValueError(
-      f"dora got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=DORA), DORA, opaque)
+  return adapt_by(DORA, fn, config, opaque)

@@ -9,13 +9,12 @@ the backward pass, and keeps none of it. B is initialized to 0, so that step 0 i
 Dropout has no branch to act on and is refused. PEFT has no scaling: alpha = rank.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Variant
 from lora_jax.axes import RANK
 from lora_jax.transform.factored import Factored
@@ -53,9 +52,4 @@ def hira(
   >>> trainable["kernel"].lora_b.shape
   (2, 6)
   """
-  check_config(config)
-  if config.variant not in (None, HIRA):
-    raise ValueError(
-      f"hira got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=HIRA), HIRA, opaque)
+  return adapt_by(HIRA, fn, config, opaque)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
+from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.config import LoraConfig, LoraRule, check_config
 from lora_jax.adapters.delta import BiasGain, Site, Variant
 from lora_jax.transform.factored import Factored
@@ -91,10 +91,5 @@ def ia3(
     opaque: as in `lora`.
   """
   check_config(config)
-  variant = ia3_variant(biases)
-  if config.variant not in (None, variant):
-    raise ValueError(
-      f"ia3 got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
   rules = [LoraRule(feedforward, variant=IA3_FEEDFORWARD), *config.rules]
-  return adapt(fn, dataclasses.replace(config, rules=rules, variant=variant), variant, opaque)
+  return adapt_by(ia3_variant(biases), fn, dataclasses.replace(config, rules=rules), opaque)

@@ -12,7 +12,6 @@ A2 is initialized to 0, so that step 0 is the base model, and the others as in P
 dropout is applied to the layer's input; PEFT drops rows of the update, or all of it.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
@@ -86,9 +85,4 @@ def loha(
   >>> trainable["kernel"].b2.shape
   (2, 6)
   """
-  check_config(config)
-  if config.variant not in (None, LOHA):
-    raise ValueError(
-      f"loha got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=LOHA), LOHA, opaque)
+  return adapt_by(LOHA, fn, config, opaque)

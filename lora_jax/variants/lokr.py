@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import IN1, IN2, OUT1, OUT2, RANK, RANK2
 from lora_jax.fields import Count, read_value
@@ -186,11 +186,4 @@ def lokr(
   >>> jax.tree.map(jnp.shape, trainable["kernel"].arrays)
   {'w1': (4, 4), 'w2_a': (16, 2), 'w2_b': (2, 24)}
   """
-  check_config(config)
-  variant = lokr_variant(factor, decompose)
-  if config.variant not in (None, variant):
-    raise ValueError(
-      f"lokr got a config of another variant, {config.variant.name}; expected {variant.name}. Use "
-      "lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=variant), variant, opaque)
+  return adapt_by(lokr_variant(factor, decompose), fn, config, opaque)

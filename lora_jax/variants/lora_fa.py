@@ -24,13 +24,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, Variant, adapter_weights, is_lora_weight
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.variants.lora import ARRAYS, start, weight
-from lora_jax.variants.pissa import adapt_by
 
 DAMPING = 1e-8  # PEFT's, added to the diagonal of A^T A
 

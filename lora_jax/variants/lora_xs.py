@@ -18,13 +18,13 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import RANK
 from lora_jax.fields import NonNegative, read_value
 from lora_jax.transform.factored import Factored
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.pissa import adapt_by
 from lora_jax.variants.svd import as_factors, matrices, some, svd
 
 ARRAYS = {"lora_a": "batch in rank", "lora_r": "batch rank rank2", "lora_b": "batch rank2 out"}

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import OUT1, RANK, RANK2
 from lora_jax.fields import Count, read_value
@@ -173,9 +173,4 @@ def miss(
   >>> trainable["kernel"].shard.shape
   (2, 6)
   """
-  check_config(config)
-  if config.variant not in (None, MISS):
-    raise ValueError(
-      f"miss got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=MISS), MISS, opaque)
+  return adapt_by(MISS, fn, config, opaque)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.pissa import ARRAYS, FROZEN, adapt_by, initialized_to, weight
+from lora_jax.variants.pissa import ARRAYS, FROZEN, initialized_to, weight
 from lora_jax.variants.svd import as_factors, matrices
 
 

@@ -25,8 +25,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.fields import Count, read_value
 from lora_jax.transform.factored import Factored
@@ -102,19 +102,3 @@ def pissa(
   [0.0, 0.0, 0.0, 0.0, 5.0, 6.0]
   """
   return adapt_by(pissa_variant(num_iterations), fn, config, opaque)
-
-
-def adapt_by(
-  variant: Variant,
-  fn: Callable[..., Any],
-  config: LoraConfig,
-  opaque: Mapping[str, OpaqueRule] | None,
-) -> Adaptation:
-  """Adapts a function by a variant; raises ValueError if the config is of another one."""
-  check_config(config)
-  if config.variant not in (None, variant):
-    raise ValueError(
-      f"{variant.name} got a config of another variant, {config.variant.name}. Use "
-      "lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=variant), variant, opaque)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import RANK
 from lora_jax.fields import Count, read_value
@@ -130,11 +130,4 @@ def qa_lora(
   >>> trainable["kernel"].lora_a.shape
   (4, 2)
   """
-  check_config(config)
-  variant = qa_lora_variant(group_size)
-  if config.variant not in (None, variant):
-    raise ValueError(
-      f"qa_lora got a config of another variant, {config.variant.name}; expected {variant.name}. "
-      "Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=variant), variant, opaque)
+  return adapt_by(qa_lora_variant(group_size), fn, config, opaque)

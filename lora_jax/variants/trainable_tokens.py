@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
 from lora_jax.axes import GROUPS
 from lora_jax.fields import CountOrZero, read_value
@@ -121,11 +121,4 @@ def trainable_tokens(
   >>> adapted.apply(params, trainable, jnp.array([3, 4]))[:, 0]
   Array([2., 1.], dtype=float32)
   """
-  check_config(config)
-  variant = trainable_tokens_variant(tokens)
-  if config.variant not in (None, variant):
-    raise ValueError(
-      f"trainable_tokens got a config of another variant, {config.variant.name}. Use "
-      "lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=variant), variant, opaque)
+  return adapt_by(trainable_tokens_variant(tokens), fn, config, opaque)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.adapt import adapt
-from lora_jax.adapters.config import LoraConfig, check_config
+from lora_jax.adapters.adapt import adapt_by
+from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Shared, Site, Variant, largest_site
 from lora_jax.fields import Finite, read_value
 from lora_jax.transform.factored import Factored
@@ -102,9 +102,4 @@ def vera(
   >>> jax.tree.map(jnp.shape, trainable["lora_shared"]["VeRA"].arrays)
   {'vera_in': (8, 16), 'vera_out': (16, 8)}
   """
-  check_config(config)
-  if config.variant not in (None, VERA):
-    raise ValueError(
-      f"vera got a config of another variant, {config.variant.name}. Use lora_jax.lora(fn, config)"
-    )
-  return adapt(fn, dataclasses.replace(config, variant=VERA), VERA, opaque)
+  return adapt_by(VERA, fn, config, opaque)

@@ -344,7 +344,7 @@ def test_layers_without_an_adapter_are_not_copied():
 
 def test_dora_of_a_config_of_another_variant():
   config = lj.LoraConfig(rank=3, alpha=6.0, target="w", variant=toys.GAIN_OUT)
-  with pytest.raises(ValueError, match="dora got a config of another variant, gain over batch out"):
+  with pytest.raises(ValueError, match="DoRA got a config of another variant, gain over batch out"):
     lj.dora(dense, config)
 
 

@@ -79,5 +79,5 @@ def test_arithmetic_is_refused_and_convert_finds_the_nearest_lora():
 
 
 def test_a_config_of_another_variant():
-  with pytest.raises(ValueError, match="hira got a config of another variant, DoRA"):
+  with pytest.raises(ValueError, match="HiRA got a config of another variant, DoRA"):
     lj.hira(dense, dataclasses.replace(CONFIG, variant=lj.DORA))

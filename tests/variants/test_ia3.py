@@ -207,7 +207,7 @@ def test_other_misfits_are_refused():
   dropping = dataclasses.replace(CONFIG, dropout=0.1)
   with pytest.raises(ValueError, match="dropout"):
     lj.lora(layer, dropping).init(KEY, params, x)
-  with pytest.raises(ValueError, match=r"ia3 got a config of another variant, DoRA"):
+  with pytest.raises(ValueError, match=r"\(IA\)\^3 got a config of another variant, DoRA"):
     lj.ia3(layer, dataclasses.replace(CONFIG, variant=lj.DORA), feedforward="down.*")
   with pytest.raises(ValueError, match="the rule 'up' matches none"):
     lj.ia3(layer, CONFIG, feedforward="up").init(KEY, params, x)

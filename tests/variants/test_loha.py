@@ -48,5 +48,5 @@ def test_sizes_and_initial_values():
 
 
 def test_a_config_of_another_variant():
-  with pytest.raises(ValueError, match="loha got a config of another variant, HiRA"):
+  with pytest.raises(ValueError, match="LoHa got a config of another variant, HiRA"):
     lj.loha(dense, dataclasses.replace(CONFIG, variant=lj.HIRA))

@@ -98,7 +98,7 @@ def test_what_is_refused():
       lj.lora(dense, dataclasses.replace(CONFIG, variant=variant)).init(KEY, params, x)
   with pytest.raises(ValueError, match="mini"):
     lj.miss_mini_variant(0)
-  with pytest.raises(ValueError, match="miss got a config of another variant, HiRA"):
+  with pytest.raises(ValueError, match="MiSS got a config of another variant, HiRA"):
     lj.miss(dense, dataclasses.replace(CONFIG, variant=lj.HIRA))
   assert lj.miss_mini_variant(4) == lj.miss_mini_variant(4) != lj.miss_mini_variant(2)
   config = dataclasses.replace(CONFIG, variant=lj.miss_mini_variant(4))

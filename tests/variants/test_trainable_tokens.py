@@ -158,7 +158,7 @@ def test_weights_that_are_no_tables_are_refused():
   with pytest.raises(ValueError, match=r"embed: LoRA dropout \(0.1\) acts on"):
     lj.lora(tied, dropping).init(KEY, params, ids)
   other = dataclasses.replace(CONFIG, variant=lj.DORA)
-  with pytest.raises(ValueError, match="trainable_tokens got a config of another variant, DoRA"):
+  with pytest.raises(ValueError, match="trainable tokens got a config of another variant, DoRA"):
     lj.trainable_tokens(tied, other, TOKENS)
 
 

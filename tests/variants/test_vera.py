@@ -133,7 +133,7 @@ def test_bad_settings_are_refused():
   with pytest.raises(ValueError, match="d_initial"):
     lj.vera_variant(float("nan"))
   other = dataclasses.replace(CONFIG, variant=lj.DORA)
-  with pytest.raises(ValueError, match="vera got a config of another variant, DoRA"):
+  with pytest.raises(ValueError, match="VeRA got a config of another variant, DoRA"):
     lj.vera(mlp, other)
   params, x = example()
   adapter = lj.lora(mlp, CONFIG).init(KEY, params, x)
