@@ -2,9 +2,9 @@
 
     y = x W;  z = y + b          z * gain = x (W * gain) + b * gain
 
-Every operation is visited with what each of its operands is: the weight or its layer's output so
-far, linear in the weight; the bias, moved or cast; or something else. The bias may only meet the
-output, in a sum.
+Every operation is visited with the kind of each of its operands: the weight; its layer's output so
+far, linear in the weight and with its output axes; the bias, moved or cast; or none of these. The
+bias may only meet the output, in a sum.
 """
 
 import enum
@@ -17,18 +17,19 @@ from lora_jax.transform import _compat
 
 
 class _Kind(enum.Enum):
-  OUTPUT = enum.auto()  # the weight, or its layer's output before the bias
+  WEIGHT = enum.auto()  # moved, cast or scaled
+  OUTPUT = enum.auto()  # of the weight's layer, before the bias
   BIAS = enum.auto()
 
 
 MOVES = {
   *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "rev", "copy", "copy_p"),
   *("convert_element_type", "reduce_precision", "name", "sharding_constraint", "reshard"),
-  *("slice", "dynamic_slice", "split", "optimization_barrier", "pvary", "pcast"),
+  *("slice", "dynamic_slice", "split", "pvary", "pcast"),
 }
+CONTRACTIONS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 LINEAR = {
-  *("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "mul", "div", "neg"),
-  *("gather", "reduce_sum", "psum", "psum_invariant", "psum2", "concatenate", "pad"),
+  *("mul", "div", "neg", "gather", "reduce_sum", "psum", "psum_invariant", "psum2", "pad"),
 }
 SUMS = {"add", "add_any", "sub"}
 
@@ -42,7 +43,7 @@ def misused_bias(jaxpr: Any, weight: int, bias: int) -> str | None:
     bias: the index of the array.
   """
   kinds: list[_Kind | None] = [None] * len(_compat.open_jaxpr(jaxpr)[0].invars)
-  kinds[weight], kinds[bias] = _Kind.OUTPUT, _Kind.BIAS
+  kinds[weight], kinds[bias] = _Kind.WEIGHT, _Kind.BIAS
   try:
     outputs = _visit(jaxpr, kinds)
   except _Misused as error:
@@ -83,12 +84,26 @@ def _outputs(equation: Any, operands: list[_Kind | None]) -> list[_Kind | None]:
   if name in MOVES and operands[0] is not None:
     return [operands[0]] * count
   if _Kind.BIAS not in present:
-    is_linear = name in LINEAR or (name in SUMS and None not in operands)
-    return [_Kind.OUTPUT if is_linear else None] * count
-  if name in SUMS and len(operands) == 2 and present == {_Kind.OUTPUT, _Kind.BIAS}:
+    return [_linear_kind(name, operands)] * count
+  if name in SUMS and None not in operands and operands.count(_Kind.BIAS) == 1:
     return [None] * count
   line = _compat.source_line(equation)
   raise _Misused(f"used by {name!r} at {line}, other than in a sum with the layer's output")
+
+
+def _linear_kind(name: str, operands: list[_Kind | None]) -> _Kind | None:
+  """Returns the kind of an operation's output, from operands of which none is the bias.
+
+  A contraction of the layer's output would mix its elements, which a gain scales differently; and
+  neither the product of two operands that depend on the weight nor its inverse is linear in it.
+  """
+  tracked = [kind for kind in operands if kind is not None]
+  if name in CONTRACTIONS:
+    return _Kind.OUTPUT if tracked == [_Kind.WEIGHT] else None
+  is_linear = name in LINEAR and len(tracked) == 1 and (name == "mul" or operands[0] is not None)
+  if is_linear or name == "concatenate" or (name in SUMS and None not in operands):
+    return _Kind.OUTPUT if _Kind.OUTPUT in tracked else _Kind.WEIGHT
+  return None
 
 
 def _bodies(params: Mapping[str, Any]) -> Iterator[Any]:
