@@ -197,6 +197,7 @@ def _nearest(target: Target, weight: LoraWeight, leaf: Any) -> tuple[LoraWeight,
     fitted = weight.replace(lora_a=a, lora_b=b)
     rest = merge_weight(residual, fitted, LORA, -target.scaling)
   norm, before, after = (float(jnp.linalg.norm(x)) for x in (wide, residual, rest))
+  norm = norm or 1.0  # a weight that is initialized to 0 has no error
   return fitted, QuantizationError(before / norm, after / norm)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from lora_jax.adapters.collect import collect
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import Site, Variant
-from lora_jax.fields import Positive, read_value
+from lora_jax.fields import Count, Positive, read_value
 from lora_jax.transform.interpreter import OpaqueRule
 from lora_jax.variants.pissa import ARRAYS, FROZEN, initialized_to, weight
 from lora_jax.variants.svd import as_factors, leading_svd, matrices
@@ -91,7 +91,7 @@ def lora_ga_config(
     direction: which of the first 2 rank singular vectors A and B get (sec. 3.2).
     gamma: of c, positive; the paper's 16.
     by_singular_values: initializes as PEFT 0.21: A without c, and B times the singular values.
-    num_iterations: of the decomposition by subspace iteration.
+    num_iterations: of the decomposition by subspace iteration, 1 or more.
     weights_at_once: the number of full gradients held at once, each time in a pass over all
       batches; None is all.
     opaque: as in `lora_jax.lora`.
@@ -101,6 +101,8 @@ def lora_ga_config(
   """
   direction = read_value(Direction, direction, "direction")
   gamma = read_value(Positive, gamma, "gamma")
+  by_singular_values = read_value(bool, by_singular_values, "by_singular_values")
+  num_iterations = read_value(Count, num_iterations, "num_iterations")
   check_no_variant(config, "lora_ga_config")
 
   def factors(site: Site, gradient: Array) -> Factors:

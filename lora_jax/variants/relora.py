@@ -36,6 +36,7 @@ from lora_jax.adapters.delta import LoraWeight, is_lora_weight
 from lora_jax.axes import RANK
 from lora_jax.fields import Count, CountOrZero, Within, read_value
 from lora_jax.trees import key_parts
+from lora_jax.variants.lora import LORA
 
 KeptShare = Annotated[float, Within("[0, 1]")]
 Restart = Callable[[PyTree, PyTree], PyTree]
@@ -53,7 +54,7 @@ def relora_config(config: LoraConfig, num_cycles: int) -> LoraConfig:
       whose input is not dropped.
     num_cycles: the number of cycles.
   Raises:
-    ValueError: if `num_cycles` is not a positive integer, or there is dropout.
+    ValueError: if `num_cycles` is not a positive integer, there is dropout, or a variant.
   """
   check_config(config)
   read_value(Count, num_cycles, "num_cycles")
@@ -62,6 +63,13 @@ def relora_config(config: LoraConfig, num_cycles: int) -> LoraConfig:
       "ReLoRA and Chain of LoRA merge finished pairs into the weight, whose input has no dropout. "
       "Give LoraConfig and its rules dropout=0.0"
     )
+
+  for chosen in (config.variant, *(rule.variant for rule in config.rules)):
+    if chosen not in (None, LORA):
+      raise ValueError(
+        f"ReLoRA and Chain of LoRA train cycles of plain LoRA, and the config has {chosen.name}. "
+        "Leave it out"
+      )
 
   def times(value: Any) -> Any:
     return None if value is None else value * num_cycles

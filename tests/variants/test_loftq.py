@@ -108,6 +108,14 @@ def test_a_base_model_that_is_quantized_already():
   np.testing.assert_array_equal(trainable["other"].lora_a, start["other"].lora_a)
 
 
+def test_a_weight_of_zeros_has_no_error():
+  zeros = {"w": jnp.zeros_like(W)}
+  base, trainable, errors = lj.loftq(CONFIG, plain(), zeros, "nf4", 1)
+  assert errors["w"] == (0.0, 0.0)
+  assert not base["w"].dequantize().any()
+  assert not jnp.any(trainable["w"].lora_a @ trainable["w"].lora_b)
+
+
 def test_unusable_arguments_are_refused():
   quantized = lj.quantize({"w": W}, "nf4", target="w")
   with pytest.raises(ValueError, match="w is quantized already, as nf4, and LoftQ needs"):

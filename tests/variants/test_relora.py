@@ -149,6 +149,10 @@ def test_configs_and_settings():
   assert [(rule.rank, rule.alpha) for rule in config.rules] == [(3, None), (None, 6.0)]
   with pytest.raises(ValueError, match="whose input has no dropout"):
     lj.relora_config(lj.LoraConfig(2, 8.0, ".*", dropout=0.1), 3)
+  for changes in ({"variant": lj.DORA}, {"rules": [lj.LoraRule("a", variant=lj.DORA)]}):
+    with pytest.raises(ValueError, match="cycles of plain LoRA, and the config has DoRA"):
+      lj.relora_config(lj.LoraConfig(2, 8.0, ".*", **changes), 3)
+  assert lj.relora_config(lj.LoraConfig(2, 8.0, ".*", variant=lj.LORA), 3).rank == 6
   with pytest.raises(ValueError, match="num_cycles must be"):
     lj.relora_config(lj.LoraConfig(2, 8.0, ".*"), 0)
   with pytest.raises(ValueError, match="kept_share must be"):

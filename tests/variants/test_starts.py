@@ -262,5 +262,9 @@ def test_what_has_no_start_is_refused():
     lj.eva_config(fn, plain, params, batches, rho=0.5)
   with pytest.raises(ValueError, match="direction"):
     lj.lora_ga_config(fn, plain, params, batches, direction="random")  # pyright: ignore
+  with pytest.raises(ValueError, match="num_iterations must be"):
+    lj.lora_ga_config(fn, plain, params, batches, num_iterations=0)
+  with pytest.raises(ValueError, match="by_singular_values must be"):
+    lj.lora_ga_config(fn, plain, params, batches, by_singular_values="yes")  # pyright: ignore
   with pytest.raises(ValueError, match="mode"):
     lj.corda_config(fn, plain, params, batches, mode="ipm")  # pyright: ignore
