@@ -91,7 +91,8 @@ class Site:
     return adapted_layers(leaf, self.axes, self.layers)
 
 
-def _no_sizes(site: Site) -> Mapping[str, int]:
+def no_sizes(site: Site) -> Mapping[str, int]:
+  """Returns the sizes of a variant without inner axes other than rank."""
   del site
   return {}
 
@@ -144,7 +145,7 @@ class Variant(NamedTuple):
   """A variant of LoRA: its arrays, their initial values, and the weight they make.
 
   Attributes:
-    name: for messages.
+    name: for messages, files, and the place of shared arrays in the tree.
     arrays: the axes of each array, by name.
     start: `start(key, site) -> {name: array}`, the initial values. Its docstring says if the weight
       of step 0 is not the base model's, to the bit.
@@ -162,7 +163,7 @@ class Variant(NamedTuple):
   start: Callable[[PRNGKeyArray, Site], Mapping[str, jax.Array]]
   weight: Callable[[Factored, Any, Any], Factored]
   frozen: Collection[str] = ()
-  sizes: Callable[[Site], Mapping[str, int]] = _no_sizes
+  sizes: Callable[[Site], Mapping[str, int]] = no_sizes
   shared: Shared | None = None
   bias: BiasGain | None = None
   has_dropout: bool = True

@@ -15,7 +15,7 @@ arXiv 2402.16842).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ LORA_FA = Variant("LoRA-FA", ARRAYS, start, weight, frozen=("lora_a",))
 
 
 def lora_fa(
-  fn: Callable[..., Any], config: LoraConfig, opaque: dict[str, OpaqueRule] | None = None
+  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
 ) -> Adaptation:
   """Adapts `fn(params, *args, **kwargs)` by LoRA-FA: `lora` with `variant=LORA_FA` in the config.
 
@@ -105,7 +105,9 @@ def lora_fa_optimizer(
   def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any):
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_lora_weight)
     remaining = iter(state.inverses)
-    leaves = [_nearest(leaf, next(remaining)) if is_lora_fa(leaf) else leaf for leaf in leaves]
+    leaves = [
+      _preconditioned(leaf, next(remaining)) if is_lora_fa(leaf) else leaf for leaf in leaves
+    ]
     grads = jax.tree.unflatten(structure, leaves)
     updates, inner_state = inner.update(grads, state.inner, params, **extra)
     return updates, LoraFaState(state.inverses, inner_state)
@@ -130,7 +132,8 @@ def _inverse(node: LoraWeight, scaling: float) -> Float[Array, "*batch rank rank
     return jnp.linalg.pinv(damped, hermitian=True) / scaling**2
 
 
-def _nearest(gradient: LoraWeight, inverse: Float[Array, "*batch rank rank"]) -> LoraWeight:
+def _preconditioned(gradient: LoraWeight, inverse: Float[Array, "*batch rank rank"]) -> LoraWeight:
+  """Returns a weight's gradients, B's multiplied by the inverse."""
   b = gradient.lora_b
   rows = b.reshape(*inverse.shape[:-1], math.prod(b.shape[inverse.ndim - 1 :]))
   with jax.default_matmul_precision("float32"):

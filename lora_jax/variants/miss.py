@@ -26,7 +26,7 @@ from jaxtyping import PRNGKeyArray
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.adapt import adapt_by
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import Site, Variant
+from lora_jax.adapters.delta import Site, Variant, no_sizes
 from lora_jax.axes import OUT1, RANK, RANK2
 from lora_jax.fields import Count, read_value
 from lora_jax.transform.factored import Factored
@@ -50,11 +50,6 @@ class _Zeros:
     return {"shard": jnp.zeros(site.array_shape(self.words, **self.sizes(site)))}
 
 
-def no_sizes(site: Site) -> Mapping[str, int]:
-  del site
-  return {}
-
-
 def weight(w: Factored, p: Any, scaling: Any) -> Factored:
   """Returns `W + scaling * A D`, where A sums the inputs of each row of D."""
   return w + scaling * (_summed_inputs(w, p) @ p.shard)
@@ -68,7 +63,7 @@ def _summed_inputs(w: Factored, p: Any) -> Factor:
   return Factor(a.reshape(*sizes, rank), (*p.axes.inputs, RANK), frozen=True)
 
 
-MISS = Variant("MiSS", ARRAYS, _Zeros(ARRAYS["shard"], no_sizes), weight, sizes=no_sizes)
+MISS = Variant("MiSS", ARRAYS, _Zeros(ARRAYS["shard"], no_sizes), weight)
 
 
 # ---- mini --------------------------------------------------------------------------------------
