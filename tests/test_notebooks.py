@@ -66,6 +66,7 @@ def assert_the_same_cells_print(stored, notebook):
       )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_on_less_data(path, tmp_path):
   stored, notebook = (nbformat.read(path, as_version=4) for _ in range(2))

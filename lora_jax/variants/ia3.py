@@ -75,7 +75,7 @@ def ia3(
   >>> fn = lambda params, x: jnp.tanh(x @ params["value"] + params["bias"]) @ params["down"]
   >>> params = {"value": jnp.ones((8, 6)), "bias": jnp.ones((6,)), "down": jnp.ones((6, 4))}
   >>> adapted = ia3(fn, LoraConfig(1, 1.0, target="value|down"), feedforward="down")
-  >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones((1, 8)))
+  >>> trainable = adapted.init(jax.random.key(0), params, jnp.ones(8))
   >>> jax.tree.map(jnp.shape, (trainable["value"].ia3_gain, trainable["down"].ia3_gain))
   ((6,), (6,))
   >>> trainable["value"] = trainable["value"].replace(ia3_gain=2 * jnp.ones(6))

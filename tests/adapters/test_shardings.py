@@ -170,9 +170,8 @@ def test_some_layers_of_a_sharded_stack_on_an_explicit_mesh():
   assert relative_difference(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-  "kind", [pytest.param(AxisType.Auto, marks=pytest.mark.long), AxisType.Explicit]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_gain_and_its_norm_are_sharded_as_their_weight(kind):
   params, ids = make_params(), jnp.arange(8) * 3
   plain = lj.dora(model(lambda spec: None), CONFIG)

@@ -19,7 +19,7 @@ SMALL = [
   [
     pytest.param("unrolled", transform.WAYS, marks=pytest.mark.long),
     pytest.param("scanned", transform.WAYS, marks=pytest.mark.long),
-    ("mlp", ("hand", "lora_jax", "merged")),
+    pytest.param("mlp", ("hand", "lora_jax", "merged"), marks=pytest.mark.long),
   ],
 )
 def test_the_benchmark_prints_its_table_and_counts_equal_flops(form, ways, capsys, monkeypatch):

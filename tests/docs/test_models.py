@@ -13,7 +13,11 @@ from lora_jax.trees import leaves_with_path
 from tests.docs.pages import code_blocks
 from tests.paths import ROOT
 
-PAGES = ["equimo", "tunix", pytest.param("keras", marks=pytest.mark.long)]
+PAGES = [
+  pytest.param("equimo", marks=pytest.mark.long),
+  "tunix",
+  pytest.param("keras", marks=pytest.mark.long),
+]
 
 
 def is_near(value, expected):

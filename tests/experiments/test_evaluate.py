@@ -130,6 +130,7 @@ def leaf(tree, keys):
   return np.asarray(tree)
 
 
+@pytest.mark.long
 def test_full_finetuning_from_its_checkpoint(runs):
   """A run that decoded nothing is decoded, with what it trained: its loss on its own data."""
   with pytest.raises(ValueError, match="--num_inputs=630"):

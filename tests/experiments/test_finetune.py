@@ -405,6 +405,7 @@ def test_too_few_examples(chat_model, tmp_path):
     finetune.run(config_of(chat_model, data, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_full_finetuning_leaves_a_model(chat_model, tmp_path, capsys):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "full_finetuning", "optimizer.learning_rate": 3e-3, "samples.count": 1}
@@ -453,6 +454,7 @@ def test_a_dry_run_allocates_nothing_large(method, chat_model, tmp_path, monkeyp
   assert max(sizes) < 1000
 
 
+@pytest.mark.long
 def test_a_variant_of_lora(chat_model, tmp_path, capsys):
   """It needs only its row, and a dry run needs no weights."""
   data = write_lines(tmp_path / "mine.jsonl", count=20)

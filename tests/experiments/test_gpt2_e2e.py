@@ -137,7 +137,10 @@ def test_the_checkpoints_hold_nothing_of_the_base(finished):
   "changes",
   [
     {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
-    {"method": "full_finetuning", "model.start": "random", "fit.keep": "last"},
+    pytest.param(
+      {"method": "full_finetuning", "model.start": "random", "fit.keep": "last"},
+      marks=pytest.mark.long,
+    ),
     {"method": "frozen_base"},
   ],
   ids=lambda changes: next(iter(changes)) + str(next(iter(changes.values()))),

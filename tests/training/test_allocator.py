@@ -40,6 +40,7 @@ def _run(mode: str) -> tuple[str, int]:
   return kept, int(faults)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
 def test_memory_of_a_step_is_kept_for_the_next():
   pages = 30 * 4096 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")

@@ -48,7 +48,9 @@ single = cache(trained)
   [
     pytest.param("lora", False, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),
     ("lora", True, 2, {"data": 2, "fsdp": 2, "tensor": 2}),
-    ("full_finetuning", False, 2, {"data": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param(
+      *("full_finetuning", False, 2, {"data": 2, "fsdp": 2, "tensor": 2}), marks=pytest.mark.long
+    ),
     pytest.param("full_finetuning", True, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),
     pytest.param("lora", False, 2, {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.long),
     pytest.param("lora", True, 1, {"data": 4, "fsdp": 2}, marks=pytest.mark.long),

@@ -147,6 +147,7 @@ def test_a_stack_counts_each_of_its_layers():
   assert int(jnp.sum(lj.adalora_ranks(together)["w"])) == 2
 
 
+@pytest.mark.long
 def test_no_reduction_without_room_for_one_and_orthonormal_factors():
   """A budget of all triplets keeps all; orthonormal columns have no penalty, and no NaN."""
   eye = jnp.eye(4, 2)

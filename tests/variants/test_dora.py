@@ -123,6 +123,7 @@ def test_step_zero_is_the_base_bit_for_bit_under_jit(name, expected):
   assert run.stdout.splitlines() == expected
 
 
+@pytest.mark.long
 def test_some_layers_of_a_stack():
   params = make_params(stacked=True)
   config = lj.LoraConfig(4, 8.0, r"blocks/.*/kernel", stacked_layers=[0, 2])

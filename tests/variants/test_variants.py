@@ -63,6 +63,7 @@ ONE_PER_FAMILY = {  # of rules and of kinds of control flow; the others are `lon
 FEW = {"plain: ragged_dot over experts"}
 SCANNED = "Flax Linen: nn.scan over layers"
 FEW_OF = {  # where the equation uses no more of the engine than others do
+  "qa_lora": FEW | {SCANNED},
   "hadamard": FEW | {SCANNED},
   "vera": FEW | {SCANNED},
   "ia3": FEW,

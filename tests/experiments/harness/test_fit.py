@@ -50,7 +50,9 @@ def fitted(config, **options):
   )
 
 
-@pytest.mark.parametrize("method", ["lora", "full_finetuning"])
+@pytest.mark.parametrize(
+  "method", ["lora", pytest.param("full_finetuning", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_kept_checkpoint_is_restored(tmp_path, method, keep, capsys):
   config = config_of(tmp_path, method=method, **{"fit.keep": keep})

@@ -283,7 +283,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     load_peft(tmp_path / "adapter", tensors, params)
 
 
-@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_dora_of_published_experts_is_read(scan_layers, tmp_path):
   """Older versions of PEFT wrote a module per expert: m_i / |V_i| of each expert i."""
   name = "llama/mixtral"
