@@ -56,6 +56,8 @@ RATE_STAGES = {"seeds": "rates", "smollm2": "smollm2_rates"}  # whose best rates
 def do_stage(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
   """Does the runs of a stage; returns the folders of those that could not be done.
 
+  An arm whose best learning rate is not bracketed yet has no reported runs.
+
   Raises:
     ValueError: if a stage needs learning rates that are not known yet.
   """
@@ -68,16 +70,20 @@ def do_stage(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[
       raise ValueError(
         f"no learning rates of {', '.join(missing)} are known: run --stage={RATE_STAGES[stage]}"
       )
-    return carry_out(reported_runs(stage, sizes, rates, arms), sizes, root, gpt2_e2e.run)
+    further = rate_runs(RATE_STAGES[stage], sizes, losses, arms)
+    unsettled = sorted({run.arm for run in further})
+    rates = {arm: rate for arm, rate in rates.items() if arm not in unsettled}
+    broken = carry_out(reported_runs(stage, sizes, rates, arms), sizes, root, gpt2_e2e.run)
+    return broken + [f"{root / stage / arm} (learning rate not bracketed)" for arm in unsettled]
   if stage == "effort":
-    return carry_out(draw_runs(sizes, arms), sizes, root, gpt2_e2e.run)
+    return carry_out([frozen_run("rates"), *draw_runs(sizes, arms)], sizes, root, gpt2_e2e.run)
   broken = carry_out([frozen_run(stage)], sizes, root, gpt2_e2e.run)
-  while not broken:
+  while True:
     runs = rate_runs(stage, sizes, rate_losses(collect(root), stage), arms)
+    runs = [run for run in runs if str(root / stage / run.name) not in broken]
     if not runs:
-      break
-    broken = carry_out(runs, sizes, root, gpt2_e2e.run)
-  return broken
+      return broken
+    broken += carry_out(runs, sizes, root, gpt2_e2e.run)
 
 
 def do_costs(base: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> None:
@@ -91,7 +97,8 @@ def do_costs(base: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> None:
   for arm in chosen:
     settings = {RATE: default_rate(arm, base), "data.num_train_records": sizes.rate_lines}
     configs[arm] = config_of(Planned(stage, arm, changes_of(arm, base, settings)), sizes, "")
-  write_json(costs_file(root, base), measure_costs(configs, CONTROL))
+  costs = {**read_costs(root, base), **measure_costs(configs, CONTROL)}
+  write_json(costs_file(root, base), costs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def do_all(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
   """Does one stage, or all; returns the folders of the runs that could not be done."""
+  if stage != "all" and STAGES[stage] == "smollm2" and not sizes.smollm2:
+    raise ValueError(f"--tiny has no --stage={stage}: leave out --tiny")
   keep_freed_memory()
   stages = [s for s in STAGES if sizes.smollm2 or STAGES[s] == "embedded"]
   broken = []

@@ -22,8 +22,9 @@ from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
 from experiments.comparison.sizes import trained_at_once
 from experiments.configs import Config
 from experiments.configs.variants import Sizes
-from experiments.harness.config import flat
-from experiments.harness.workdir import read_result, stored_config, write_json
+from experiments.harness.config import flat, read_config
+from experiments.harness.workdir import read_result, read_run, stored_config, write_json
+from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import decoded_inputs
 from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
@@ -42,21 +43,25 @@ def carry_out(
 ) -> list[str]:
   """Does runs that are not finished yet; returns the folders of those that could not be done.
 
-  A run whose training is not finite has failed: that is a result, and it is not repeated.
+  A run whose training is not finite has failed: that is a result, and it is not repeated. A run
+  that was done with another config is an error.
 
   Args:
     runs: planned runs.
     sizes: of the comparison.
     root: the folder of all runs.
     run: `experiments.gpt2_e2e.run`.
+  Raises:
+    ValueError: if a folder has a run with another config.
   """
   broken = []
   for planned in runs:
     folder = root / planned.stage / planned.name
+    config = config_of(planned, sizes, str(folder))
     if (folder / PLANNED).exists():
+      _check_config(folder, config)
       continue
     print(f"[{planned.stage}] {folder}", flush=True)
-    config = config_of(planned, sizes, str(folder))
     try:
       with contextlib.redirect_stdout(io.StringIO()):
         result = run(config)
@@ -72,6 +77,15 @@ def carry_out(
       continue
     write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
   return broken
+
+
+def _check_config(folder: Path, config: Config) -> None:
+  """Raises ValueError if a folder's run had another config, such as fewer examples."""
+  if read_run(E2EConfig, folder) != read_config(E2EConfig, config):
+    raise ValueError(
+      f"{folder} is a run with other settings than the comparison has now. Give another --root, or "
+      "remove the folder to run it again"
+    )
 
 
 def _is_measured(planned: Planned) -> bool:

@@ -108,7 +108,8 @@ def summarize(records: Sequence[Record]) -> Summary:
   """Returns the tables of the records of `runs.collect`.
 
   Raises:
-    ValueError: if runs on one base model were evaluated on other inputs.
+    ValueError: if runs on one base model were evaluated on other inputs, or an arm has several
+      reported runs of one seed.
   """
   bases = dict.fromkeys(STAGES[r["stage"]] for r in records if r["stage"] != COSTS)
   tables = [_table(base, [r for r in records if r["base"] == base]) for base in bases]
@@ -189,6 +190,10 @@ def _compared(
   """Returns the differences to the control of the arms that are ranked; of the others, why not."""
   if CONTROL not in rows or not reported[CONTROL]:
     return {}, dict.fromkeys(rows, "not run yet")
+  for arm, records in reported.items():
+    _check_seeds(arm, records)
+  if any(record["status"] == "failed" for record in reported[CONTROL]):
+    return {}, dict.fromkeys(rows, "the control failed")
   reasons = {CONTROL: "the control"}
   for arm, row in rows.items():
     failed = sum(record["status"] == "failed" for record in reported[arm])
@@ -212,6 +217,18 @@ def _compared(
   if len(losses) < 2 or all(len(values) < 2 for values in losses.values()):
     return {}, {**reasons, **{arm: "no second seed" for arm in losses if arm != CONTROL}}
   return compare_losses(losses, np.array(tokens.pop(), float), CONTROL), reasons
+
+
+def _check_seeds(arm: str, records: Sequence[Record]) -> None:
+  """Raises ValueError if an arm was reported twice with one seed, or with two learning rates."""
+  seeds = [record["seed"] for record in records]
+  rates = sorted({record["settings"][RATE] for record in records})
+  if len(set(seeds)) < len(seeds) or len(rates) > 1:
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    raise ValueError(
+      f"{arm} has reported runs of the seeds {sorted(seeds)} and the learning rates {listed}: "
+      "expected one of each seed, all of one learning rate. Remove those of an earlier plan"
+    )
 
 
 def _compared_bleu(reported: dict[str, list[Record]]) -> dict[str, Difference]:

@@ -6,12 +6,13 @@ import pytest
 
 from experiments import variants
 from experiments.comparison import plan
+from experiments.comparison.plan import first_rates
 from experiments.comparison.runs import read_lines, write_lines
 from experiments.comparison.summary import summarize
 from experiments.configs import variants as configs
 from experiments.configs.variants import TINY
 
-from tests.experiments.comparison.records import records
+from tests.experiments.comparison.records import record, records
 from tests.tiny_e2e import tiny_folder
 
 
@@ -31,6 +32,7 @@ def test_the_page_of_published_lines(tmp_path, capsys):
     (["--lines={root}/missing"], r"there is no file .*missing"),
     (["--stage=seeds", "--arms=dora"], r"no learning rates of lora, dora are known: run --stage"),
     (["--stage=rates", "--arms=dura"], r"the arms must be of lora, dora.*got 'dura'"),
+    (["--stage=smollm2"], r"--tiny has no --stage=smollm2: leave out --tiny"),
     (["--out={root}"], r"--out.*"),
   ],
 )
@@ -40,6 +42,18 @@ def test_what_cannot_be_done_is_refused(flags, message, tmp_path, capsys):
   with pytest.raises(SystemExit) as exit:
     variants.main([*flags, "--tiny", f"--root={tmp_path}/root"])
   assert re.search(message, str(exit.value))
+
+
+def test_an_arm_without_a_bracketed_learning_rate_is_not_reported(tmp_path, monkeypatch):
+  lora = first_rates("lora", "embedded", 3)
+  made = [record("rates", "lora", rate, 0, abs(rate - lora[1])) for rate in lora]
+  made += [record("rates", "dora", rate, 0, rate) for rate in lora]  # the lowest is the best
+  done = []
+  monkeypatch.setattr(variants, "collect", lambda root: made)
+  monkeypatch.setattr(variants, "carry_out", lambda runs, *rest: done.extend(runs) or [])
+  left = variants.do_stage("seeds", TINY, tmp_path, ["dora"])
+  assert left == [f"{tmp_path / 'seeds' / 'dora'} (learning rate not bracketed)"]
+  assert {run.arm for run in done} == {"lora"}
 
 
 @pytest.mark.long

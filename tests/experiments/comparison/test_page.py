@@ -72,6 +72,19 @@ def test_a_failed_seed_gives_no_verdict():
   assert row.difference is None
 
 
+def test_a_control_that_failed_gives_no_verdicts():
+  made = [r | {"status": "failed"} if r["arm"] == "lora" else r for r in records()]
+  (table,) = summarize(made).tables
+  assert {row.verdict for row in table.rows} == {"the control failed"}
+
+
+@pytest.mark.parametrize("rate", [3e-3, 1e-3])
+def test_two_reported_runs_of_a_seed_are_refused(rate):
+  again = record("seeds", "dora", rate, 1, 1.7)
+  with pytest.raises(ValueError, match=r"dora has reported runs of the seeds \[1, 1, 2, 3\]"):
+    summarize([*records(), again])
+
+
 def test_other_inputs_cannot_be_compared():
   made = records()
   made[-2]["stage"] = "rates"

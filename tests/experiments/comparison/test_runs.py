@@ -1,5 +1,6 @@
 """Carrying out runs: failures are results, nothing is repeated; records and JSON lines."""
 
+import dataclasses
 import json
 import math
 
@@ -74,6 +75,11 @@ def test_failed_runs_are_counted_and_not_repeated(root):
     raise AssertionError(f"{config.workdir} was done before")
 
   assert carry_out([planned(rate) for rate in (*LOSSES, 0.1)], TINY, root, repeated) == []
+
+
+def test_a_run_with_another_config_is_not_taken(root):
+  with pytest.raises(ValueError, match=r"rate=0.001,seed=0 is a run with other settings than"):
+    carry_out([planned(1e-3)], dataclasses.replace(TINY, valid_lines=25), root, fake_run)
 
 
 def test_other_errors_are_named_and_the_rest_is_done(tmp_path, capsys):
