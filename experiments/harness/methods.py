@@ -161,9 +161,9 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
   return functools.partial(lj.lora, config=lora_config(config))
 
 
-def _as_lora(label: str, variant: lj.Variant | None) -> Method:
+def _as_lora(label: str, variant: lj.Variant | None, ignores: tuple[str, ...] = ()) -> Method:
   """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
-  return Method(label, make=_low_rank, variant=variant, exports_adapter=True, has_servers=True)
+  return Method(label, _low_rank, ignores, variant=variant, exports_adapter=True, has_servers=True)
 
 
 def _ln_tuning(config: AdaptationConfig) -> Adapt:
@@ -239,10 +239,10 @@ METHODS: Mapping[str, Method] = {
     has_servers=True,
     experiments=("gpt2_e2e", "finetune"),
   ),
-  "pissa": _as_lora("PiSSA", lj.PISSA),
-  "olora": _as_lora("OLoRA", lj.OLORA),
-  "milora": _as_lora("MiLoRA", lj.MILORA),
-  "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS),
+  "pissa": _as_lora("PiSSA", lj.PISSA, ignores=("lora.init",)),
+  "olora": _as_lora("OLoRA", lj.OLORA, ignores=("lora.init",)),
+  "milora": _as_lora("MiLoRA", lj.MILORA, ignores=("lora.init",)),
+  "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS, ignores=("lora.init",)),
   "eva": dataclasses.replace(
     _as_lora("EVA", None), ignores=("lora.init",), from_data=lj.eva_config, experiments=FROM_DATA
   ),
@@ -261,6 +261,7 @@ METHODS: Mapping[str, Method] = {
   "loftq": Method(
     "LoftQ",
     make=_low_rank,
+    ignores=("lora.init",),
     exports_adapter=True,
     has_servers=True,
     corrects_quantization=True,

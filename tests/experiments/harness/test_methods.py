@@ -110,6 +110,9 @@ def test_a_field_that_is_ignored():
     check_used("full_finetuning", {"seed": 1, "lora.rank": 8}, "glue")
   with pytest.raises(ValueError, match=r"lora\.start='runs' has no effect with method=head_only"):
     check_used("head_only", {"lora.start": "runs"}, "glue")
+  for method in ("pissa", "olora", "milora", "lora_xs", "loftq"):
+    with pytest.raises(ValueError, match=r"lora\.init='normal' has no effect with method="):
+      check_used(method, {"lora.init": "normal"}, "gpt2_e2e")
   check_used("lora", {"lora.rank": 8, "optimizer.learning_rate": 1.0}, "gpt2_e2e")
   changed = {"optimizer.learning_rate": 1.0, "data.num_epochs": 2}
   check_used("full_finetuning", changed, "gpt2_e2e")
