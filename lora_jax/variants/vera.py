@@ -85,13 +85,16 @@ VERA = vera_variant()
 
 
 def vera(
-  fn: Callable[..., Any], config: LoraConfig, opaque: Mapping[str, OpaqueRule] | None = None
+  fn: Callable[..., Any],
+  config: LoraConfig,
+  d_initial: float = 0.1,
+  opaque: Mapping[str, OpaqueRule] | None = None,
 ) -> Adaptation:
-  """Adapts `fn(params, *args, **kwargs)` by VeRA: `lora` with `variant=VERA` in the config.
+  """Adapts `fn(params, *args, **kwargs)` by VeRA.
 
-  For the arguments, the further arguments of `apply` and the errors, see
-  `lora_jax.adapters.adapt.adapt`. The config's alpha has no effect. An optimizer of the bare
-  trainable tree must not update the shared arrays: use `lora_jax.freeze`.
+  It is `lora` with `variant=vera_variant(d_initial)` in the config; see there for the arguments,
+  the further arguments of `apply` and the errors. The config's alpha has no effect.
+  An optimizer of the bare trainable tree must not update the shared arrays: use `lora_jax.freeze`.
 
   >>> fn = lambda params, x: x @ params["up"] @ params["down"]
   >>> params = {"up": jnp.ones((8, 6)), "down": jnp.ones((6, 8))}
@@ -102,4 +105,4 @@ def vera(
   >>> jax.tree.map(jnp.shape, trainable["lora_shared"]["VeRA"].arrays)
   {'vera_in': (8, 16), 'vera_out': (16, 8)}
   """
-  return adapt_by(VERA, fn, config, opaque)
+  return adapt_by(vera_variant(d_initial), fn, config, opaque)

@@ -127,6 +127,12 @@ def test_convert_makes_it_plain_lora():
   assert "lora_shared" not in plain
 
 
+def test_d_is_initialized_to_the_argument():
+  params, x = example()
+  vera = lj.vera(mlp, dataclasses.replace(CONFIG, variant=None), d_initial=0.5)
+  np.testing.assert_array_equal(vera.init(KEY, params, x)["up"].vera_d, 0.5)
+
+
 def test_bad_settings_are_refused():
   with pytest.raises(ValueError, match="d_initial must not be 0"):
     lj.vera_variant(0.0)
