@@ -5,6 +5,7 @@ from lora_jax.adapters.collect import InputMoments as InputMoments
 from lora_jax.adapters.collect import collect as collect
 from lora_jax.adapters.config import LoraConfig as LoraConfig
 from lora_jax.adapters.config import LoraRule as LoraRule
+from lora_jax.adapters.delta import BiasGain as BiasGain
 from lora_jax.adapters.delta import LoraWeight as LoraWeight
 from lora_jax.adapters.delta import Shared as Shared
 from lora_jax.adapters.delta import Site as Site

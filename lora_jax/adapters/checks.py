@@ -35,8 +35,8 @@ def check_site(target: Target, axes: LoraAxes, variant: Variant) -> None:
   """
   _check_layers(target, axes)
   sides = axes.counts(stored_shape(target.leaf.shape, axes, target.stacked_layers))
-  words = [set(spec.words.split()) for spec in variant.table]
-  has_rank = any("rank" in axes and axes & {"in", "out"} for axes in words)
+  tables = [set(spec.words.split()) for spec in variant.table]
+  has_rank = any("rank" in words and words & {"in", "out"} for words in tables)
   if has_rank and target.rank > min(sides):
     raise ValueError(
       f"{target.path}: rank {target.rank} is larger than the smaller dimension of the weight, "

@@ -1,4 +1,4 @@
-"""A weight with an update of its size, which no low-rank factors have; formed where it is used.
+"""A weight plus an update without low-rank factors, which is computed where the weight is used.
 
     base + scaling * update(base, *factors)        HiRA: update = base * (A B)
 

@@ -4,11 +4,11 @@ A tap is a term A B like LoRA's, so that every rule moves it with its weight. A 
 inputs, B, (1, outputs), its outputs. Instead of x A, its branch is zero; and in the backward pass
 the gradient of the branch is replaced by a function of x A. The gradient of A is then
 
-    A = [I, 0]:  sum over tokens of x [x, 1]^T        `Tap.of_moments`
-    A = 1 / n:   the number of tokens                 `Tap.of_count`, of an input of ones
+    A = [I, 0]:  sum over tokens of x [x, 1]^T
+    A = 1 / n:   the number of tokens                 `Tap(counts=True)`, of an input of ones
 
 in the axes of the original weight, however it is sliced, stacked or scanned on its way, and summed
-over its uses. Only tokens count whose output has a gradient: not padding. B is of random numbers,
+over its uses. Only tokens whose output has a gradient count: not padding. B is of random numbers,
 so that the gradient of the branch is zero only for a token whose output has none.
 """
 

@@ -2,9 +2,10 @@
 
     h = x (W + scaling * W * (A B))          * is elementwise
 
-A, (in, rank), and B, (rank, out), are LoRA's. The update has up to rank(W) * rank, so it has no
-low-rank factors and is formed: each layer computes it from A, B and W in the forward and again in
-the backward pass, and keeps none of it. B is initialized to 0, so that step 0 is the base model.
+A, (in, rank), and B, (rank, out), are LoRA's. The rank of the update is up to rank(W) * rank: it
+has no low-rank factors and is materialized. Each layer computes it from A, B and W in the forward
+and again in the backward pass, and keeps none of it. B is initialized to 0, so that step 0 is the
+base model.
 
 Dropout has no branch to act on and is refused. PEFT has no scaling: alpha = rank.
 """

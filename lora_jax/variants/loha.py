@@ -2,8 +2,8 @@
 
     h = x W + scaling * x [(A1 B1) * (A2 B2)]          * is elementwise
 
-A1 and A2 are (in, rank), B1 and B2 (rank, out). The update has up to rank**2, and is the product of
-two factors of that rank, which are computed from the arrays and are not of W's size:
+A1 and A2 are (in, rank), B1 and B2 (rank, out). The rank of the update is up to rank**2. It is the
+matmul of two factors of that rank, which are computed from the arrays and are not of W's size:
 
     [(A1 B1) * (A2 B2)][i, o] = sum over q, r of (A1[i, q] A2[i, r]) (B1[q, o] B2[r, o])
 

@@ -51,8 +51,9 @@ def lokr_variant(factor: int = -1, decompose: Decompose = "w2") -> Variant:
 
   Args:
     factor: the size of W1, positive, or -1.
-    decompose: the matrices of low rank, the config's: "none", "w2" or "both". PEFT decomposes W2,
-      and with `decompose_both` W1, where rank is less than half of the matrix's longer side.
+    decompose: the matrices that have low rank, that of the config: "none", "w2" or "both". PEFT
+      decomposes W2, and with `decompose_both` W1, where rank is less than half of the matrix's
+      longer side.
   Raises:
     ValueError: naming the argument, its value and the allowed values.
   """

@@ -33,7 +33,7 @@ def as_factors(
 
 
 def balanced(site: Site, terms: Svd) -> tuple[Float[Array, "*a"], Float[Array, "*b"]]:
-  """Returns A and B with `scaling * A B` the sum of the terms, U sqrt(S / scaling) its half.
+  """Returns A = U sqrt(S / scaling) and B = sqrt(S / scaling) V^T: `scaling * A B` is U S V^T.
 
   Raises:
     ValueError: if the scaling is negative.
