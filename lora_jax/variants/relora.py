@@ -157,9 +157,16 @@ def relora_schedule(
     schedule: of the learning rate, over all cycles, with its own first warmup.
     cycle_steps: as in `relora_optimizer`.
     warmup_steps: number of updates in which the learning rate rises from 0 to the schedule's.
+  Raises:
+    ValueError: if one is not such a number, or the warmup is longer than a cycle.
   """
   read_value(Count, cycle_steps, "cycle_steps")
   read_value(CountOrZero, warmup_steps, "warmup_steps")
+  if warmup_steps > cycle_steps:
+    raise ValueError(
+      f"warmup_steps={warmup_steps} is longer than a cycle, cycle_steps={cycle_steps}: the learning "
+      "rate would never reach the schedule's. Lower it"
+    )
 
   def warmed(step: Any) -> Any:
     risen = jnp.minimum(1.0, (step % cycle_steps) / max(warmup_steps, 1)) if warmup_steps else 1.0

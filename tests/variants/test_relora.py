@@ -159,6 +159,8 @@ def test_configs_and_settings():
     lj.relora_optimizer(INNER, num_cycles=2, cycle_steps=2, kept_share=1.5)
   with pytest.raises(ValueError, match="cycle_steps must be"):
     lj.chain_of_lora_optimizer(INNER, num_cycles=2, cycle_steps=0)
+  with pytest.raises(ValueError, match="warmup_steps=5 is longer than a cycle, cycle_steps=4"):
+    lj.relora_schedule(lambda step: 1.0, cycle_steps=4, warmup_steps=5)
 
 
 @pytest.mark.parametrize(("variant", "rank"), [(None, 3), (lj.DORA, 4)])
