@@ -164,8 +164,8 @@ def relora_schedule(
   read_value(CountOrZero, warmup_steps, "warmup_steps")
   if warmup_steps > cycle_steps:
     raise ValueError(
-      f"warmup_steps={warmup_steps} is longer than a cycle, cycle_steps={cycle_steps}: the learning "
-      "rate would never reach the schedule's. Lower it"
+      f"warmup_steps={warmup_steps} is longer than a cycle, cycle_steps={cycle_steps}: the "
+      "learning rate would never reach the schedule's. Lower it"
     )
 
   def warmed(step: Any) -> Any:
