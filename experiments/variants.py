@@ -33,6 +33,7 @@ from experiments.comparison.plan import (
   plan,
   rate_runs,
   reported_runs,
+  size_of,
 )
 from experiments.comparison.runs import (
   carry_out,
@@ -140,8 +141,11 @@ def do_all(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[st
     raise ValueError(f"--tiny has no --stage={stage}: leave out --tiny")
   keep_freed_memory()
   stages = [s for s in STAGES if sizes.smollm2 or STAGES[s] == "embedded"]
+  chosen = stages if stage == "all" else [stage]
+  for base in dict.fromkeys(STAGES[name] for name in chosen):
+    size_of(CONTROL, base)  # a missing model is an error now, not after hours
   broken = []
-  for name in stages if stage == "all" else [stage]:
+  for name in chosen:
     broken += do_stage(name, sizes, root, arms)
     if name in ("rates", "smollm2_rates"):
       do_costs(STAGES[name], sizes, root, arms)

@@ -1,10 +1,10 @@
 """The runs of the comparison: which arms, at which sizes and learning rates, in which order.
 
-rates          embedded base: learning rates of all arms, one epoch of 1,000 lines, one seed
-seeds          embedded base: all arms at their best learning rate, 4,000 lines, three seeds
+rates          embedded base: learning rates of all arms, one epoch of 1,000 examples, one seed
+seeds          embedded base: all arms at their best learning rate, 4,000 examples, three seeds
 effort         embedded base: random draws of learning rate, alpha, weight decay and warmup
 smollm2_rates  SmolLM2: learning rates of the ten best known
-smollm2        SmolLM2: these at their best, 4,000 lines; five of them with three seeds and BLEU
+smollm2        SmolLM2: these at their best, 4,000 examples; five with three seeds and BLEU
 """
 
 import functools
@@ -47,7 +47,7 @@ STAGES = {  # and their base models
 }
 
 # Seconds on 2 CPU cores with nothing else running. The embedded base: 58 CPU seconds were measured
-# for a run of 1,000 lines, 18 of them not for its lines, on a machine with other work; two cores
+# for a run of 1,000 examples, 18 of them not for these, on a machine with other work; two cores
 # do about 1.6 CPU seconds a second. SmolLM2: 277 tokens a second, docs/benchmarks.md.
 FIXED = {"embedded": 11.0, "smollm2": 30.0}  # loading, compiling
 PER_LINE = {"embedded": 0.025, "smollm2": 59.0 / 277}
@@ -352,7 +352,7 @@ def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
 def stage_table(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
   """Returns the table of planned runs with their hours."""
   rows = planned_rows(sizes, chosen)
-  table = [["stage", "base model", "runs", "lines", "minutes each", "hours"]]
+  table = [["stage", "base model", "runs", "examples", "minutes each", "hours"]]
   for row in rows:
     cells = [f"{row.runs:.0f}", f"{row.lines:,}", f"{row.seconds / 60:.1f}"]
     table.append([row.stage, STAGES[row.stage], *cells, f"{row.runs * row.seconds / 3600:.1f}"])

@@ -5,7 +5,7 @@
 
 These are single LoRA runs; the comparison's have a few fields changed.
 docs/variants_comparison.md has the plan, the rules and the results. What may decide a result is
-fixed here before the runs: the margin, the seeds, the arms, the lines, the learning rates tried.
+fixed here before the runs: the margin, the seeds, the arms, the learning rates tried, the examples.
 """
 
 import dataclasses

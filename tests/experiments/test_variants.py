@@ -10,7 +10,7 @@ from experiments.comparison.plan import first_rates
 from experiments.comparison.runs import read_lines, write_lines
 from experiments.comparison.summary import summarize
 from experiments.configs import variants as configs
-from experiments.configs.variants import TINY
+from experiments.configs.variants import FULL, TINY
 
 from tests.experiments.comparison.records import record, records
 from tests.tiny_e2e import tiny_folder
@@ -54,6 +54,15 @@ def test_an_arm_without_a_bracketed_learning_rate_is_not_reported(tmp_path, monk
   left = variants.do_stage("seeds", TINY, tmp_path, ["dora"])
   assert left == [f"{tmp_path / 'seeds' / 'dora'} (learning rate not bracketed)"]
   assert {run.arm for run in done} == {"lora"}
+
+
+def test_a_missing_model_is_found_before_the_runs(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(variants, "do_stage", lambda *_: pytest.fail("a stage was started"))
+  plan.size_of.cache_clear()
+  with pytest.raises(FileNotFoundError, match="Fetch it once: make smollm2"):
+    variants.do_all("all", FULL, tmp_path, [])
 
 
 @pytest.mark.long
