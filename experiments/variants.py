@@ -142,6 +142,8 @@ def do_all(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[st
   keep_freed_memory()
   stages = [s for s in STAGES if sizes.smollm2 or STAGES[s] == "embedded"]
   chosen = stages if stage == "all" else [stage]
+  for name in chosen:
+    arms_of(name, arms)  # an unknown arm is an error now
   for base in dict.fromkeys(STAGES[name] for name in chosen):
     size_of(CONTROL, base)  # a missing model is an error now, not after hours
   broken = []

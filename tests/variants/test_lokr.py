@@ -93,5 +93,5 @@ def test_what_is_refused():
     lj.lokr_variant(0)
   with pytest.raises(ValueError, match="decompose"):
     lj.lokr_variant(decompose="w1")  # pyright: ignore[reportArgumentType]
-  with pytest.raises(ValueError, match="LoKr of .* got a config of another variant, HiRA"):
+  with pytest.raises(ValueError, match=r"LoKr of .* got a config of another variant, HiRA"):
     lj.lokr(heads, dataclasses.replace(CONFIG, variant=lj.HIRA))
