@@ -173,13 +173,13 @@ def adapt(
 def adapt_by(
   variant: Variant,
   fn: Callable[..., Any],
-  config: LoraConfig,
+  config: Any,
   opaque: Mapping[str, OpaqueRule] | None,
 ) -> Adaptation:
   """Adapts a function by one variant, as `adapt` does with it in the config.
 
   Raises:
-    ValueError: if the config has another variant.
+    ValueError: if the config is not a `LoraConfig`, or has another variant.
   """
   check_config(config)
   if config.variant not in (None, variant):
