@@ -109,12 +109,15 @@ def collect(
     raise ValueError("batches are empty; expected at least one")
   count = read_value(Count | None, weights_at_once, "weights_at_once")
   sites = data_sites(fn, config, params, batches[0], opaque)
-  find = _moments if kind == "activations" else _gradients
+  rules = dict(opaque or {})
   paths = list(sites)
   result = {}
   for start in range(0, len(paths), count or len(paths)):
     group = {path: sites[path] for path in paths[start : start + (count or len(paths))]}
-    statistics = find(fn, config, group, params, batches, dict(opaque or {}))
+    if kind == "activations":
+      statistics = _moments(fn, config, group, params, batches, rules)
+    else:
+      statistics = _gradients(fn, group, params, batches)
     for path, site in group.items():
       whole = statistics.pop(path)
       result[path] = whole if summarize is None else jax.block_until_ready(summarize(site, whole))
@@ -243,15 +246,9 @@ def _as_moments(site: Site, second: Array, count: Array) -> InputMoments:
 
 
 def _gradients(
-  fn: Callable[..., Any],
-  config: LoraConfig,
-  sites: Mapping[str, Site],
-  params: PyTree,
-  batches: Sequence[Any],
-  opaque: Mapping[str, OpaqueRule],
+  fn: Callable[..., Any], sites: Mapping[str, Site], params: PyTree, batches: Sequence[Any]
 ) -> dict[str, Array]:
   """Returns the mean gradients with respect to some weights."""
-  del config, opaque
 
   def loss(weights: Mapping[str, Array], params: PyTree, batch: Any) -> Array:
     out = dequantized(fn)(replace_leaves(params, weights), batch)

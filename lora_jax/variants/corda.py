@@ -24,23 +24,17 @@ from jaxtyping import Array, Float, PyTree
 
 from lora_jax.adapters.collect import InputMoments, collect
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import Site, Variant
+from lora_jax.adapters.delta import Site
 from lora_jax.fields import read_value
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.lora_ga import Factors, FromData, check_no_variant
-from lora_jax.variants.pissa import ARRAYS, FROZEN, weight
+from lora_jax.variants.from_data import Factors, check_no_variant, from_data
 from lora_jax.variants.svd import balanced, matrices, some, svd
 
 Mode = Literal["instruction_previewed", "knowledge_preserved"]
 DAMPING = 0.01
 
 
-def _variant(factors: Mapping[str, Factors]) -> Variant:
-  start = FromData("lora_jax.corda_config(fn, config, params, batches)", factors)
-  return Variant("CorDA", ARRAYS, start, weight, FROZEN)
-
-
-CORDA = _variant({})
+CORDA = from_data("CorDA", "corda_config")
 """CorDA for adapters that exist; `corda_config` returns the variant that initializes one."""
 
 
@@ -96,7 +90,7 @@ def corda_config(
     summarize=factors,
     opaque=opaque,
   )
-  return dataclasses.replace(config, variant=_variant(found))
+  return dataclasses.replace(config, variant=from_data("CorDA", "corda_config", found))
 
 
 def _normalized(second: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

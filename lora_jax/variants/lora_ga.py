@@ -17,45 +17,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from lora_jax.adapters.collect import collect
 from lora_jax.adapters.config import LoraConfig
-from lora_jax.adapters.delta import Site, Variant
+from lora_jax.adapters.delta import Site
 from lora_jax.fields import Count, Positive, read_value
 from lora_jax.transform.interpreter import OpaqueRule
-from lora_jax.variants.pissa import ARRAYS, FROZEN, initialized_to, weight
+from lora_jax.variants.from_data import Factors, check_no_variant, from_data
 from lora_jax.variants.svd import as_factors, leading_svd, matrices
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr"]
 """The vectors of A, and of B: the first or the second `rank` ones, or every second one."""
 
-Factors = tuple[Float[Array, "*a"], Float[Array, "*b"]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FromData:
-  """The start of a variant that is initialized from data: A and B of each weight, by path."""
-
-  remedy: str
-  factors: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
-
-  def __call__(self, key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
-    del key
-    if site.path not in self.factors:
-      raise ValueError(
-        f"{site.path}: this variant is initialized from data, and there is none for this weight. "
-        f"Take the config from {self.remedy}"
-      )
-    return initialized_to(*self.factors[site.path])
-
-
-def _variant(factors: Mapping[str, Factors]) -> Variant:
-  start = FromData("lora_jax.lora_ga_config(fn, config, params, batches)", factors)
-  return Variant("LoRA-GA", ARRAYS, start, weight, FROZEN)
-
-
-LORA_GA = _variant({})
+LORA_GA = from_data("LoRA-GA", "lora_ga_config")
 """LoRA-GA for adapters that exist; `lora_ga_config` returns the variant that initializes one."""
 
 
@@ -136,13 +111,4 @@ def lora_ga_config(
     summarize=factors,
     opaque=opaque,
   )
-  return dataclasses.replace(config, variant=_variant(found))
-
-
-def check_no_variant(config: LoraConfig, name: str) -> None:
-  """Raises ValueError if a config or one of its rules has a variant."""
-  for chosen in (config.variant, *(rule.variant for rule in config.rules)):
-    if chosen is not None:
-      raise ValueError(
-        f"{name} returns a config with a variant, and it got one with {chosen.name}. Leave it out"
-      )
+  return dataclasses.replace(config, variant=from_data("LoRA-GA", "lora_ga_config", found))
