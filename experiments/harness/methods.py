@@ -161,9 +161,10 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
   return functools.partial(lj.lora, config=lora_config(config))
 
 
-def _as_lora(label: str, variant: lj.Variant | None, ignores: tuple[str, ...] = ()) -> Method:
+def _as_lora(label: str, variant: lj.Variant | None, **fields: Any) -> Method:
   """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
-  return Method(label, _low_rank, ignores, variant=variant, exports_adapter=True, has_servers=True)
+  row = Method(label, _low_rank, variant=variant, exports_adapter=True, has_servers=True)
+  return dataclasses.replace(row, **fields)
 
 
 def _ln_tuning(config: AdaptationConfig) -> Adapt:
@@ -229,45 +230,38 @@ def _chain_of_lora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.S
 
 
 METHODS: Mapping[str, Method] = {
-  "lora": Method("LoRA", make=_low_rank, exports_adapter=True, has_servers=True),
+  "lora": _as_lora("LoRA", None),
   "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True),
-  "qa_lora": Method(
-    "QA-LoRA",
-    make=_low_rank,
-    variant=lj.QA_LORA,
-    exports_adapter=True,  # as the LoRA that it is
-    has_servers=True,
-    experiments=("gpt2_e2e", "finetune"),
-  ),
+  "qa_lora": _as_lora("QA-LoRA", lj.QA_LORA, experiments=("gpt2_e2e", "finetune")),
   "pissa": _as_lora("PiSSA", lj.PISSA, ignores=("lora.init",)),
   "olora": _as_lora("OLoRA", lj.OLORA, ignores=("lora.init",)),
   "milora": _as_lora("MiLoRA", lj.MILORA, ignores=("lora.init",)),
   "lora_xs": _as_lora("LoRA-XS", lj.LORA_XS, ignores=("lora.init",)),
-  "eva": dataclasses.replace(
-    _as_lora("EVA", None), ignores=("lora.init",), from_data=lj.eva_config, experiments=FROM_DATA
+  "eva": _as_lora(
+    "EVA", None, ignores=("lora.init",), from_data=lj.eva_config, experiments=FROM_DATA
   ),
-  "lora_ga": dataclasses.replace(
-    _as_lora("LoRA-GA", _without_data(lj.LORA_GA)),
+  "lora_ga": _as_lora(
+    "LoRA-GA",
+    _without_data(lj.LORA_GA),
     ignores=("lora.init",),
     from_data=lj.lora_ga_config,
     experiments=FROM_DATA,
   ),
-  "corda": dataclasses.replace(
-    _as_lora("CorDA", _without_data(lj.CORDA)),
+  "corda": _as_lora(
+    "CorDA",
+    _without_data(lj.CORDA),
     ignores=("lora.init",),
     from_data=lj.corda_config,
     experiments=FROM_DATA,
   ),
-  "loftq": Method(
+  "loftq": _as_lora(
     "LoftQ",
-    make=_low_rank,
+    None,
     ignores=("lora.init",),
-    exports_adapter=True,
-    has_servers=True,
     corrects_quantization=True,
     experiments=("gpt2_e2e", "finetune"),
   ),
-  "vera": dataclasses.replace(_as_lora("VeRA", lj.VERA), ignores=("lora.alpha", "lora.init")),
+  "vera": _as_lora("VeRA", lj.VERA, ignores=("lora.alpha", "lora.init")),
   "hira": Method("HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA),
   "loha": Method("LoHa", make=_low_rank, ignores=("lora.init",), variant=lj.LOHA),
   "lokr": Method("LoKr", make=_low_rank, ignores=("lora.init",), variant=lj.LOKR),
@@ -280,19 +274,19 @@ METHODS: Mapping[str, Method] = {
     target=r".*/(attn/(key|value)|mlp/(shared/)?down)/kernel",
     rules=(lj.LoraRule(r".*/mlp/(shared/)?down/kernel", variant=lj.IA3_FEEDFORWARD),),
   ),
-  "lora_fa": dataclasses.replace(_as_lora("LoRA-FA", lj.LORA_FA), wrap=_lora_fa),
-  "adalora": dataclasses.replace(
-    _as_lora("AdaLoRA", lj.ADALORA), ignores=("lora.init",), wrap=_adalora
-  ),
-  "relora": dataclasses.replace(
-    _as_lora("ReLoRA", None),
+  "lora_fa": _as_lora("LoRA-FA", lj.LORA_FA, wrap=_lora_fa),
+  "adalora": _as_lora("AdaLoRA", lj.ADALORA, ignores=("lora.init",), wrap=_adalora),
+  "relora": _as_lora(
+    "ReLoRA",
+    None,
     ignores=("lora.dropout",),
     num_cycles=CYCLES,
     wrap=_relora,
     schedule=_relora_schedule,
   ),
-  "chain_of_lora": dataclasses.replace(
-    _as_lora("Chain of LoRA", None),
+  "chain_of_lora": _as_lora(
+    "Chain of LoRA",
+    None,
     ignores=("lora.dropout",),
     num_cycles=CYCLES,
     wrap=_chain_of_lora,
