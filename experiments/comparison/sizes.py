@@ -5,14 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from jaxtyping import PyTree
 
 from experiments.harness.fit import count_trained
 from experiments.harness.methods import adapt, find_method
 from experiments.nlg.base import model_folder
 from experiments.nlg.config import E2EConfig
-from lora_jax.data.batches import fill
+from experiments.nlg.restore import trainable_shapes
 from lora_jax.models.parts.causal_lm import CausalLM
 from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.loss import language_model_loss
@@ -44,9 +43,8 @@ def count_parameters(config: E2EConfig) -> int:
   """Returns the parameters of a run that are trained at once, from its base model's shapes."""
   module, shapes = _planned(model_folder(config))
   adaptation = adapt(config)(language_model_loss(module))
-  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  trainable = jax.eval_shape(lambda p: adaptation.init(jax.random.key(0), p, batch), shapes)
-  return trained_at_once(config.method, count_trained(trainable))
+  parameters = count_trained(trainable_shapes(adaptation, shapes))
+  return trained_at_once(config.method, parameters)
 
 
 def trained_at_once(method: str, parameters: int) -> int:

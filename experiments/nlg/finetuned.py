@@ -18,6 +18,7 @@ from experiments.harness.workdir import file_digest, read_finished
 from experiments.nlg.adapters import Format, RunAdapter, write_adapter
 from experiments.nlg.base import model_folder
 from experiments.nlg.config import FinetuneConfig
+from experiments.nlg.restore import trainable_shapes
 from experiments.nlg.text_files import (
   end_token_ids,
   exported_text_files,
@@ -26,7 +27,6 @@ from experiments.nlg.text_files import (
 )
 from experiments.nlg.user_data import Data, Text
 from lora_jax.adapters.delta import adapter_weights
-from lora_jax.data.batches import fill
 from lora_jax.decoding import CachedModel, SamplingConfig, generate
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
@@ -153,9 +153,7 @@ def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Fo
 
 def trained_tree(config: FinetuneConfig, model: LanguageModel) -> PyTree:
   """Returns the trained tree of a finished run; the base model's shapes are enough for LoRA."""
-  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  init = adapted_loss(config, model).init
-  shapes = jax.eval_shape(init, jax.random.key(0), model.params, batch)
+  shapes = trainable_shapes(adapted_loss(config, model), model.params)
   return restore_adapter(Path(config.workdir) / "adapter", shapes)
 
 

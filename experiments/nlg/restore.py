@@ -94,11 +94,37 @@ def load_adapter(config: E2EConfig, base: Base) -> PyTree:
   if not find_method(config.method).saves_adapter:
     raise ValueError(f"{config.workdir} is a run of {config.method}, which has no adapter")
   check_base(config.workdir, base.params)
-  return restore_adapter(Path(config.workdir) / "adapter", _initial(config, base)[1])
+  shapes = trainable_shapes(_adaptation(config, base), base.params)
+  return restore_adapter(Path(config.workdir) / "adapter", shapes)
+
+
+def trainable_shapes(adaptation: Adaptation, params: PyTree) -> PyTree:
+  """Returns the shapes of a method's trainable tree, with the shardings that `init` gives it.
+
+  Nothing is computed: some methods decompose every weight to initialize theirs.
+
+  Args:
+    adaptation: the method applied to the loss of a language model.
+    params: the base params, or their shapes.
+  """
+  shapes = jax.eval_shape(adaptation.init, jax.random.key(0), params, _smallest_batch())
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    lj.shardings(shapes, params),
+  )
 
 
 def _initial(config: E2EConfig, base: Base) -> tuple[Adaptation, PyTree]:
   """Returns a run's method, applied to the loss, and its initial trainable tree."""
-  adaptation = adapt(config)(language_model_loss(base.module))
-  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
-  return adaptation, adaptation.init(jax.random.key(0), base.params, batch)
+  adaptation = _adaptation(config, base)
+  return adaptation, adaptation.init(jax.random.key(0), base.params, _smallest_batch())
+
+
+def _adaptation(config: E2EConfig, base: Base) -> Adaptation:
+  """Returns a run's method, applied to the loss."""
+  return adapt(config)(language_model_loss(base.module))
+
+
+def _smallest_batch() -> PyTree:
+  return jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
