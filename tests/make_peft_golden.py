@@ -9,12 +9,12 @@ of the adapted model.
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 MODELS = Path(__file__).parent / "golden"
 GOLDEN = MODELS / "peft"
@@ -171,9 +171,37 @@ def make_adapter(base: str, settings: dict[str, Any], seed: int) -> Any:
   return model.eval()
 
 
-def main(names: Sequence[str]) -> None:
-  from safetensors.numpy import save_file
+def write_adapters(
+  folder: Path,
+  adapters: Mapping[str, tuple[str, str, dict[str, Any]]],
+  change: Callable[[Any, Any], Any],
+) -> None:
+  """Writes a file for each adapter: its tensors by PEFT's names, and the model's `logits`.
 
+  Args:
+    folder: of the files.
+    adapters: by name, the base model, the class of the adapter's config, and its settings.
+    change: takes a trained parameter and random numbers, and changes it.
+  """
+  import peft
+  import torch
+
+  folder.mkdir(exist_ok=True)
+  for name, (base, kind, settings) in adapters.items():
+    torch.manual_seed(0)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(base_model(base), config)
+    with torch.no_grad():
+      for parameter in model.parameters():
+        if parameter.requires_grad:
+          change(parameter, 0.3 * torch.randn(parameter.shape))
+    arrays = {n: x.numpy() for n, x in peft.get_peft_model_state_dict(model).items()}
+    file = folder / f"{name}.safetensors"
+    save_file(arrays | {"logits": logits(model.eval(), tokens_of(base))}, file)
+    file.chmod(0o644)
+
+
+def main(names: Sequence[str]) -> None:
   adapters = ADAPTERS | ENCODERS | DORA
   if unknown := [name for name in names if name not in adapters]:
     raise ValueError(f"no adapter is called {', '.join(unknown)}; expected {', '.join(adapters)}")

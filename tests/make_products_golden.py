@@ -6,7 +6,7 @@ tests/golden: the tensors by PEFT's names, and the adapted model's `logits`.
 
 from typing import Any
 
-from tests.make_peft_golden import MODELS, base_model, logits, tokens_of
+from tests.make_peft_golden import MODELS, write_adapters
 
 GOLDEN, BASE = MODELS / "products", "llama/llama_biased"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -23,23 +23,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-  import peft
-  import torch
-  from safetensors.numpy import save_file
-
-  GOLDEN.mkdir(exist_ok=True)
-  for name, (kind, settings) in ADAPTERS.items():
-    torch.manual_seed(0)
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=TARGETS, **settings)
-    model = peft.get_peft_model(base_model(BASE), config)
-    with torch.no_grad():
-      for parameter in model.parameters():
-        if parameter.requires_grad:
-          parameter.copy_(0.3 * torch.randn(parameter.shape))
-    arrays = {n: x.numpy() for n, x in peft.get_peft_model_state_dict(model).items()}
-    file = GOLDEN / f"{name}.safetensors"
-    save_file(arrays | {"logits": logits(model.eval(), tokens_of(BASE))}, file)
-    file.chmod(0o644)
+  adapters = {
+    name: (BASE, kind, {"target_modules": TARGETS, **settings})
+    for name, (kind, settings) in ADAPTERS.items()
+  }
+  write_adapters(GOLDEN, adapters, lambda parameter, drawn: parameter.copy_(drawn))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ for a small model of tests/golden: the tensors by PEFT's names, and the adapted 
 
 from typing import Any
 
-from tests.make_peft_golden import MODELS, base_model, logits, tokens_of
+from tests.make_peft_golden import MODELS, write_adapters
 
 GOLDEN = MODELS / "shared"
 TOKENS = [3, 17, 60]
@@ -31,23 +31,7 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def main() -> None:
-  import peft
-  import torch
-  from safetensors.numpy import save_file
-
-  GOLDEN.mkdir(exist_ok=True)
-  for name, (base, kind, settings) in ADAPTERS.items():
-    torch.manual_seed(0)
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(base_model(base), config)
-    with torch.no_grad():
-      for parameter in model.parameters():
-        if parameter.requires_grad:
-          parameter.add_(0.3 * torch.randn(parameter.shape))
-    arrays = {n: x.numpy() for n, x in peft.get_peft_model_state_dict(model).items()}
-    file = GOLDEN / f"{name}.safetensors"
-    save_file(arrays | {"logits": logits(model.eval(), tokens_of(base))}, file)
-    file.chmod(0o644)
+  write_adapters(GOLDEN, ADAPTERS, lambda parameter, drawn: parameter.add_(drawn))
 
 
 if __name__ == "__main__":
