@@ -68,15 +68,15 @@ def check_gradients(
   """Compares gradients derived by hand with central differences, element by element."""
   for name, gradient in gradients.items():
     array, step = getattr(p, name), 1e-5
-    found = np.zeros_like(array)
+    estimate = np.zeros_like(array)
     for index in np.ndindex(array.shape):
       losses = []
       for sign in (1, -1):
         changed = array.copy()
         changed[index] += sign * step
         losses.append(loss(SimpleNamespace(**{**vars(p), name: changed})))
-      found[index] = (losses[0] - losses[1]) / (2 * step)
-    error = np.max(np.abs(found - gradient)) / np.max(np.abs(gradient))
+      estimate[index] = (losses[0] - losses[1]) / (2 * step)
+    error = np.max(np.abs(estimate - gradient)) / np.max(np.abs(gradient))
     assert error < 1e-7, f"the gradient of {name} differs from central differences by {error:.2g}"
 
 
@@ -127,8 +127,8 @@ def add_layer(
     gradients["scale"] = gradients["scale"] + np.sum(direction * beta, axis=-2)
   check_gradients(lambda changed: float(np.sum(direction * output(changed))), arrays, gradients)
 
-  own = layer.output(x, out)
-  vector.add(case, x=x, w=w, out=own, direction=direction.reshape(own.shape))
+  layer_output = layer.output(x, out)
+  vector.add(case, x=x, w=w, out=layer_output, direction=direction.reshape(layer_output.shape))
   vector.add(case, merged=merged.reshape(shape), scaling=scaling)
   vector.add(case, **{f"p__{name}": array for name, array in p.items()})
   vector.add(case, **{f"grad__{name}": g.reshape(p[name].shape) for name, g in gradients.items()})
@@ -351,11 +351,11 @@ def lora_plus() -> Vector:
   for case, count in (("sgd", 1), ("adamw", 3)):
     for name, values in pair.items():
       gradients = [vector.normal(*values.shape) for _ in range(count)]
-      own = rate * (ratio if name == "lora_b" else 1.0)
+      array_rate = rate * (ratio if name == "lora_b" else 1.0)
       if case == "sgd":
-        after = steps.sgd(values, gradients, own)
+        after = steps.sgd(values, gradients, array_rate)
       else:
-        after = steps.adamw(values, gradients, own, 0.1, 1e-8)
+        after = steps.adamw(values, gradients, array_rate, 0.1, 1e-8)
       vector.add(case, **{name: values, f"gradients__{name}": gradients, f"out__{name}": after})
     vector.cases[case] = {"learning_rate": rate, "ratio": ratio, "steps": count}
   vector.cases["adamw"] |= {"weight_decay": 0.1, "epsilon": 1e-8}
@@ -369,12 +369,14 @@ def adalora() -> Vector:
     ("penalty", steps.penalty, steps.penalty_gradients),
     ("mean_norm", steps.mean_norm, steps.mean_norm_gradients),
   ):
-    found: Tensors = dict(zip(("lora_a", "lora_b"), gradients(a, b), strict=True))
+    penalty_gradients: Tensors = dict(zip(("lora_a", "lora_b"), gradients(a, b), strict=True))
     check_gradients(
-      lambda p, value=value: value(p.lora_a, p.lora_b), SimpleNamespace(lora_a=a, lora_b=b), found
+      lambda p, value=value: value(p.lora_a, p.lora_b),
+      SimpleNamespace(lora_a=a, lora_b=b),
+      penalty_gradients,
     )
     vector.add("penalty", **{"lora_a": a, "lora_b": b, f"out__{name}": value(a, b)})
-    vector.add("penalty", **{f"grad__{name}__{array}": g for array, g in found.items()})
+    vector.add("penalty", **{f"grad__{name}__{array}": g for array, g in penalty_gradients.items()})
   add_allocation(vector)
   vector.cases["penalty"] = {"penalty": "eq. 4", "mean_norm": "the authors' code and PEFT"}
   return vector
@@ -449,10 +451,10 @@ def eva() -> Vector:
     turned = mixed @ np.linalg.qr(vector.normal(width, width))[0] + vector.normal(width)
     activations[weight] = single(turned)
   for case in ("centered", "uncentered"):
-    found = {k: starts.principal(x, case == "centered") for k, x in activations.items()}
-    ranks = starts.redistributed([shares for _, shares in found.values()], rank, rho)
+    directions = {k: starts.principal(x, case == "centered") for k, x in activations.items()}
+    ranks = starts.redistributed([shares for _, shares in directions.values()], rank, rho)
     vector.add(case, out__ranks=ranks)
-    for (weight, (vectors, shares)), k in zip(found.items(), ranks, strict=True):
+    for (weight, (vectors, shares)), k in zip(directions.items(), ranks, strict=True):
       most = round(rho * rank)
       vector.add(case, **{f"out__{weight}__shares": shares[:most]})
       vector.add(case, **{f"out__{weight}__projection": vectors[:k].T @ vectors[:k]})

@@ -88,8 +88,8 @@ def principal(x: Array, centered: bool) -> tuple[Array, Array]:
 def redistributed(shares: list[Array], rank: int, rho: float) -> list[int]:
   """Gives rank * weights components to the largest shares, at most round(rho * rank) a weight."""
   most = round(rho * rank)
-  found = sorted(
+  ordered = sorted(
     ((share, i) for i, each in enumerate(shares) for share in each[:most]), reverse=True
   )
-  chosen = [i for _, i in found[: rank * len(shares)]]
+  chosen = [i for _, i in ordered[: rank * len(shares)]]
   return [chosen.count(i) for i in range(len(shares))]

@@ -113,9 +113,9 @@ def size_of(arm: str, base: str) -> Size:
 
   if not find_method(row.method).uses("lora.rank"):
     return Size(None, count(None), False, "its own size")
-  own = row.changes.get("lora.rank")
-  if isinstance(own, int):
-    return Size(own, count(own), False, "its own size")
+  rank = row.changes.get("lora.rank")
+  if isinstance(rank, int):
+    return Size(rank, count(rank), False, "its own size")
   wanted = count(RANK) if arm == CONTROL else size_of(CONTROL, base).parameters
   size = match_rank(count, wanted, TOLERANCE, first=RANK)
   return size if row.is_matched else size._replace(is_matched=False, reason="its own size")

@@ -165,8 +165,8 @@ def _seed_noise(
   )
   noise = np.zeros((resamples, len(scores)))
   for i, values in enumerate(scores):
-    own = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    larger = own / pooled if own > UNSTABLE * pooled > 0 else 1.0
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    larger = deviation / pooled if deviation > UNSTABLE * pooled > 0 else 1.0
     drawn = generator.choice(residuals, size=(resamples, len(values)))
     noise[:, i] = larger * drawn.mean(axis=1)
   return noise, df

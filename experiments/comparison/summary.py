@@ -134,12 +134,16 @@ def _table(base: str, records: Sequence[Record]) -> Table:
   for arm, row in rows.items():
     row.verdict = reasons.get(arm, "")
     if arm in differences:
-      found = differences[arm]
-      row.verdict = found.verdict(MARGIN)
-      row.difference, row.low, row.high = found.difference, found.low, found.high
+      by_loss = differences[arm]
+      row.verdict = by_loss.verdict(MARGIN)
+      row.difference, row.low, row.high = by_loss.difference, by_loss.low, by_loss.high
     if arm in bleu:
-      found = bleu[arm]
-      row.bleu_difference, row.bleu_low, row.bleu_high = found.difference, found.low, found.high
+      by_bleu = bleu[arm]
+      row.bleu_difference, row.bleu_low, row.bleu_high = (
+        by_bleu.difference,
+        by_bleu.low,
+        by_bleu.high,
+      )
   order = sorted(rows, key=lambda arm: (arm != CONTROL, _or_infinite(rows[arm].loss)))
   return Table(
     base,

@@ -103,13 +103,13 @@ def check_biases(
         f"{bias.path} is not only added to the output of {path}, with which it would be scaled: it "
         f"is {misuse}. {_remedy(path)}"
       )
-  leaves, found = array_leaves(params), {bias.path for bias in biases.values()}
+  leaves, bias_paths = array_leaves(params), {bias.path for bias in biases.values()}
   for path in targets.keys() - biases.keys():
     variant = targets[path].variant
     if variant is None or variant.bias is None or path in variant.bias.paths:
       continue
     for other in _near(path, leaves, targets):
-      if other not in found and _fits(leaves[other][1], sites[path]):
+      if other not in bias_paths and _fits(leaves[other][1], sites[path]):
         raise ValueError(
           f"{other} may be the bias of {path}, and would have to be scaled with it. {_remedy(path)}"
         )

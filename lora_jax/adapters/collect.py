@@ -181,13 +181,13 @@ def _moments(
   def gradients(params: PyTree, batch: Any) -> dict[str, tuple[Array, ...]]:
     probes = {path: _probes(site) for path, site in sites.items()}
     with jax.default_matmul_precision("float32"):
-      found = jax.grad(total)(probes, params, batch)
+      sums_by_path = jax.grad(total)(probes, params, batch)
     return {
       path: tuple(
         place(
           array, array_sharding(leaf_sharding(site.leaf), "batch in rank", site.axes, site.layers)
         )
-        for array in found[path]
+        for array in sums_by_path[path]
       )
       for path, site in sites.items()
     }
@@ -259,9 +259,9 @@ def _gradients(
   def gradients(params: PyTree, batch: Any) -> dict[str, Array]:
     leaves = dict(weights_with_path(params))
     weights = {path: _dequantized(leaves[path]) for path in sites}
-    found = jax.grad(loss)(weights, params, batch)
+    by_path = jax.grad(loss)(weights, params, batch)
     return {
-      path: place(found[path].astype(jnp.float32), leaf_sharding(site.leaf))
+      path: place(by_path[path].astype(jnp.float32), leaf_sharding(site.leaf))
       for path, site in sites.items()
     }
 

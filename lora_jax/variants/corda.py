@@ -80,7 +80,7 @@ def corda_config(
       u, values, v = some(terms, which)
       return balanced(site, (jnp.linalg.solve(c, u), values, v))
 
-  found = collect(
+  by_path = collect(
     fn,
     config,
     params,
@@ -90,7 +90,7 @@ def corda_config(
     summarize=factors,
     opaque=opaque,
   )
-  return dataclasses.replace(config, variant=from_data("CorDA", "corda_config", found))
+  return dataclasses.replace(config, variant=from_data("CorDA", "corda_config", by_path))
 
 
 def _normalized(second: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:

@@ -99,7 +99,7 @@ def eva_config(
     count = min(round(rho * site.rank), *site.axes.counts(site.shape))
     return Directions(*_principal(moments.covariance(), count))
 
-  found = collect(
+  candidates = collect(
     fn,
     config,
     params,
@@ -109,7 +109,7 @@ def eva_config(
     summarize=directions,
     opaque=opaque,
   )
-  ranks = redistributed({path: target.rank for path, target in targets.items()}, found)
+  ranks = redistributed({path: target.rank for path, target in targets.items()}, candidates)
   rules = []
   for path, target in targets.items():
     if ranks[path]:
@@ -119,7 +119,7 @@ def eva_config(
         if field.name not in ("pattern", "rank", "alpha", "init")
       }
       alpha = target.alpha * ranks[path] / target.rank
-      rules.append(LoraRule(re.escape(path), ranks[path], alpha, found[path], **settings))
+      rules.append(LoraRule(re.escape(path), ranks[path], alpha, candidates[path], **settings))
   return dataclasses.replace(
     config, target=[rule.pattern for rule in rules], rules=rules, layers=None
   )
@@ -135,20 +135,20 @@ def _principal(
   return jnp.flip(vectors, -1).mT[..., :count, :], first / total[..., None]
 
 
-def redistributed(ranks: Mapping[str, int], found: Mapping[str, Directions]) -> dict[str, int]:
+def redistributed(ranks: Mapping[str, int], candidates: Mapping[str, Directions]) -> dict[str, int]:
   """Returns the ranks by explained variance; their sum over all matrices is at most the old one.
 
   It is equal unless stacks of different sizes are adapted.
 
   Args:
     ranks: by path.
-    found: the candidates, at most that many for a weight.
+    candidates: the directions, at most that many for a weight.
   """
-  sizes = {path: math.prod(d.shares.shape[:-1]) for path, d in found.items()}
+  sizes = {path: math.prod(d.shares.shape[:-1]) for path, d in candidates.items()}
   budget = sum(sizes[path] * rank for path, rank in ranks.items())
   shares = {
     path: jnp.mean(d.shares.reshape(-1, d.shares.shape[-1]), 0).tolist()
-    for path, d in found.items()
+    for path, d in candidates.items()
   }
   order = sorted(((-share, path) for path in shares for share in shares[path]), key=lambda x: x[0])
   result = dict.fromkeys(ranks, 0)

@@ -101,7 +101,7 @@ def lora_ga_config(
       return as_factors(site, a, values[..., second, None] * b)
     return as_factors(site, c * a, b)
 
-  found = collect(
+  by_path = collect(
     fn,
     config,
     params,
@@ -111,4 +111,4 @@ def lora_ga_config(
     summarize=factors,
     opaque=opaque,
   )
-  return dataclasses.replace(config, variant=from_data("LoRA-GA", "lora_ga_config", found))
+  return dataclasses.replace(config, variant=from_data("LoRA-GA", "lora_ga_config", by_path))
