@@ -16,7 +16,7 @@ import pytest
 import lora_jax as lj
 
 from tests import toy_variants as toys
-from tests.jaxprs import count_of_sizes
+from tests.jaxprs import count_of_sizes, equations
 from tests.paths import ROOT
 from tests.toy_models import make_params, relative_difference, scanned, tokens, unrolled
 
@@ -341,6 +341,20 @@ def test_layers_without_an_adapter_are_not_copied():
   copied = jax.make_jaxpr(lambda w: jnp.take(w, jnp.array([0, 2]), axis=0))
   stack = params["blocks"]["attn"]["query"]["kernel"]
   assert count_of_sizes(copied(stack), {2 * 24 * 24}) > 0  # the count can tell
+
+
+@pytest.mark.parametrize(("fn", "uses"), [(dense, 1), (jax.checkpoint(dense), 2)])
+def test_the_norm_reads_the_weight_once_and_by_matmuls(fn, uses):
+  params, x = example()
+  dora = lj.dora(fn, CONFIG)
+  trainable = dora.init(KEY, params, x)
+  loss = jax.grad(lambda trainable: jnp.sum(dora.apply(params, trainable, x)))
+  dots = [
+    e for e in equations(jax.make_jaxpr(loss)(trainable)) if e.primitive.name == "dot_general"
+  ]
+  reads = [dot for dot in dots if (8, 6) in [operand.aval.shape for operand in dot.invars]]
+  assert len(reads) == uses + 1  # of the layer, and of the norm
+  assert all(dot.params["dimension_numbers"][1] == ((), ()) for dot in dots)  # XLA is slow at these
 
 
 def test_dora_of_a_config_of_another_variant():
