@@ -34,16 +34,12 @@ import lora_jax as lj
 from benchmarks.memory import finish, measure, wait_for_start
 from experiments.configs.gpt2_pretrain import get_config
 from experiments.harness.config import read_config
+from experiments.harness.flops import matmul_flops
 from experiments.harness.launch import apply
 from experiments.harness.optimizer import make_optimizer
 from experiments.nlg.base import random_params
 from experiments.nlg.config import PretrainConfig
-from experiments.nlg.pretraining import (
-  END_OF_TEXT_ID,
-  flops_per_token,
-  matmul_gflops,
-  pretrained_config,
-)
+from experiments.nlg.pretraining import END_OF_TEXT_ID, flops_per_token, pretrained_config
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.model import GPT2
 from lora_jax.training.allocator import keep_freed_memory
@@ -80,7 +76,7 @@ def run(way: str, rows: int, steps: int) -> None:
   placed = place_batch(mesh, batch, parts)
   step: Any = make_train_step(loss, optimizer, state, parts)
   step = step.lower(state, frozen, placed).compile()
-  matmul = matmul_gflops()
+  matmul = matmul_flops() / 1e9
   wait_for_start()
   seconds = []
   for _ in range(steps + 1):

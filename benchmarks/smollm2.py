@@ -42,10 +42,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import decode, e2e_epoch
+from experiments.harness.flops import matmul_flops
 from lora_jax.data import batches, text
 from lora_jax.data.sets import e2e
 from lora_jax.decoding import BeamConfig, CachedModel, SamplingConfig, from_linen, generate
@@ -92,15 +92,6 @@ def timed(call: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
   wall, cpu = time.perf_counter(), time.process_time()
   result = call()
   return (time.perf_counter() - wall, time.process_time() - cpu), result
-
-
-def matmul_flops(size: int = 2048) -> float:
-  """Returns the floating-point operations per second of a matmul, the best of several."""
-  x = jnp.ones((size, size))
-  multiply = jax.jit(jnp.matmul)
-  multiply(x, x).block_until_ready()
-  seconds = min(timed(lambda: multiply(x, x).block_until_ready())[0][0] for _ in range(10))
-  return 2 * size**3 / seconds
 
 
 # ---- a step ----------------------------------------------------------------------------

@@ -58,10 +58,10 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +73,7 @@ import optax
 from jaxtyping import PyTree
 
 import lora_jax
+from experiments.harness.flops import compiled_flops
 
 ALPHA = 32.0
 HEAD_WIDTH = 64
@@ -278,70 +279,6 @@ def jaxpr_flops(jaxpr: Any) -> float:
       inner = value if isinstance(value, tuple | list) else [value]
       total += times * sum(jaxpr_flops(item) for item in inner if hasattr(item, "eqns"))
   return total
-
-
-NAME = r"%?([\w.$-]+)"
-COMPUTATION = re.compile(rf"^(ENTRY )?{NAME} \(.*\{{$")
-INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = \(?\w+\[([\d,]*)\]")
-MATMUL = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$-]+)")
-CONTRACTED = re.compile(r"lhs_contracting_dim\w*\"?[=:][{\[]([\d,\"]*)[}\]]")
-CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={NAME}|branch_computations=\{{([^}}]*)\}}")
-TRIPS = re.compile(r"known_trip_count\":\{\"n\":\"(\d+)\"")
-
-
-def compiled_flops(text: str) -> float:
-  """Returns the operations in the matmuls of an optimized HLO module's text.
-
-  XLA's own `cost_analysis` counts a loop's body once, however often it runs, so that the scanned
-  form would seem almost free. The optimized module is the program that runs: dead and merged
-  matmuls are gone, and each loop has a `known_trip_count`, by which the matmuls in its body are
-  multiplied here. A matmul is a `dot`, also inside a fusion, or on GPUs a library call, which names
-  its contracted dimensions too.
-  """
-  direct: dict[str, float] = {}
-  calls: dict[str, list[tuple[str, float]]] = {}
-  entry, name = "", ""
-  shapes: dict[str, list[int]] = {}
-  for line in text.splitlines():
-    if header := COMPUTATION.match(line):
-      name, shapes = header[2], {}
-      direct[name], calls[name] = 0.0, []
-      entry = name if header[1] else entry
-    if instruction := INSTRUCTION.match(line):
-      shapes[instruction[1]] = _numbers(instruction[2])
-      direct[name] += _matmul_flops(line, shapes, shapes[instruction[1]])
-    calls.setdefault(name, []).extend(_called(line))
-
-  def total(name: str) -> float:
-    inner = [(total(inner), times) for inner, times in calls[name]]
-    return direct[name] + sum(flops * times for flops, times in inner if flops)
-
-  flops = total(entry)
-  if math.isnan(flops):
-    raise ValueError("a loop with matmuls has no known trip count")
-  return flops
-
-
-def _matmul_flops(line: str, shapes: Mapping[str, list[int]], shape: list[int]) -> float:
-  matmul, contracted = MATMUL.search(line), CONTRACTED.search(line)
-  if not matmul or not contracted:
-    return 0.0
-  operand = shapes[matmul[1]]
-  return 2.0 * math.prod(shape) * math.prod(operand[d] for d in _numbers(contracted[1]))
-
-
-def _called(line: str) -> list[tuple[str, float]]:
-  """Returns the computations that an instruction calls and how often (NaN if unknown)."""
-  trips = TRIPS.search(line)
-  times = float(trips[1]) if trips else math.nan if " while(" in line else 1.0
-  names = []
-  for called in CALLED.finditer(line):
-    names += [called[1]] if called[1] else re.findall(NAME, called[2])
-  return [(name, times) for name in names]
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(number) for number in re.findall(r"\d+", text)]
 
 
 # ---- measurements ----------------------------------------------------------------------
@@ -553,13 +490,13 @@ def work(options: argparse.Namespace) -> None:
     print(json.dumps(next(answers)), flush=True)
 
 
-def start_worker(checkout: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
-  """Starts this file in a process that imports `lora_jax` from a checkout."""
+def start_worker(package: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
+  """Starts this file in a process that imports `lora_jax` from a folder, all else from here."""
   choices = json.dumps({**vars(options), "against": None})
   environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", **os.environ}  # two share a GPU
   return subprocess.Popen(
     [sys.executable, "-P", __file__, "--worker", choices],  # -P: without this file's folder
-    env=environment | {"PYTHONPATH": str(checkout)},
+    env=environment | {"PYTHONPATH": f"{package}{os.pathsep}{HERE}"},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
@@ -612,7 +549,11 @@ def compare(options: argparse.Namespace) -> dict[str, Pair]:
   checkouts = (options.against.resolve(), HERE)
   results = {}
   with contextlib.ExitStack() as stack:
-    workers = [stack.enter_context(start_worker(path, options)) for path in checkouts]
+    workers = []
+    for checkout in checkouts:
+      folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+      (folder / "lora_jax").symlink_to(checkout / "lora_jax")
+      workers.append(stack.enter_context(start_worker(folder, options)))
 
     def take(word: str, turns: int = 1) -> list[list[dict[str, Any]]]:
       return [[ask(worker, word) for worker in workers] for _ in range(turns)]

@@ -25,6 +25,7 @@ import lora_jax as lj
 from experiments.configs.gpt2_pretrain import get_config
 from experiments.harness.config import check_attention, flat, read_config
 from experiments.harness.fit import fit_run, initialize
+from experiments.harness.flops import matmul_flops
 from experiments.harness.launch import launch
 from experiments.harness.methods import METHODS
 from experiments.harness.workdir import check_same, provenance, run_once, write_json
@@ -35,7 +36,6 @@ from experiments.nlg.pretraining import (
   PRETRAINING,
   Text,
   flops_per_token,
-  matmul_gflops,
   model_card,
   prepare,
   pretrained_config,
@@ -116,7 +116,7 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
     / (text.held_out_bytes * math.log(2)),
     "tokens_per_second": tokens_per_second,
     "gflops": tokens_per_second * flops_per_token(model, config.data.row_length) / 1e9,
-    "matmul_gflops": matmul_gflops(),
+    "matmul_gflops": matmul_flops() / 1e9,
     "seconds": time.perf_counter() - start,
     **provenance(),
   }

@@ -66,6 +66,16 @@ def test_imports_point_downwards(path):
       assert FLOOR[other] <= FLOOR[part], f"{part} imports {other}"
 
 
+@pytest.mark.parametrize(
+  ("package", "users"),
+  [("lora_jax", ("experiments", "benchmarks", "tests")), ("experiments", ("benchmarks", "tests"))],
+)
+def test_nothing_imports_its_users(package, users):
+  for path in modules(package):
+    names = [full for user in users for _, full in imported(path, user)]
+    assert not names, f"{relative(path)} imports {names}"
+
+
 def test_every_part_has_its_place():
   parts = {part_of(path, "lora_jax") for path in modules("lora_jax")}
   assert parts | {"assets"} == {*FLOOR, *INDEPENDENT}  # which has no module

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from benchmarks.transform import compiled_flops
 from experiments.configs import Config
 from experiments.harness.config import read_config
 from experiments.harness.fit import initialize
+from experiments.harness.flops import compiled_flops
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.optimizer import run_optimizer
 from experiments.nlg.base import Base, load_base

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness.workdir import file_digest, write_json
@@ -89,18 +88,6 @@ def flops_per_token(model: GPT2Config, row_length: int) -> float:
   dense = model.num_layers * layer + model.vocab_size * model.embed_dim
   attention = 2 * model.num_layers * row_length * model.embed_dim  # Q K^T and P V, unmasked
   return 3 * 2 * (dense + attention)
-
-
-def matmul_gflops(size: int = 2048, repeats: int = 5) -> float:
-  """Returns the GFLOP/s of a square float32 matmul, the best of several repeats."""
-  x = jnp.ones((size, size))
-  matmul = jax.jit(jnp.matmul)
-  seconds = []
-  for _ in range(repeats + 1):
-    start = time.perf_counter()
-    jax.block_until_ready(matmul(x, x))
-    seconds.append(time.perf_counter() - start)
-  return 2 * size**3 / min(seconds) / 1e9
 
 
 def model_card(
