@@ -15,6 +15,9 @@
 The last three are defined after the Penn Treebank tokenizer, a Java program, without punctuation.
 Where Java or a package is missing, their cells are None and `NlgScores.missing` says why.
 `slots.py` counts the slot errors of E2E texts.
+
+Two modules measure weights instead of texts: `curvature.py` the largest eigenvalue of a loss's
+Hessian, `spectra.py` the singular vectors that training changes. They are imported by their names.
 """
 
 from lora_jax.metrics.bootstrap import Difference as Difference
