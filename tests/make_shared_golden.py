@@ -1,7 +1,8 @@
 """Makes tests/golden/shared with PEFT: python -m tests.make_shared_golden
 
-Each file is an adapter with random weights of VeRA, (IA)^3, trainable tokens or LayerNorm tuning,
-for a small model of tests/golden: the tensors by PEFT's names, and the adapted model's `logits`.
+Each file is an adapter with random weights of VeRA, RandLoRA, Uni-LoRA, TinyLoRA, (IA)^3, trainable
+tokens or LayerNorm tuning, for a small model of tests/golden: the tensors by PEFT's names, and the
+adapted model's `logits`.
 """
 
 from typing import Any
@@ -15,6 +16,26 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama/llama_biased",
     "VeraConfig",
     {"r": 12, "target_modules": ["q_proj", "v_proj", "down_proj"], "save_projection": True},
+  ),
+  "randlora": (
+    "llama/llama_biased",
+    "RandLoraConfig",
+    {"r": 8, "randlora_alpha": 2, "target_modules": ["q_proj", "down_proj"]},
+  ),
+  "unilora": (
+    "llama/llama_biased",
+    "UniLoraConfig",
+    {
+      "r": 3,
+      "theta_d_length": 40,
+      "target_modules": ["q_proj", "v_proj", "down_proj"],
+      "save_indices": True,
+    },
+  ),
+  "tinylora": (
+    "llama/llama_biased",
+    "TinyLoraConfig",
+    {"r": 3, "u": 5, "weight_tying": 1.0, "target_modules": ["q_proj", "v_proj", "down_proj"]},
   ),
   "ia3": (
     "llama/llama_biased",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.adapt import adapt_by
@@ -40,6 +40,12 @@ def sizes(site: Site) -> Mapping[str, int]:
   return {"rank2": site.rank}
 
 
+def singular_factors(site: Site) -> tuple[Float[Array, "*a"], Float[Array, "*b"]]:
+  """Returns A = U S and B = V^T of the first rank terms of W's decomposition U S V^T."""
+  u, values, v = some(svd(matrices(site)), slice(site.rank))
+  return as_factors(site, u * values[..., None, :], v)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Start:
   """A and B of the weight, and R ~ N(0, stddev^2); a value, so that configs are compared."""
@@ -47,8 +53,7 @@ class _Start:
   stddev: float
 
   def __call__(self, key: PRNGKeyArray, site: Site) -> dict[str, jax.Array]:
-    u, values, v = some(svd(matrices(site)), slice(site.rank))
-    a, b = as_factors(site, u * values[..., None, :], v)
+    a, b = singular_factors(site)
     shape = site.array_shape(ARRAYS["lora_r"], **sizes(site))
     return {"lora_a": a, "lora_r": self.stddev * jax.random.normal(key, shape), "lora_b": b}
 

@@ -21,6 +21,9 @@ VARIANTS = {
   "dora": lj.DORA,
   "qa_lora": lj.qa_lora_variant(2),
   "vera": lj.VERA,
+  "rand_lora": lj.RAND_LORA,
+  "uni_lora": lj.uni_lora_variant(8),
+  "tiny_lora": lj.tiny_lora_variant(5),
   "ia3": lj.IA3,
   "ia3_feedforward": lj.IA3_FEEDFORWARD,
   "trainable_tokens": lj.trainable_tokens_variant((0, 1, 2)),
@@ -39,8 +42,12 @@ VARIANTS = {
   "miss_bat": lj.MISS_BAT,
   "miss_mini": lj.miss_mini_variant(1),
 }
-FORMS_W = {"hira", "lokr_whole", "lokr_both", "miss_bat"}  # arrays of the weight's size, on purpose
-NOT_THE_BASE = {"lora_xs": "R is drawn from N(0, 1e-5^2)"}  # at step 0, to the bit
+FORMS_W = {"hira", "lokr_whole", "lokr_both", "miss_bat", "rand_lora"}
+"""Those that have arrays of the weight's size, on purpose."""
+NOT_THE_BASE = {  # at step 0, to the bit
+  "lora_xs": "R is drawn from N(0, 1e-5^2)",
+  "uni_lora": "theta is drawn from U(-0.02, 0.02)",
+}
 TOYS = {  # equations that use more of the engine; a few kinds show it
   "gain_out": toys.GAIN_OUT,
   "scaled": toys.SCALED_VARIANT,
@@ -66,6 +73,9 @@ FEW_OF = {  # where the equation uses no more of the engine than others do
   "qa_lora": FEW | {SCANNED},
   "hadamard": FEW | {SCANNED},
   "vera": FEW | {SCANNED},
+  "rand_lora": {SCANNED},
+  "uni_lora": FEW | {"mesh: shard_map, weight split over its inputs"},
+  "tiny_lora": {SCANNED},
   "ia3": FEW,
   "ia3_feedforward": set(),
   "trainable_tokens": {"plain: w[ids], out of bounds filled, clipped, promised"},
