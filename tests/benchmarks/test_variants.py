@@ -1,0 +1,26 @@
+"""The benchmark of the methods' steps prints a row for each, and covers every method."""
+
+import pytest
+
+from benchmarks import variants
+from experiments.harness.methods import METHODS
+
+
+def test_it_has_every_method_that_trains_on_floats():
+  left_out = {name for name, method in METHODS.items() if method.trains} - set(variants.ALL)
+  assert left_out <= {"qa_lora", "loftq", "head_only"}
+
+
+@pytest.mark.long
+def test_the_table_has_ratios_to_lora(monkeypatch, capsys):
+  monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)  # it is for whole processes
+  flags = ["--model=tiny", "--batch=2", "--length=16", "--turns=2"]
+  variants.main([*flags, "--only", "dora", "full_finetuning"])
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+  head, _, lora, dora, full = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+  assert head == variants.HEADS
+  assert [row[0] for row in (lora, dora, full)] == ["LoRA", "DoRA", "full fine-tuning"]
+  assert {lora[i] for i, name in enumerate(head) if name == "x"} == {"1.000", "1.00"}
+  assert 1.0 < float(dora[3]) < float(full[3])  # operations
+  assert float(full[1]) > float(dora[1]) > float(lora[1])  # trained parameters
+  assert float(full[-1]) > 1.5  # memory
