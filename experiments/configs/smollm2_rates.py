@@ -4,8 +4,9 @@
     python -m experiments.report runs/smollm2/rates/*
 
 Four learning rates for every method, half a decade apart, one epoch, with a seed that no table
-reports. If the best rate is the smallest or largest, add one beyond it to `RATES`. `BEST` has the
-rates for smollm2_finals.py, smollm2_served.py and gpu_queue.py; None marks those not run yet.
+reports. If the best rate is the smallest or largest, move the method's rates by half a decade.
+`BEST` has the rates for smollm2_finals.py, smollm2_served.py and gpu_queue.py; None marks those
+not run yet.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ ARMS: dict[str, Changes] = {  # the most useful first
   "LoRA, rank 4": {"lora.rank": 4},
   "DoRA, rank 16": {"method": "dora", "lora.rank": 16},
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = dict.fromkeys(ARMS, HIGH) | {"full": LOW}
 BEST: dict[str, float | None] = dict.fromkeys(ARMS)  # not run yet
 SEED = 0
 
@@ -42,8 +44,8 @@ def get_config() -> Config:
 def sweep(config: Config) -> Iterator[Changes]:
   """Yields the changed fields of each run."""
   read_config(E2EConfig, config)
-  for changes in ARMS.values():
-    for rate in RATES:
+  for arm, changes in ARMS.items():
+    for rate in RATES[arm]:
       yield {**changes, "optimizer.learning_rate": rate}
 
 
