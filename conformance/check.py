@@ -2,8 +2,8 @@
 
 from conformance.check import disagreements, read
 tensors, metadata = read("conformance/vectors/lora.safetensors")
-outputs = {"matmul/out": ..., "matmul/merged": ..., "matmul/grad/lora_a": ...}
-for line in disagreements(tensors, outputs): print(line)
+outputs = {"matmul/out": ..., "matmul/merged": ..., "matmul/grad/lora_a": ..., ...}
+for line in disagreements(tensors, outputs, only="matmul/"): print(line)
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,9 @@ import numpy as np
 
 from conformance.files import read as read_file
 
+RESULTS = ("out", "grad", "merged", "merged_bias", "start")
+"""What follows the case's name in the name of a result: `CASE/out`, `CASE/grad/NAME`."""
+
 TOLERANCE = 1e-5
 """For float32: the largest difference, as a share of the largest expected magnitude."""
 
@@ -23,11 +26,32 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   return read_file(Path(path))
 
 
+def results_of(expected: Mapping[str, np.ndarray], only: str | tuple[str, ...] = "") -> list[str]:
+  """Returns the names of a vector's results; its other arrays are given.
+
+  Args:
+    expected: a vector.
+    only: the first letters of names, one or several; "" is all.
+  """
+  return [name for name in expected if name.split("/")[1] in RESULTS and name.startswith(only)]
+
+
 def disagreements(
-  expected: Mapping[str, np.ndarray], outputs: Mapping[str, Any], tolerance: float = TOLERANCE
+  expected: Mapping[str, np.ndarray],
+  outputs: Mapping[str, Any],
+  tolerance: float = TOLERANCE,
+  only: str | tuple[str, ...] = "",
 ) -> list[str]:
-  """Returns one line for each output that differs, has another shape, or is not in the vector."""
-  lines = []
+  """Returns one line for each result that is missing, differs, has another shape or is unknown.
+
+  Args:
+    expected: a vector.
+    outputs: an implementation's, by the vector's names.
+    tolerance: the largest difference, as a share of the largest expected magnitude.
+    only: the results that may not be missing, by the first letters of their names: `"matmul/"`, if
+      an implementation has no other layers. "" is all.
+  """
+  lines = [f"{name} is missing" for name in results_of(expected, only) if name not in outputs]
   for name, output in outputs.items():
     got = np.asarray(output)
     if name not in expected:

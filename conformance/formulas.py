@@ -196,70 +196,40 @@ LORA_GA = PISSA._replace(
 )
 
 
-# ---- LoRA-XS ---------------------------------------------------------------------------------
-
-
-def lora_xs_output(x: Array, w: Array, p: Arrays, s: float, held: Any = None) -> Array:
-  return x @ w + s * x @ p.lora_a @ p.core @ p.lora_b
-
-
-def lora_xs_weight(w: Array, p: Arrays, s: float) -> Array:
-  return w + s * p.lora_a @ p.core @ p.lora_b
-
-
-LORA_XS = Formula(
-  "h = x W + s x A R B, A = U_r S_r, B = V_r^T, W = U S V^T",
-  "Bałazy et al. 2024, arXiv 2405.17604, sec. 3",
-  {"lora_a": "batch in rank", "core": "batch rank rank2", "lora_b": "batch rank2 out"},
-  lora_xs_output,
-  lora_xs_weight,
-  lambda w, p, s, g: {"core": s * T(p.lora_a) @ g @ T(p.lora_b)},
-  frozen=("lora_a", "lora_b"),
+CORDA = PISSA._replace(
+  equation=(
+    "W' = (W - s A0 B0) + s A B, C W = U S V^T, A0 = C^-1 U_r sqrt(S_r / s), "
+    "B0 = sqrt(S_r / s) V_r^T; C = X^T X over the mean of its diagonal + 0.01 I"
+  ),
+  source="Yang et al. 2024, arXiv 2406.05223, sec. 3; the damping is PEFT's (tuners/lora/corda.py)",
 )
 
 
-# ---- VeRA ------------------------------------------------------------------------------------
+# ---- DyLoRA ----------------------------------------------------------------------------------
 
 
-def shared_pair(w: Array, p: Arrays) -> tuple[Array, Array]:
-  """Returns the parts of the shared A and B that a weight uses: its first inputs and outputs."""
-  return p.shared_a[: w.shape[-2]], p.shared_b[:, : w.shape[-1]]
+def dylora(b: int) -> Formula:
+  """Returns LoRA truncated to its first b components."""
 
+  def first(p: Arrays) -> Arrays:
+    return Arrays(lora_a=p.lora_a[..., :b], lora_b=p.lora_b[..., :b, :])
 
-def vera_output(x: Array, w: Array, p: Arrays, s: float, held: Any = None) -> Array:
-  a, b = shared_pair(w, p)
-  h = (x @ a) * p.lambda_d[..., None, :]
-  return x @ w + s * (h @ b) * p.lambda_b[..., None, :]
+  def scaling(p: Arrays, s: float) -> float:
+    return s * p.lora_a.shape[-1] / b  # alpha / b
 
+  def gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Array]:
+    whole = {name: np.zeros_like(array) for name, array in vars(p).items()}
+    part = lora_gradients(w, first(p), scaling(p, s), g)
+    whole["lora_a"][..., :b], whole["lora_b"][..., :b, :] = part["lora_a"], part["lora_b"]
+    return whole
 
-def vera_weight(w: Array, p: Arrays, s: float) -> Array:
-  a, b = shared_pair(w, p)
-  return w + s * (a * p.lambda_d[..., None, :]) @ (b * p.lambda_b[..., None, :])
-
-
-def vera_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Array]:
-  a, b = shared_pair(w, p)
-  down, up = a * p.lambda_d[..., None, :], b * p.lambda_b[..., None, :]
-  return {
-    "lambda_d": s * np.sum(a * (g @ T(up)), axis=-2),
-    "lambda_b": s * np.sum(b * (T(down) @ g), axis=-2),
-  }
-
-
-VERA = Formula(
-  "h = x W + s ((x A) * d) B * b, A and B random and shared by all weights",
-  "Kopiczko et al. 2023, arXiv 2310.11454, eq. 2",
-  {
-    "shared_a": "most_in rank",
-    "shared_b": "rank most_out",
-    "lambda_d": "batch rank",
-    "lambda_b": "batch out",
-  },
-  vera_output,
-  vera_weight,
-  vera_gradients,
-  frozen=("shared_a", "shared_b"),
-)
+  return LORA._replace(
+    equation="h = x W + (alpha / b) (x A[:, :b]) B[:b] in a step of rank b",
+    source="Valipour et al. 2022, arXiv 2210.07558, sec. 4",
+    output=lambda x, w, p, s, held=None: lora_output(x, w, first(p), scaling(p, s)),
+    weight=lambda w, p, s: lora_weight(w, first(p), scaling(p, s)),
+    gradients=gradients,
+  )
 
 
 # ---- AdaLoRA ---------------------------------------------------------------------------------
@@ -289,143 +259,6 @@ ADALORA = Formula(
   adalora_output,
   adalora_weight,
   adalora_gradients,
-)
-
-
-# ---- HiRA ------------------------------------------------------------------------------------
-
-
-def hira_weight(w: Array, p: Arrays, s: float) -> Array:
-  return w + s * w * (p.lora_a @ p.lora_b)
-
-
-HIRA = Formula(
-  "W' = W + s W * (A B)",
-  "Huang et al. 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, ICLR, sec. 3",
-  LORA_ARRAYS,
-  merged_output(hira_weight),
-  hira_weight,
-  lambda w, p, s, g: lora_gradients(w, p, s, g * w),
-)
-
-
-# ---- LoHa ------------------------------------------------------------------------------------
-
-
-def loha_weight(w: Array, p: Arrays, s: float) -> Array:
-  return w + s * (p.a1 @ p.b1) * (p.a2 @ p.b2)
-
-
-def loha_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Array]:
-  first, second = s * g * (p.a2 @ p.b2), s * g * (p.a1 @ p.b1)
-  return {
-    "a1": first @ T(p.b1),
-    "b1": T(p.a1) @ first,
-    "a2": second @ T(p.b2),
-    "b2": T(p.a2) @ second,
-  }
-
-
-LOHA = Formula(
-  "W' = W + s (A1 B1) * (A2 B2)",
-  "Hyeon-Woo et al. 2021, arXiv 2108.06098, sec. 2.2; Yeh et al. 2023, arXiv 2309.14859, sec. 4",
-  {
-    "a1": "batch in rank",
-    "b1": "batch rank out",
-    "a2": "batch in rank",
-    "b2": "batch rank out",
-  },
-  merged_output(loha_weight),
-  loha_weight,
-  loha_gradients,
-)
-
-
-# ---- LoKr ------------------------------------------------------------------------------------
-
-
-def lokr_factors(p: Arrays) -> tuple[Array, Array]:
-  """Returns (in1, out1) and (..., in2, out2), the second with the window of a convolution."""
-  w1 = p.w1 if hasattr(p, "w1") else p.w1_a @ p.w1_b
-  return w1, p.w2 if hasattr(p, "w2") else p.w2_a @ p.w2_b
-
-
-def kron(w1: Array, w2: Array) -> Array:
-  """Returns the Kronecker product over the last two axes; further axes of w2 are kept in front."""
-  product = np.einsum("...ab,...cd->...acbd", w1, w2)
-  *front, a, c, b, d = product.shape
-  return product.reshape(*front, a * c, b * d)
-
-
-def lokr_weight(w: Array, p: Arrays, s: float) -> Array:
-  return w + s * kron(*lokr_factors(p)).reshape(w.shape)
-
-
-def lokr_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Array]:
-  w1, w2 = lokr_factors(p)
-  (a, b), (c, d) = w1.shape[-2:], w2.shape[-2:]
-  g = s * g.reshape(*w2.shape[:-2], a, c, b, d)
-  g1, g2 = np.einsum("...acbd,...cd->...ab", g, w2), np.einsum("...acbd,...ab->...cd", g, w1)
-  g1 = g1.reshape(-1, *w1.shape).sum(0)  # over the window of a convolution
-  first = {"w1": g1} if hasattr(p, "w1") else {"w1_a": g1 @ T(p.w1_b), "w1_b": T(p.w1_a) @ g1}
-  second = {"w2": g2} if hasattr(p, "w2") else {"w2_a": g2 @ T(p.w2_b), "w2_b": T(p.w2_a) @ g2}
-  return first | second
-
-
-LOKR = Formula(
-  "W' = W + s w1 (x) w2, the Kronecker product; w1 = w1_a w1_b or w2 = w2_a w2_b where factored",
-  "Yeh et al. 2023, arXiv 2309.14859, sec. 4",
-  {
-    "w1": "batch in1 out1",
-    "w2": "batch window in2 out2",
-    "w1_a": "batch in1 rank",
-    "w1_b": "batch rank out1",
-    "w2_a": "batch in2 rank",
-    "w2_b": "batch rank out2",
-  },
-  merged_output(lokr_weight),
-  lokr_weight,
-  lokr_gradients,
-)
-
-
-# ---- MiSS ------------------------------------------------------------------------------------
-
-
-def tiled(d: Array, inputs: int, outputs: int) -> Array:
-  """Repeats D (rank, width) over the weight: W'[i, o] gets D[i mod rank, o mod width]."""
-  rank, width = d.shape[-2:]
-  return d[..., np.arange(inputs) % rank, :][..., np.arange(outputs) % width]
-
-
-def miss_weight(w: Array, p: Arrays, s: float) -> Array:
-  return w + s * tiled(p.d, *w.shape[-2:])
-
-
-def miss_output(x: Array, w: Array, p: Arrays, s: float, held: Any = None) -> Array:
-  rank = p.d.shape[-2]
-  padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)]
-  shards = np.pad(x, padding).reshape(*x.shape[:-1], -1, rank).sum(-2)
-  return x @ w + s * shards @ tiled(p.d, rank, w.shape[-1])
-
-
-def miss_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Array]:
-  rank, width = p.d.shape[-2:]
-  total = np.zeros_like(p.d)
-  for i in range(g.shape[-2]):
-    for o in range(g.shape[-1]):
-      total[..., i % rank, o % width] += s * g[..., i, o]
-  return {"d": total}
-
-
-MISS = Formula(
-  "h = x W + s S D, S[j] = the sum of x over inputs j, j + rank, j + 2 rank, ...; "
-  "mini: D (rank, width) repeated along the outputs",
-  "Kang and Yin 2024, arXiv 2409.15371, sec. 3, in the order of PEFT 0.21 (tuners/miss/layer.py)",
-  {"d": "batch rank width"},
-  miss_output,
-  miss_weight,
-  miss_gradients,
 )
 
 
@@ -490,3 +323,12 @@ IA3_IN = IA3_OUT._replace(
   weight=ia3_in_weight,
   gradients=ia3_in_gradients,
 )
+
+
+# ---- LayerNorm tuning ------------------------------------------------------------------------
+
+
+def normalized(x: Array, epsilon: float) -> Array:
+  """Returns x minus its mean, over its standard deviation, along the last axis."""
+  centered = x - x.mean(-1, keepdims=True)
+  return centered / np.sqrt(np.mean(centered**2, axis=-1, keepdims=True) + epsilon)

@@ -51,6 +51,17 @@ def lora_ga(gradient: Array, rank: int, gamma: float) -> Pair:
   return c * u[..., :rank], c * vt[..., rank : 2 * rank, :]
 
 
+def corda(w: Array, x: Array, rank: int, s: float, last: bool) -> Pair:
+  """C W = U S V^T, A0 = C^-1 U_r sqrt(S_r / s), B0 = sqrt(S_r / s) V_r^T; or the `last` r terms.
+
+  C is x^T x divided by the mean of its diagonal, plus 0.01 I.
+  """
+  c = x.T @ x
+  c = c / np.mean(np.diag(c)) + 0.01 * np.eye(len(c))
+  a, b = singular_pair(c @ w, slice(-rank, None) if last else slice(None, rank), s)
+  return np.linalg.solve(c, a), b
+
+
 # ---- LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1) -----------------------------------
 
 

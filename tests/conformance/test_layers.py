@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import lax
 
 import lora_jax as lj
-from conformance.check import TOLERANCE, disagreements
+from conformance.check import disagreements
 from lora_jax.adapters.delta import adapter_weights
+from lora_jax.variants.dylora import first_components
 
 from tests.conformance.vectors import VECTORS, cases, vector
 
@@ -81,9 +83,34 @@ VARIANTS = {
   "lokr": Names(lambda case: lj.lokr_variant(case["factor"], case["decompose"])),
   "miss": Names(miss, {"d": "shard"}),
   "lora_fa": Names(lambda case: lj.LORA_FA),
+  "miss_bat": Names(lambda case: lj.MISS_BAT, {"d": "shard"}),
   "lora_ga": Names(lambda case: lj.LORA_GA, INITIAL),
+  "corda": Names(lambda case: lj.CORDA, INITIAL),
+  "dylora": Names(lambda case: lj.LORA),
   "adalora": Names(lambda case: lj.ADALORA),
   "ia3": Names(ia3, {"scale": "ia3_gain"}),
+}
+SHARED = {  # the variant, and by the library's names its arrays and those that weights share
+  "vera": (
+    lj.VERA,
+    {"vera_d": "lambda_d", "vera_b": "lambda_b"},
+    {"vera_in": "shared_a", "vera_out": "shared_b"},
+  ),
+  "rand_lora": (
+    lj.RAND_LORA,
+    {"rand_lambda": "lambdas", "rand_gamma": "gammas"},
+    {"rand_a": "shared_a", "rand_b": "shared_b"},
+  ),
+  "uni_lora": (
+    lj.uni_lora_variant(13),
+    {"index_a": "index_a", "index_b": "index_b"},
+    {"theta": "theta", "inverse_root": "inverse_root"},
+  ),
+  "tiny_lora": (
+    lj.tiny_lora_variant(4),
+    {name: name for name in ("lora_a", "projection", "lora_b")},
+    {"tiny_v": "v"},
+  ),
 }
 DIFFERENT = {
   ("lokr", "conv"): "W1 of lora_jax is along all input axes of a kernel, PEFT's along its channels"
@@ -112,7 +139,7 @@ def prepared(name: str, case: str):
   }
   x = jnp.asarray(tensors[f"{case}/x"])
   adaptation = starting = lj.lora(fn, config)
-  if name == "lora_ga":  # which starts from data, at arrays of the same shapes as PiSSA's
+  if name in ("lora_ga", "corda"):  # which start from data, at arrays of PiSSA's shapes
     starting = lj.lora(fn, dataclasses.replace(config, variant=lj.PISSA))
   start = starting.init(jax.random.key(0), params, x)["w"]
   arrays = arrays_of(tensors, f"{case}/p/", names.arrays)
@@ -120,7 +147,19 @@ def prepared(name: str, case: str):
   shapes = {key: value.shape for key, value in arrays.items()}
   assert shapes == {key: value.shape for key, value in start.arrays.items()}
   node = lj.LoraWeight.from_arrays(arrays, variant.table, start.axes, start.layers)
+  if name == "dylora":
+    adaptation = truncated(adaptation, details["b"])
   return adaptation, params, {"w": node}, x
+
+
+def truncated(adaptation: lj.Adaptation, b: int) -> lj.Adaptation:
+  """Returns the adaptation of a step that has drawn a rank."""
+  init, apply, merge = adaptation
+  return lj.Adaptation(
+    init,
+    lambda params, trainable, x: apply(params, first_components(trainable, b), x),
+    lambda params, trainable: merge(params, first_components(trainable, b)),
+  )
 
 
 def arrays_of(tensors, prefix: str, names: Mapping[str, str]) -> dict[str, jax.Array]:
@@ -153,7 +192,7 @@ def outputs(name: str, case: str) -> dict[str, jax.Array]:
 
 def layer_cases():
   for name in VECTORS:
-    if name in ("vera", "trainable_tokens"):
+    if name in (*SHARED, "trainable_tokens"):
       continue  # below
     for case, details in cases(name).items():
       if details.get("layer") in LAYERS:
@@ -170,44 +209,44 @@ def test_a_layer_agrees_with_its_vector(name, case):
     with pytest.raises(lj.UnsupportedOperation, match=REFUSED[name, case]):
       outputs(name, case)
     return
-  results = outputs(name, case)
-  starts = tuple(f"{case}/{part}" for part in ("grad/", "out", "merged"))
-  assert {*results} == {n for n in vector(name)[0] if n.startswith(starts)}
-  assert disagreements(vector(name)[0], results, TOLERANCE) == []
+  own = tuple(f"{case}/{part}" for part in ("grad/", "out", "merged"))
+  assert disagreements(vector(name)[0], outputs(name, case), only=own) == []
 
 
 def test_the_arrays_of_a_vector_matter():
   """A changed array, scaling or weight is noticed: the comparison has teeth."""
   tensors = dict(vector("lora")[0])
   results = outputs("lora", "matmul")
+  assert disagreements(tensors, results, only="matmul/") == []
   for changed in ("matmul/out", "matmul/grad/lora_a", "matmul/merged"):
     wrong = {**tensors, changed: tensors[changed] * np.float64(1.0001)}
-    (line,) = disagreements(wrong, results)
+    (line,) = disagreements(wrong, results, only="matmul/")
     assert line.startswith(f"{changed} differs by ")
 
 
-def test_vera_shares_its_arrays_among_the_layers():
-  tensors, details = vector("vera")[0], cases("vera")
+@pytest.mark.parametrize("name", SHARED)
+def test_arrays_are_shared_among_the_layers(name):
+  tensors, details = dict(vector(name)[0]), cases(name)
+  variant, own, shared = SHARED[name]
 
   def fn(params, inputs):
     layers = {case: LAYERS[each["layer"]] for case, each in details.items()}
     return {case: layers[case]({"w": params[case]}, inputs[case]) for case in details}
 
   def of_each(name):
-    return {case: jnp.asarray(tensors[f"{case}/{name}"], jnp.float32) for case in details}
+    arrays = {case: jnp.asarray(tensors[f"{case}/{name}"]) for case in details}
+    return jax.tree.map(lambda array: array.astype(jnp.float32), arrays)
 
   params, x, directions = of_each("w"), of_each("x"), of_each("direction")
-  config = lj.LoraConfig(details["first"]["rank"], 1.0, ".*", variant=lj.VERA)
+  first = details["first"]
+  config = lj.LoraConfig(first["rank"], first.get("alpha", 1.0), ".*", variant=variant)
   adaptation = lj.lora(fn, config)
-  start = adaptation.init(jax.random.key(0), params, x)
-  trainable = {
-    case: start[case].replace(vera_d=d, vera_b=of_each("p/lambda_b")[case])
-    for case, d in of_each("p/lambda_d").items()
-  }
-  shared = start["lora_shared"]["VeRA"].replace(
-    vera_in=of_each("p/shared_a")["first"], vera_out=of_each("p/shared_b")["first"]
-  )
-  trainable["lora_shared"] = {"VeRA": shared}
+  start = jax.eval_shape(adaptation.init, jax.random.key(0), params, x)
+  arrays = {ours: of_each(f"p/{theirs}") for ours, theirs in (own | shared).items()}
+  trainable = {case: start[case].replace(**{n: arrays[n][case] for n in own}) for case in details}
+  node = start["lora_shared"][variant.name].replace(**{n: arrays[n]["first"] for n in shared})
+  trainable["lora_shared"] = {variant.name: node}
+  assert jax.tree.map(jnp.shape, trainable) == jax.tree.map(jnp.shape, start)
 
   @functools.partial(jax.value_and_grad, has_aux=True)
   def loss(trainable):
@@ -218,9 +257,14 @@ def test_vera_shares_its_arrays_among_the_layers():
   merged = adaptation.merge(params, trainable)
   results = {f"{case}/out": out[case] for case in details}
   results |= {f"{case}/merged": merged[case] for case in details}
-  for case in details:
-    results[f"{case}/grad/lambda_d"] = gradients[case].vera_d
-    results[f"{case}/grad/lambda_b"] = gradients[case].vera_b
+  for ours, theirs in own.items():
+    if ours not in variant.frozen:
+      results |= {f"{case}/grad/{theirs}": gradients[case].arrays[ours] for case in details}
+  for ours, theirs in shared.items():
+    if ours not in variant.frozen:  # its gradient is the sum over the layers
+      total = sum(tensors.pop(f"{case}/grad/{theirs}") for case in details)
+      tensors |= {f"sum/grad/{theirs}": total}
+      results |= {f"sum/grad/{theirs}": gradients["lora_shared"][variant.name].arrays[ours]}
   assert disagreements(tensors, results) == []
 
 
@@ -248,4 +292,31 @@ def test_trainable_tokens_are_trained_as_differences(case):
   results = {"out": adaptation.apply({"w": w}, trainable, x), "grad/rows": gradient}
   results["merged"] = embedding.merge({"w": w}, trainable)["w"]
   results = {f"{case}/{name}": array for name, array in results.items()}
-  assert disagreements(tensors, results) == []
+  assert disagreements(tensors, results, only=f"{case}/") == []
+
+
+def test_ln_tuning_trains_scales_and_biases_of_norms():
+  tensors, case = vector("ln_tuning")[0], "layer_norm"
+  x, direction, scale, bias = (
+    jnp.asarray(tensors[f"{case}/{name}"], jnp.float32)
+    for name in ("x", "direction", "p/scale", "p/bias")
+  )
+  norm = nn.LayerNorm(epsilon=cases("ln_tuning")[case]["epsilon"])
+
+  def fn(params, x):
+    return norm.apply({"params": params["ln_f"]}, x @ params["w"])
+
+  adaptation = lj.ln_tuning(fn)
+  params = {"w": jnp.eye(len(scale)), "ln_f": {"scale": jnp.ones(12), "bias": jnp.zeros(12)}}
+  start = adaptation.init(jax.random.key(0), params, x)
+  trainable = {"ln_f": {"scale": scale, "bias": bias}}
+  assert jax.tree.structure(start) == jax.tree.structure(trainable)
+
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def loss(trainable):
+    out = adaptation.apply(params, trainable, x)
+    return jnp.sum(direction * out), out
+
+  (_, out), gradients = loss(trainable)
+  results = {f"{case}/grad/{name}": each for name, each in gradients["ln_f"].items()}
+  assert disagreements(tensors, results | {f"{case}/out": out}) == []

@@ -26,7 +26,8 @@ def test_the_formulas_give_the_committed_vector(name, tmp_path):
   assert metadata == its_metadata
   assert tensors.keys() == committed.keys()
   floats = {n: x for n, x in tensors.items() if x.dtype == np.float64}
-  assert disagreements(committed, floats, 1e-9) == []  # of another machine's singular vectors
+  own = tuple(floats)
+  assert disagreements(committed, floats, 1e-9, own) == []  # of another machine's singular vectors
   for other in tensors.keys() - floats.keys():
     np.testing.assert_array_equal(tensors[other], committed[other])
 
@@ -79,3 +80,13 @@ def test_an_output_of_another_shape_or_name_is_reported():
     "matmul/other is not in the vector",
   ]
   assert disagreements(expected, {"matmul/out": np.full((2, 3), np.nan)}) != []
+
+
+def test_missing_results_are_reported():
+  vector = {f"{case}/{name}": np.ones(2) for case in ("matmul", "conv") for name in ("x", "out")}
+  vector |= {"matmul/grad/lora_a": np.ones(2), "matmul/merged": np.ones(2)}
+  outputs = {"matmul/out": np.ones(2)}
+  missing = ["matmul/grad/lora_a is missing", "matmul/merged is missing"]
+  assert disagreements(vector, outputs) == ["conv/out is missing", *missing]
+  assert disagreements(vector, outputs, only="matmul/") == missing
+  assert disagreements(vector, outputs, only=("matmul/out", "matmul/x")) == []

@@ -45,8 +45,11 @@ def projection(trainable):
 
 def test_the_map_is_isometric():
   params, x = example()
-  whole = np.concatenate(projection(lj.lora(mlp, CONFIG).init(KEY, params, x)))
-  np.testing.assert_allclose(whole.T @ whole, np.eye(11), atol=1e-12)
+  trainable = lj.lora(mlp, CONFIG).init(KEY, params, x)
+  inverse_root = np.asarray(trainable["lora_shared"][VARIANT.name].inverse_root, np.float64)
+  chosen = np.concatenate([part > 0 for part in projection(trainable)])  # one element a row
+  whole = chosen * inverse_root
+  np.testing.assert_allclose(whole.T @ whole, np.eye(11), atol=1e-6)
 
 
 def test_outputs_and_gradients_are_the_papers():
