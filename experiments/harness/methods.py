@@ -161,6 +161,10 @@ def _low_rank(config: AdaptationConfig) -> Adapt:
   return functools.partial(lj.lora, config=lora_config(config))
 
 
+def _dylora(config: AdaptationConfig) -> Adapt:
+  return functools.partial(lj.dylora, config=lora_config(config))
+
+
 def _as_lora(label: str, variant: lj.Variant | None, **fields: Any) -> Method:
   """Returns the row of a variant whose adapters are exported as plain LoRA, exactly."""
   row = Method(label, _low_rank, variant=variant, exports_adapter=True, has_servers=True)
@@ -262,6 +266,14 @@ METHODS: Mapping[str, Method] = {
     experiments=("gpt2_e2e", "finetune"),
   ),
   "vera": _as_lora("VeRA", lj.VERA, ignores=("lora.alpha", "lora.init")),
+  "rand_lora": Method(
+    "RandLoRA",
+    make=_low_rank,
+    ignores=("lora.dropout", "lora.init"),
+    variant=lj.RAND_LORA,
+  ),
+  "uni_lora": _as_lora("Uni-LoRA", lj.UNI_LORA, ignores=("lora.init",)),
+  "tiny_lora": _as_lora("TinyLoRA", lj.TINY_LORA, ignores=("lora.init",)),
   "hira": Method("HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA),
   "loha": Method("LoHa", make=_low_rank, ignores=("lora.init",), variant=lj.LOHA),
   "lokr": Method("LoKr", make=_low_rank, ignores=("lora.init",), variant=lj.LOKR),
@@ -292,6 +304,7 @@ METHODS: Mapping[str, Method] = {
     wrap=_chain_of_lora,
     schedule=_chain_of_lora_schedule,
   ),
+  "dylora": _as_lora("DyLoRA", None, make=_dylora),
   "ln_tuning": Method("LayerNorm tuning", make=_ln_tuning, ignores=("lora",)),
   "full_finetuning": Method(
     "full fine-tuning",
