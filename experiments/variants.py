@@ -14,7 +14,7 @@ rates -> seeds -> effort on the embedded base model, then smollm2_rates -> smoll
 of `experiments.gpt2_e2e`. Writes ROOT/runs.jsonl, and from it the page as HTML and Markdown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from experiments import gpt2_e2e
@@ -25,6 +25,7 @@ from experiments.comparison.plan import (
   Planned,
   arms_of,
   best_rate,
+  bracketed,
   changes_of,
   config_of,
   default_rate,
@@ -57,40 +58,56 @@ RATE_STAGES = {"seeds": "rates", "smollm2": "smollm2_rates"}  # whose best rates
 def do_stage(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
   """Does the runs of a stage; returns the folders of those that could not be done.
 
-  An arm whose best learning rate is not bracketed yet has no reported runs.
+  An arm whose best learning rate is not bracketed has no reported runs, and is named with them.
 
   Raises:
-    ValueError: if a stage needs learning rates that are not known yet.
+    ValueError: if a stage needs learning rates, and the control's are not known yet.
   """
-  if stage in RATE_STAGES:
-    records = collect(root)
-    losses = rate_losses(records, RATE_STAGES[stage])
-    rates = {arm: rate for arm in losses if (rate := best_rate(losses[arm])) is not None}
-    missing = [arm for arm in arms_of(stage, arms) if arm not in losses]
-    if missing:
-      raise ValueError(
-        f"no learning rates of {', '.join(missing)} are known: run --stage={RATE_STAGES[stage]}"
-      )
-    further = rate_runs(RATE_STAGES[stage], sizes, losses, arms)
-    unsettled = sorted({run.arm for run in further})
-    rates = {arm: rate for arm, rate in rates.items() if arm not in unsettled}
-    broken = carry_out(reported_runs(stage, sizes, rates, arms), sizes, root, gpt2_e2e.run)
-    return broken + [f"{root / stage / arm} (learning rate not bracketed)" for arm in unsettled]
   if stage == "effort":
     return carry_out([frozen_run("rates"), *draw_runs(sizes, arms)], sizes, root, gpt2_e2e.run)
+  do = do_reported if stage in RATE_STAGES else do_rates
+  return do(stage, sizes, root, arms)
+
+
+def do_rates(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
+  """Tries learning rates until the best of every arm is bracketed, or many were tried."""
   broken = carry_out([frozen_run(stage)], sizes, root, gpt2_e2e.run)
   while True:
-    runs = rate_runs(stage, sizes, rate_losses(collect(root), stage), arms)
+    losses = rate_losses(collect(root), stage)
+    runs = rate_runs(stage, sizes, losses, arms)
     runs = [run for run in runs if str(root / stage / run.name) not in broken]
     if not runs:
-      return broken
+      settled = bracketed(stage, sizes, losses, arms)
+      return broken + _left_out(root / stage, arms_of(stage, arms), settled)
     broken += carry_out(runs, sizes, root, gpt2_e2e.run)
 
 
+def do_reported(stage: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> list[str]:
+  """Does the runs of every arm at its best learning rate."""
+  losses = rate_losses(collect(root), RATE_STAGES[stage])
+  missing = [arm for arm in arms_of(stage, arms) if arm not in losses]
+  if CONTROL in missing:
+    raise ValueError(
+      f"no learning rates of {', '.join(missing)} are known: run --stage={RATE_STAGES[stage]}"
+    )
+  settled = bracketed(RATE_STAGES[stage], sizes, losses, arms)
+  rates = {arm: rate for arm in settled if (rate := best_rate(losses[arm])) is not None}
+  broken = carry_out(reported_runs(stage, sizes, rates, arms), sizes, root, gpt2_e2e.run)
+  return broken + _left_out(root / stage, arms_of(stage, arms), settled)
+
+
+def _left_out(folder: Path, arms: Iterable[str], settled: Collection[str]) -> list[str]:
+  """Returns the folders of arms without a best learning rate, with the reason."""
+  return [f"{folder / arm} (learning rate not bracketed)" for arm in arms if arm not in settled]
+
+
 def do_costs(base: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> None:
-  """Measures the steps of all arms on a base model, once."""
+  """Measures the steps of all arms that have trained on a base model, once."""
   stage = next(stage for stage, other in STAGES.items() if other == base)
-  chosen = arms_of(stage, arms)
+  losses = rate_losses(collect(root), stage)
+  chosen = [arm for arm in arms_of(stage, arms) if arm in losses and best_rate(losses[arm])]
+  if CONTROL not in chosen:
+    return
   if set(chosen) <= read_costs(root, base).keys():
     return
   print(f"[costs] the train steps of {len(chosen)} arms on {base}", flush=True)
@@ -129,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if not records:
         raise ValueError(f"{root} has no finished runs: leave out --report")
       write_lines(lines, records)
-    print(write_page(summarize(read_lines(lines)), out))
+    print(write_page(summarize(read_lines(lines), sizes), out))
     print(f"wrote {out}.html and {out}.md from {lines}")
     if broken:
       raise RuntimeError(f"{len(broken)} runs could not be done: {', '.join(broken)}")

@@ -107,6 +107,7 @@ def statements(table: Table) -> list[str]:
     )
   if table.bleu_detectable is not None:
     lines.append(f"That in BLEU is {table.bleu_detectable:.2f}.")
+  lines += [f"Missing runs ({stage}): {words}." for stage, words in table.missing.items()]
   if table.base_loss is not None:
     lines.append(f"The base model itself has a loss of {table.base_loss:.3f} nats per token.")
   return lines

@@ -188,18 +188,32 @@ def next_rate(losses: Mapping[float, float]) -> float | None:
   return on_grid(best, 1) if best == max(losses) else None
 
 
+def bracketed(
+  stage: str, sizes: Sizes, losses: Mapping[str, Mapping[float, float]], chosen: Sequence[str] = ()
+) -> list[str]:
+  """Returns the arms whose best learning rate is between others; see `rate_runs` for the args."""
+  base = STAGES[stage]
+  return [
+    arm
+    for arm in arms_of(stage, chosen)
+    if set(first_rates(arm, base, sizes.rate_points[base])) <= losses.get(arm, {}).keys()
+    and next_rate(losses[arm]) is None
+  ]
+
+
 def rate_runs(
   stage: str, sizes: Sizes, losses: Mapping[str, Mapping[float, float]], chosen: Sequence[str] = ()
 ) -> list[Planned]:
   """Returns the runs that choose learning rates, and are possible now.
+
+  An arm whose best learning rate is not bracketed after many more were added has none: its method
+  may not train at all.
 
   Args:
     stage: rates or smollm2_rates.
     sizes: of the comparison.
     losses: of earlier runs, by arm and learning rate; empty at first.
     chosen: arms; empty is all.
-  Raises:
-    ValueError: if an arm's best learning rate is not bracketed after many more were added.
   """
   base, runs = STAGES[stage], list[Planned]()
   for arm in arms_of(stage, chosen):
@@ -207,12 +221,7 @@ def rate_runs(
     points = sizes.rate_points[base]
     wanted = set(first_rates(arm, base, points))
     if wanted <= known.keys():
-      further = next_rate(known)
-      if further is not None and len(known) >= points + MAX_ADDED_RATES:
-        raise ValueError(
-          f"{arm} on {base}: the best of {len(known)} learning rates, {min(known):g} to "
-          f"{max(known):g}, is still at an end. Its method may not train at all: see its runs"
-        )
+      further = next_rate(known) if len(known) < points + MAX_ADDED_RATES else None
       wanted = set() if further is None else {further}
     runs += [
       Planned(stage, arm, _trained(arm, base, rate, RATE_SEED, sizes.rate_lines))
@@ -246,14 +255,22 @@ def reported_runs(
     chosen: arms; empty is all.
   """
   base, runs = STAGES[stage], []
-  for seed in sizes.seeds:
+  for i, seed in enumerate(sizes.seeds):
     for arm in arms_of(stage, chosen):
-      decoded = stage == "smollm2" and arm in WITH_BLEU
-      if arm in rates and (stage == "seeds" or decoded or seed == sizes.seeds[0]):
+      if arm in rates and i < num_seeds(stage, arm, sizes):
         changes = _trained(arm, base, rates[arm], seed, sizes.lines)
-        inputs = {"decoding.num_inputs": sizes.decoded_inputs} if decoded else {}
+        inputs = {"decoding.num_inputs": sizes.decoded_inputs} if _decodes(stage, arm) else {}
         runs.append(Planned(stage, arm, changes | inputs))
   return runs
+
+
+def num_seeds(stage: str, arm: str, sizes: Sizes) -> int:
+  """Returns an arm's number of reported runs."""
+  return len(sizes.seeds) if stage == "seeds" or _decodes(stage, arm) else 1
+
+
+def _decodes(stage: str, arm: str) -> bool:
+  return stage == "smollm2" and arm in WITH_BLEU
 
 
 class Draw(NamedTuple):

@@ -2,16 +2,16 @@
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.comparison.plan import FROZEN, STAGES, label
+from experiments.comparison.plan import FROZEN, STAGES, arms_of, bracketed, label, num_seeds
 from experiments.comparison.runs import COSTS, Record, rate_losses
 from experiments.comparison.statistics import Difference, compare, compare_losses, expected_best
-from experiments.configs.variants import ARMS, CONTROL, MARGIN, TOLERANCE
+from experiments.configs.variants import ARMS, CONTROL, FULL, MARGIN, TOLERANCE, Sizes
 from experiments.harness.launch import RATE
 from lora_jax.metrics.ngrams import bleu_formula
 
@@ -82,6 +82,7 @@ class Table:
       detected in 80 % of such experiments.
     rates: validation loss by arm and learning rate; infinite for a failed run.
     effort: by arm, the expected smallest loss of 1, 2, ... random draws.
+    missing: by stage, its planned runs that are not done, in words.
   """
 
   base: str
@@ -92,6 +93,7 @@ class Table:
   bleu_detectable: float | None
   rates: dict[str, dict[float, float]]
   effort: dict[str, list[float]]
+  missing: dict[str, str]
 
 
 @dataclasses.dataclass
@@ -104,15 +106,18 @@ class Summary:
   hours: float
 
 
-def summarize(records: Sequence[Record]) -> Summary:
+def summarize(records: Sequence[Record], sizes: Sizes = FULL) -> Summary:
   """Returns the tables of the records of `runs.collect`.
 
+  Args:
+    records: of any part of the runs.
+    sizes: of the comparison, for the runs that are missing.
   Raises:
     ValueError: if runs on one base model were evaluated on other inputs, or an arm has several
       reported runs of one seed.
   """
   bases = dict.fromkeys(STAGES[r["stage"]] for r in records if r["stage"] != COSTS)
-  tables = [_table(base, [r for r in records if r["base"] == base]) for base in bases]
+  tables = [_table(base, [r for r in records if r["base"] == base], sizes) for base in bases]
   seconds = sum(record.get("train_seconds", 0.0) for record in records)
 
   def distinct(name: str) -> list[str]:
@@ -121,7 +126,7 @@ def summarize(records: Sequence[Record]) -> Summary:
   return Summary(tables, distinct("device"), distinct("commit"), seconds / 3600)
 
 
-def _table(base: str, records: Sequence[Record]) -> Table:
+def _table(base: str, records: Sequence[Record], sizes: Sizes) -> Table:
   frozen = next((r for r in records if r["arm"] == FROZEN), {})
   by_arm: dict[str, list[Record]] = defaultdict(list)
   for record in records:
@@ -130,7 +135,7 @@ def _table(base: str, records: Sequence[Record]) -> Table:
   rows = {arm: _row(arm, by_arm[arm], frozen) for arm in ARMS if arm in by_arm}
   reported = {arm: _reported(base, by_arm[arm]) for arm in rows}
   differences, reasons = _compared(rows, reported)
-  bleu = _compared_bleu(reported)
+  bleu = _compared_bleu({arm: reported[arm] for arm in (CONTROL, *differences) if arm in reported})
   for arm, row in rows.items():
     row.verdict = reasons.get(arm, "")
     if arm in differences:
@@ -154,6 +159,7 @@ def _table(base: str, records: Sequence[Record]) -> Table:
     _detectable(bleu),
     {label(arm): losses for arm, losses in rate_losses(records, RATES[base]).items()},
     {label(arm): curve for arm in rows if (curve := _effort(by_arm[arm], frozen))},
+    _missing(base, records, sizes),
   )
 
 
@@ -209,7 +215,8 @@ def _compared(
     elif not ARMS[arm].is_matched:
       reasons[arm] = "not ranked: its own size"
     elif not wanted or not size or abs(size / wanted - 1) > TOLERANCE:
-      reasons[arm] = "not ranked: no rank fits"
+      share = f" ({size / wanted - 1:+.1%} parameters)" if wanted and size else ""
+      reasons[arm] = f"not ranked: no rank fits{share}"
   losses = {
     arm: np.array([record["input_losses"] for record in reported[arm]])
     for arm in rows
@@ -235,8 +242,31 @@ def _check_seeds(arm: str, records: Sequence[Record]) -> None:
     )
 
 
+def _missing(base: str, records: Sequence[Record], sizes: Sizes) -> dict[str, str]:
+  """Returns the planned runs that are not done, in words, by stage."""
+  missing = {}
+  rates, reported = RATES[base], REPORTED[base]
+  settled = bracketed(rates, sizes, rate_losses(records, rates))
+  open_arms = [label(arm) for arm in arms_of(rates) if arm not in settled]
+  if open_arms:
+    missing[rates] = f"the best is not bracketed for {', '.join(open_arms)}"
+  wanted = {reported: {arm: num_seeds(reported, arm, sizes) for arm in arms_of(reported)}}
+  if base == STAGES["effort"]:
+    wanted["effort"] = dict.fromkeys(arms_of("effort"), sizes.draws)
+  for stage, runs in wanted.items():
+    done = Counter(record["arm"] for record in records if record["stage"] == stage)
+    by_count: dict[str, list[str]] = defaultdict(list)
+    for arm, count in runs.items():
+      if done[arm] < count:
+        by_count[f"{done[arm]} of {count} runs"].append(label(arm))
+    words = "; ".join(f"{count} of {', '.join(arms)}" for count, arms in by_count.items())
+    if words:
+      missing[stage] = words
+  return missing
+
+
 def _compared_bleu(reported: dict[str, list[Record]]) -> dict[str, Difference]:
-  """Returns the differences of BLEU to the control's."""
+  """Returns the differences of BLEU to the control's, of arms whose losses are compared."""
   rows = {
     arm: np.array([record["bleu_rows"] for record in records if "bleu_rows" in record], float)
     for arm, records in reported.items()

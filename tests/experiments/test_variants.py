@@ -44,16 +44,30 @@ def test_what_cannot_be_done_is_refused(flags, message, tmp_path, capsys):
   assert re.search(message, str(exit.value))
 
 
-def test_an_arm_without_a_bracketed_learning_rate_is_not_reported(tmp_path, monkeypatch):
+@pytest.fixture
+def rates(monkeypatch):
+  """Records of two arms' learning rates, of which the lowest is DoRA's best; and the runs done."""
   lora = first_rates("lora", "embedded", 3)
   made = [record("rates", "lora", rate, 0, abs(rate - lora[1])) for rate in lora]
-  made += [record("rates", "dora", rate, 0, rate) for rate in lora]  # the lowest is the best
+  made += [record("rates", "dora", rate, 0, rate) for rate in lora]
   done = []
   monkeypatch.setattr(variants, "collect", lambda root: made)
   monkeypatch.setattr(variants, "carry_out", lambda runs, *rest: done.extend(runs) or [])
-  left = variants.do_stage("seeds", TINY, tmp_path, ["dora"])
-  assert left == [f"{tmp_path / 'seeds' / 'dora'} (learning rate not bracketed)"]
-  assert {run.arm for run in done} == {"lora"}
+  return made, done
+
+
+def test_an_arm_without_a_bracketed_learning_rate_is_not_reported(tmp_path, rates):
+  left = variants.do_stage("seeds", TINY, tmp_path, ["dora", "pissa"])
+  reason = "(learning rate not bracketed)"
+  assert left == [f"{tmp_path / 'seeds' / arm} {reason}" for arm in ("dora", "pissa")]
+  assert {run.arm for run in rates[1]} == {"lora"}
+
+
+def test_an_arm_that_stays_without_a_bracket_does_not_stop_the_others(tmp_path, rates, monkeypatch):
+  monkeypatch.setattr(plan, "MAX_ADDED_RATES", 0)
+  left = variants.do_stage("rates", TINY, tmp_path, ["dora"])
+  assert left == [f"{tmp_path / 'rates' / 'dora'} (learning rate not bracketed)"]
+  assert [run.arm for run in rates[1]] == [plan.FROZEN]
 
 
 def test_a_missing_model_is_found_before_the_runs(tmp_path, monkeypatch):

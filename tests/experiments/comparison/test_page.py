@@ -1,15 +1,18 @@
 """The page: its tables are the summary's, it needs no network, and works in a real browser."""
 
+import dataclasses
 import html.parser
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from experiments.comparison.page import COLUMNS, markdown, page, write_page
-from experiments.comparison.summary import summarize
+from experiments.comparison.summary import Summary, summarize
+from experiments.configs.variants import FULL
 
 from tests.experiments.comparison.records import record, records
 
@@ -70,6 +73,43 @@ def test_a_failed_seed_gives_no_verdict():
   assert row.verdict == "failed with 1 of 4 seeds"
   assert (row.failed, row.runs) == (1, 10)
   assert row.difference is None
+
+
+def with_bleu(made, arms):
+  """Adds BLEU's statistics of three inputs to the reported runs of some arms."""
+  generator = np.random.default_rng(0)
+  for run in made:
+    if run["stage"] == "seeds" and run["arm"] in arms:
+      matches = generator.integers(5, 10, (3, 4))
+      rows = np.hstack([np.full((3, 1), 12), np.full((3, 1), 12), matches, matches + 4])
+      run |= {"bleu": 40.0, "bleu_rows": rows.tolist()}
+  return made
+
+
+def test_bleu_has_intervals_where_the_loss_has_some():
+  made = with_bleu(records(), ("lora", "dora", "full_finetuning"))
+  rows = {row.label: row for row in summarize(made).tables[0].rows}
+  assert rows["DoRA"].bleu_low < rows["DoRA"].bleu_high
+  assert rows["full fine-tuning"].bleu == 40.0
+  assert rows["full fine-tuning"].bleu_difference is None  # not ranked
+  made.append(record("seeds", "dora", 3e-3, 9, 5.0, status="failed"))
+  rows = {row.label: row for row in summarize(made).tables[0].rows}
+  assert rows["DoRA"].bleu_difference is None
+
+
+def test_the_page_of_a_part_of_the_runs_names_what_is_missing():
+  made = [r for r in records() if not (r["stage"] == "seeds" and r["arm"] == "dora")]
+  made = [r for r in made if r["stage"] != "effort" or r["arm"] == "lora"]
+  (table,) = summarize(made, dataclasses.replace(FULL, rate_points={"embedded": 2})).tables
+  assert {row.label: row.verdict for row in table.rows}["DoRA"] == "not run yet"
+  assert table.missing["seeds"].startswith("0 of 3 runs of DoRA, PiSSA, ")
+  assert "3 runs of LoRA," not in table.missing["seeds"]
+  assert table.missing["effort"].startswith("3 of 12 runs of LoRA; 0 of 12 runs of DoRA, ")
+  assert table.missing["rates"].startswith("the best is not bracketed for PiSSA, ")
+  text = markdown(Summary([table], ["1 x cpu"], ["0123456789ab"], 1.0))
+  assert f"Missing runs (seeds): {table.missing['seeds']}." in text
+  complete = dataclasses.replace(table, missing={})
+  assert "Missing runs" not in markdown(Summary([complete], [], [], 0.0))
 
 
 def test_a_control_that_failed_gives_no_verdicts():

@@ -9,6 +9,7 @@ from experiments.comparison.plan import (
   CONTROL,
   RATE,
   best_rate,
+  bracketed,
   config_of,
   draw_runs,
   draws,
@@ -24,7 +25,15 @@ from experiments.comparison.plan import (
 )
 from experiments.comparison.sizes import Size, match_rank
 from experiments.configs import gpu_queue, variants
-from experiments.configs.variants import ARMS, BEST_KNOWN, FULL, RANK, TINY, WITH_BLEU
+from experiments.configs.variants import (
+  ARMS,
+  BEST_KNOWN,
+  FULL,
+  MAX_ADDED_RATES,
+  RANK,
+  TINY,
+  WITH_BLEU,
+)
 from experiments.harness.config import read_config
 from experiments.harness.methods import find_method
 from experiments.nlg.config import E2EConfig
@@ -142,8 +151,12 @@ def test_a_failed_rate_is_an_upper_end():
 
 def test_rates_that_all_fail_move_down_and_end():
   assert next_rate({1e-3: math.inf, 3e-3: math.inf}) == 3e-4
-  with pytest.raises(ValueError, match=r"lora on embedded: the best of 10 learning rates, 1e-06"):
-    until_bracketed(lambda arm, rate: math.inf)
+  by_arm = {"lora": lambda rate: abs(math.log(rate / 3e-3)), "dora": lambda rate: math.inf}
+  losses = until_bracketed(lambda arm, rate: by_arm[arm](rate), ("dora",))
+  assert len(losses["dora"]) == FULL.rate_points["embedded"] + MAX_ADDED_RATES
+  assert min(losses["dora"]) == 1e-6
+  assert bracketed("rates", FULL, losses, ("dora",)) == ["lora"]
+  assert bracketed("rates", FULL, {"lora": {1e-3: 2.0, 3e-3: 1.0, 1e-2: 2.0}}) == []  # of four
 
 
 def test_every_arm_starts_with_as_many_rates_around_its_methods_default():
