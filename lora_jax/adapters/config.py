@@ -114,8 +114,8 @@ class LoraConfig:
     _check_variant(self.variant)
     _check_layers("layers", self.layers)
     _check_layers("stacked_layers", self.stacked_layers)
-    if not self.target:
-      raise ValueError(f"target must name a pattern, got {self.target!r}")
+    if not self.target and not self.extra:
+      raise ValueError(f"target or extra must name a pattern, got target={self.target!r}")
     for i, rule in enumerate(self.rules):
       if not isinstance(rule, LoraRule):
         raise ValueError(f"rules[{i}] must be a LoraRule, got {rule!r}")

@@ -31,7 +31,7 @@ from lora_jax.adapters.config import LoraConfig
 from lora_jax.fields import Finite, read_value
 from lora_jax.files import local_path
 from lora_jax.interop.peft.fused import AdapterParts, Fused, check_parts
-from lora_jax.interop.peft.load import Factors, as_tree, split_modules
+from lora_jax.interop.peft.leaves import Factors, as_tree, split_modules
 from lora_jax.interop.peft.modules import Module, find_modules
 from lora_jax.models.checkpoints.gguf import GGUF, open_gguf, write_gguf
 from lora_jax.models.checkpoints.gguf_config import EMBEDDING, HEAD
@@ -82,7 +82,7 @@ def save_gguf_adapter(
   if path.exists():
     raise FileExistsError(f"{path} exists; nothing is overwritten")
   architecture, tensors = _names(model, architecture)
-  parts = check_parts(config, trainable, tensors, params)
+  parts = check_parts(config, trainable, tensors, params).as_lora()
   _check_expressible(parts, tensors)
   fused = parts.fuse()
   alphas = {joined.alpha for joined in fused.values()}

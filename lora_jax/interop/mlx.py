@@ -61,7 +61,7 @@ def save_mlx(
   if folder.exists():
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   tensors = _tensors(model)
-  parts = check_parts(config, trainable, tensors, params)
+  parts = check_parts(config, trainable, tensors, params).as_lora()
   if parts.extra:
     raise ValueError(
       "MLX's adapters have no fully trained leaves, such as biases, norms or a head: "

@@ -5,47 +5,23 @@ A field that changes what an adapter computes and that is not known here is an e
 
 import dataclasses
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from lora_jax.adapters.config import Alpha
-from lora_jax.fields import (
-  Count,
-  CountOrZero,
-  Pattern,
-  Within,
-  pattern,
-  read_section,
-  read_value,
-)
+from lora_jax.fields import Count, CountOrZero, Pattern, read_section, read_value
+from lora_jax.interop.peft.fields import FIELDS, IGNORED, Fields
+from lora_jax.interop.peft.names import by_pattern, named
 from lora_jax.patterns import fullmatch
 from lora_jax.trees import closest_names
 
-# Fields about initialization, training or execution, which do not change what is computed.
-IGNORED = {
-  "auto_mapping",
-  "eva_config",
-  "corda_config",
-  "loftq_config",
-  "lora_ga_config",
-  "megatron_config",
-  "megatron_core",
-  "peft_version",
-  "qalora_group_size",
-  "revision",
-  "runtime_config",
-  "task_type",
-  "velora_config",
-}
+COMMON = {"peft_type", "auto_mapping", "peft_version", "revision", "task_type"}
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # leave the base model as it is
 OTHER_METHODS = {  # fields of other methods
   "use_qalora": "QALoRA",
   "use_bdlora": "BD-LoRA",
   "layer_replication": "layer replication",
-  "trainable_token_indices": "trainable tokens",
   "alora_invocation_tokens": "activated LoRA",
   "arrow_config": "Arrow",
   "kasa_config": "KaSA",
@@ -55,46 +31,14 @@ OTHER_METHODS = {  # fields of other methods
 PROMPT_METHODS = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 
 
-def name_of_module(name: str, value: str) -> None:
-  """Raises ValueError if the value cannot be the name, or the end of a name, of a module."""
-  if not value or len(value) > 1000 or re.search(r"[\s/]", value):
-    raise ValueError(f"{name} must be the name of a module, got {value!r:.100}")
-
-
-Name = Annotated[str, name_of_module]
-NameOrPattern = Annotated[str, name_of_module, pattern]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-  """The fields of the file that are read, with PEFT's defaults."""
-
-  r: Count = 8
-  lora_alpha: Alpha = 8
-  target_modules: Pattern | tuple[Name, ...] | None = None
-  exclude_modules: Pattern | tuple[Name, ...] | None = None
-  rank_pattern: dict | None = None
-  alpha_pattern: dict | None = None
-  use_rslora: bool | None = False
-  use_dora: bool | None = False
-  bias: Literal["none", "all", "lora_only"] = "none"
-  modules_to_save: tuple[NameOrPattern, ...] | None = None
-  layers_to_transform: CountOrZero | tuple[CountOrZero, ...] | None = None
-  layers_pattern: Pattern | tuple[Pattern, ...] | None = None
-  lora_bias: bool | None = False
-  target_parameters: tuple[Name, ...] | None = None
-  base_model_name_or_path: str | None = None
-  lora_dropout: Annotated[float, Within("[0, 1]")] = 0.0  # no dropout is read
-  fan_in_fan_out: bool | None = None  # follows from the model
-  inference_mode: bool | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
   """The parts of an `adapter_config.json` that determine what its adapter computes.
 
   Attributes:
-    rank: of modules that `rank_pattern` does not name.
+    peft_type: the method.
+    fields: all that are read, for those of one method only.
+    rank: of modules that `rank_pattern` does not name; 1 for methods without a rank.
     alpha: of modules that `alpha_pattern` does not name.
     target_modules: names or their endings, or one regular expression, or `all-linear`.
     exclude_modules: names or one regular expression of modules that are never adapted.
@@ -102,18 +46,22 @@ class PeftConfig:
     alpha_pattern: alphas by regular expressions for the endings of names.
     use_rslora: scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
     use_dora: whether all modules are adapted by DoRA (Liu et al. 2024, arXiv 2402.09353).
-    bias: `none`, `all` or `lora_only`: which biases are trained.
+    bias: `none`, `all` or `lora_only`: which biases are trained; also for the other methods, whose
+      word for `lora_only` is another.
     modules_to_save: names or their endings of fully trained modules.
     layers_to_transform: numbers of the adapted layers; None is all.
     layers_pattern: names of the lists that number the layers.
     lora_bias: whether B has a bias.
     target_parameters: names of adapted parameters, as those of stacked experts.
+    tokens: the ids of trained rows by the name of their embedding; "" is the model's.
     base: the base model's name or path in training; "" if unknown.
   """
 
-  rank: int
-  alpha: float
-  target_modules: str | tuple[str, ...]
+  peft_type: str
+  fields: Any  # one of `FIELDS`
+  rank: int = 1
+  alpha: float = 1.0
+  target_modules: str | tuple[str, ...] = ()
   exclude_modules: str | tuple[str, ...] = ()
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -125,6 +73,7 @@ class PeftConfig:
   layers_pattern: tuple[str, ...] = ()
   lora_bias: bool = False
   target_parameters: tuple[str, ...] = ()
+  tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
   base: str = ""
 
   def targets(self, module: str, is_linear: bool = True) -> bool:
@@ -135,11 +84,11 @@ class PeftConfig:
       is_linear: whether `all-linear` includes it: a linear layer other than the head.
     """
     saved = (rf"(.*\.)?({name})(\..*)?" for name in self.modules_to_save)
-    if any(fullmatch(name, module) for name in saved) or _named(module, self.exclude_modules):
+    if any(fullmatch(name, module) for name in saved) or named(module, self.exclude_modules):
       return False
     if self.target_modules == "all-linear":
       return is_linear
-    if not _named(module, self.target_modules):
+    if not named(module, self.target_modules):
       return False
     if isinstance(self.target_modules, str) or module in self.target_modules:
       return True  # as in PEFT, layers_to_transform applies only to endings of names
@@ -147,7 +96,7 @@ class PeftConfig:
 
   def targets_parameter(self, parameter: str) -> bool:
     """Returns whether a parameter is adapted itself, instead of through a layer."""
-    return _named(parameter, self.target_parameters)
+    return named(parameter, self.target_parameters)
 
   def layer_of(self, module: str) -> int | None:
     """Returns the layer number in a module's name: the first one, as in PEFT."""
@@ -160,11 +109,11 @@ class PeftConfig:
     return None
 
   def rank_of(self, module: str) -> int:
-    return _by_pattern(module, self.rank_pattern, self.rank)
+    return by_pattern(module, self.rank_pattern, self.rank)
 
   def scaling_of(self, module: str) -> float:
     """Returns the scaling of B A."""
-    alpha, rank = _by_pattern(module, self.alpha_pattern, self.alpha), self.rank_of(module)
+    alpha, rank = by_pattern(module, self.alpha_pattern, self.alpha), self.rank_of(module)
     return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
   def saves(self, module: str) -> bool:
@@ -177,6 +126,14 @@ class PeftConfig:
     return any(name.endswith(tuple(self.modules_to_save)) for name in whole)
 
 
+_OURS = {  # attributes of `PeftConfig` with other names than the fields
+  "r": "rank",
+  "init_r": "rank",
+  "lora_alpha": "alpha",
+  "base_model_name_or_path": "base",
+}
+
+
 def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
   """Returns the config in the object of an `adapter_config.json`.
 
@@ -187,9 +144,10 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
     ValueError: if it is of another method, or a field is unknown, misspelled, of another type or
       out of bounds.
   """
-  _check_method(entries, path)
-  known = {field.name for field in dataclasses.fields(_Fields)}
-  other_keys = {"peft_type", "init_lora_weights", *IGNORED, *OTHER_METHODS}
+  method = _method(entries, path)
+  kind = FIELDS[method]
+  known = {field.name for field in dataclasses.fields(kind)}
+  other_keys = {*COMMON, *IGNORED[method], *OTHER_METHODS}
   for key in sorted(set(entries) - known - other_keys):
     if entries[key] not in (None, False, [], {}):
       raise ValueError(
@@ -197,29 +155,47 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
         f"{', '.join(closest_names(key, known))}?"
       )
   try:
-    fields = read_section(_Fields, {key: entries[key] for key in known & set(entries)})
-    ranks = _values(Count, fields.rank_pattern, "rank_pattern")
-    alphas = _values(Alpha, fields.alpha_pattern, "alpha_pattern")
+    config = _config(
+      method, read_section(kind, {key: entries[key] for key in known & set(entries)})
+    )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-  layers, lists = fields.layers_to_transform, fields.layers_pattern
+  _check_combinations(config, path)
+  return config
+
+
+def _config(method: str, fields: Fields) -> PeftConfig:
+  """Returns a config of checked fields; those that are None or unset are the defaults."""
+  values = {_OURS.get(key, key): value for key, value in vars(fields).items()}
+  own = {field.name for field in dataclasses.fields(PeftConfig)} & set(values)
   config = PeftConfig(
-    rank=fields.r,
-    alpha=fields.lora_alpha,
-    target_modules=fields.target_modules or (),
-    exclude_modules=fields.exclude_modules or (),
-    rank_pattern=ranks,
-    alpha_pattern=alphas,
-    use_rslora=bool(fields.use_rslora),
-    use_dora=bool(fields.use_dora),
-    bias=fields.bias,
-    modules_to_save=fields.modules_to_save or (),
+    method, fields, **{key: values[key] for key in own if values[key] is not None}
+  )
+  layers, lists = config.layers_to_transform, config.layers_pattern
+  ranks = {} if method == "ADALORA" else config.rank_pattern  # its are lists of booleans
+  return dataclasses.replace(
+    config,
+    rank_pattern=_values(Count, ranks, "rank_pattern"),
+    alpha_pattern=_values(Alpha, config.alpha_pattern, "alpha_pattern"),
+    bias="lora_only" if config.bias.endswith("_only") else config.bias,
     layers_to_transform=(layers,) if isinstance(layers, int) else layers or None,
     layers_pattern=(lists,) if isinstance(lists, str) else lists or (),
-    lora_bias=bool(fields.lora_bias),
-    target_parameters=fields.target_parameters or (),
-    base=fields.base_model_name_or_path or "",
+    tokens=_tokens(values.get("trainable_token_indices")),
   )
+
+
+def _tokens(indices: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the ids of trained rows by the name of their embedding."""
+  if not isinstance(indices, Mapping):
+    return {"": indices} if indices else {}
+  return {
+    key: read_value(tuple[CountOrZero, ...], ids, f"trainable_token_indices[{key!r}]")
+    for key, ids in indices.items()
+  }
+
+
+def _check_combinations(config: PeftConfig, path: Path) -> None:
+  """Raises ValueError if PEFT has no such combination of fields, or nothing is adapted."""
   if config.target_parameters and config.lora_bias:
     raise ValueError(f"{path}: PEFT has no lora_bias with target_parameters")
   if config.use_dora and (config.lora_bias or config.target_parameters):
@@ -227,27 +203,32 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
     raise ValueError(f"{path}: PEFT has no use_dora with {other}")
   if not config.target_modules and not config.target_parameters:
     raise ValueError(f"{path}: target_modules is missing; expected the names of modules")
-  return config
+  if config.peft_type == "VERA" and not config.fields.save_projection:
+    raise ValueError(
+      f"{path}: save_projection=False: A and B are not in the file, and only PyTorch's random "
+      "numbers would give them again. Train with save_projection=True, PEFT's default, or merge "
+      "the adapter in PEFT and load the merged folder as a model"
+    )
 
 
-def _check_method(entries: Mapping[str, Any], path: Path) -> None:
-  """Raises ValueError if an adapter is not LoRA or DoRA, with the advice for its method."""
+def _method(entries: Mapping[str, Any], path: Path) -> str:
+  """Returns the method; raises ValueError with advice if it, or its extension, is not read."""
   method = entries.get("peft_type")
   if method is None and {"lora_parameters", "fine_tune_type"} & set(entries):
     raise ValueError(
       f"{path} is of MLX, expected PEFT's format. Fuse the adapter there (mlx_lm.fuse "
       "--de-quantize), and load the fused folder as a model"
     )
+  expected = f"expected peft_type {', '.join(list(FIELDS)[:-1])} or {list(FIELDS)[-1]}"
   if method in PROMPT_METHODS:
     raise ValueError(
-      f"{path}: expected peft_type LORA, got {method!r}, which trains virtual tokens and no "
-      "weights. There is no such adapter here"
+      f"{path}: {expected}, got {method!r}, which trains virtual tokens and no weights. There is "
+      "no such adapter here"
     )
-  if method != "LORA":
+  if not isinstance(method, str) or method not in FIELDS:
     raise ValueError(
-      f"{path}: expected peft_type LORA, got {repr(method)[:100]}. An adapter of another "
-      "method can be merged in PEFT (merge_and_unload, then save_pretrained) and the merged folder "
-      "loaded as a model"
+      f"{path}: {expected}, got {repr(method)[:100]}. An adapter of another method can be merged "
+      "in PEFT (merge_and_unload, then save_pretrained) and the merged folder loaded as a model"
     )
   for key, name in OTHER_METHODS.items():
     if entries.get(key):
@@ -256,65 +237,18 @@ def _check_method(entries: Mapping[str, Any], path: Path) -> None:
         "adapter in PEFT and load the merged folder as a model"
       )
   init = entries.get("init_lora_weights")
-  if not any(init is plain or (init == plain and type(init) is str) for plain in PLAIN_INITS):
+  plain = any(init is plain or (init == plain and type(init) is str) for plain in PLAIN_INITS)
+  if method == "LORA" and not plain:
     raise ValueError(
       f"{path}: init_lora_weights={repr(init)[:100]} changes the base model when PEFT loads the "
       "adapter. Save it in PEFT with path_initial_model_for_weight_conversion, which makes it "
       "plain LoRA"
     )
+  return method
 
 
-def _values(kind: Any, patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+def _values(kind: Any, patterns: Mapping[str, Any], name: str) -> dict[str, Any]:
   """Returns checked values by pattern."""
-  for key in patterns or {}:
+  for key in patterns:
     read_value(Pattern, key, f"{name}: a key")
-  items = (patterns or {}).items()
-  return {key: read_value(kind, value, f"{name}[{key!r}]") for key, value in items}
-
-
-def shortest_endings(chosen: Iterable[str], modules: Sequence[str]) -> list[str]:
-  """Returns the shortest endings of names that match the chosen modules and no others.
-
-  >>> shortest_endings(["h.0.attn.q", "h.1.attn.q"], ["h.0.attn.q", "h.1.attn.q", "h.0.mlp.up"])
-  ['q']
-  """
-  chosen = list(chosen)
-  for count in range(1, max(name.count(".") for name in chosen) + 2):
-    endings = list(dict.fromkeys(".".join(name.split(".")[-count:]) for name in chosen))
-    whole = not any(ending[0].isdecimal() for ending in endings)
-    if whole and {name for name in modules if _named(name, endings)} == set(chosen):
-      return endings
-  return chosen
-
-
-def usual(values: Iterable[Any]) -> Any:
-  """Returns the commonest of several values."""
-  return Counter(values).most_common(1)[0][0]
-
-
-def pattern_of(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-  """Returns the commonest value of the modules, and the others by the endings of their names.
-
-  >>> pattern_of({"h.0.q": 2, "h.0.v": 2, "h.1.q": 2, "h.0.up": 8, "h.1.up": 8})
-  (2, {'up': 8})
-  """
-  most, by_ending = usual(values.values()), {}
-  for value in dict.fromkeys(values.values()):
-    if value != most:
-      names_with_value = [name for name, item in values.items() if item == value]
-      by_ending |= dict.fromkeys(shortest_endings(names_with_value, list(values)), value)
-  return most, by_ending
-
-
-def _named(module: str, names: str | Iterable[str]) -> bool:
-  """Returns whether a regular expression matches a whole name, or one of several names ends it."""
-  if isinstance(names, str):
-    return fullmatch(names, module)
-  return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
-  for ending, value in patterns.items():
-    if fullmatch(rf"(.*\.)?({ending})", module):
-      return value
-  return default
+  return {key: read_value(kind, value, f"{name}[{key!r}]") for key, value in patterns.items()}

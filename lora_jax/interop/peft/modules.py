@@ -147,17 +147,6 @@ def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> 
   return [Module(stored, leaves) for stored in tensors if has_factors(stored)]
 
 
-def whole_name(stored: StoredTensor, adapted: set[str]) -> str:
-  """Returns the name in the file of a fully trained tensor.
-
-  Args:
-    stored: the tensor; a bias of an adapted module is one level deeper.
-    adapted: the names of the adapted modules.
-  """
-  module, _, kind = stored.name.rpartition(".")
-  return f"{PREFIX}{module}{'.base_layer' if module in adapted else ''}.{kind}"
-
-
 def has_values(leaf: Any) -> bool:
   """Returns whether a leaf of the base model, quantized or not, is more than its shape."""
   return not any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(leaf))

@@ -21,7 +21,6 @@ from lora_jax.interop.peft.modules import (
   has_values,
   is_language_model,
   magnitude_name,
-  whole_name,
 )
 from lora_jax.interop.peft.recognize import (
   Mismatch,
@@ -36,7 +35,9 @@ from lora_jax.models.checkpoints.stored import stored_shape
 
 # An adapter's name in the name of a tensor, as in the state dict of a model inside PEFT.
 ADAPTER_NAME = re.compile(
-  r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
+  r"\.(lora_(?:A|B|E|embedding_A|embedding_B|magnitude_vector)|hira_(?:embedding_)?[AB]|ia3_l"
+  r"|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|miss_block|vera_(?:A|B|lambda_[bd])"
+  r"|ln_tuning_layers|trainable_tokens_delta)\.(?!weight$|bias$)([^.]+)"
   r"|\.(modules_to_save)\.(?!weight$|bias$)([^.]+)"
 )
 NARROW = (jnp.bfloat16, np.float16)
@@ -45,18 +46,23 @@ NARROW = (jnp.bfloat16, np.float16)
 def read_arrays(
   folder: Path,
   config: PeftConfig,
-  modules: Sequence[Module],
+  expected: Mapping[str, tuple[int, ...]],
   tensors: Sequence[StoredTensor],
   leaves: Mapping[str, Any],
 ) -> Arrays:
-  """Returns the file's tensors by name, which must be exactly those of the config.
+  """Returns the file's tensors by name, which must be exactly the expected ones.
 
+  Args:
+    folder: of the adapter.
+    config: of the adapter.
+    expected: the shapes of its tensors, by name.
+    tensors: of the model.
+    leaves: of the base model, or their shapes, by path.
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if it is not a safetensors file, or a tensor is missing, unexpected, misshapen, not
       of floats or not finite.
   """
-  expected = _expected_shapes(config, modules, tensors, leaves)
   path = folder / WEIGHTS
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist{_instead(folder)}")
@@ -82,7 +88,7 @@ def read_arrays(
 
     _drop_bias_duplicates(stored, config, tensors, read)
     _drop_base_copies(folder, stored, expected, tensors, leaves, read)
-    mismatch = Mismatch(stored, expected)
+    mismatch = Mismatch(stored, expected, config.peft_type)
     if faults := mismatch.faults():
       more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
       cause = describe_mismatch(mismatch)
@@ -94,13 +100,8 @@ def read_arrays(
     return {name: read(name) for name in expected}
 
 
-def _expected_shapes(
-  config: PeftConfig,
-  modules: Sequence[Module],
-  tensors: Sequence[StoredTensor],
-  leaves: Mapping[str, Any],
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the tensors that a config asks for, by name."""
+def lora_shapes(config: PeftConfig, modules: Sequence[Module]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of LoRA's tensors that a config asks for, by name."""
   expected: dict[str, tuple[int, ...]] = {}
   for module in modules:
     shapes = module.factor_shapes(config.rank_of(module.name))
@@ -109,10 +110,6 @@ def _expected_shapes(
       expected[magnitude_name(module)] = module.magnitude_shape
     if config.lora_bias:
       expected[f"{PREFIX}{module.name}.lora_B.bias"] = (sum(module.outputs),)
-  adapted = {module.module for module in modules}
-  for stored in tensors:
-    if is_fully_trained(config, stored, adapted):
-      expected[whole_name(stored, adapted)] = stored_shape(stored, leaves)
   return expected
 
 
@@ -254,15 +251,6 @@ def _instead(folder: Path) -> str:
       ".save_pretrained(new)"
     )
   return ". Save the adapter by PEFT's save_pretrained, as safetensors"
-
-
-def is_fully_trained(config: PeftConfig, stored: StoredTensor, adapted: set[str]) -> bool:
-  """Returns whether a tensor is trained itself; `adapted` are the names of adapted modules."""
-  if config.saves(stored.module):
-    return True
-  return stored.is_bias and (
-    config.bias == "all" or (config.bias == "lora_only" and stored.module in adapted)
-  )
 
 
 def which_base(config: PeftConfig) -> str:

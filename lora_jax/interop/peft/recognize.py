@@ -32,16 +32,21 @@ _FORMATS = (  # names of tensors, and the format
   (r"\.lora_[ab](\.weight)?$", "MLX or torchtune"),
   (r"\.(linear_in|linear_out)\.weight$|\.adapter_layer\.", "NeMo"),
 )
-_OTHER_METHODS = (  # names of tensors, and the method
+_METHODS = (  # names of tensors, and their `peft_type`, or the method
   (r"(^|\.)prompt_embeddings$|\.prompt_encoder\.", "prompt tuning or prefix tuning"),
   (r"\.ia3_l(\.|$)", "IA3"),
-  (r"\.lora_E(\.|$)", "AdaLoRA"),
-  (r"\.hada_w[12]_[ab](\.|$)", "LoHa"),
-  (r"\.lokr_w[12](_[ab])?(\.|$)", "LoKr"),
-  (r"\.vera_lambda_[bd](\.|$)", "VeRA"),
+  (r"\.lora_E(\.|$)", "ADALORA"),
+  (r"\.lora_[AB]\.weight$", "LORA"),
+  (r"\.hira_(embedding_)?[AB](\.|$)", "HIRA"),
+  (r"\.hada_w[12]_[ab](\.|$)", "LOHA"),
+  (r"\.lokr_w[12](_[ab])?(\.|$)", "LOKR"),
+  (r"\.miss_block(\.|$)", "MISS"),
+  (r"\.vera_lambda_[bd](\.|$)", "VERA"),
   (r"\.(oft|boft)_[rRs](\.|$)", "OFT or BOFT"),
   (r"\.(fourierft_spectrum|hra_u|randlora_lambda|vblora_logits)(\.|$)", "another method of PEFT"),
-  (r"\.(token_adapter|trainable_tokens_\w+)\.", "trainable tokens"),
+  (r"\.token_adapter\.", "trainable tokens (trainable_token_indices)"),
+  (r"\.trainable_tokens_\w+(\.|$)", "TRAINABLE_TOKENS"),
+  (r"\.ln_tuning_layers\.", "LN_TUNING"),
 )
 _WRAPPERS = (  # prefixes, and what put them there
   ("_orig_mod.", "torch.compile", "model._orig_mod"),
@@ -52,10 +57,11 @@ _PREFIX = "base_model.model."
 
 
 class Mismatch(NamedTuple):
-  """The tensors of a file, and those of its config and the model."""
+  """The tensors of a file, and those of its config, of the method `peft_type`, and the model."""
 
   stored: Mapping[str, Stored]
   expected: Mapping[str, tuple[int, ...]]
+  peft_type: str = "LORA"
 
   @property
   def missing(self) -> list[str]:
@@ -117,11 +123,12 @@ def _foreign(tensors: Mismatch) -> str:
 
 
 def _other_method(tensors: Mismatch) -> str:
-  for pattern, method in _OTHER_METHODS:
-    if name := first_match(pattern, tensors.unexpected):
+  for pattern, method in _METHODS:
+    name = first_match(pattern, tensors.unexpected)
+    if name and method != tensors.peft_type:
       return (
-        f"{name} is of an adapter of {method}, though adapter_config.json says LORA. Take both "
-        "files from one training; only LoRA and DoRA are read"
+        f"{name} is of an adapter of {method}, though adapter_config.json says "
+        f"{tensors.peft_type}. Take both files from one training"
       )
   return ""
 
@@ -147,12 +154,12 @@ def _wrapped(tensors: Mismatch) -> str:
 def _whole_model(tensors: Mismatch) -> str:
   if not tensors.stored:
     return "the file has no tensors: save the adapter again"
-  if any("lora_" in name for name in tensors.stored):
+  if "lora_" in "".join(tensors.stored) or any(first_match(p, tensors.stored) for p, _ in _METHODS):
     return ""
   return (
-    "the file has no factors of LoRA: it is a whole model's checkpoint, or another part of one. "
-    "Load a model by lora_jax.models.zoo.load_causal_lm; of a fully sharded training, save the "
-    "adapter by PEFT's save_pretrained after gathering it"
+    "the file has no tensors of an adapter: it is a whole model's checkpoint, or another part of "
+    "one. Load a model by lora_jax.models.zoo.load_causal_lm; of a fully sharded training, save "
+    "the adapter by PEFT's save_pretrained after gathering it"
   )
 
 

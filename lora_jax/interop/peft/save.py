@@ -1,33 +1,32 @@
 """Writes adapters in PEFT's format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.files import local_path
-from lora_jax.interop.peft.config import pattern_of, shortest_endings
-from lora_jax.interop.peft.fused import check_parts, with_one_rank
+from lora_jax.interop.peft.fully_trained import CLASSIFIER, write_whole
+from lora_jax.interop.peft.fused import AdapterParts, check_parts, with_one_rank
 from lora_jax.interop.peft.modules import (
   CONFIG,
   WEIGHTS,
-  Arrays,
   Module,
   check_called,
   check_tied,
   factor_names,
-  has_values,
   is_language_model,
   magnitude_name,
-  whole_name,
 )
+from lora_jax.interop.peft.names import pattern_of, shortest_endings
+from lora_jax.interop.peft.tuners.norms import as_tuned
+from lora_jax.interop.peft.tuners.table import TUNERS, tuner_type
+from lora_jax.interop.peft.tuners.tokens import write_tokens
+from lora_jax.interop.peft.tuners.tuner import Written, whole_number
 from lora_jax.models.checkpoints.hub import StoredTensor, new_folder, save_tensors
-
-CLASSIFIER = "classifier"  # the head of a model for sequence classification
 
 
 def save_peft(
@@ -42,15 +41,22 @@ def save_peft(
 ) -> None:
   """Writes an adapter as a new folder that PEFT reads and that computes the same.
 
+  A variant that PEFT has is written as PEFT's own method; one that is plain LoRA, such as PiSSA, as
+  that. `lora_jax.to_lora` makes plain LoRA of the others where it is exact, `lora_jax.convert` the
+  nearest one. An adapter of no weights, `LoraConfig(1, 1.0, target=(), extra=lora_jax.NORMS)`, is
+  LN tuning.
+
   Args:
     folder: to make.
     config: of the adapter.
     trainable: the trained tree.
     tensors: of the model in `transformers`, as `stored_tensors(config)` returns them.
-    params: of the base model, or their shapes. DoRA of some of a fused weight's parts needs arrays.
+    params: of the base model, or their shapes. DoRA of some of a fused weight's parts and trainable
+      tokens need arrays.
     base_model: the base model's folder or hub repository, for the file.
     for_server: whether to write the format of adapter servers: one rank and one alpha for all
-      modules (smaller ranks are padded with zeros), and no fully trained leaves.
+      modules (smaller ranks are padded with zeros), and no fully trained leaves. Variants that are
+      plain LoRA are written as that, even if PEFT has them.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the adapter is not for the base model, or PEFT has no format for it.
@@ -60,11 +66,84 @@ def save_peft(
     raise FileExistsError(f"{folder} exists; nothing is overwritten")
   parts = check_parts(config, trainable, tensors, params)
   check_called(folder, parts.adapted)
-  use_dora = parts.uses_dora("PEFT")
+  kind = "LORA" if for_server else _method_of(parts)
+  if kind == "LN_TUNING":
+    written = as_tuned(_whole(parts, []), tensors, parts.leaves)
+  elif kind == "LORA":
+    written = _lora(folder, config, parts, for_server)
+  else:
+    written = _tuner(folder, config, parts, kind)
+  fields = {
+    "peft_type": kind,
+    "base_model_name_or_path": base_model,
+    "task_type": "CAUSAL_LM" if is_language_model(tensors) else None,
+    "inference_mode": True,
+    **written.fields,
+  }
+  if CLASSIFIER in fields.get("modules_to_save", ()):  # which PEFT then adds to modules_to_save
+    fields["task_type"] = "SEQ_CLS"
+  with new_folder(folder) as temporary:
+    (temporary / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+    save_tensors(temporary / WEIGHTS, written.arrays)
+
+
+def _method_of(parts: AdapterParts) -> str:
+  """Returns the `peft_type` for an adapter: LORA for one of several methods."""
+  if not parts.weights:
+    return "LN_TUNING"
+  kinds = {tuner_type(parts.variant_of(path)) for path in parts.weights}
+  return kinds.pop() if len(kinds) == 1 else "LORA"
+
+
+def _tuner(folder: Path, config: LoraConfig, parts: AdapterParts, kind: str) -> Written:
+  """Returns the fields and tensors of a method other than LoRA."""
+  tuner, modules = TUNERS[kind], parts.of_modules()
+  chosen = list(modules)
+  tuner.check(folder, chosen)
+  embeddings = [module for module in parts.trained if module.stored.is_embedding]
+  if kind != "TRAINABLE_TOKENS":  # PEFT ties its rows, too
+    check_tied(folder, embeddings, parts.tensors)
+  written, whole = tuner.write(modules, parts), _whole(parts, chosen)
+  biases = whole.fields.pop("bias")
+  if biases != "none" and tuner.only_biases is None:
+    raise ValueError(
+      f"PEFT's {tuner.name} trains no biases, except those of whole modules; `extra` has biases. "
+      "Leave them out, or merge the adapter: lora_jax.interop.save_merged"
+    )
+  fields: dict[str, Any] = {
+    "target_modules": _endings([m.name for m in chosen], parts.module_names)
+  }
+  if tuner.only_biases is not None:
+    fields["bias"] = tuner.only_biases if biases == "lora_only" else biases
+  if tuner.dropout is not None:
+    fields[tuner.dropout] = config.dropout
+  fields |= {"fan_in_fan_out": _fan_in_fan_out(chosen), **whole.fields, **written.fields}
+  return Written(fields, {**written.arrays, **whole.arrays})
+
+
+def _whole(parts: AdapterParts, chosen: Sequence[Module]) -> Written:
+  """Returns `modules_to_save`, `bias` and the tensors of the fully trained leaves."""
+  adapted = {module.module for module in chosen}
+  names, biases, arrays = write_whole(parts.extra, parts.tensors, parts.leaves, adapted)
+  fields = {"bias": biases} | ({"modules_to_save": names} if names else {})
+  return Written(fields, arrays)
+
+
+def _lora(folder: Path, config: LoraConfig, parts: AdapterParts, for_server: bool) -> Written:
+  """Returns the fields and tensors of LoRA or DoRA, with trained rows of embeddings."""
+  kinds = {path: tuner_type(parts.variant_of(path)) for path in parts.weights}
+  tokens = [path for path, kind in kinds.items() if kind == "TRAINABLE_TOKENS"]
+  if for_server and (tokens or parts.extra):
+    unread = "trainable tokens" if tokens else "fully trained leaves"
+    raise ValueError(f"servers read no {unread}: {', '.join(tokens or parts.extra)}")
+  low_rank = parts.without(tokens).as_lora()
+  of_tokens = parts.without(low_rank.weights.keys()).of_modules()
+  use_dora = low_rank.uses_dora("PEFT")
   if use_dora:
-    _check_dora(parts.adapted, for_server)
-  fused = parts.fuse(use_dora)
-  check_tied(folder, [module for module in parts.trained if module.stored.is_embedding], tensors)
+    _check_dora(low_rank.adapted, for_server)
+  fused = low_rank.fuse(use_dora)
+  embeddings = [module for module in low_rank.trained if module.stored.is_embedding]
+  check_tied(folder, embeddings, parts.tensors)
   if for_server:
     fused = with_one_rank(fused, config.alpha)
   chosen = list(fused)
@@ -83,47 +162,27 @@ def save_peft(
     )
   rank, ranks = pattern_of({module.name: joined.rank for module, joined in fused.items()})
   alpha, alphas = pattern_of({module.name: joined.alpha for module, joined in fused.items()})
-  written = {
-    "peft_type": "LORA",
-    "base_model_name_or_path": base_model,
-    "task_type": "CAUSAL_LM" if is_language_model(tensors) else None,
-    "inference_mode": True,
+  fields: dict[str, Any] = {
     "r": rank,
-    "lora_alpha": _whole_number(alpha),
+    "lora_alpha": whole_number(alpha),
     "lora_dropout": 0.0 if parameters else config.dropout,  # PEFT has none of parameters
-    "target_modules": _endings(linear, _names(parts.modules)),
-    "bias": "none",
-    "fan_in_fan_out": not any(module.stored.transposed for module in chosen if module.is_linear),
+    "target_modules": _endings(linear, parts.module_names),
+    "fan_in_fan_out": _fan_in_fan_out(chosen),
   }
   if parameters:
-    written["target_parameters"] = _endings(parameters, [stored.name for stored in tensors])
+    fields["target_parameters"] = _endings(parameters, [stored.name for stored in parts.tensors])
   if ranks or alphas:
-    alphas = {name: _whole_number(value) for name, value in alphas.items()}
-    written |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    alphas = {name: whole_number(value) for name, value in alphas.items()}
+    fields |= {"rank_pattern": ranks, "alpha_pattern": alphas}
   if use_dora:
-    written["use_dora"] = True
-  if parts.extra:
-    if for_server:
-      raise ValueError(f"servers read no fully trained leaves: {', '.join(parts.extra)}")
-    names, biases, full = _fully_trained(
-      parts.extra, tensors, parts.leaves, {module.module for module in chosen}
-    )
-    written |= {"bias": biases, "modules_to_save": names or None}
-    arrays |= full
-    if CLASSIFIER in names:  # which PEFT then adds to modules_to_save
-      written["task_type"] = "SEQ_CLS"
-  _write(folder, written, arrays)
+    fields["use_dora"] = True
+  rows, whole = write_tokens(of_tokens, parts), _whole(low_rank, chosen)
+  fields |= {**rows.fields, **whole.fields}
+  return Written(fields, {**arrays, **rows.arrays, **whole.arrays})
 
 
-def _names(modules: Sequence[Module]) -> list[str]:
-  """Returns the names of modules and of their parents, all of which an ending may match."""
-  names = [module.name for module in modules if not module.stored.is_parameter]
-  return list(dict.fromkeys([*names, *(name.rpartition(".")[0] for name in names)]))
-
-
-def _whole_number(value: float) -> float:
-  """Returns an integer where a number is one, as PEFT writes it."""
-  return int(value) if value == int(value) else value
+def _fan_in_fan_out(modules: Sequence[Module]) -> bool:
+  return not any(module.stored.transposed for module in modules if module.is_linear)
 
 
 def _endings(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -143,102 +202,3 @@ def _check_dora(modules: Sequence[Module], for_server: bool) -> None:
       f"PEFT has no DoRA of target_parameters, as which it reads {', '.join(experts)}. Take the "
       "nearest LoRA of lora_jax.convert"
     )
-
-
-def _fully_trained(
-  whole: Mapping[str, Any],
-  tensors: Sequence[StoredTensor],
-  leaves: Mapping[str, Any],
-  adapted: set[str],
-) -> tuple[list[str], str, Arrays]:
-  """Returns the fully trained modules, the value of `bias` for other biases, and the tensors.
-
-  Args:
-    whole: the fully trained leaves, by path.
-    tensors: of the model.
-    leaves: of the base model, or their shapes.
-    adapted: the names of the adapted modules.
-  """
-  by_module: dict[str, list[StoredTensor]] = {}
-  for stored in tensors:
-    by_module.setdefault(stored.module, []).append(stored)
-  names: list[str] = []
-  trained: list[StoredTensor] = []
-  biases: list[StoredTensor] = []
-  for module, module_tensors in by_module.items():
-    paths = {path for stored in module_tensors for path in stored.paths}
-    if not paths & set(whole):
-      continue
-    if module not in adapted and paths <= set(whole):
-      names.append(module)
-      trained += module_tensors
-      continue
-    picked = [
-      stored for stored in module_tensors if stored.is_bias and set(stored.paths) <= set(whole)
-    ]
-    if paths & set(whole) - {path for stored in picked for path in stored.paths}:
-      raise ValueError(
-        f"PEFT trains whole modules: {module} has {', '.join(sorted(paths))}, of which "
-        f"{', '.join(sorted(paths & set(whole)))} are fully trained. Add the others to `extra`"
-      )
-    biases += picked
-  saved = {stored.name for stored in trained}
-  other_biases = [stored for stored in tensors if stored.is_bias and stored.name not in saved]
-  word, biases = _which_biases(biases, other_biases, adapted, whole, leaves)
-  arrays = {}
-  for stored in (*trained, *biases):
-    array = np.concatenate([_whole(whole[path], stored) for path in stored.paths], axis=-1)
-    arrays[whole_name(stored, adapted)] = stored.to_file(array)
-  picked = [name for name in by_module if name.split(".")[0] == CLASSIFIER]
-  if picked and set(picked) <= set(names):
-    names = [*(name for name in names if name not in picked), CLASSIFIER]
-  return names, word, arrays  # whole names, since PEFT matches all that end with a short one
-
-
-def _which_biases(
-  trained: Sequence[StoredTensor],
-  all_biases: Sequence[StoredTensor],
-  adapted: set[str],
-  whole: Mapping[str, Any],
-  leaves: Mapping[str, Any],
-) -> tuple[str, list[StoredTensor]]:
-  """Returns PEFT's `bias` for trained biases, and their tensors.
-
-  Layers of a stack whose bias is unchanged need not be among them.
-  """
-  picked = [stored for stored in all_biases if stored.module in adapted]
-  if not trained:
-    return "none", []
-  if len(trained) == len(all_biases):
-    return "all", list(trained)
-  changed = [
-    stored
-    for stored in trained
-    if not stored.place or not all(_is_unchanged(whole[p], leaves[p], stored) for p in stored.paths)
-  ]
-  names = {stored.name for stored in trained}
-  if {s.name for s in changed} <= {s.name for s in picked} <= names:
-    return "lora_only", picked
-  raise ValueError(
-    "PEFT trains all biases, or those of the adapted modules, or modules as a whole; `extra` has "
-    f"{', '.join(sorted(s.name for s in changed)[:4])} and others. Of the adapted modules' it "
-    f"lacks {', '.join(sorted({s.name for s in picked} - names)[:4]) or 'none'}, of all "
-    f"{', '.join(sorted({s.name for s in all_biases} - names)[:4])}"
-  )
-
-
-def _is_unchanged(leaf: Any, base: Any, stored: StoredTensor) -> bool:
-  """Returns whether a layer's part of a leaf is the base model's; False if that is a shape."""
-  if not has_values(base):
-    return False
-  return np.array_equal(_whole(leaf, stored), _whole(base, stored))
-
-
-def _whole(leaf: Any, stored: StoredTensor) -> np.ndarray:
-  return np.asarray(leaf, np.float32)[stored.place]
-
-
-def _write(folder: Path, config: Mapping[str, Any], arrays: Arrays) -> None:
-  with new_folder(folder) as temporary:
-    (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_tensors(temporary / WEIGHTS, arrays)

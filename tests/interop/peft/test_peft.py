@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from lora_jax.adapters.delta import adapter_weights
 from lora_jax.interop import load_peft, save_merged, save_peft
-from lora_jax.interop.peft.config import parse, shortest_endings
+from lora_jax.interop.peft.config import parse
+from lora_jax.interop.peft.names import shortest_endings
 from lora_jax.models.gpt2 import folder as gpt2_folder
 from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
