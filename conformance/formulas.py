@@ -225,7 +225,7 @@ def dylora(b: int) -> Formula:
 
   return LORA._replace(
     equation="h = x W + (alpha / b) (x A[:, :b]) B[:b] in a step of rank b",
-    source="Valipour et al. 2022, arXiv 2210.07558, sec. 4",
+    source="Valipour et al. 2022, arXiv 2210.07558",
     output=lambda x, w, p, s, held=None: lora_output(x, w, first(p), scaling(p, s)),
     weight=lambda w, p, s: lora_weight(w, first(p), scaling(p, s)),
     gradients=gradients,

@@ -121,7 +121,7 @@ def rand_lora_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Ar
 RAND_LORA = Formula(
   "h = x W + s sum over j of (((x * gamma_j) A) * lambda_j) B_j; "
   "((((x B_j^T) * lambda_j) A^T) * gamma_j) where W has more inputs than outputs",
-  "Albert et al. 2025, arXiv 2502.00987, sec. 4",
+  "Albert et al. 2025, arXiv 2502.00987",
   {
     "shared_a": "most_small rank",
     "shared_b": "most_bases rank most_large",
@@ -154,7 +154,7 @@ def uni_lora_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Arr
 UNI_LORA = Formula(
   "h = x W + s (x A) B, A = (theta * inverse_root)[index_a], B = (theta * inverse_root)[index_b]; "
   "inverse_root = 1 / sqrt(n), n how often an entry of theta is in all indices",
-  "Li et al. 2025, arXiv 2506.00799, sec. 3",
+  "Li et al. 2025, arXiv 2506.00799",
   {
     "theta": "length",
     "inverse_root": "length",
@@ -188,7 +188,7 @@ def tiny_lora_gradients(w: Array, p: Arrays, s: float, g: Array) -> dict[str, Ar
 
 TINY_LORA = Formula(
   "h = x W + s x A R B, R = sum over i of v_i P_i, A = U_r S_r, B = V_r^T, W = U S V^T",
-  "Morris et al. 2026, arXiv 2602.04118, sec. 4",
+  "Morris et al. 2026, arXiv 2602.04118",
   {
     "v": "groups",
     "lora_a": "batch in rank",

@@ -1,4 +1,4 @@
-"""DyLoRA (Valipour et al. 2023, arXiv 2210.07558, sec. 4). With x a row vector, as in JAX:
+"""DyLoRA (Valipour et al. 2022, arXiv 2210.07558). With x a row vector, as in JAX:
 
     h = x W + (alpha / b) * (x A[:, :b]) B[:b]
 

@@ -1,4 +1,4 @@
-"""RandLoRA (Albert et al. 2025, arXiv 2502.00987, sec. 4). With x a row vector, as in JAX:
+"""RandLoRA (Albert et al. 2025, arXiv 2502.00987). With x a row vector, as in JAX:
 
     h = x W + scaling * x D,   D = sum over j of (A * lambda[j] * gamma[j]) B[j]
 

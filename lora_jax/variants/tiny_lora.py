@@ -1,4 +1,4 @@
-"""TinyLoRA (Morris et al. 2026, arXiv 2602.04118, sec. 4). With x a row vector, as in JAX:
+"""TinyLoRA (Morris et al. 2026, arXiv 2602.04118). With x a row vector, as in JAX:
 
     h = x W + scaling * x A R B,   R = v[0] P[0] + ... + v[u - 1] P[u - 1]
 

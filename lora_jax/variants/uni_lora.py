@@ -1,4 +1,4 @@
-"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799, sec. 3). With x a row vector, as in JAX:
+"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799). With x a row vector, as in JAX:
 
     h = x W + scaling * x A B,   A = theta[i] / sqrt(n[i]),  B = theta[j] / sqrt(n[j])
 
