@@ -127,8 +127,8 @@ def _near(path: str, leaves: Mapping[str, Any], targets: Mapping[str, Target]) -
 
 def _remedy(path: str) -> str:
   return (
-    f"Name the bias: lora_jax.ia3_variant(biases={{{path!r}: PATH}}), None for none; or leave the "
-    "weight out of `target`"
+    f"Name the bias for the variant, biases={{{path!r}: PATH}}, None for none; or leave the weight "
+    "out of `target`"
   )
 
 

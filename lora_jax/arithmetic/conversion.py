@@ -101,10 +101,12 @@ def to_lora(config: LoraConfig, trainable: PyTree, params: PyTree) -> tuple[Lora
     trainable: its tree.
     params: of the base model; shapes suffice, except for variants that contract the weight.
   Raises:
-    ValueError: if the adapter is not for these params, or a variant has no exact form.
+    ValueError: if the adapter is not for these params, or a variant has no exact form: `convert`
+      returns the nearest one, unless biases are scaled, too.
   """
   targets, extra = find_leaves(config, params)
   check_adapter(trainable, targets, extra)
+  _check_no_bias(find_biases(targets, extra, params))
   rules: dict[str, LoraRule] = {}
   items: list[tuple[tuple[str, ...], Any]] = []
   with jax.default_matmul_precision("float32"):

@@ -153,7 +153,7 @@ def redistributed(ranks: Mapping[str, int], candidates: Mapping[str, Directions]
   order = sorted(((-share, path) for path in shares for share in shares[path]), key=lambda x: x[0])
   result = dict.fromkeys(ranks, 0)
   for _, path in order:
-    if sizes[path] <= budget:
+    if sizes[path] <= budget:  # a stack needs a rank for each layer; a smaller one may still fit
       result[path] += 1
       budget -= sizes[path]
   return result

@@ -34,6 +34,8 @@ SHARED_ARRAYS = {"vera_in": "in rank", "vera_out": "rank out"}
 def vera_variant(d_initial: float = 0.1) -> Variant:
   """Returns VeRA with `d` initialized to this number.
 
+  Weights of another number, in several `LoraRule`s, have shared arrays of their own.
+
   Raises:
     ValueError: if it is not a finite number other than 0, which would train nothing.
   """
@@ -41,7 +43,7 @@ def vera_variant(d_initial: float = 0.1) -> Variant:
   if d_initial == 0:
     raise ValueError("d_initial must not be 0, which would train nothing, got 0")
   return Variant(
-    "VeRA",
+    "VeRA" if d_initial == 0.1 else f"VeRA of d {d_initial:g}",  # each has shared arrays of its own
     ARRAYS,
     _Start(d_initial),
     weight,

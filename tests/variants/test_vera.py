@@ -71,7 +71,8 @@ def test_the_initial_values_are_the_papers():
   )
   assert set(np.unique(trainable["up"].vera_d)) == {0.5}
   assert not trainable["up"].vera_b.any()
-  a, b = (trainable["lora_shared"]["VeRA"].arrays[name] for name in ("vera_in", "vera_out"))
+  assert variant.name == "VeRA of d 0.5"
+  a, b = (trainable["lora_shared"][variant.name].arrays[name] for name in ("vera_in", "vera_out"))
   for array, fan_in in ((a, 400), (b, 100)):
     bound = math.sqrt(6 / fan_in)
     assert 0.99 * bound < float(jnp.abs(array).max()) <= bound
@@ -131,6 +132,16 @@ def test_d_is_initialized_to_the_argument():
   params, x = example()
   vera = lj.vera(mlp, dataclasses.replace(CONFIG, variant=None), d_initial=0.5)
   np.testing.assert_array_equal(vera.init(KEY, params, x)["up"].vera_d, 0.5)
+
+
+def test_weights_with_another_d_have_arrays_of_their_own():
+  params, x = example()
+  rules = [lj.LoraRule("up", variant=lj.vera_variant(0.5))]
+  vera = lj.lora(mlp, dataclasses.replace(CONFIG, rules=rules))
+  trainable = vera.init(KEY, params, x)
+  np.testing.assert_array_equal(trainable["up"].vera_d, 0.5)
+  shapes = {n: node.vera_in.shape for n, node in trainable["lora_shared"].items()}
+  assert shapes == {"VeRA": (8, 12), "VeRA of d 0.5": (5, 12)}
 
 
 def test_bad_settings_are_refused():
