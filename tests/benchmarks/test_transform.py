@@ -44,9 +44,8 @@ def test_every_iteration_of_a_loop_is_counted_in_a_jaxpr():
   assert transform.jaxpr_flops(jaxpr) == 3 * 2 * 8 * 16 * 16
 
 
-@pytest.mark.parametrize(
-  "forms", [pytest.param(["unrolled", "remat"], marks=pytest.mark.long), ["mlp"]]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("forms", [["unrolled", "remat"], ["mlp"]])
 def test_a_checkout_against_itself_has_a_row_of_ratios_per_model(forms, capsys):
   transform.main([*SMALL, "--against", os.path.relpath(transform.HERE), "--forms", ",".join(forms)])
   lines = capsys.readouterr().out.splitlines()

@@ -74,6 +74,7 @@ def settings_id(case):
 
 
 BEAM_CASES = [case for case in GOLDEN["cases"] if case["settings"]["num_beams"] > 1]
+BEAM_CASES[1] = pytest.param(BEAM_CASES[1], marks=LONG)  # the first with another length penalty
 
 
 @pytest.mark.parametrize("case", BEAM_CASES, ids=settings_id)

@@ -43,14 +43,15 @@ from tests.toy_models import relative_difference
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 
 
+SHORT = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Short runs of LoRA, DoRA, PiSSA and full fine-tuning."""
+  """Short runs of LoRA, DoRA and full fine-tuning."""
   root = tmp_path_factory.mktemp("runs")
-  short = {"fit.num_train_steps": 4, "decoding.num_inputs": 0, "optimizer.learning_rate": 0.1}
-  methods = {"lora": "lora", "dora": "dora", "pissa": "pissa", "full": "full_finetuning"}
-  for name, changes in {name: {"method": method} for name, method in methods.items()}.items():
-    gpt2_e2e.run(apply(tiny_config(root / name), {**short, **changes}))
+  for name, method in {"lora": "lora", "dora": "dora", "full": "full_finetuning"}.items():
+    gpt2_e2e.run(apply(tiny_config(root / name), SHORT | {"method": method}))
   return root
 
 
@@ -64,16 +65,24 @@ def check_text_files(folder):
   assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 
-@pytest.mark.parametrize(
-  ("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", []), ("pissa", [])]
-)
+@pytest.mark.parametrize(("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
 def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
-  export.main([str(runs / name), str(tmp_path / "new"), *flags])
+  check_adapter(runs / name, flags, tmp_path, capsys, rank=4)
+
+
+@pytest.mark.long
+def test_pissa_is_plain_lora_of_twice_the_rank(tmp_path, capsys):
+  gpt2_e2e.run(apply(tiny_config(tmp_path / "run"), SHORT | {"method": "pissa"}))
+  check_adapter(tmp_path / "run", [], tmp_path, capsys, rank=8)
+
+
+def check_adapter(folder, flags, tmp_path, capsys, rank):
+  export.main([str(folder), str(tmp_path / "new"), *flags])
   assert capsys.readouterr().out == f"wrote {tmp_path / 'new'}\n"
   config, params = load_gpt2(tiny_folder())
   lora_config, trainable = load_peft(tmp_path / "new", stored_tensors(config), params)
   adapted = lj.lora(lambda p, tokens: GPT2(config).apply({"params": p}, tokens), lora_config)
-  expected = logits_of(load_run(runs / name))
+  expected = logits_of(load_run(folder))
   assert relative_difference(adapted.apply(params, trainable, TOKENS), expected) < 1e-5
   base = GPT2(config).apply({"params": params}, TOKENS)
   assert relative_difference(base, expected) > 1e-2
@@ -81,7 +90,7 @@ def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
   written = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
   assert written["target_modules"] == ["c_attn", "c_proj", "c_fc"]
   assert ("rank_pattern" in written) == (not flags)  # 3 x 4 on the fused weight, 4 elsewhere
-  assert (written["r"] == 8) == (name == "pissa")  # plain LoRA of twice the rank
+  assert written["r"] == (rank if not flags else 12)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "full"])

@@ -127,7 +127,11 @@ def test_gradients_equal_those_on_the_dequantized_base(scan_layers, variant):
     assert jnp.linalg.norm(leaf - reference) <= 1e-5 * jnp.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+  "scan_layers",
+  [False, pytest.param(True, marks=pytest.mark.long)],
+  ids=["unrolled", "scanned"],
+)
 def test_no_dequantized_weight_is_a_residual(scan_layers, capsys):
   _, codes, tokens, adaptation, trainable = model(scan_layers)
 

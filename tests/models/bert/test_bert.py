@@ -193,12 +193,9 @@ def test_no_two_layers_drop_the_same(computation):
   assert len(np.unique(np.asarray(hidden[0, 0]).round(3))) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-  ("name", "computation"),
-  [
-    ("bert_classifier", "scanned"),
-    pytest.param("roberta_regression", "unrolled", marks=pytest.mark.long),
-  ],
+  ("name", "computation"), [("bert_classifier", "scanned"), ("roberta_regression", "unrolled")]
 )
 def test_lora_of_all_dense_layers(name, computation):
   config, params = load_bert(golden.GOLDEN / name, **COMPUTATIONS[computation])

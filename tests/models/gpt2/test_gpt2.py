@@ -196,12 +196,12 @@ def token_dependence(config, params, segment_ids):
 @pytest.mark.parametrize(
   ("computation", "packed"),
   [
-    *((computation, True) for computation in ("unrolled", "scanned_remat", "xla")),
+    *((computation, True) for computation in ("unrolled", "scanned_remat")),
     ("unrolled", False),
     *(
       pytest.param(computation, packed, marks=pytest.mark.long)
       for computation, packed in [
-        *(("scanned", True), ("remat", True)),
+        *(("scanned", True), ("remat", True), ("xla", True)),
         *((computation, False) for computation in ("scanned", "remat", "scanned_remat", "xla")),
       ]
     ),

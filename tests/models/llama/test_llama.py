@@ -162,9 +162,8 @@ def test_lora_of_all_linear_layers(computation):
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize(
-  "computation", ["scanned", pytest.param("unrolled", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("computation", ["scanned", "unrolled"])
 def test_lora_of_experts(computation):
   """Each expert has its own factors, and so have the router and the shared expert."""
   config, params = load_llama(golden.GOLDEN / "qwen2_moe", **COMPUTATIONS[computation])

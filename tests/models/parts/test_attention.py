@@ -29,9 +29,9 @@ def by_jax(mask):
   return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
 
 
-@pytest.fixture(params=[128, 5], ids="blocks of {}".format)
+@pytest.fixture(params=[5, pytest.param(128, marks=pytest.mark.long)], ids="blocks of {}".format)
 def block_size(request, monkeypatch):
-  """One block of all 12 queries, or three."""
+  """Three blocks of the 12 queries, or one."""
   monkeypatch.setattr(attention, "BLOCK_SIZE", request.param)
 
 
