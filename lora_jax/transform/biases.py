@@ -75,7 +75,9 @@ def _outputs(equation: Any, operands: list[_Kind | None]) -> list[_Kind | None]:
   bodies = list(_bodies(equation.params))
   if name == "cond":
     branches = [_visit(branch, operands[1:]) for branch in equation.params["branches"]]
-    return [kinds[0] if len(set(kinds)) == 1 else None for kinds in zip(*branches, strict=True)]
+    return [_any_of(kinds) for kinds in zip(*branches, strict=True)]
+  if name == "scan":
+    return _scan_outputs(equation.params, operands)
   if len(bodies) == 1 and len(_compat.open_jaxpr(bodies[0])[0].invars) == len(operands):
     return _visit(bodies[0], operands)
   present = {kind for kind in operands if kind is not None}
@@ -89,6 +91,25 @@ def _outputs(equation: Any, operands: list[_Kind | None]) -> list[_Kind | None]:
     return [None] * count
   line = _compat.source_line(equation)
   raise _Misused(f"used by {name!r} at {line}, other than in a sum with the layer's output")
+
+
+def _scan_outputs(params: Mapping[str, Any], operands: list[_Kind | None]) -> list[_Kind | None]:
+  """Returns the kinds of a loop's outputs; visits its body until the carried kinds repeat."""
+  first, count = _compat.scan_counts(dict(params))
+  visited, iterations = [], []
+  while operands not in visited and len(visited) < max(params["length"], 1):
+    visited.append(operands)
+    iterations.append(_visit(params["jaxpr"], operands))
+    operands = [*operands[:first], *iterations[-1][:count], *operands[first + count :]]
+  stacked = [_any_of(kinds) for kinds in zip(*iterations, strict=True)][count:]
+  return [*iterations[-1][:count], *stacked]
+
+
+def _any_of(kinds: Sequence[_Kind | None]) -> _Kind | None:
+  """Returns the kind of a value that may have any of these."""
+  if _Kind.BIAS in kinds:
+    return _Kind.BIAS
+  return kinds[0] if len(set(kinds)) == 1 else None
 
 
 def _linear_kind(name: str, operands: list[_Kind | None]) -> _Kind | None:

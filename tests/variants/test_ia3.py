@@ -146,6 +146,13 @@ def refused(fn, params, message, **changes):
     lj.lora(fn, dataclasses.replace(CONFIG, **settings)).init(KEY, params, normal(2, 4))
 
 
+def test_to_lora_says_that_biases_are_scaled():
+  params, x = example()
+  trainable = lj.lora(layer, CONFIG).init(KEY, params, x)
+  with pytest.raises(ValueError, match=r"/bias is scaled with .*\. Merge the adapter instead"):
+    lj.to_lora(CONFIG, trainable, params)
+
+
 def test_a_bias_that_cannot_be_found_is_refused():
   refused(
     flat, FLAT, "bk may be the bias of w[kv], and would have to be scaled with it. Name the b"
@@ -178,6 +185,12 @@ USES = {
   "after an inverse": lambda p, x: x / (x @ p["w"]) + p["bias"][None],
   "twice": lambda p, x: dense_w(p, x) * p["bias"][None],
   "in a loop": lambda p, x: lax.fori_loop(0, 2, lambda i, y: y * p["bias"][None], x @ p["w"]),
+  "in a later iteration": lambda p, x: lax.fori_loop(
+    0, 2, lambda i, y: jnp.tanh(y + p["bias"][None]), x @ p["w"]
+  ),
+  "in one branch": lambda p, x: (
+    (x @ p["w"]) * lax.cond(x[0, 0] > 0, lambda: p["bias"], lambda: x[0])[None]
+  ),
   "returned": lambda p, x: (dense_w(p, x), p["bias"]),
 }
 
@@ -236,6 +249,7 @@ def test_biases_of_a_bfloat16_and_of_a_quantized_layer():
   assert relative_difference(ia3.apply(quantized, trainable, x), expected) < 1e-5
 
 
+@pytest.mark.long  # in CI tests/interop/peft/test_variants.py reads such an adapter
 def test_the_logits_are_pefts():
   base, _, _ = golden.ADAPTERS["ia3"]
   arrays = load_file(golden.GOLDEN / "ia3.safetensors")
