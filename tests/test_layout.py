@@ -20,7 +20,13 @@ LAYERS = [  # each may import from those before it
 INDEPENDENT = {"models", "data", "metrics", "assets"}  # import the bottom at most
 MAY_IMPORT_BESIDE = {"interop": {"models"}}  # other packages' names for the tensors
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
-EXPERIMENT_LAYERS = [{"harness"}, {"nlg", "classification"}, {"comparison"}, {"(runnable)"}]
+EXPERIMENT_LAYERS = [
+  {"harness"},
+  {"nlg", "classification"},
+  {"comparison"},
+  {"analysis"},
+  {"(runnable)"},
+]
 EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
 MAY_RUN = {"experiments/variants.py": {"gpt2_e2e"}}  # commands that are many runs of another one
 

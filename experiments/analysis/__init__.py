@@ -1,0 +1,1 @@
+"""Measurements that explain the comparison: sharpness, intruder dimensions, capacity."""
