@@ -64,8 +64,9 @@ class Method:
     variant: the variant of LoRA; None is LoRA itself.
     target: the weights that it adapts, instead of `lora.target`.
     rules: settings of some of them.
-    exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
-    has_servers: whether adapter servers such as vLLM read that format.
+    exports_adapter: whether PEFT has a format for its adapters on the experiments' models, GPT-2's
+      fused layers included, or for the LoRA that they are.
+    has_servers: whether adapter servers such as vLLM read that format: plain LoRA.
     corrects_quantization: whether the adapter starts from the base model's quantization error.
     from_data: returns the config whose adapter is initialized from batches, as `lj.eva_config`.
     num_batches: the number of training batches that it takes, the first ones.
@@ -142,6 +143,25 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     for path, rank in read_json(ranks).items()
   ]
   return dataclasses.replace(whole, target=[rule.pattern for rule in rules], rules=rules)
+
+
+def exported_adapter(
+  config: AdaptationConfig, trained: PyTree, params: PyTree
+) -> tuple[lj.LoraConfig, PyTree]:
+  """Returns a run's adapter as it is exported: as plain LoRA if its method's adapters are that.
+
+  PEFT has a method of its own for some of these, which fewer programs read.
+
+  Args:
+    config: of the run.
+    trained: its trained tree.
+    params: the base model's, or their shapes.
+  """
+  lora, method = lora_config(config), METHODS[config.method]
+  if not method.has_servers or method.variant is None:
+    return lora, trained
+  plain, trained = lj.to_lora(lora, trained, params)
+  return dataclasses.replace(plain, dropout=lora.dropout), trained
 
 
 def _without_data(variant: lj.Variant) -> lj.Variant:
@@ -274,7 +294,9 @@ METHODS: Mapping[str, Method] = {
   ),
   "uni_lora": _as_lora("Uni-LoRA", lj.UNI_LORA, ignores=("lora.init",)),
   "tiny_lora": _as_lora("TinyLoRA", lj.TINY_LORA, ignores=("lora.init",)),
-  "hira": Method("HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA),
+  "hira": Method(
+    "HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA, exports_adapter=True
+  ),
   "loha": Method("LoHa", make=_low_rank, ignores=("lora.init",), variant=lj.LOHA),
   "lokr": Method("LoKr", make=_low_rank, ignores=("lora.init",), variant=lj.LOKR),
   "miss": Method("MiSS", make=_low_rank, ignores=("lora.init",), variant=lj.MISS),
@@ -285,6 +307,7 @@ METHODS: Mapping[str, Method] = {
     variant=lj.IA3,
     target=r".*/(attn/(key|value)|mlp/(shared/)?down)/kernel",
     rules=(lj.LoraRule(r".*/mlp/(shared/)?down/kernel", variant=lj.IA3_FEEDFORWARD),),
+    exports_adapter=True,
   ),
   "lora_fa": _as_lora("LoRA-FA", lj.LORA_FA, wrap=_lora_fa),
   "adalora": _as_lora("AdaLoRA", lj.ADALORA, ignores=("lora.init",), wrap=_adalora),

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from experiments.harness.methods import exported_adapter
 from experiments.harness.model_card import CARD, BaseModel, code, model_card
 from experiments.nlg import usage
 from experiments.nlg.config import E2EConfig, FinetuneConfig
@@ -80,8 +81,7 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   """Writes PEFT's files and the card."""
   save_peft(
     folder,
-    run.lora,
-    run.trained,
+    *exported_adapter(run.config, run.trained, run.model.params),
     _expert_tensors(run) if form == "peft-experts" else run.model.stored,
     run.model.params,
     base_model=run.config.model.folder or None,

@@ -38,6 +38,7 @@ def test_a_model_without_any_is_refused():
     lj.ln_tuning(fn).init(KEY, {"w": jnp.ones((3, 3))}, jnp.ones((1, 3)))
 
 
+@pytest.mark.long  # in CI tests/interop/peft/test_variants.py reads such an adapter
 def test_the_logits_are_pefts():
   base, _, _ = golden.ADAPTERS["ln_tuning"]
   arrays = load_file(golden.GOLDEN / "ln_tuning.safetensors")

@@ -51,12 +51,8 @@ def tensor(golden, path):
   return jnp.asarray(array if name == "shard" else array.T)
 
 
-FEW = ("hira", "lokr", "miss_bat")
-
-
-@pytest.mark.parametrize(
-  "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.long) for n in ADAPTERS]
-)
+@pytest.mark.long  # in CI tests/interop/peft/test_variants.py reads such adapters
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_the_logits_are_pefts(name):
   params, fn, tokens = base()
   (variant, scaling), rank = VARIANTS[name], ADAPTERS[name][1]["r"]

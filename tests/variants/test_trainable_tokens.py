@@ -162,6 +162,7 @@ def test_weights_that_are_no_tables_are_refused():
     lj.trainable_tokens(tied, other, TOKENS)
 
 
+@pytest.mark.long  # in CI tests/interop/peft/test_variants.py reads such an adapter
 def test_the_logits_are_pefts():
   base, _, _ = golden.ADAPTERS["trainable_tokens"]
   arrays = load_file(golden.GOLDEN / "trainable_tokens.safetensors")

@@ -158,6 +158,7 @@ def test_bad_settings_are_refused():
     lj.weighted_sum([(CONFIG, adapter)], [1.0], params)
 
 
+@pytest.mark.long  # in CI tests/interop/peft/test_variants.py reads such an adapter
 def test_the_logits_are_pefts():
   base, _, settings = golden.ADAPTERS["vera"]
   arrays = load_file(golden.GOLDEN / "vera.safetensors")

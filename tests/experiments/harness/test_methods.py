@@ -19,7 +19,13 @@ from experiments.configs import gpt2_e2e as e2e_configs
 from experiments.harness import methods
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply, settle, single_run, sweep_runs
-from experiments.harness.methods import METHODS, adapt, check_used, lora_config
+from experiments.harness.methods import (
+  METHODS,
+  adapt,
+  check_used,
+  exported_adapter,
+  lora_config,
+)
 from experiments.harness.workdir import open_workdir, stored_config, write_json
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from lora_jax.models.bert.model import Bert, BertConfig
@@ -297,3 +303,15 @@ def test_the_embedded_runs_default_is_all_linear():
   config = read_config(E2EConfig, e2e_configs.get_config())
   assert config.lora.target == DECODER
   assert read_config(FinetuneConfig, finetune_configs.get_config()).lora.target == ANY_DECODER
+
+
+@pytest.mark.parametrize(("method", "is_plain"), [("vera", True), ("hira", False)])
+def test_adapters_that_are_plain_lora_are_exported_as_that(method, is_plain):
+  """PEFT has a method of its own for both; servers read plain LoRA, which HiRA is not."""
+  changes = {"method": method, "lora.rank": 2, "lora.target": "kernel"}
+  config = read_config(E2EConfig, apply(e2e_configs.get_config("mini"), changes))
+  fn, params = (lambda params, x: x @ params["kernel"]), {"kernel": jnp.eye(4, 6)}
+  trained = lj.lora(fn, lora_config(config)).init(jax.random.key(0), params, jnp.ones((1, 4)))
+  lora, exported = exported_adapter(config, trained, params)
+  assert (lora.variant is None) == is_plain
+  assert list(exported) == ["kernel"] if is_plain else exported is trained

@@ -45,7 +45,15 @@ def expected(name):
   return load_file(golden.GOLDEN / f"{name}.safetensors")["logits"]
 
 
-@pytest.mark.parametrize("name", golden.ADAPTERS)
+def some(names, few):
+  """Returns the parameters of a test, of which only a few run in CI."""
+  return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+FEW = ("ia3", "hira_fused", "loha", "lokr_both", "miss_bat", "vera", "adalora", "lora_and_tokens")
+
+
+@pytest.mark.parametrize("name", some(golden.ADAPTERS, (*FEW, "norms")))
 def test_the_logits_are_pefts(name):
   base_name, _, _ = golden.ADAPTERS[name]
   model, fn, tokens = base(base_name)
@@ -53,11 +61,17 @@ def test_the_logits_are_pefts(name):
   assert relative_difference(logits(base_name, read(name)), expected(name)) < 1e-5
 
 
-@pytest.mark.parametrize("name", golden.ADAPTERS)
-def test_the_same_file_is_written(name, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "scan_layers"),
+  [
+    *((name, False) for name in golden.ADAPTERS),
+    *((name, True) for name in ("ia3_fused", "lokr", "vera", "adalora_fused", "norms")),
+  ],
+)
+def test_the_same_file_is_written(name, scan_layers, tmp_path):
   """The adapter that was read is written with PEFT's tensors, and fields of the same meaning."""
-  model, _, _ = base(golden.ADAPTERS[name][0])
-  save_peft(tmp_path / "new", *read(name), model.stored, model.params)
+  model, _, _ = base(golden.ADAPTERS[name][0], scan_layers)
+  save_peft(tmp_path / "new", *read(name, scan_layers), model.stored, model.params)
   arrays, theirs = (load_file(folder / FILE) for folder in (tmp_path / "new", golden.GOLDEN / name))
   assert arrays.keys() == theirs.keys()
   for key, array in theirs.items():
@@ -154,12 +168,8 @@ def pruned(trainable):
   return jax.tree_util.tree_map_with_path(prune, trainable)
 
 
-def some(names, few):
-  """Returns the parameters of a test, of which only a few run in CI."""
-  return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in names]
-
-
-@pytest.mark.parametrize("name", some(OURS, ("ranks of VeRA", "tokens and LoRA", "some norms")))
+@pytest.mark.long
+@pytest.mark.parametrize("name", OURS)
 def test_our_adapters_there_and_back(name, tmp_path):
   base_name, method, settings = OURS[name]
   model, _, _ = base(base_name)
@@ -170,7 +180,8 @@ def test_our_adapters_there_and_back(name, tmp_path):
   assert relative_difference(logits(base_name, back), logits(base_name, adapter)) < 1e-5
 
 
-@pytest.mark.parametrize("name", some(SCANNED, ("LoKr of a layer",)))
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCANNED)
 def test_stacked_layers_there_and_back(name, tmp_path):
   model, _, _ = base(LLAMA, scan_layers=True)
   adapter = random_adapter(LLAMA, scan_layers=True, **SCANNED[name])
