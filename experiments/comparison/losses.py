@@ -1,5 +1,7 @@
 """The losses of a finished run that its result does not have: by input, and on Wikipedia text."""
 
+import functools
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from experiments.nlg.restore import load_run
 from lora_jax.data import corpus
 from lora_jax.data.batches import padded_batches
 from lora_jax.data.text import Example
+from lora_jax.models.parts.causal_lm import CausalLM
 from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
-from lora_jax.training.step import make_eval_step
+from lora_jax.training.step import EvalStep, make_eval_step
 
 ROWS, ROW_LENGTH = 8, 256  # of the Wikipedia text
 LENGTHS = 32  # tokens: rows of examples are padded to multiples of it
@@ -48,15 +51,7 @@ def losses_by_input(
   base: Base, params: PyTree, examples: list[Example]
 ) -> Float[np.ndarray, " inputs"]:
   """Returns the sum of each example's token losses, nats."""
-  loss = language_model_loss(base.module)
-
-  @jax.jit
-  def of_rows(params: PyTree, batch: PyTree) -> jax.Array:
-    def of_row(row: PyTree) -> jax.Array:
-      return loss(params, jax.tree.map(lambda x: x[None], row)).total
-
-    return jax.vmap(of_row)(batch)
-
+  of_rows = _row_losses(base.module)
   order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
   longest = max(len(example.tokens) for example in examples)
   batches = padded_batches(
@@ -72,15 +67,36 @@ def losses_by_input(
   return losses
 
 
+@functools.cache  # compiled once for all runs of a model
+def _row_losses(module: CausalLM) -> Callable[[PyTree, PyTree], jax.Array]:
+  """Returns the jitted function from params and a batch to the sums of its rows' losses, nats."""
+  loss = language_model_loss(module)
+
+  @jax.jit
+  def of_rows(params: PyTree, batch: PyTree) -> jax.Array:
+    def of_row(row: PyTree) -> jax.Array:
+      return loss(params, jax.tree.map(lambda x: x[None], row)).total
+
+    return jax.vmap(of_row)(batch)
+
+  return of_rows
+
+
+@functools.cache
+def _mean_loss(module: CausalLM) -> EvalStep:
+  return make_eval_step(lj.full_finetuning(language_model_loss(module)))
+
+
 def wikipedia_loss(base: Base, params: PyTree, config: E2EConfig) -> float:
   """Returns the mean loss on 39 articles that the embedded base model was not trained on, nats."""
   files = [Path(str(resources.files("lora_jax") / "assets" / "wikipedia" / "held_out.txt.xz"))]
   stream = corpus.encode_stream(base.tokenizer, corpus.documents(files), base.end_of_text)
   length = min(ROW_LENGTH, base.model.num_positions)
   rows = corpus.Rows(stream, base.end_of_text, batch_size=ROWS, row_length=length, seed=None)
-  step = make_eval_step(lj.full_finetuning(language_model_loss(base.module)))
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  return evaluate_loss(step, params, params, (rows[i] for i in range(len(rows))), mesh)
+  return evaluate_loss(
+    _mean_loss(base.module), params, params, (rows[i] for i in range(len(rows))), mesh
+  )
 
 
 def folder_bytes(folder: Path) -> int | None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -118,7 +119,7 @@ def test_lines_that_cannot_be_read(tmp_path):
     read_lines(path)
 
 
-def test_losses_by_input_add_up_to_the_validation_loss(tmp_path):
+def test_losses_by_input_add_up_to_the_validation_loss(tmp_path, caplog):
   config = replace_fields(
     read_config(E2EConfig, tiny_config(tmp_path)), {"data.num_valid_records": 9}
   )
@@ -131,6 +132,12 @@ def test_losses_by_input_add_up_to_the_validation_loss(tmp_path):
   whole = validation_loss(base, base.params, load_data(config, base), mesh)
   assert losses.sum() / tokens == pytest.approx(whole, rel=1e-5)
   assert np.argmax(losses) == max(range(9), key=lambda i: len(examples[i].targets))  # their order
+  with jax.log_compiles(), caplog.at_level("WARNING"):
+    again = losses_by_input(load_base(config, mesh), base.params, examples)
+    assert "of_rows" not in caplog.text  # the next run of the model compiles nothing
+    jax.jit(lambda of_rows: of_rows + 1)(1.0)
+  assert "Compiling" in caplog.text  # the log can tell
+  np.testing.assert_array_equal(again, losses)
 
 
 @pytest.mark.long
