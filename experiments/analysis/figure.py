@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -66,7 +68,7 @@ def _rates(rows: Sequence[Row], axes: Axes) -> None:
 
 def _intruders(rows: Sequence[Row], axes: Axes) -> None:
   for number, row in enumerate(rows):
-    counts = [row.mean("intruders", str(threshold)) for threshold in THRESHOLDS]
+    counts = np.array([row.mean("intruders", str(threshold)) for threshold in THRESHOLDS], float)
     axes.plot(THRESHOLDS, counts, **_style(number, row))
   axes.set_xlabel("threshold of the |cosine|")
   axes.set_ylabel("intruder dimensions, all linear weights")
@@ -87,6 +89,6 @@ def _capacity(rows: Sequence[Row], axes: Axes) -> None:
   axes.legend(fontsize=7, ncols=2)
 
 
-def _style(number: int, row: Row) -> dict[str, object]:
+def _style(number: int, row: Row) -> dict[str, Any]:
   marker = MARKERS[number % len(MARKERS)]
   return {"color": colormaps["tab20"](number % 20), "marker": marker, "label": row.label}

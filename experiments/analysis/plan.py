@@ -25,7 +25,7 @@ class Row(NamedTuple):
   """The measurements of one kind."""
 
   measure: str
-  count: float
+  number: float
   seconds: float  # of one
 
 
@@ -44,7 +44,7 @@ def planned_rows(sizes: Sizes, arms: Sequence[str]) -> list[Row]:
 
 def hours(rows: Sequence[Row]) -> float:
   """Returns the hours of all rows on 2 CPU cores."""
-  return sum(row.count * row.seconds for row in rows) / 3600
+  return sum(row.number * row.seconds for row in rows) / 3600
 
 
 def plan(sizes: Sizes, arms: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ def plan(sizes: Sizes, arms: Sequence[str]) -> str:
   rows = planned_rows(sizes, arms)
   table = [["measure", "measurements", "seconds each", "hours"]]
   for row in rows:
-    time = f"{row.count * row.seconds / 3600:.1f}"
-    table.append([row.measure, f"{row.count:.0f}", f"{row.seconds:.0f}", time])
-  table.append(["all", f"{sum(row.count for row in rows):.0f}", "", f"{hours(rows):.1f}"])
+    time = f"{row.number * row.seconds / 3600:.1f}"
+    table.append([row.measure, f"{row.number:.0f}", f"{row.seconds:.0f}", time])
+  table.append(["all", f"{sum(row.number for row in rows):.0f}", "", f"{hours(rows):.1f}"])
   return f"{aligned(table)}\n\n{len(arms)} of {len(ARMS)} arms, on the embedded base model."

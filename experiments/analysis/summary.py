@@ -131,7 +131,9 @@ def _cells(sizes: Sizes, row: Row, full: Row | None) -> list[str]:
   intruders, whole = row.mean("intruders", MAIN), full.mean("intruders", MAIN) if full else None
   cells += [
     _number(row.rate, "g"),
-    "" if intruders is None else f"{intruders:.1f} of {NUM_VECTORS * row.mean('weights'):.0f}",
+    ""
+    if intruders is None
+    else f"{intruders:.1f} of {NUM_VECTORS * (row.mean('weights') or 0):.0f}",
     "" if intruders is None or whole is None else f"{intruders - whole:+.1f}",
     _number(row.mean("effective_rank"), ".1f"),
     _number(row.mean("relative_change"), ".3f"),

@@ -93,13 +93,13 @@ def largest_eigenvalue(
       image = image - basis[: step + 1].T @ (basis[: step + 1] @ image)
     beta = float(np.linalg.norm(image))
     values, vectors = np.linalg.eigh(_tridiagonal(diagonal, beside))
-    is_exact = (
-      beta <= np.finfo(start.dtype).eps * np.abs(values).max()
-    )  # Q spans all that H reaches
+    # Where beta is 0 but for rounding, Q spans all that H makes of `start`.
+    is_exact = beta <= np.finfo(start.dtype).eps * np.abs(values).max()
     if is_exact or beta * abs(vectors[-1, -1]) <= tolerance * abs(values[-1]):
       break
     beside.append(beta)
     vector = image / beta
+  values, vectors = np.linalg.eigh(_tridiagonal(diagonal, beside))
   value = float(values[-1])
   vector = (vectors[:, -1] @ basis[: len(diagonal)]).astype(start.dtype)
   residual = np.linalg.norm(_finite(product(vector), len(diagonal)) - value * vector)
