@@ -92,13 +92,13 @@ def of_save(name, words, model, variants, extra=(), for_server=False, rank=2, **
         if re.fullmatch(pattern, path):
           node = zeros(path, leaf, variant, ranks[0] if ranks else rank)
           items.append((tuple(path.split("/")), node.replace(**changes)))
+          if variant.shared:
+            sizes = {"vera_in": (leaf.shape[0], rank), "vera_out": (rank, leaf.shape[1])}
+            shared = {key: np.zeros(size, np.float32) for key, size in sizes.items()}
+            node = LoraWeight.from_arrays(shared, variant.shared_table, node.axes, None)
+            items.append((("lora_shared", variant.name), node))
       if any(re.fullmatch(pattern, path) for pattern in extra):
         items.append((tuple(path.split("/")), np.zeros(leaf.shape, np.float32)))
-    if any(variant.shared for variant, *_ in variants.values()):
-      sizes = {"vera_in": (32, rank), "vera_out": (rank, 32)}
-      shared = {key: np.zeros(size, np.float32) for key, size in sizes.items()}
-      node = LoraWeight.from_arrays(shared, lj.VERA.shared_table, LoraAxes((), (0,), (1,)), None)
-      items.append((("lora_shared", "VeRA"), node))
     try:
       save_peft(
         folder / "new", config, nest(items), loaded.stored, loaded.params, for_server=for_server
@@ -202,6 +202,12 @@ SAVES = [
     ("c_attn is the fused", "to_lora"),
     GPT2,
     {"h_0/attn/query/kernel": (lj.VERA,)},
+  ),
+  of_save(
+    "matrices of VeRA",
+    ("one A and one B", "lora_shared/VeRA of d 0.5", "to_lora"),
+    LLAMA,
+    {QUERY_KERNEL: (lj.VERA,), VALUE: (lj.vera_variant(0.5),)},
   ),
   of_save(
     "ranks of MiSS",

@@ -65,6 +65,11 @@ def _read_shared(arrays: Arrays) -> dict[str, LoraWeight]:
 
 
 def _write(parts: Parts, adapter: AdapterParts) -> Written:
+  if len(adapter.shared) > 1:
+    raise ValueError(
+      "PEFT's VeRA has one A and one B for all modules, and this adapter has those of "
+      f"{', '.join(adapter.shared)}. Take plain LoRA, by lora_jax.to_lora or lora_jax.convert"
+    )
   (node,) = adapter.shared.values()
   a, b = (np.asarray(node.arrays[name], np.float32).T for name in ("vera_in", "vera_out"))
   arrays = {A: a, B: b}
