@@ -100,6 +100,8 @@ def no_sizes(site: Site) -> Mapping[str, int]:
 class Shared(NamedTuple):
   """The arrays that all weights of a variant share: the layers of a stack, too.
 
+  They are trained, unless the variant's `frozen` names them.
+
   Each weight gets the first entries along each axis: as many as it has inputs and outputs, in the
   shape of its own axes, and as many along an inner axis as its own arrays have.
 
