@@ -48,6 +48,12 @@ class Target:
     return self.alpha / self.rank
 
 
+def variant_of(target: Target) -> Variant:
+  """Returns the variant of a target of `adapt`, which sets it."""
+  assert target.variant is not None, "`adapt` sets it"
+  return target.variant
+
+
 Extra = dict[str, tuple[tuple[str, ...], Any]]
 
 

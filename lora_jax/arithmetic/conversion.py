@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from lora_jax.adapters.adapt import adapted_weight, merge_weight
 from lora_jax.adapters.biases import Bias, find_biases
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig, LoraRule, exact_config
@@ -18,6 +17,7 @@ from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
 from lora_jax.adapters.layers import adapted_layers
 from lora_jax.adapters.targets import Target, find_leaves, shapes
+from lora_jax.adapters.weights import adapted_weight, merge_weight
 from lora_jax.arithmetic.truncation import balanced_factors
 from lora_jax.axes import RANK, LoraAxes
 from lora_jax.fields import Count, Within, read_value

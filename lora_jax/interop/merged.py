@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.biases import bias_gains, find_biases
 from lora_jax.adapters.checks import check_adapter
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, adapter_extra, whole_weights
 from lora_jax.adapters.targets import find_leaves, shapes
+from lora_jax.adapters.weights import merge_weight
 from lora_jax.axes import LoraAxes
 from lora_jax.files import local_path
 from lora_jax.models.checkpoints.encoder_folder import OLD_NAMES

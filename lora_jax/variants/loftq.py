@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lora_jax.adapters.adapt import merge_weight
 from lora_jax.adapters.checks import check_adapter, check_plain
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.delta import LoraWeight, Site, adapter_weights, is_lora_weight
 from lora_jax.adapters.initializers import kaiming_uniform
 from lora_jax.adapters.targets import Target, find_leaves
+from lora_jax.adapters.weights import merge_weight
 from lora_jax.fields import Count, read_value
 from lora_jax.placement import leaf_sharding, place
 from lora_jax.quantization.leaf import Quantized, is_quantized
