@@ -51,7 +51,7 @@ def losses_by_input(
   base: Base, params: PyTree, examples: list[Example]
 ) -> Float[np.ndarray, " inputs"]:
   """Returns the sum of each example's token losses, nats."""
-  of_rows = _row_losses(base.module)
+  of_rows = _row_losses(base.module)  # pyright: ignore[reportArgumentType]  Flax gives it a hash
   order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
   longest = max(len(example.tokens) for example in examples)
   batches = padded_batches(
@@ -94,9 +94,8 @@ def wikipedia_loss(base: Base, params: PyTree, config: E2EConfig) -> float:
   length = min(ROW_LENGTH, base.model.num_positions)
   rows = corpus.Rows(stream, base.end_of_text, batch_size=ROWS, row_length=length, seed=None)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  return evaluate_loss(
-    _mean_loss(base.module), params, params, (rows[i] for i in range(len(rows))), mesh
-  )
+  step = _mean_loss(base.module)  # pyright: ignore[reportArgumentType]
+  return evaluate_loss(step, params, params, (rows[i] for i in range(len(rows))), mesh)
 
 
 def folder_bytes(folder: Path) -> int | None:
