@@ -30,9 +30,10 @@ from jaxtyping import PyTree
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.fields import Finite, read_value
 from lora_jax.files import local_path
-from lora_jax.interop.peft.fused import AdapterParts, Fused, check_parts
+from lora_jax.interop.peft.fused import Fused
 from lora_jax.interop.peft.leaves import Factors, as_tree, split_modules
 from lora_jax.interop.peft.modules import Module, find_modules
+from lora_jax.interop.peft.parts import AdapterParts, check_parts
 from lora_jax.models.checkpoints.gguf import GGUF, open_gguf, write_gguf
 from lora_jax.models.checkpoints.gguf_config import EMBEDDING, HEAD
 from lora_jax.models.checkpoints.gguf_tensors import GGUFTensors

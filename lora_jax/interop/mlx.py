@@ -26,8 +26,9 @@ from jaxtyping import PyTree
 
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.files import local_path
-from lora_jax.interop.peft.fused import Fused, check_parts, with_one_rank
+from lora_jax.interop.peft.fused import Fused, with_one_rank
 from lora_jax.interop.peft.modules import Arrays, Module
+from lora_jax.interop.peft.parts import check_parts
 from lora_jax.models.checkpoints.hub import StoredTensor, new_folder, save_tensors
 from lora_jax.models.gpt2 import folder as gpt2_folder
 from lora_jax.models.gpt2.model import GPT2Config

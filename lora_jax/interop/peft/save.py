@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.files import local_path
 from lora_jax.interop.peft.fully_trained import CLASSIFIER, write_whole
-from lora_jax.interop.peft.fused import AdapterParts, check_parts, with_one_rank
+from lora_jax.interop.peft.fused import with_one_rank
 from lora_jax.interop.peft.modules import (
   CONFIG,
   WEIGHTS,
@@ -22,6 +22,7 @@ from lora_jax.interop.peft.modules import (
   magnitude_name,
 )
 from lora_jax.interop.peft.names import pattern_of, shortest_endings
+from lora_jax.interop.peft.parts import AdapterParts, check_parts
 from lora_jax.interop.peft.tuners.norms import as_tuned
 from lora_jax.interop.peft.tuners.table import TUNERS, tuner_type
 from lora_jax.interop.peft.tuners.tokens import write_tokens

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.peft.config import PeftConfig
-from lora_jax.interop.peft.fused import AdapterParts
 from lora_jax.interop.peft.leaves import Part, split_outputs
 from lora_jax.interop.peft.modules import Arrays, Module
+from lora_jax.interop.peft.parts import AdapterParts
 from lora_jax.interop.peft.tuners.tuner import (
   Parts,
   Shapes,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.peft.config import PeftConfig
-from lora_jax.interop.peft.fused import AdapterParts
 from lora_jax.interop.peft.leaves import Part, split_outputs
 from lora_jax.interop.peft.modules import Arrays, Module
 from lora_jax.interop.peft.names import shortest_endings
+from lora_jax.interop.peft.parts import AdapterParts
 from lora_jax.interop.peft.tuners.tuner import Parts, Shapes, Tuner, Written, key
 from lora_jax.models.checkpoints.hub import StoredTensor
 from lora_jax.patterns import fullmatch
@@ -82,13 +82,13 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
 
 def _gain_of_inputs(module: Module, parts: Sequence[Part | None]) -> np.ndarray:
   """Returns the gain that all weights of a module have."""
-  gains = [part and part.variant.arrays == INPUTS and part.arrays["ia3_gain"] for part in parts]
-  if not all(isinstance(gain, np.ndarray) and np.array_equal(gain, gains[0]) for gain in gains):
+  gains = [p.arrays["ia3_gain"] for p in parts if p is not None and p.variant.arrays == INPUTS]
+  if len(gains) < len(parts) or not all(np.array_equal(gain, gains[0]) for gain in gains):
     raise ValueError(
       f"PEFT scales the inputs of {module.name} as a whole, and {', '.join(module.stored.paths)} "
       "have different gains, or none. Merge the adapter: lora_jax.interop.save_merged"
     )
-  return gains[0]  # pyright: ignore[reportReturnType]
+  return gains[0]
 
 
 def _check_bias(module: Module, parts: Sequence[Part | None], adapter: AdapterParts) -> None:

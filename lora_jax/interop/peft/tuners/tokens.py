@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.peft.config import PeftConfig
-from lora_jax.interop.peft.fused import AdapterParts
 from lora_jax.interop.peft.leaves import Part
 from lora_jax.interop.peft.modules import (
   PREFIX,
@@ -25,6 +24,7 @@ from lora_jax.interop.peft.modules import (
   values_of,
 )
 from lora_jax.interop.peft.names import named
+from lora_jax.interop.peft.parts import AdapterParts
 from lora_jax.interop.peft.tuners.tuner import (
   Parts,
   Shapes,

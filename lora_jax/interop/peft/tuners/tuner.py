@@ -8,10 +8,10 @@ import numpy as np
 
 from lora_jax.adapters.delta import LoraWeight
 from lora_jax.interop.peft.config import PeftConfig
-from lora_jax.interop.peft.fused import AdapterParts
 from lora_jax.interop.peft.leaves import Part
 from lora_jax.interop.peft.modules import PREFIX, Arrays, Module
 from lora_jax.interop.peft.names import pattern_of
+from lora_jax.interop.peft.parts import AdapterParts
 from lora_jax.models.checkpoints.hub import StoredTensor
 
 Shapes = dict[str, tuple[int, ...]]
