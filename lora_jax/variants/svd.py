@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lora_jax.adapters.delta import Site
@@ -16,9 +17,13 @@ def matrices(site: Site) -> Float[Array, "*batch inputs outputs"]:
   """Returns the weight as one matrix of inputs by outputs for each layer or expert, float32.
 
   Several input axes (the heads of an output projection, the window of a convolution) are joined
-  into one, and so are several output axes.
+  into one, and so are several output axes. On a mesh with explicit axes they are replicated, as a
+  decomposition needs them.
   """
   axes, w = site.axes, site.weight
+  sharding = jax.typeof(w).sharding
+  if sharding.mesh.are_all_axes_explicit:
+    w = jax.sharding.reshard(w, sharding.update(spec=PartitionSpec()))
   moved = jnp.transpose(w, (*axes.batch, *axes.inputs, *axes.outputs)).astype(jnp.float32)
   return moved.reshape(*moved.shape[: len(axes.batch)], *axes.counts(site.shape))
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 
@@ -71,3 +73,18 @@ def test_variants_are_values():
   assert lj.lora_xs_variant() == lj.LORA_XS != lj.lora_xs_variant(0.0)
   with pytest.raises(ValueError, match="stddev"):
     lj.lora_xs_variant(-1.0)
+
+
+@pytest.mark.long
+def test_the_factors_of_a_sharded_weight():
+  """A decomposition needs the whole matrix, also on a mesh with explicit axes."""
+  expected = lj.lora(dense, CONFIG).init(KEY, {"w": W}, X)["w"]
+  mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+  with jax.set_mesh(mesh):
+    sharded = {"w": jax.device_put(W, NamedSharding(mesh, P("fsdp", "tensor")))}
+    out = P(None, "tensor")
+    fn = lambda params, x: jnp.einsum("bi,io->bo", x, params["w"], out_sharding=out)  # noqa: E731
+    got = lj.lora(fn, CONFIG).init(KEY, sharded, X)["w"]
+  assert got.lora_a.sharding.spec == P("fsdp", None)
+  delta = jax.device_get(got.lora_a) @ jax.device_get(got.lora_b)
+  np.testing.assert_allclose(delta, expected.lora_a @ expected.lora_b, atol=1e-5)
