@@ -38,6 +38,7 @@ from experiments.comparison.plan import (
 )
 from experiments.comparison.runs import (
   carry_out,
+  claimed,
   collect,
   costs_file,
   rate_losses,
@@ -106,17 +107,17 @@ def do_costs(base: str, sizes: Sizes, root: Path, arms: Sequence[str]) -> None:
   stage = next(stage for stage, other in STAGES.items() if other == base)
   losses = rate_losses(collect(root), stage)
   chosen = [arm for arm in arms_of(stage, arms) if arm in losses and best_rate(losses[arm])]
-  if CONTROL not in chosen:
+  if CONTROL not in chosen or set(chosen) <= read_costs(root, base).keys():
     return
-  if set(chosen) <= read_costs(root, base).keys():
-    return
-  print(f"[costs] the train steps of {len(chosen)} arms on {base}", flush=True)
   configs = {}
   for arm in chosen:
     settings = {RATE: default_rate(arm, base), "data.num_train_records": sizes.rate_lines}
     configs[arm] = config_of(Planned(stage, arm, changes_of(arm, base, settings)), sizes, "")
-  costs = {**read_costs(root, base), **measure_costs(configs, CONTROL)}
-  write_json(costs_file(root, base), costs)
+  with claimed(root) as is_free:
+    if is_free:  # else another process measures them
+      print(f"[costs] the train steps of {len(chosen)} arms on {base}", flush=True)
+      costs = {**read_costs(root, base), **measure_costs(configs, CONTROL)}
+      write_json(costs_file(root, base), costs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,12 +8,14 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
 """
 
 import contextlib
+import fcntl
 import io
 import json
 import math
+import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from lora_jax.metrics import ngrams
 
 PLANNED, FAILED, MEASURED = "planned.json", "failed.json", "measured.json"
 COSTS = "costs"  # a stage without runs
+WAIT = 2.0  # seconds, before looking for the runs of another process again
 Record = dict[str, Any]
 SETTINGS = (  # of a record
   *("lora.rank", "lora.alpha", "lora.target", "optimizer.learning_rate"),
@@ -44,7 +47,8 @@ def carry_out(
   """Does runs that are not finished yet; returns the folders of those that could not be done.
 
   A run whose training is not finite has failed: that is a result, and it is not repeated. A run
-  that was done with another config is an error.
+  that was done with another config is an error. Several processes share the runs of a root: one
+  that another process does now is waited for.
 
   Args:
     runs: planned runs.
@@ -54,29 +58,58 @@ def carry_out(
   Raises:
     ValueError: if a folder has a run with another config.
   """
-  broken = []
-  for planned in runs:
-    folder = root / planned.stage / planned.name
-    config = config_of(planned, sizes, str(folder))
-    if (folder / PLANNED).exists():
-      _check_config(folder, config)
-      continue
-    print(f"[{planned.stage}] {folder}", flush=True)
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):
-        result = run(config)
-      print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
-      if _is_measured(planned):
-        write_json(folder / MEASURED, measure_losses(folder))
-    except FloatingPointError as error:
-      write_json(folder / FAILED, {"reason": str(error)})
-      print(f"  failed: {error}", flush=True)
-    except Exception:  # the other runs are still worth doing
-      broken.append(str(folder))
-      print(f"  {traceback.format_exc()}", flush=True)
-      continue
-    write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
+  broken, left = [], list(runs)
+  while left:
+    taken = []
+    for planned in left:
+      folder = root / planned.stage / planned.name
+      config = config_of(planned, sizes, str(folder))
+      if (folder / PLANNED).exists():
+        _check_config(folder, config)
+        continue
+      with claimed(folder) as is_free:
+        if not is_free:
+          taken.append(planned)
+        elif not ((folder / PLANNED).exists() or _do(planned, config, folder, run)):
+          broken.append(str(folder))
+    left = taken
+    if left:
+      time.sleep(WAIT)
   return broken
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+  """Claims a folder for this process; tells whether no other process has."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".claim").open("a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_free = True
+    except BlockingIOError:
+      is_free = False
+    yield is_free
+
+
+def _do(
+  planned: Planned, config: Config, folder: Path, run: Callable[[Config], Mapping[str, Any]]
+) -> bool:
+  """Does a run; returns whether it could be done. If not, the others are still worth doing."""
+  print(f"[{planned.stage}] {folder}", flush=True)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      result = run(config)
+    print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
+    if _is_measured(planned):
+      write_json(folder / MEASURED, measure_losses(folder))
+  except FloatingPointError as error:
+    write_json(folder / FAILED, {"reason": str(error)})
+    print(f"  failed: {error}", flush=True)
+  except Exception:
+    print(f"  {traceback.format_exc()}", flush=True)
+    return False
+  write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
+  return True
 
 
 def _check_config(folder: Path, config: Config) -> None:

@@ -1,5 +1,6 @@
 """Carrying out runs: failures are results, nothing is repeated; records and JSON lines."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.comparison import runs
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
 from experiments.comparison.plan import FROZEN, Planned, config_of, frozen_run
 from experiments.comparison.runs import (
   carry_out,
+  claimed,
   collect,
   costs_file,
   rate_losses,
@@ -117,6 +120,41 @@ def test_lines_that_cannot_be_read(tmp_path):
   path.write_text("{\n")
   with pytest.raises(ValueError, match=r"runs.jsonl:1: "):
     read_lines(path)
+
+
+def test_a_run_of_another_process_is_waited_for(tmp_path, monkeypatch):
+  """The other process does the first run, and ends while this one waits after the second."""
+  first, second = planned(1e-3), planned(3e-3)
+  folder, done = tmp_path / "rates" / first.name, []
+
+  def run(config):
+    done.append(config.optimizer.learning_rate)
+    return fake_run(config)
+
+  with contextlib.ExitStack() as other:
+    assert other.enter_context(claimed(folder))
+
+    def wait(seconds):
+      assert done == [second.rate]
+      fake_run(config_of(first, TINY, str(folder)))
+      write_json(folder / "planned.json", {"stage": "rates", "arm": "lora"})
+      other.close()
+
+    monkeypatch.setattr(runs.time, "sleep", wait)
+    assert carry_out([first, second], TINY, tmp_path, run) == []
+  assert done == [second.rate]
+  assert len(collect(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3])
+def test_a_run_that_another_process_gave_up_is_taken_over(rate, tmp_path, monkeypatch):
+  given_up = planned(rate)
+  with contextlib.ExitStack() as other:
+    assert other.enter_context(claimed(tmp_path / "rates" / given_up.name))
+    monkeypatch.setattr(runs.time, "sleep", lambda seconds: other.close())
+    broken = carry_out([given_up], TINY, tmp_path, fake_run)
+  assert broken == ([str(tmp_path / "rates" / given_up.name)] if rate == 0.3 else [])
+  assert len(collect(tmp_path)) == 1 - len(broken)
 
 
 def test_losses_by_input_add_up_to_the_validation_loss(tmp_path, caplog):
