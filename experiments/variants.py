@@ -1,13 +1,14 @@
 """A fair comparison of LoRA's variants, on the embedded base model and on SmolLM2.
 
     python -m experiments.variants --plan                       # the runs, with their hours
-    python -m experiments.variants                              # all of them; resumes
+    python -m experiments.variants                              # all of them; resumes. Start it
+                                                                # once for each core: taskset -c 0
     python -m experiments.variants --stage=rates --arms=lora,dora
     python -m experiments.variants --tiny --arms=lora,dora      # all parts in minutes
     python -m experiments.variants --report                     # the page of the runs so far
     python -m experiments.variants --lines=FILE --out=page      # the page of published runs
 
-Time: 19 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 4 minutes.
+Time: 15 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 4 minutes.
 Expect: not run yet (docs/variants_comparison.md).
 
 rates -> seeds -> effort on the embedded base model, then smollm2_rates -> smollm2; each run is one

@@ -46,14 +46,16 @@ STAGES = {  # and their base models
   "smollm2": "smollm2",
 }
 
-# Seconds on 2 CPU cores with nothing else running. The embedded base: 58 CPU seconds were measured
-# for a run of 1,000 examples, 18 of them not for these, on a machine with other work; two cores
-# do about 1.6 CPU seconds a second. SmolLM2: 277 tokens a second, docs/benchmarks.md.
-FIXED = {"embedded": 11.0, "smollm2": 30.0}  # loading, compiling
-PER_LINE = {"embedded": 0.025, "smollm2": 59.0 / 277}
-PER_VALID_LINE = {"embedded": 0.008, "smollm2": 59.0 / 3 / 277}
-PER_INPUT = {"embedded": 0.1, "smollm2": 26.6 / 20}  # decoded with 10 beams
-MEASURING = {"embedded": 12.0, "smollm2": 100.0}  # losses by input, and those of Wikipedia
+CORES = 2  # each has a process
+
+# CPU seconds. The embedded base: measured for LoRA's second run in a process, on a machine with
+# other work: 0.59 a step, of which 1,000 examples are 52, and 18 besides. SmolLM2: 277 tokens a
+# second on two cores (docs/benchmarks.md), 55 tokens in an example of training, 61 of validation.
+FIXED = {"embedded": 12.0, "smollm2": 45.0}  # loading, tracing, compiling, saving
+PER_LINE = {"embedded": 0.031, "smollm2": 2 * 55.0 / 277}
+PER_VALID_LINE = {"embedded": 0.012, "smollm2": 2 * 61.0 / 3 / 277}
+PER_INPUT = {"embedded": 0.2, "smollm2": 2 * 26.6 / 20}  # decoded with 10 beams
+MEASURING = {"embedded": 8.0, "smollm2": 100.0}  # losses by input, and those of Wikipedia
 SLOWER = 1.2  # than LoRA: an allowance for the mean arm, not measured
 ADDED = 0.5  # learning rates added per arm until the best is bracketed: an allowance
 
@@ -316,7 +318,7 @@ class Row(NamedTuple):
   stage: str
   runs: float
   lines: int
-  seconds: float  # of one run
+  seconds: float  # CPU time of one run
 
 
 def planned_rows(sizes: Sizes, chosen: Sequence[str] = ()) -> list[Row]:
@@ -351,8 +353,8 @@ def _seconds(base: str, sizes: Sizes, lines: int) -> float:
 
 
 def hours(rows: Iterable[Row]) -> float:
-  """Returns the hours of all rows on 2 CPU cores."""
-  return sum(row.runs * row.seconds for row in rows) / 3600
+  """Returns the hours of all rows, on all cores."""
+  return sum(row.runs * row.seconds for row in rows) / CORES / 3600
 
 
 def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
@@ -369,10 +371,10 @@ def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
 def stage_table(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
   """Returns the table of planned runs with their hours."""
   rows = planned_rows(sizes, chosen)
-  table = [["stage", "base model", "runs", "examples", "minutes each", "hours"]]
+  table = [["stage", "base model", "runs", "examples", "CPU minutes each", "hours"]]
   for row in rows:
     cells = [f"{row.runs:.0f}", f"{row.lines:,}", f"{row.seconds / 60:.1f}"]
-    table.append([row.stage, STAGES[row.stage], *cells, f"{row.runs * row.seconds / 3600:.1f}"])
+    table.append([row.stage, STAGES[row.stage], *cells, f"{hours([row]):.1f}"])
   total = sum(row.runs for row in rows)
   table.append(["all", "", f"{total:.0f}", "", "", f"{hours(rows):.1f}"])
   return aligned(table)

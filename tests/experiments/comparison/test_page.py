@@ -97,6 +97,13 @@ def test_bleu_has_intervals_where_the_loss_has_some():
   assert rows["DoRA"].bleu_difference is None
 
 
+def test_an_arm_of_another_size_is_marked_and_not_ranked():
+  made = [r | {"parameters": 875} if r["arm"] == "dora" else r for r in records()]
+  row = next(row for row in summarize(made).tables[0].rows if row.label == "DoRA")
+  assert row.verdict == "not ranked: no rank fits (-12.5% parameters)"
+  assert row.difference is None
+
+
 def test_the_page_of_a_part_of_the_runs_names_what_is_missing():
   made = [r for r in records() if not (r["stage"] == "seeds" and r["arm"] == "dora")]
   made = [r for r in made if r["stage"] != "effort" or r["arm"] == "lora"]
