@@ -50,8 +50,8 @@ class Difference:
   high: float
   detectable: float
 
-  def verdict(self, margin: float, smaller_is_better: bool = True) -> Verdict:
-    """Returns whether the arm is equivalent to the control within a margin, better, or worse.
+  def verdict(self, margin: float) -> Verdict:
+    """Returns whether the arm's loss is equivalent to the control's within a margin, or smaller.
 
     An interval within the margin is equivalent, also if it excludes 0 (Schuirmann 1987).
     """
@@ -59,7 +59,7 @@ class Difference:
       return "equivalent"
     if self.low <= 0 <= self.high:
       return "cannot be told"
-    return "better" if (self.high < 0) == smaller_is_better else "worse"
+    return "better" if self.high < 0 else "worse"
 
 
 def compare_losses(
