@@ -114,7 +114,13 @@ def markdown(sizes: Sizes, rows: Sequence[Row], records: Sequence[Record]) -> st
 
 def _table(sizes: Sizes, rows: Sequence[Row], full: Row | None) -> str:
   head = ["arm", "sharpness at the start", f"after {sizes.num_steps} steps", "mostly along"]
-  head += ["best learning rate", "intruders", "less full's", "effective rank", "change"]
+  head += [
+    "best learning rate",
+    "intruders",
+    "minus full fine-tuning's",
+    "effective rank",
+    "change",
+  ]
   head += ["bits", "bits/parameter"]
   return aligned([head, *(_cells(sizes, row, full) for row in rows)])
 
@@ -181,10 +187,10 @@ def _missing(sizes: Sizes, rows: Sequence[Row]) -> Iterator[str]:
     f"Capacity not measured yet ({own}capacity)": [
       row for row in rows if row.arm in measured and not row.capacity
     ],
-    "Trained in cycles, the first of which starts as LoRA does, so without a sharpness": [
+    "No sharpness of their own: their first cycle starts as LoRA does": [
       row for row in rows if row.arm not in wanted
     ],
-    "Without a capacity (docs/mechanism.md)": [row for row in rows if row.arm not in measured],
+    "Left out of capacity (docs/mechanism.md)": [row for row in rows if row.arm not in measured],
   }
   for title, found in lists.items():
     if found:

@@ -46,8 +46,8 @@ def test_the_table():
   assert lora["after 10 steps"] == "8 ± 0.04"
   assert lora["mostly along"] == "lora_b 90 %"
   assert lora["best learning rate"] == f"{rates['lora']:g}"
-  assert (lora["intruders"], lora["less full's"]) == ("7.0 of 20", "+5.0")
-  assert (whole["intruders"], whole["less full's"]) == ("2.0 of 20", "+0.0")
+  assert (lora["intruders"], lora["minus full fine-tuning's"]) == ("7.0 of 20", "+5.0")
+  assert (whole["intruders"], whole["minus full fine-tuning's"]) == ("2.0 of 20", "+0.0")
   assert (lora["effective rank"], lora["change"]) == ("4.0", "0.250")
   assert (lora["bits"], lora["bits/parameter"]) == ("997", "1.00")
   assert (dora["bits"], dora["bits/parameter"]) == ("5,102+", "5.10")
@@ -61,7 +61,7 @@ def test_the_table():
     "- Capacity not measured yet (python -m experiments.mechanism --measure=capacity): ReLoRA."
     in text
   )
-  assert "starts as LoRA does, so without a sharpness: ReLoRA." in text
+  assert "their first cycle starts as LoRA does: ReLoRA." in text
   assert "Spearman" not in text  # of two arms
   assert f"{len(made)} measurements, {len(made) / 100:.2f} hours" in text
 
