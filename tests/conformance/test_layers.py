@@ -224,7 +224,10 @@ def test_the_arrays_of_a_vector_matter():
     assert line.startswith(f"{changed} differs by ")
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+  "name",
+  [n if n in ("vera", "uni_lora") else pytest.param(n, marks=pytest.mark.long) for n in SHARED],
+)
 def test_arrays_are_shared_among_the_layers(name):
   tensors, details = dict(vector(name)[0]), cases(name)
   variant, own, shared = SHARED[name]

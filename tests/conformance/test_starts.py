@@ -95,7 +95,9 @@ def test_lora_ga_starts_from_the_gradient():
   assert disagreements(tensors, results, 1e-4, only=own) == []  # of an iteration in float32
 
 
-@pytest.mark.parametrize("mode", cases("corda"))
+@pytest.mark.parametrize(
+  "mode", ["instruction_previewed", pytest.param("knowledge_preserved", marks=pytest.mark.long)]
+)
 def test_corda_starts_from_the_inputs(mode):
   tensors, details = vector("corda")[0], cases("corda")[mode]
   w, x = (jnp.asarray(tensors[f"{mode}/{n}"], jnp.float32) for n in ("w", "activations"))

@@ -43,7 +43,9 @@ FAMILIES = {  # the variant, alpha, and the arrays of one weight from PEFT's
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+  "name", [n if n == "randlora" else pytest.param(n, marks=pytest.mark.long) for n in FAMILIES]
+)
 def test_the_logits_are_pefts(name):
   variant, alpha, convert = FAMILIES[name]
   settings, golden = ADAPTERS[name][2], load_file(GOLDEN / f"{name}.safetensors")

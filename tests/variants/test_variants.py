@@ -22,7 +22,7 @@ VARIANTS = {
   "qa_lora": lj.qa_lora_variant(2),
   "vera": lj.VERA,
   "rand_lora": lj.RAND_LORA,
-  "uni_lora": lj.uni_lora_variant(8),
+  "uni_lora": lj.uni_lora_variant(40),
   "tiny_lora": lj.tiny_lora_variant(5),
   "ia3": lj.IA3,
   "ia3_feedforward": lj.IA3_FEEDFORWARD,
