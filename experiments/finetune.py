@@ -262,8 +262,9 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   if served and not is_gguf(path) and (command := usage.in_vllm(model, str(folder), written["r"])):
     lines += ["", "# in a server that supports LoRA for models of this type"]
     lines += [f"# {line}" for line in command]
-  lines += ["", "# for llama.cpp and Ollama"]
-  lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
+  if find_method(config.method).has_servers:  # plain LoRA
+    lines += ["", "# for llama.cpp and Ollama"]
+    lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
   if find_method(config.method).variant == lj.QA_LORA and _has_minima(path):
     lines += ["", "# for llama.cpp, merged into a copy of the base model's file"]
     lines += [f"# python -m experiments.export {config.workdir} merged.gguf --merged"]

@@ -11,12 +11,20 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
-from tests.make_peft_golden import MODELS, base_model, logits, tokens_of
+from tests.make_peft_golden import (
+  MODELS,
+  base_model,
+  inputs_of,
+  is_encoder,
+  logits,
+  tokens_of,
+)
 
 GOLDEN = MODELS / "peft_variants"
-LLAMA, GPT2 = "llama/llama_biased", "gpt2/tied"
+LLAMA, GPT2, BERT = "llama/llama_biased", "gpt2/tied", "bert/bert_classifier"
 SOME = ["q_proj", "v_proj", "down_proj"]
 FUSED = ["c_attn", "mlp.c_proj"]
 TOKENS = [3, 17, 60]
@@ -86,6 +94,11 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LoraConfig",
     {"r": 2, "target_modules": ["c_fc"], "trainable_token_indices": TOKENS},
   ),
+  "lora_and_words": (
+    BERT,
+    "LoraConfig",
+    {"r": 2, "target_modules": ["query"], "trainable_token_indices": [5, 17, 3]},
+  ),
   "norms": (GPT2, "LNTuningConfig", {"target_modules": ["ln_1", "ln_f"]}),
   "norms_and_head": (
     LLAMA,
@@ -99,6 +112,10 @@ ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
   ),
 }
 CONVERTED = ("pissa",)  # by the initial adapter, to plain LoRA
+
+
+def tokens_only(base: str) -> tuple[np.ndarray]:
+  return (tokens_of(base),)
 
 
 def _prune(model: Any) -> None:
@@ -121,7 +138,8 @@ def make(name: str) -> None:
 
   base, kind, settings = ADAPTERS[name]
   torch.manual_seed(0)
-  config = getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+  task, inputs = ("SEQ_CLS", inputs_of) if is_encoder(base) else ("CAUSAL_LM", tokens_only)
+  config = getattr(peft, kind)(task_type=task, **settings)
   model = peft.get_peft_model(base_model(base), config)
   shutil.rmtree(GOLDEN / name, ignore_errors=True)
   with tempfile.TemporaryDirectory() as initial:
@@ -133,7 +151,7 @@ def make(name: str) -> None:
           parameter.add_(0.3 * torch.randn(parameter.shape))
     if kind == "AdaLoraConfig":
       _prune(model)
-    expected = logits(model.eval(), tokens_of(base))
+    expected = logits(model.eval(), *inputs(base))
     options = {"path_initial_model_for_weight_conversion": initial} if name in CONVERTED else {}
     model.save_pretrained(GOLDEN / name, save_embedding_layers=False, **options)
   (GOLDEN / name / "README.md").unlink(missing_ok=True)

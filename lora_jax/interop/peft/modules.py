@@ -54,6 +54,11 @@ class Module:
     return not self.stored.is_embedding
 
   @property
+  def is_input(self) -> bool:
+    """Whether it is the embedding of the model's tokens."""
+    return re.search(r"(wte|embed_tokens|word_embeddings)$", self.name) is not None
+
+  @property
   def is_body(self) -> bool:
     """Whether PEFT calls it linear: not an embedding, a convolution or the head."""
     return self.is_linear and not self.is_conv and self.name != "lm_head"
@@ -186,7 +191,7 @@ def check_called(where: Path, adapted: Sequence[Module]) -> None:
 def check_tied(where: Path, embeddings: Sequence[Module], tensors: Sequence[StoredTensor]) -> None:
   """Raises ValueError if a trained embedding is also the head, which PEFT would not train."""
   untied = is_encoder(tensors) or any(stored.name == "lm_head.weight" for stored in tensors)
-  tied = [m.name for m in embeddings if re.search(r"(wte|embed_tokens|word_embeddings)$", m.name)]
+  tied = [module.name for module in embeddings if module.is_input]
   if tied and not untied:
     raise ValueError(
       f"{where}: {tied[0]} is the head too (tied). PEFT trains only the lookup and lora_jax both "

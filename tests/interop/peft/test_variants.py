@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.interop import load_peft, save_peft
+from lora_jax.models.bert import folder as bert_folder
+from lora_jax.models.bert.model import Bert
 from lora_jax.models.zoo import load_causal_lm
 
 from tests import make_peft_variants_golden as golden
@@ -23,10 +26,16 @@ FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @functools.cache
 def base(name, scan_layers=False):
-  """Returns a model, its jitted function of merged params, and its tokens."""
-  model = load_causal_lm(MODELS / name, scan_layers=scan_layers)
-  fn = jax.jit(lambda params, tokens: model.module.apply({"params": params}, tokens))
-  return model, fn, jnp.asarray(tokens_of(name))
+  """Returns a model, its jitted function of merged params, and its inputs."""
+  if name == golden.BERT:
+    config, params = bert_folder.load_bert(MODELS / name)
+    model = SimpleNamespace(params=params, stored=bert_folder.stored_tensors(config))
+    module, inputs = Bert(config), golden.inputs_of(name)
+  else:
+    model = load_causal_lm(MODELS / name, scan_layers=scan_layers)
+    module, inputs = model.module, golden.tokens_only(name)
+  fn = jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs))
+  return model, fn, [jnp.asarray(array) for array in inputs]
 
 
 @functools.cache
@@ -37,8 +46,8 @@ def read(name, scan_layers=False):
 
 def logits(name, adapter, scan_layers=False):
   """Returns the logits of a small model with an adapter merged, by the one compiled function."""
-  model, fn, tokens = base(name, scan_layers)
-  return fn(lj.lora(fn, adapter[0]).merge(model.params, adapter[1]), tokens)
+  model, fn, inputs = base(name, scan_layers)
+  return fn(lj.lora(fn, adapter[0]).merge(model.params, adapter[1]), *inputs)
 
 
 def expected(name):
@@ -56,8 +65,8 @@ FEW = ("ia3", "hira_fused", "loha", "lokr_both", "miss_bat", "vera", "adalora", 
 @pytest.mark.parametrize("name", some(golden.ADAPTERS, (*FEW, "norms")))
 def test_the_logits_are_pefts(name):
   base_name, _, _ = golden.ADAPTERS[name]
-  model, fn, tokens = base(base_name)
-  assert relative_difference(fn(model.params, tokens), expected(name)) > 0.01
+  model, fn, inputs = base(base_name)
+  assert relative_difference(fn(model.params, *inputs), expected(name)) > 0.01
   assert relative_difference(logits(base_name, read(name)), expected(name)) < 1e-5
 
 
@@ -156,10 +165,10 @@ SCANNED = {  # over layers
 
 
 def random_adapter(base_name, scan_layers=False, **settings):
-  model, fn, tokens = base(base_name, scan_layers)
+  model, fn, inputs = base(base_name, scan_layers)
   config = lj.LoraConfig(**{"rank": 2, "alpha": 6.0, "target": f"{SOME}|{UP}", **settings})
   init = lj.lora(fn, config).init
-  return config, pruned(randomized(init(jax.random.key(0), model.params, tokens)))
+  return config, pruned(randomized(init(jax.random.key(0), model.params, *inputs)))
 
 
 def pruned(trainable):

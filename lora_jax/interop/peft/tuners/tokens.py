@@ -44,10 +44,8 @@ HEAD = f"{PREFIX}lm_head.{ROWS}"
 
 def _has_tied_head(modules: Sequence[Module], tensors: Sequence[StoredTensor]) -> bool:
   """Returns whether the rows are also of a head, of which the file has a copy."""
-  names = {stored.name for stored in tensors}
-  first = next((stored for stored in tensors if stored.is_embedding), None)
-  tied = is_language_model(tensors) and "lm_head.weight" not in names
-  return tied and any(module.stored == first for module in modules)
+  is_tied = is_language_model(tensors) and "lm_head.weight" not in {s.name for s in tensors}
+  return is_tied and any(module.is_input for module in modules)
 
 
 def _shapes(
@@ -149,7 +147,7 @@ def token_modules(
   embeddings = [module for module in modules if module.stored.is_embedding]
   chosen: dict[Module, tuple[int, ...]] = {}
   for name, ids in config.tokens.items():
-    found = embeddings[:1] if not name else [m for m in embeddings if named(m.name, [name])]
+    found = [m for m in embeddings if (named(m.name, [name]) if name else m.is_input)]
     if not found:
       raise ValueError(
         f"{where}: trainable_token_indices: this model has no embedding {name}, but "
