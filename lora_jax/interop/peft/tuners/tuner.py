@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class Tuner:
   only_biases: str | None = None
   dropout: str | None = None
 
-  def check(self, where: Any, modules: Sequence[Module]) -> None:
+  def check(self, where: Path, modules: Sequence[Module]) -> None:
     """Raises ValueError naming a module for which PEFT lacks the method, or whose is not read.
 
     Args:
