@@ -14,7 +14,8 @@
 
 The last three are defined after the Penn Treebank tokenizer, a Java program, without punctuation.
 Where Java or a package is missing, their cells are None and `NlgScores.missing` says why.
-`slots.py` counts the slot errors of E2E texts.
+`slots.py` counts the slot errors of E2E texts. `rouge.py` has the ROUGE-1, ROUGE-2 and ROUGE-L of
+summaries, another definition than the table's; `exact.py` the share of exact answers.
 
 Two modules measure weights instead of texts: `curvature.py` the largest eigenvalue of a loss's
 Hessian, `spectra.py` the singular vectors that training changes. They are imported by their names.
@@ -26,9 +27,12 @@ from lora_jax.metrics.bootstrap import bootstrap as bootstrap
 from lora_jax.metrics.bootstrap import differences as differences
 from lora_jax.metrics.bootstrap import intervals as intervals
 from lora_jax.metrics.bootstrap import paired_bootstrap as paired_bootstrap
+from lora_jax.metrics.exact import exact_match as exact_match
+from lora_jax.metrics.exact import part_accuracy as part_accuracy
 from lora_jax.metrics.nlg import Measured as Measured
 from lora_jax.metrics.nlg import NlgScores as NlgScores
 from lora_jax.metrics.nlg import measure as measure
 from lora_jax.metrics.nlg import score as score
+from lora_jax.metrics.rouge import rouge as rouge
 from lora_jax.metrics.slots import SlotScores as SlotScores
 from lora_jax.metrics.slots import slot_scores as slot_scores

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lora_jax.fields import Count, CountOrZero, Within, read_value
-from lora_jax.metrics.nlg import METRICS, Measured, measure
+from lora_jax.metrics.nlg import Measured, measure
 
 MAX_DRAWS = 2**27  # resamples times segments: a gigabyte
 
@@ -98,7 +98,7 @@ def intervals(
   measured: Measured, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval | None]:
   """Does what `bootstrap` does, for a system that `measure` has measured."""
-  by_metric: dict[str, Interval | None] = dict.fromkeys(METRICS)
+  by_metric: dict[str, Interval | None] = dict.fromkeys([*measured.statistics, *measured.missing])
   counts = _draw(measured, resamples, seed)
   for name, statistics in measured.statistics.items():
     samples = statistics.resampled(counts)
@@ -112,7 +112,7 @@ def differences(
   """Does what `paired_bootstrap` does, for two systems that `measure` has measured together."""
   if _size(a) != _size(b):
     raise ValueError(f"the systems have {_size(a)} and {_size(b)} segments; expected the same")
-  by_metric: dict[str, Difference | None] = dict.fromkeys(METRICS)
+  by_metric: dict[str, Difference | None] = dict.fromkeys([*a.statistics, *a.missing])
   counts = _draw(a, resamples, seed)
   for name in a.statistics.keys() & b.statistics.keys():
     first, second = a.statistics[name], b.statistics[name]
@@ -125,7 +125,7 @@ def differences(
 
 
 def _size(measured: Measured) -> int:
-  return len(measured.statistics["nist"].rows)
+  return len(next(iter(measured.statistics.values())).rows)
 
 
 def _draw(
