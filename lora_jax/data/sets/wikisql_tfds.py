@@ -1,0 +1,59 @@
+"""WikiSQL with rebuilt columns as a TFDS builder: `array_record` files, without TensorFlow.
+
+    builder = WikiSQL(source="wikisql")                     # the folder of the JSON lines
+    builder.download_and_prepare()
+    source = builder.as_data_source("test")                 # random access: source[0]["context"]
+
+`load` does that and returns the records of a split, which are those of `wikisql.read`: prompts
+with the rebuilt columns, and queries.
+"""
+
+import os
+
+from lora_jax.data.sets import triples_tfds, wikisql
+from lora_jax.data.sets.e2e_tfds import Records
+
+CITATION = """@article{zhong2017seq2sql,
+  title = {{Seq2SQL}: Generating Structured Queries from Natural Language using Reinforcement
+    Learning},
+  author = {Zhong, Victor and Xiong, Caiming and Socher, Richard},
+  year = {2017},
+  note = {arXiv:1709.00103},
+}"""
+
+
+class WikiSQL(triples_tfds.FromTriples):
+  """WikiSQL with rebuilt columns; the splits are `train`, `valid` and `test`.
+
+  Its arguments are those of `triples_tfds.FromTriples`.
+  """
+
+  name = "wikisql_rebuilt_columns"
+  READER = wikisql
+  ABOUT = {  # noqa: RUF012 (a constant of the class)
+    "description": "Questions about tables and their queries (Zhong et al. 2017), with columns "
+    "that are rebuilt from the queries.",
+    "homepage": "https://github.com/salesforce/WikiSQL",
+    "citation": CITATION,
+    "license": "BSD-3-Clause, https://github.com/salesforce/WikiSQL/blob/master/LICENSE",
+  }
+
+
+def load(
+  split: str,
+  source: str | os.PathLike[str],
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+  any_size: bool = False,
+) -> Records:
+  """Returns the records of a split, in the file's order, by way of TFDS.
+
+  Args:
+    split: `train`, `valid` or `test`.
+    source: the folder of the files.
+    data_dir: the folder of the prepared files; None is `default_data_dir()`.
+    any_size: whether another number of questions is accepted, as in an excerpt.
+  Raises:
+    FileNotFoundError, ValueError: as in `wikisql.read`.
+  """
+  return triples_tfds.load(WikiSQL, split, source, data_dir, any_size)
