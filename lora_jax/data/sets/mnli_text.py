@@ -46,7 +46,7 @@ def prompts(records: Iterable[glue.Record]) -> list[Record]:
   """
   texts = []
   for i, (first, second, label, *_) in enumerate(records):
-    if second is None or label not in range(len(LABELS)):
+    if second is None or label is None or label not in range(len(LABELS)):
       raise ValueError(
         f"record {i}: expected two texts and a label from 0 to {len(LABELS) - 1}, got "
         f"{(first, second, label)!r:.200}"
