@@ -3,10 +3,10 @@
     python -m experiments.mechanism --plan                      # the measurements, with their hours
     python -m experiments.mechanism                             # all of them; resumes
     python -m experiments.mechanism --measure=sharpness --arms=dora,pissa
-    python -m experiments.mechanism --tiny --arms=dora          # all parts in a minute
+    python -m experiments.mechanism --tiny --arms=dora          # all parts in minutes
     python -m experiments.mechanism --report                    # the table of those so far
 
-Time: 3.1 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 2 minutes.
+Time: 3.1 hours on 2 CPU cores (`--plan`); `--tiny` with two arms minutes, mostly of compiling.
 Expect: not run yet (docs/mechanism.md).
 
 The best learning rates and the trained weights are those of `experiments.variants`, read from its
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--runs", default="", help="the folder of experiments.variants")
   parser.add_argument("--measure", default="all", choices=["all", *MEASURES])
   parser.add_argument("--arms", default="", help="arms, by commas, beside LoRA; all")
-  parser.add_argument("--tiny", action="store_true", help="a minute, to see all parts work")
+  parser.add_argument("--tiny", action="store_true", help="minutes, to see all parts work")
   parser.add_argument("--plan", action="store_true", help="print the measurements, and stop")
   parser.add_argument("--report", action="store_true", help="write the table, and stop")
   parser.add_argument("--out", default="", help="the files without ending; ROOT/mechanism")

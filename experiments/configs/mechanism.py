@@ -45,7 +45,7 @@ class Sizes:
 
 
 FULL = Sizes()
-TINY = Sizes(  # a minute, to see all parts work; its results say nothing
+TINY = Sizes(  # minutes, to see all parts work; its results say nothing
   comparison=variants.TINY,
   num_batches=1,
   num_steps=3,  # the first has a learning rate of 0
