@@ -18,7 +18,7 @@ from experiments.classification.encoder import (
 )
 from experiments.harness.methods import adapt, find_method, lora_config
 from experiments.harness.optimizer import decays
-from experiments.harness.restore import restore_trained
+from experiments.harness.restore import initial_shapes, restore_trained
 from experiments.harness.workdir import read_finished, read_run
 from lora_jax.data.classification import encode, fill
 from lora_jax.data.sets.glue import Record
@@ -113,6 +113,6 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
   base = load_base(config, mesh)
   adapted = adapt(config)(classification_loss(base.module))
   batch = fill([], batch_size=1, row_length=2, label_type=float if num_labels(config) == 1 else int)
-  initial = adapted.init(jax.random.key(config.seed), base.params, batch)
-  trained, _ = restore_trained(config, base.params, initial, mesh, decays=decays)
+  shapes = initial_shapes(adapted, base.params, batch)
+  trained, _ = restore_trained(config, base.params, shapes, mesh, decays=decays)
   return FinishedEncoder(config, base, trained, adapted.merge(base.params, trained))

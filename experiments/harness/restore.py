@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+import lora_jax as lj
 from experiments.harness.config import AdaptationConfig
 from experiments.harness.methods import find_method
 from experiments.harness.optimizer import run_optimizer
@@ -32,7 +34,7 @@ def restore_trained(
   Args:
     config: the run's config.
     params: the base params, placed on `mesh`.
-    trainable: as the method's `init` returns it.
+    trainable: as the method's `init` returns it, or its shapes with their shardings.
     mesh: the mesh of both trees.
     checkpoint: best or last.
     saved: the checkpoint that `adapter/` holds, if the method saves an adapter.
@@ -56,6 +58,24 @@ def restore_trained(
     restored = checkpoints.restore(step, state, fingerprint(params))
   frozen = {**frozen, "adapter": read_held(folder, frozen["adapter"])}
   return trainable_tree(restored.state, frozen), restored.loss
+
+
+def initial_shapes(adaptation: lj.Adaptation, params: PyTree, batch: Any) -> PyTree:
+  """Returns the shapes of a method's trainable tree, with the shardings that `init` gives it.
+
+  Nothing is computed: some methods decompose every weight to initialize theirs.
+
+  Args:
+    adaptation: the method applied to the loss.
+    params: the base params, or their shapes.
+    batch: a batch, or its shapes.
+  """
+  shapes = jax.eval_shape(adaptation.init, jax.random.key(0), params, batch)
+  return jax.tree.map(
+    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+    shapes,
+    lj.shardings(shapes, params),
+  )
 
 
 def check_base(folder: str | Path, params: PyTree) -> None:

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.harness.config import Rows, Seed, replace_fields
-from experiments.harness.fit import initialize
 from experiments.harness.methods import find_method
 from experiments.harness.restore import restore_trained
 from experiments.harness.workdir import read_finished, read_run, stored_config
@@ -18,9 +17,8 @@ from experiments.nlg.config import E2EConfig, FinetuneConfig, NewTokens, Pretrai
 from experiments.nlg.finetuned import adapted_loss, cached_model, export_folder, loading_options
 from experiments.nlg.prompts import encode_prompts as encode_inputs
 from experiments.nlg.prompts import end_ids
-from experiments.nlg.restore import load_run
+from experiments.nlg.restore import load_run, trainable_shapes
 from experiments.nlg.user_data import chat_prompts, load_text
-from lora_jax.data.batches import fill
 from lora_jax.data.jsonl import encode_prompts
 from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
 from lora_jax.decoding.sampling import not_tiny
@@ -190,10 +188,9 @@ def _decoder(model: LanguageModel) -> CachedModel:
 
 def _adapter(config: FinetuneConfig, model: LanguageModel, mesh: Mesh) -> PyTree:
   """Returns the trained adapter of a finished run."""
-  batch = fill([], 1, 2, 2)
-  initial = initialize(config, adapted_loss(config, model), model.params, batch)
+  shapes = trainable_shapes(adapted_loss(config, model), model.params)
   keep = config.fit.keep
-  trained, _ = restore_trained(config, model.params, initial, mesh, checkpoint=keep, saved=keep)
+  trained, _ = restore_trained(config, model.params, shapes, mesh, checkpoint=keep, saved=keep)
   return trained
 
 

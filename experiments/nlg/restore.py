@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.methods import adapt, find_method
-from experiments.harness.restore import check_base, restore_trained
+from experiments.harness.restore import check_base, initial_shapes, restore_trained
 from experiments.harness.workdir import read_finished, read_run
 from experiments.nlg.base import Base, load_base
 from experiments.nlg.config import Checkpoint, E2EConfig
@@ -77,9 +77,10 @@ def restore_params(
   served = lj.dequantize(base.params if served is None else served)
   if not find_method(config.method).trains:
     return served, result["valid_loss"]
-  adaptation, trainable = _initial(config, base)
+  adaptation = _adaptation(config, base)
+  shapes = trainable_shapes(adaptation, base.params)
   trained, loss = restore_trained(
-    config, base.params, trainable, mesh, checkpoint=checkpoint, saved=config.fit.keep
+    config, base.params, shapes, mesh, checkpoint=checkpoint, saved=config.fit.keep
   )
   return adaptation.merge(served, trained), loss
 
@@ -99,32 +100,11 @@ def load_adapter(config: E2EConfig, base: Base) -> PyTree:
 
 
 def trainable_shapes(adaptation: Adaptation, params: PyTree) -> PyTree:
-  """Returns the shapes of a method's trainable tree, with the shardings that `init` gives it.
-
-  Nothing is computed: some methods decompose every weight to initialize theirs.
-
-  Args:
-    adaptation: the method applied to the loss of a language model.
-    params: the base params, or their shapes.
-  """
-  shapes = jax.eval_shape(adaptation.init, jax.random.key(0), params, _smallest_batch())
-  return jax.tree.map(
-    lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-    shapes,
-    lj.shardings(shapes, params),
-  )
-
-
-def _initial(config: E2EConfig, base: Base) -> tuple[Adaptation, PyTree]:
-  """Returns a run's method, applied to the loss, and its initial trainable tree."""
-  adaptation = _adaptation(config, base)
-  return adaptation, adaptation.init(jax.random.key(0), base.params, _smallest_batch())
+  """Returns `initial_shapes` for the loss of a language model."""
+  batch = jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))
+  return initial_shapes(adaptation, params, batch)
 
 
 def _adaptation(config: E2EConfig, base: Base) -> Adaptation:
   """Returns a run's method, applied to the loss."""
   return adapt(config)(language_model_loss(base.module))
-
-
-def _smallest_batch() -> PyTree:
-  return jax.eval_shape(lambda: fill([], batch_size=1, row_length=2, loss_length=2))

@@ -14,15 +14,16 @@ from experiments.configs import glue as glue_configs
 from experiments.harness.config import read_config
 from experiments.harness.fit import initialize
 from experiments.harness.launch import apply
+from experiments.harness.methods import adapt
 from experiments.nlg import finetuned
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.generation import Sampling, load_generator
-from experiments.nlg.restore import _initial
 from lora_jax.data.batches import fill
 from lora_jax.models.gpt2.folder import save_gpt2
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import save_adapter
+from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 
 from tests.tiny_e2e import EMBEDDED, chat_folder, tiny_config
@@ -104,8 +105,8 @@ def test_a_run_of_gpt2_e2e(tmp_path, capsys):
   finished(source, tmp_path / "run")
   config = read_config(E2EConfig, source)
   base = load_base(config, make_mesh())
-  adaptation, initial = _initial(config, base)
-  trained = noisy(initial)
+  adaptation = adapt(config)(language_model_loss(base.module))
+  trained = noisy(initialize(config, adaptation, base.params, fill([], 1, 2, 2)))
   save_adapter(tmp_path / "run" / "adapter", trained)
   merged = adaptation.merge(base.params, trained)
   generate.main([str(tmp_path / "run"), PROMPTS[0], "--max_new_tokens=4"])
