@@ -65,7 +65,7 @@ if __name__ == "__main__":
 
 
 FORKS = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, signal, sys, traceback
 import experiments.harness.launch, experiments.harness.workdir, experiments.nlg.config
 
 def run(arguments):
@@ -89,6 +89,7 @@ for line in sys.stdin:
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ.update(request["environment"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has it ignored
     code = run(request["arguments"])
     sys.stdout.flush()
     os._exit(code)
