@@ -5,8 +5,9 @@ The files are tables of `id,dialogue,summary`; a chat has a line for each messag
     13818513,"Ann: I baked cookies.
     Ben: Save me one!",Ann baked cookies and Ben wants one.
 
-A record's context is the chat, its completion the summary, without spaces at its ends. The paper
-counts 14,732 chats to train on; the tables have 14,731.
+A record's context is the chat and an empty line (Hu et al. 2021, appendix C), its completion the
+summary without spaces at its ends. The paper counts 14,732 chats to train on; the tables have
+14,731.
 
 The files are CC BY-NC-ND 4.0 and do not come with lora_jax. `samsum_tfds.py` is the TFDS builder.
 """
@@ -71,16 +72,16 @@ def _rows(path: Path) -> Iterator[Record]:
         raise ValueError(f"{where}: the id {row[0]} is that of line {lines[row[0]]} already")
       else:
         lines[row[0]] = start
-        yield Record(row[1].strip(), row[2].strip())
+        yield Record(f"{row[1].strip()}\n\n", row[2].strip())
       start = reader.line_num + 1
   except csv.Error as error:
     raise ValueError(f"{path}:{start}: expected a row of {','.join(COLUMNS)}: {error}") from error
 
 
-def lead(dialogue: str, count: int = 3) -> str:
+def lead(context: str, count: int = 3) -> str:
   """Returns the first messages of a chat as its summary, the floor named lead-3.
 
   >>> lead("Ann: Hi!\\nBen: Hello.\\nAnn: Tea?\\nBen: Yes.")
   'Ann: Hi! Ben: Hello. Ann: Tea?'
   """
-  return " ".join(dialogue.splitlines()[:count])
+  return " ".join(context.strip().splitlines()[:count])

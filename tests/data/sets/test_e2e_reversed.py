@@ -31,7 +31,7 @@ def test_a_folder_is_read_as_e2e_reads_it(tmp_path):
     ("name : Aromi | near : Café Rouge", True),
     ("near:  café rouge |Name : Aromi", True),
     ("name : Aromi | name : Aromi | near : Café Rouge", True),
-    ("name : Aromi | name : Cocum | near : Café Rouge", False),
+    ("name : Cocum | name : Aromi | near : Café Rouge", False),
     ("name : Aromi | near : Café Rouge | area : riverside", False),
     ("name : Aromi", False),
     ("name : Aromi | near : Café Rouge |", False),
@@ -50,21 +50,24 @@ def test_copying_finds_the_longest_value_in_whole_words():
   assert (
     e2e_reversed.copied("For £ 20 - 25 at the Ranch", known) == "near : Ranch | price : £ 20 - 25"
   )
+  assert e2e_reversed.copied("By the Ranch and the rice boat", known) == "near : The Rice Boat"
   assert e2e_reversed.copied("It is .", known) == ""
 
 
-def test_the_floor_of_copying():
-  """A system at this floor has learned nothing about wordings."""
+@pytest.mark.parametrize(
+  ("size", "exact", "slots"),
+  [(300, 25.333, 83.544), pytest.param(4532, 4.987, 72.598, marks=pytest.mark.long)],
+)
+def test_the_floor_of_copying(size, exact, slots):
   known = e2e_reversed.values(e2e_reversed.read("train"))
   assert {name: len(values) for name, values in known.items()} == {
     **{"name": 34, "Type": 3, "food": 7, "price": 6, "customer rating": 6, "area": 2},
     **{"family friendly": 2, "near": 19},
   }
-  groups = e2e.grouped(e2e_reversed.read("valid"))[:300]
+  groups = e2e.grouped(e2e_reversed.read("test"))[:size]
   texts = [e2e_reversed.copied(group.context, known) for group in groups]
   answers = [group.references for group in groups]
   right = [group.references[-1] for group in groups]
   assert exact_match(right, answers, e2e_reversed.slots).score() == 100
-  assert part_accuracy(right, answers, e2e_reversed.slots).score() == 100
-  assert 0 < exact_match(texts, answers, e2e_reversed.slots).score() < 10
-  assert 50 < part_accuracy(texts, answers, e2e_reversed.slots).score() < 80
+  assert exact_match(texts, answers, e2e_reversed.slots).score() == pytest.approx(exact, abs=1e-3)
+  assert part_accuracy(texts, answers, e2e_reversed.slots).score() == pytest.approx(slots, abs=1e-3)

@@ -19,9 +19,15 @@ def test_a_record_is_a_chat_of_several_lines_and_its_summary(folder):
   records = samsum.read("train", folder, any_size=True)
   assert len(records) == len(CHATS)
   assert records[0] == (
-    'Ann: I baked "cookies", want some?\nBen: Sure 🙂\nAnn: See you at 5.\nBen: Bye\nAnn: Bye',
+    'Ann: I baked "cookies", want some?\nBen: Sure 🙂\nAnn: See you at 5.\nBen: Bye\nAnn: Bye\n\n',
     "Ann baked cookies and Ben wants some.",
   )
+
+
+def test_lead_3_of_a_short_chat_is_all_of_it(folder):
+  records = samsum.read("train", folder, any_size=True)
+  assert samsum.lead(records[0].context).endswith("Ben: Sure 🙂 Ann: See you at 5.")
+  assert samsum.lead(records[1].context) == "Cem: Is the lake open? Dee: Until noon."
 
 
 def test_lines_may_end_in_carriage_returns_and_begin_with_a_mark(folder):
@@ -66,4 +72,3 @@ def test_missing_rows_files_and_splits_are_named(folder):
 def test_the_real_files():
   sizes = {split: len(samsum.read(split, REAL)) for split in samsum.FILES}
   assert sizes == {"train": 14731, "valid": 818, "test": 819}
-  assert all(record.context.count("\n") > 0 for record in samsum.read("test", REAL)[:20])
