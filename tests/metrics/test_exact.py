@@ -58,6 +58,8 @@ def test_statistics_have_intervals_and_paired_differences():
   assert by_metric["other"] is None
   exact = by_metric["exact"]
   assert (exact.score, exact.low, exact.high) == pytest.approx((50, 43, 57), abs=1)
+  with pytest.raises(ValueError, match="at least one metric, got none"):
+    metrics.intervals(metrics.Measured({}, {}))
   difference = metrics.differences(a, b)["exact"]
   assert (difference.difference, difference.share_against) == (50, 0)
 
