@@ -95,14 +95,8 @@ def _measure_coco(
   tokenized = iter(coco.tokenize_ptb(texts))
   tokenized_references = [[next(tokenized) for _ in segment] for segment in references]
   tokenized_systems = [[next(tokenized) for _ in hypotheses] for hypotheses in systems]
-  together = [text for hypotheses in tokenized_systems for text in hypotheses]
-  aligned = coco.meteor(together, tokenized_references * len(systems))
-  size = len(references)
   return {
-    "meteor": [
-      dataclasses.replace(aligned, rows=aligned.rows[i * size : (i + 1) * size])
-      for i in range(len(systems))
-    ],
+    "meteor": coco.meteor_by_system(tokenized_systems, tokenized_references),
     "rouge_l": [coco.rouge_l(texts, tokenized_references) for texts in tokenized_systems],
     "cider": [coco.cider(texts, tokenized_references) for texts in tokenized_systems],
   }
