@@ -15,7 +15,8 @@
 The last three are defined after the Penn Treebank tokenizer, a Java program, without punctuation.
 Where Java or a package is missing, their cells are None and `NlgScores.missing` says why.
 `slots.py` counts the slot errors of E2E texts. `rouge.py` has the ROUGE-1, ROUGE-2 and ROUGE-L of
-summaries, another definition than the table's; `exact.py` the share of exact answers.
+summaries, another definition than the table's; `exact.py` the share of exact answers. `ter.py` has
+the translation edit rate, and `data_to_text.py` the scores of WebNLG and DART.
 
 Two modules measure weights instead of texts: `curvature.py` the largest eigenvalue of a loss's
 Hessian, `spectra.py` the singular vectors that training changes. They are imported by their names.
