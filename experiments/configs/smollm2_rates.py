@@ -25,9 +25,10 @@ ARMS: dict[str, Changes] = {  # the most useful first
   "LoRA, rank 4": {"lora.rank": 4},
   "DoRA, rank 16": {"method": "dora", "lora.rank": 16},
 }
-LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2)
-RATES = dict.fromkeys(ARMS, HIGH) | {"full": LOW}
-BEST: dict[str, float | None] = dict.fromkeys(ARMS)  # not run yet
+RATES: dict[str, tuple[float, ...]] = dict.fromkeys(ARMS, (3e-4, 1e-3, 3e-3, 1e-2))
+RATES["full"] = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES["LoRA, rank 4, q,v"] = (1e-3, 3e-3, 1e-2, 3e-2)
+BEST: dict[str, float | None] = dict.fromkeys(ARMS) | {"LoRA, rank 16": 3e-3, "full": 3e-4}
 SEED = 0
 
 
