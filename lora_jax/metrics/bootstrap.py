@@ -126,9 +126,9 @@ def differences(
 
 def _size(measured: Measured) -> int:
   if not measured.statistics:
-    raise ValueError("expected statistics of at least one metric, got none")
-  if not measured.statistics:
-    raise ValueError(f"expected a metric that could be computed, got none: {measured.missing}")
+    raise ValueError(
+      f"expected statistics of at least one metric, got none; missing: {measured.missing}"
+    )
   return len(next(iter(measured.statistics.values())).rows)
 
 
