@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_jax.data.sets import triples
+from lora_jax.data.sets import originals, triples
 from lora_jax.data.sets.e2e import Record, input_ids
-from lora_jax.data.sets.triples import BYTE_ORDER_MARK, Entry, Triple, fields
+from lora_jax.data.sets.originals import BYTE_ORDER_MARK, fields
+from lora_jax.data.sets.triples import Entry, Triple
 from lora_jax.files import parse_json, read_bytes, read_lines
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ def read(split: str, folder: str | os.PathLike[str], *, any_size: bool = False) 
     FileNotFoundError: if the file does not exist, saying where it can be got.
     ValueError: if an entry cannot be read, naming file and entry or line, or texts are missing.
   """
-  triples.check_split(TITLE, split, FILES)
-  path = triples.find_file(folder, FILES[split], TITLE, SOURCE)
+  originals.check_split(TITLE, split, FILES)
+  path = originals.find_file(folder, FILES[split], TITLE, SOURCE)
   entries, empty = [], []
   for where, value in _values(path):
     entry, count = _entry(value, where)
@@ -69,7 +70,7 @@ def read(split: str, folder: str | os.PathLike[str], *, any_size: bool = False) 
   if empty:
     logger.warning("%d empty texts left out, the first of %s", len(empty), empty[0])
   records = triples.records(entries)
-  triples.check_count(path, len(records) + len(empty), SIZES[split], "texts", any_size)
+  originals.check_count(path, len(records) + len(empty), SIZES[split], "texts", any_size)
   if split in ("dev_train", "dev_valid"):
     numbers = input_ids(records)
     records = [

@@ -10,7 +10,7 @@ without the training set has the other splits.
 
 import os
 
-from lora_jax.data.sets import dart, triples_tfds
+from lora_jax.data.sets import dart, originals_tfds
 from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{nan2021dart,
@@ -22,10 +22,10 @@ CITATION = """@inproceedings{nan2021dart,
 }"""
 
 
-class Dart(triples_tfds.FromTriples):
+class Dart(originals_tfds.FromOriginals):
   """DART 1.1.1; the splits are `train`, `valid`, `test`, `dev_train` and `dev_valid`.
 
-  Its arguments are those of `triples_tfds.FromTriples`.
+  Its arguments are those of `originals_tfds.FromOriginals`.
   """
 
   name = "dart_from_files"
@@ -55,4 +55,4 @@ def load(
   Raises:
     FileNotFoundError, ValueError: as in `dart.read`.
   """
-  return triples_tfds.load(Dart, split, source, data_dir, any_size)
+  return originals_tfds.load(Dart, split, source, data_dir, any_size)

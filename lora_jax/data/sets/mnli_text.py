@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from lora_jax.data.sets import glue, triples
+from lora_jax.data.sets import glue, originals
 from lora_jax.data.sets.e2e import Record
 from lora_jax.files import read_json
 
@@ -66,18 +66,18 @@ def read(split: str, folder: str | os.PathLike[str], *, any_size: bool = False) 
     FileNotFoundError: if the file does not exist, saying where it can be got.
     ValueError: if a row cannot be read, naming file and row, or rows are missing.
   """
-  triples.check_split(TITLE, split, FILES)
-  path = triples.find_file(folder, FILES[split], TITLE, SOURCE)
+  originals.check_split(TITLE, split, FILES)
+  path = originals.find_file(folder, FILES[split], TITLE, SOURCE)
   records = []
   for number, (key, row) in enumerate(read_json(path).items()):
     where = f"{path}: row {key!r:.40}"
     if key != str(number):
       raise ValueError(f"{where}: expected the rows in order, here {number}")
-    premise, hypothesis, label = triples.fields(row, where, text_a=str, text_b=str, label=str)
+    premise, hypothesis, label = originals.fields(row, where, text_a=str, text_b=str, label=str)
     if label not in LABELS:
       raise ValueError(f"{where}: expected a label of {', '.join(LABELS)}, got {label!r:.100}")
     records.append(Record(prompt(premise, hypothesis), label))
-  triples.check_count(path, len(records), SIZES[split], "rows", any_size)
+  originals.check_count(path, len(records), SIZES[split], "rows", any_size)
   return records
 
 

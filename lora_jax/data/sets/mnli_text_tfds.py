@@ -10,7 +10,7 @@ MNLI is `mnli_text.prompts(glue_tfds.load("mnli", split, source))`.
 
 import os
 
-from lora_jax.data.sets import mnli_text, triples_tfds
+from lora_jax.data.sets import mnli_text, originals_tfds
 from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{williams2018mnli,
@@ -22,10 +22,10 @@ CITATION = """@inproceedings{williams2018mnli,
 }"""
 
 
-class MNLISubset(triples_tfds.FromTriples):
+class MNLISubset(originals_tfds.FromOriginals):
   """10,000 rows of MNLI as text; the splits are `train` and `valid`.
 
-  Its arguments are those of `triples_tfds.FromTriples`.
+  Its arguments are those of `originals_tfds.FromOriginals`.
   """
 
   name = "mnli_subset_from_files"
@@ -54,4 +54,4 @@ def load(
   Raises:
     FileNotFoundError, ValueError: as in `mnli_text.read`.
   """
-  return triples_tfds.load(MNLISubset, split, source, data_dir, any_size)
+  return originals_tfds.load(MNLISubset, split, source, data_dir, any_size)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_jax.data.sets import triples
+from lora_jax.data.sets import originals
 from lora_jax.data.sets.e2e import Record
 from lora_jax.files import read_lines
 
@@ -47,10 +47,10 @@ def read(split: str, folder: str | os.PathLike[str], *, any_size: bool = False) 
     FileNotFoundError: if the file does not exist, saying where it can be got.
     ValueError: if a row cannot be read, naming file and line, or rows are missing.
   """
-  triples.check_split(TITLE, split, FILES)
-  path = triples.find_file(folder, FILES[split], TITLE, SOURCE)
+  originals.check_split(TITLE, split, FILES)
+  path = originals.find_file(folder, FILES[split], TITLE, SOURCE)
   rows = list(_rows(path))
-  triples.check_count(path, len(rows), SIZES[split], "chats", any_size)
+  originals.check_count(path, len(rows), SIZES[split], "chats", any_size)
   return rows
 
 

@@ -10,7 +10,7 @@ downloaded: the files' licence is CC BY-NC-ND 4.0.
 
 import os
 
-from lora_jax.data.sets import samsum, triples_tfds
+from lora_jax.data.sets import originals_tfds, samsum
 from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{gliwa2019samsum,
@@ -22,10 +22,10 @@ CITATION = """@inproceedings{gliwa2019samsum,
 }"""
 
 
-class SAMSum(triples_tfds.FromTriples):
+class SAMSum(originals_tfds.FromOriginals):
   """SAMSum; the splits are `train`, `valid` and `test`.
 
-  Its arguments are those of `triples_tfds.FromTriples`.
+  Its arguments are those of `originals_tfds.FromOriginals`.
   """
 
   name = "samsum_from_files"
@@ -55,4 +55,4 @@ def load(
   Raises:
     FileNotFoundError, ValueError: as in `samsum.read`.
   """
-  return triples_tfds.load(SAMSum, split, source, data_dir, any_size)
+  return originals_tfds.load(SAMSum, split, source, data_dir, any_size)

@@ -25,9 +25,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_jax.data.sets import triples
+from lora_jax.data.sets import originals, triples
 from lora_jax.data.sets.e2e import Record
-from lora_jax.data.sets.triples import BYTE_ORDER_MARK, Entry, fields
+from lora_jax.data.sets.originals import BYTE_ORDER_MARK, fields
+from lora_jax.data.sets.triples import Entry
 from lora_jax.files import parse_json, read_bytes
 
 TITLE = "WebNLG 2017"
@@ -76,11 +77,11 @@ def read_entries(
   split: str, folder: str | os.PathLike[str], *, any_size: bool = False
 ) -> list[Entry]:
   """Returns the entries of a split that have a good text; arguments and errors as in `read`."""
-  triples.check_split(TITLE, split, FILES)
-  path = triples.find_file(folder, FILES[split], TITLE, SOURCE)
+  originals.check_split(TITLE, split, FILES)
+  path = originals.find_file(folder, FILES[split], TITLE, SOURCE)
   data = read_bytes(path)
   entries = parse(data, path, SEEN if split in ("train", "valid") else (*SEEN, *UNSEEN))
-  triples.check_count(path, len(entries), SIZES[path.name], "entries", any_size)
+  originals.check_count(path, len(entries), SIZES[path.name], "entries", any_size)
   if not any_size:
     _check_sha256(path, data)
   parts = {"test_seen": SEEN, "test_unseen": UNSEEN}

@@ -10,7 +10,7 @@ downloaded: the files' licence is CC BY-NC-SA 4.0.
 
 import os
 
-from lora_jax.data.sets import triples_tfds, webnlg
+from lora_jax.data.sets import originals_tfds, webnlg
 from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{gardent2017webnlg,
@@ -23,10 +23,10 @@ CITATION = """@inproceedings{gardent2017webnlg,
 }"""
 
 
-class WebNLG(triples_tfds.FromTriples):
+class WebNLG(originals_tfds.FromOriginals):
   """WebNLG 2017; the splits are `train`, `valid`, `test`, `test_seen` and `test_unseen`.
 
-  Its arguments are those of `triples_tfds.FromTriples`.
+  Its arguments are those of `originals_tfds.FromOriginals`.
   """
 
   name = "webnlg_from_files"
@@ -56,4 +56,4 @@ def load(
   Raises:
     FileNotFoundError, ValueError: as in `webnlg.read`.
   """
-  return triples_tfds.load(WebNLG, split, source, data_dir, any_size)
+  return originals_tfds.load(WebNLG, split, source, data_dir, any_size)

@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lora_jax.data.sets import triples
+from lora_jax.data.sets import originals
 from lora_jax.data.sets.e2e import Record
 from lora_jax.files import parse_json, read_lines
 
@@ -83,17 +83,17 @@ def read_questions(
   split: str, folder: str | os.PathLike[str], *, any_size: bool = False
 ) -> list[Question]:
   """Returns the questions of a split; arguments and errors as in `read`."""
-  triples.check_split(TITLE, split, FILES)
-  path = triples.find_file(folder, FILES[split], TITLE, SOURCE)
+  originals.check_split(TITLE, split, FILES)
+  path = originals.find_file(folder, FILES[split], TITLE, SOURCE)
   questions = []
   for where, line in read_lines(path):
-    fields = triples.fields(parse_json(line, where), where, question=str, table_id=str, sql=str)
+    fields = originals.fields(parse_json(line, where), where, question=str, table_id=str, sql=str)
     try:
       parse_query(fields[2])
     except ValueError as error:
       raise ValueError(f"{where}: {error}") from None
     questions.append(Question(*fields))
-  triples.check_count(path, len(questions), SIZES[split], "questions", any_size)
+  originals.check_count(path, len(questions), SIZES[split], "questions", any_size)
   return questions
 
 

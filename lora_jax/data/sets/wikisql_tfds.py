@@ -10,7 +10,7 @@ with the rebuilt columns, and queries.
 
 import os
 
-from lora_jax.data.sets import triples_tfds, wikisql
+from lora_jax.data.sets import originals_tfds, wikisql
 from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@article{zhong2017seq2sql,
@@ -22,10 +22,10 @@ CITATION = """@article{zhong2017seq2sql,
 }"""
 
 
-class WikiSQL(triples_tfds.FromTriples):
+class WikiSQL(originals_tfds.FromOriginals):
   """WikiSQL with rebuilt columns; the splits are `train`, `valid` and `test`.
 
-  Its arguments are those of `triples_tfds.FromTriples`.
+  Its arguments are those of `originals_tfds.FromOriginals`.
   """
 
   name = "wikisql_rebuilt_columns"
@@ -56,4 +56,4 @@ def load(
   Raises:
     FileNotFoundError, ValueError: as in `wikisql.read`.
   """
-  return triples_tfds.load(WikiSQL, split, source, data_dir, any_size)
+  return originals_tfds.load(WikiSQL, split, source, data_dir, any_size)

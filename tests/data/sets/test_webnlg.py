@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_jax.data.sets import e2e, triples, webnlg
+from lora_jax.data.sets import e2e, originals, triples, webnlg
 
 from tests.paths import SHARED
 from tests.tiny_triples import TRAIN, webnlg_entry, write_webnlg
@@ -101,7 +101,7 @@ def test_bad_files_are_named(tmp_path, data, message):
 
 def test_a_byte_order_mark_is_left_out(folder, tmp_path):
   data = (folder / "dev.json").read_bytes()
-  (tmp_path / "dev.json").write_bytes(triples.BYTE_ORDER_MARK + data)
+  (tmp_path / "dev.json").write_bytes(originals.BYTE_ORDER_MARK + data)
   expected = webnlg.read("valid", folder, any_size=True)
   assert webnlg.read("valid", tmp_path, any_size=True) == expected
 

@@ -1,4 +1,4 @@
-"""The base of the TFDS builders of WebNLG and DART: a folder's records, without TensorFlow."""
+"""The base of TFDS builders on original files: a folder's records, without TensorFlow."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from lora_jax.data.sets import triples
+from lora_jax.data.sets import originals
 from lora_jax.data.sets.e2e import Record, input_ids
 from lora_jax.data.sets.e2e_tfds import Records, default_data_dir
 from lora_jax.data.sets.glue_tfds import prepare
@@ -28,7 +28,7 @@ class Reader(Protocol):
   def read(split: str, folder: Path, *, any_size: bool = False) -> list[Record]: ...
 
 
-class FromTriples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Records of `context`, `completion` and `input_id`, the number of the distinct input.
 
   The splits are those of the data set whose files are in the folder, each in its file's order.
@@ -104,7 +104,7 @@ def _paths(reader: Reader, folder: Path) -> dict[str, Path]:
   paths, missing = {}, None
   for split, names in reader.FILES.items():
     try:
-      paths[split] = triples.find_file(folder, names, reader.TITLE, reader.SOURCE)
+      paths[split] = originals.find_file(folder, names, reader.TITLE, reader.SOURCE)
     except FileNotFoundError as error:
       missing = missing or error
   if not paths and missing:
@@ -121,7 +121,7 @@ def _folder_of(reader: Reader, folder: Path, any_size: bool) -> str:
 
 
 def load(
-  builder: type[FromTriples],
+  builder: type[FromOriginals],
   split: str,
   source: str | os.PathLike[str],
   data_dir: str | os.PathLike[str] | None = None,
@@ -134,7 +134,7 @@ def load(
     ValueError: if there is no such split, or as the data set's `read`.
   """
   reader = builder.READER
-  triples.check_split(reader.TITLE, split, reader.FILES)
-  triples.find_file(source, reader.FILES[split], reader.TITLE, reader.SOURCE)
+  originals.check_split(reader.TITLE, split, reader.FILES)
+  originals.find_file(source, reader.FILES[split], reader.TITLE, reader.SOURCE)
   prepared = prepare(builder(source=source, data_dir=data_dir, any_size=any_size))
   return Records(prepared.as_data_source()[split])

@@ -35,7 +35,7 @@ def test_the_builder_has_the_records_of_the_files(tmp_path, name):
 def test_records_have_the_number_of_their_input(tmp_path):
   folder = write_dart(tmp_path / "originals")
   builder = dart_tfds.Dart(source=folder, data_dir=tmp_path / "tfds", any_size=True)
-  dart_tfds.triples_tfds.prepare(builder)
+  dart_tfds.originals_tfds.prepare(builder)
   assert [row["input_id"] for row in builder.as_data_source("test")] == [0, 1, 1, 1, 2]
   assert "MIT" in builder.info.redistribution_info.license
 
