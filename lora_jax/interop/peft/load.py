@@ -123,8 +123,9 @@ def _load_norms(
 ) -> tuple[LoraConfig, PyTree]:
   """Reads LN tuning, whose modules are fully trained."""
   tuned = tuned_tensors(folder, config, tensors)
-  embeddings = [module for module in find_modules(tensors, leaves) if module.stored in tuned]
-  check_tied(folder, [module for module in embeddings if module.stored.is_embedding], tensors)
+  embeddings = [module for module in find_modules(tensors, leaves) if not module.is_linear]
+  trained = [m for m in embeddings if m.stored in tuned or config.saves(m.name)]
+  check_tied(folder, trained, tensors)
   arrays = _read(folder, config, norm_shapes(tuned, leaves), [], tensors, leaves)
   extra = read_whole(config, [], arrays, tensors, leaves)
   for stored in tuned:

@@ -63,10 +63,10 @@ class AdapterParts(NamedTuple):
     return [module for module in self.modules if set(module.stored.paths) & set(self.weights)]
 
   @property
-  def trained(self) -> list[Module]:
-    """The modules with an adapted or fully trained leaf."""
-    paths = {*self.weights, *self.extra}
-    return [module for module in self.modules if paths & set(module.stored.paths)]
+  def embeddings(self) -> list[Module]:
+    """The embeddings that are adapted or fully trained."""
+    paths, embeddings = {*self.weights, *self.extra}, (m for m in self.modules if not m.is_linear)
+    return [module for module in embeddings if paths & set(module.stored.paths)]
 
   def variant_of(self, path: str) -> Variant:
     return self.targets[path].variant or LORA

@@ -69,6 +69,7 @@ def save_peft(
   check_called(folder, parts.adapted)
   kind = "LORA" if for_server else _method_of(parts)
   if kind == "LN_TUNING":
+    check_tied(folder, parts.embeddings, tensors)
     written = as_tuned(_whole(parts, []), tensors, parts.leaves)
   elif kind == "LORA":
     written = _lora(folder, config, parts, for_server)
@@ -98,12 +99,12 @@ def _method_of(parts: AdapterParts) -> str:
 
 def _tuner(folder: Path, config: LoraConfig, parts: AdapterParts, kind: str) -> Written:
   """Returns the fields and tensors of a method other than LoRA."""
-  tuner, modules = TUNERS[kind], parts.of_modules()
+  tuner = TUNERS[kind]
+  tuner.check(folder, parts.adapted)
+  modules = parts.of_modules()
   chosen = list(modules)
-  tuner.check(folder, chosen)
-  embeddings = [module for module in parts.trained if module.stored.is_embedding]
   if kind != "TRAINABLE_TOKENS":  # PEFT ties its rows, too
-    check_tied(folder, embeddings, parts.tensors)
+    check_tied(folder, parts.embeddings, parts.tensors)
   written, whole = tuner.write(modules, parts), _whole(parts, chosen)
   biases = whole.fields.pop("bias")
   if biases != "none" and tuner.only_biases is None:
@@ -118,7 +119,9 @@ def _tuner(folder: Path, config: LoraConfig, parts: AdapterParts, kind: str) -> 
     fields["bias"] = tuner.only_biases if biases == "lora_only" else biases
   if tuner.dropout is not None:
     fields[tuner.dropout] = config.dropout
-  fields |= {"fan_in_fan_out": _fan_in_fan_out(chosen), **whole.fields, **written.fields}
+  if tuner.has_linear and tuner.has_conv1d:
+    fields["fan_in_fan_out"] = _fan_in_fan_out(chosen)
+  fields |= {**whole.fields, **written.fields}
   return Written(fields, {**written.arrays, **whole.arrays})
 
 
@@ -143,8 +146,7 @@ def _lora(folder: Path, config: LoraConfig, parts: AdapterParts, for_server: boo
   if use_dora:
     _check_dora(low_rank.adapted, for_server)
   fused = low_rank.fuse(use_dora)
-  embeddings = [module for module in low_rank.trained if module.stored.is_embedding]
-  check_tied(folder, embeddings, parts.tensors)
+  check_tied(folder, low_rank.embeddings, parts.tensors)
   if for_server:
     fused = with_one_rank(fused, config.alpha)
   chosen = list(fused)

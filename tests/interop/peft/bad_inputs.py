@@ -183,6 +183,7 @@ FILES = [
     "tokens as text", ("trainable_token_indices",), "lora_and_tokens", trainable_token_indices="3"
   ),
   of_file("norms of another model", ("'layernorm'", "ln_1"), "norms", target_modules=["layernorm"]),
+  of_file("a tied head", ("wte is the head too", "untie"), "norms", modules_to_save=["wte"]),
   of_file(
     "a norm missing",
     ("missing", "ln_2.ln_tuning_layers"),
@@ -271,6 +272,20 @@ SAVES = [
   ),
   of_save(
     "only a head", ("none is a normalization", "lm_head"), LLAMA, {}, extra=["lm_head/kernel"]
+  ),
+  of_save(
+    "a tied head with norms",
+    ("wte is the head too", "untie"),
+    GPT2,
+    {},
+    extra=["ln_f/.*", "wte/embedding"],
+  ),
+  of_save(
+    "norms with tokens",
+    ("no modules_to_save", "ln_f/bias, ln_f/scale", "save_merged"),
+    GPT2,
+    {"wte/embedding": (lj.trainable_tokens_variant([3]),)},
+    extra=["ln_f/.*"],
   ),
   of_save(
     "only biases", ("LN tuning trains no biases",), GPT2, {}, extra=[".*/bias", "ln_f/scale"]

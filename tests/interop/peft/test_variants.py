@@ -88,6 +88,7 @@ def test_the_same_file_is_written(name, scan_layers, tmp_path):
   fields, their_fields = (
     json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "new", golden.GOLDEN / name)
   )
+  assert fields.keys() <= their_fields.keys(), "PEFT has all fields"
   for key in OWN_FIELDS & fields.keys() & their_fields.keys():
     assert fields[key] == their_fields[key], key
 
@@ -113,6 +114,15 @@ OURS = {  # the model, the method of PEFT, and settings that one of its files ca
     {
       "variant": lj.lokr_variant(8, "both"),
       "rules": [lj.LoraRule(".*/down/kernel", rank=4), lj.LoraRule(UP, rank=1)],
+    },
+  ),
+  "a factor between the sizes": (
+    LLAMA,
+    "LOKR",
+    {
+      "variant": lj.lokr_variant(7),
+      "rank": 1,
+      "target": ".*/(query|value)/kernel|lm_head/kernel",
     },
   ),
   "scaled MiSS": (LLAMA, "MISS", {"variant": lj.MISS, "rank": 3, "alpha": 5.0}),

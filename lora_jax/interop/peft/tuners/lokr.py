@@ -124,8 +124,9 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
 def _factor(parts: Mapping[Module, Part]) -> int:
   """Returns PEFT's one `decompose_factor`, with which all matrices have these sizes."""
   sizes = {module: _sizes(part.arrays) for module, part in parts.items()}
-  firsts = [size for (in1, out1), _ in sizes.values() for size in (in1, out1)]
-  for factor in (-1, *range(1, max(firsts) + 1)):
+  longest = max(max(module.inputs, *module.outputs) for module in parts)
+  firsts = (size for (in1, out1), _ in sizes.values() for size in (in1, out1))
+  for factor in (-1, *range(1, max(*firsts, math.isqrt(longest)) + 1)):
     if all(_sides(module, factor) == size for module, size in sizes.items()):
       return factor
   first = {f"{m.name} {m.inputs} x {m.outputs[0]}": size[0] for m, size in sizes.items()}

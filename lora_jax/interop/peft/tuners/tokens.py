@@ -101,6 +101,12 @@ def _base_rows(module: Module, ids: Sequence[int], leaves: Mapping[str, Any]) ->
 
 
 def _write(parts: Parts, adapter: AdapterParts) -> Written:
+  if adapter.extra:
+    raise ValueError(
+      "PEFT's trainable tokens have no modules_to_save, and `extra` has "
+      f"{', '.join(sorted(adapter.extra))}. Adapt a weight by LoRA too, with which PEFT has both, "
+      "or merge the adapter: lora_jax.interop.save_merged"
+    )
   of_modules = {module: only(of_module) for module, of_module in parts.items()}
   ids = {module: _ids(part) for module, part in of_modules.items()}
   chosen = one_of_all(ids, "trainable tokens", "list of token_indices")
