@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from lora_jax.metrics import coco, java, ngrams
 from lora_jax.metrics.nlg import Measured, check_hypotheses, check_references
+from lora_jax.metrics.segments import SegmentStatistics
 from lora_jax.metrics.ter import mean_ter, ter
 
 METRICS = ("bleu", "meteor", "ter", "mean_ter")
@@ -53,10 +54,11 @@ def measure(
     check_hypotheses(hypotheses, references)
   texts = [[tokenize(text) for text in group[:MAX_REFERENCES]] for group in references]
   tokenized = [[tokenize(text) for text in hypotheses] for hypotheses in systems]
-  columns, missing = {}, {}
+  columns: dict[str, list[SegmentStatistics]] = {}
+  missing: dict[str, str] = {}
   if importlib.util.find_spec("sacrebleu") is None:
     reason = "sacrebleu was not found; pip install lora-jax[metrics]"
-    missing = dict.fromkeys(("bleu", "ter", "mean_ter"), reason)
+    missing |= dict.fromkeys(("bleu", "ter", "mean_ter"), reason)
   else:
     for name, function in (("bleu", ngrams.bleu), ("ter", ter), ("mean_ter", mean_ter)):
       columns[name] = [function(hypotheses, texts) for hypotheses in tokenized]

@@ -176,7 +176,7 @@ def _folder_of(suite: Suite, name: str, source: Path, options: tuple[bool, bool]
   return f"folder-{digest.hexdigest()[:16]}"
 
 
-def prepare(builder: _FromFiles) -> Any:
+def prepare(builder: Any) -> Any:
   """Returns the builder with its files in place; several processes may call it at once."""
   silence = io.StringIO()  # TFDS prints its progress
   try:

@@ -73,6 +73,7 @@ class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
+      description=self.ABOUT["description"],
       features=tfds.features.FeaturesDict(
         {
           "context": tfds.features.Text(),
@@ -80,8 +81,10 @@ class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           "input_id": tfds.features.Scalar(np.int32),
         }
       ),
+      homepage=self.ABOUT["homepage"],
+      citation=self.ABOUT["citation"],
+      license=self.ABOUT["license"],
       disable_shuffling=True,
-      **self.ABOUT,
     )
 
   def _split_generators(
