@@ -46,12 +46,12 @@ def test_a_changed_folder_is_prepared_again_and_a_missing_split_is_named(tmp_pat
   first = list(webnlg_tfds.load("test_unseen", folder, **options))
   text = (folder / "test.json").read_text().replace("plays jazz", "sings")
   (folder / "test.json").write_text(text)
-  (folder / "train.json").unlink()
   second = list(webnlg_tfds.load("test_unseen", folder, **options))
   assert [records[0].completion for records in (first, second)] == [
     "Eve É plays jazz.",
     "Eve É sings.",
   ]
+  (folder / "train.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"WebNLG 2017 file train\.json in .*microsoft/LoRA"):
     webnlg_tfds.load("train", folder, **options)
   with pytest.raises(ValueError, match="expected 872 entries, got 1"):
