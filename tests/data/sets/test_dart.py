@@ -82,6 +82,9 @@ def test_bad_files_are_named(tmp_path):
   assert dart.read("test", tmp_path, any_size=True) == RECORDS[:1]  # without its byte-order mark
   with pytest.raises(ValueError, match=r"test\.jsonl: expected 12,552 texts, got 1\..*any_size"):
     dart.read("test", tmp_path)
+  (tmp_path / "test.jsonl").write_text(json.dumps(dart_entries()[3]))
+  with pytest.raises(ValueError, match=r"expected 12,552 texts, got 2\."):  # one of them empty
+    dart.read("test", tmp_path)
   with pytest.raises(
     FileNotFoundError, match=r"DART 1\.1\.1 file dart-v1\.1\.1-full-train\.json or"
   ):
