@@ -96,13 +96,18 @@ def _outputs(equation: Any, operands: list[_Kind | None]) -> list[_Kind | None]:
 def _scan_outputs(params: Mapping[str, Any], operands: list[_Kind | None]) -> list[_Kind | None]:
   """Returns the kinds of a loop's outputs; visits its body until the carried kinds repeat."""
   first, count = _compat.scan_counts(dict(params))
+  length = max(params["length"], 1)
   visited, iterations = [], []
-  while operands not in visited and len(visited) < max(params["length"], 1):
+  while operands not in visited and len(visited) < length:
     visited.append(operands)
     iterations.append(_visit(params["jaxpr"], operands))
     operands = [*operands[:first], *iterations[-1][:count], *operands[first + count :]]
+  last = len(iterations) - 1
+  if last + 1 < length:  # the kinds repeat from an earlier iteration on
+    repeated = visited.index(operands)
+    last = repeated + (length - 1 - repeated) % (len(iterations) - repeated)
   stacked = [_any_of(kinds) for kinds in zip(*iterations, strict=True)][count:]
-  return [*iterations[-1][:count], *stacked]
+  return [*iterations[last][:count], *stacked]
 
 
 def _any_of(kinds: Sequence[_Kind | None]) -> _Kind | None:

@@ -188,6 +188,10 @@ USES = {
   "in a later iteration": lambda p, x: lax.fori_loop(
     0, 2, lambda i, y: jnp.tanh(y + p["bias"][None]), x @ p["w"]
   ),
+  "swapped in a loop": lambda p, x: (
+    (x @ p["w"])
+    * lax.fori_loop(0, 3, lambda i, y: y[::-1], (p["bias"], jnp.zeros_like(p["bias"])))[1][None]
+  ),
   "in one branch": lambda p, x: (
     (x @ p["w"]) * lax.cond(x[0, 0] > 0, lambda: p["bias"], lambda: x[0])[None]
   ),
