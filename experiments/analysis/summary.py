@@ -9,7 +9,7 @@ import numpy as np
 from experiments.analysis.capacity import bits_of, capacity_arms, curve, is_saturated
 from experiments.analysis.records import Record
 from experiments.analysis.sharpness import plan_sharpness
-from experiments.comparison.plan import best_rate, label, next_rate
+from experiments.comparison.plan import best_rate, bracketed, label
 from experiments.comparison.runs import rate_losses
 from experiments.configs.mechanism import MAIN_THRESHOLD, NUM_VECTORS, Sizes
 from experiments.configs.variants import ARMS
@@ -67,14 +67,11 @@ class Row(NamedTuple):
     return max(record["bits_per_parameter"] for record in self.capacity.values())
 
 
-def best_rates(records: Sequence[Record]) -> dict[str, float]:
+def best_rates(sizes: Sizes, records: Sequence[Record]) -> dict[str, float]:
   """Returns the comparison's best learning rate of each arm for which it is bracketed."""
-  rates = {}
-  for arm, losses in rate_losses(records, "rates").items():
-    best = best_rate(losses)
-    if best is not None and next_rate(losses) is None:
-      rates[arm] = best
-  return rates
+  losses = rate_losses(records, "rates")
+  settled = bracketed("rates", sizes.comparison, losses)
+  return {arm: rate for arm in settled if (rate := best_rate(losses[arm])) is not None}
 
 
 def summarize(
@@ -88,7 +85,7 @@ def summarize(
     records: of the measurements.
     compared: the comparison's records.
   """
-  rates = best_rates(compared)
+  rates = best_rates(sizes, compared)
   sharpness = {planned.arm: planned.find(records) for planned in plan_sharpness(sizes, arms)}
   finished = [record for record in records if record["status"] == "finished"]
   measured = set(capacity_arms(arms))
