@@ -48,11 +48,13 @@ def dylora(
   Returns:
     `Adaptation(init, apply, merge)`. `apply` needs `lora_key`: a key draws b, None evaluates.
   Raises:
-    ValueError: if the config has a variant, or `trained` is another word.
+    ValueError: if the config has a variant or no target, or `trained` is another word.
   """
   read_value(Trained, trained, "trained")
   check_config(config)
   _check_plain(config)
+  if not config.target:
+    raise ValueError("DyLoRA draws a rank of the adapted weights, so the config needs a target")
   adapted = lora(fn, config, opaque)
 
   def apply(

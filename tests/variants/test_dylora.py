@@ -88,6 +88,8 @@ def test_bad_settings_are_refused():
     lj.dylora(mlp, CONFIG).apply(params, trainable, x)
   with pytest.raises(ValueError, match="trained must be"):
     lj.dylora(mlp, CONFIG, trained="all")
+  with pytest.raises(ValueError, match="so the config needs a target"):
+    lj.dylora(mlp, dataclasses.replace(CONFIG, target=[]))
   with pytest.raises(ValueError, match="rank"):
     lj.dylora_truncated(CONFIG, trainable, 0)
   variant = dataclasses.replace(CONFIG, variant=lj.DORA)
