@@ -16,7 +16,7 @@ from experiments.classification.encoder import (
   model_folder,
   num_labels,
 )
-from experiments.harness.methods import adapt, find_method, lora_config
+from experiments.harness.methods import adapt, exported_adapter, find_method, lora_config
 from experiments.harness.optimizer import decays
 from experiments.harness.restore import initial_shapes, restore_trained
 from experiments.harness.workdir import read_finished, read_run
@@ -73,8 +73,7 @@ class FinishedEncoder(NamedTuple):
       stored = deberta_folder.stored_tensors(module.config)
     save_peft(
       folder,
-      lora_config(self.config),
-      self.trainable,
+      *exported_adapter(self.config, self.trainable, self.base.params),
       stored,
       self.base.params,
       base_model=base_model,

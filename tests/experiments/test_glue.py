@@ -47,7 +47,7 @@ from lora_jax.trees import leaves_with_path
 
 from tests.tiny_e2e import tiny_folder as tiny_gpt2
 from tests.tiny_glue_run import tiny_config, tiny_folder, tiny_source
-from tests.toy_models import relative_difference
+from tests.toy_models import randomized, relative_difference
 
 HEAD = 32 * 32 + 32 + 32 * 2 + 2  # pooler and two classes
 FACTORS = 2 * 2 * (32 + 32)  # query and value of a layer, rank
@@ -246,6 +246,23 @@ def test_a_finished_run_in_other_packages_formats(finished, tmp_path, monkeypatc
   shutil.copy(workdir / "config.json", tmp_path / "begun")
   with pytest.raises(SystemExit, match="begun is not finished: rerun its command"):
     export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
+
+
+@pytest.mark.long
+def test_an_adapter_that_is_plain_lora_is_exported_as_that(finished, tmp_path):
+  run = load_encoder(finished[0])
+  config = replace_fields(run.config, {"method": "vera"})
+  batch = load_data(config, run.base).train[0]
+  adapted = adapt(config)(classification_loss(run.base.module))
+  trained = randomized(adapted.init(jax.random.key(0), run.base.params, batch))
+  run._replace(config=config, trainable=trained).save_adapter(tmp_path / "peft")
+  fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+  assert (fields["peft_type"], fields["r"]) == ("LORA", config.lora.rank)
+  stored = stored_tensors(run.base.module.config)
+  lora, trainable = load_peft(tmp_path / "peft", stored, run.base.params)
+  merged = lj.lora(lambda params: params, lora).merge(run.base.params, trainable)
+  expected = adapted.merge(run.base.params, trained)
+  assert relative_difference(merged["layers_0"], expected["layers_0"]) < 1e-5
 
 
 @pytest.mark.long

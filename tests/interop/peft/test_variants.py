@@ -210,6 +210,14 @@ def test_stacked_layers_there_and_back(name, tmp_path):
   assert relative_difference(got, logits(LLAMA, adapter, scan_layers=True)) < 1e-5
 
 
+@pytest.mark.long
+def test_some_experts_are_refused(tmp_path):
+  name, settings = "llama/mixtral_fused", {"target": ".*/experts/.*", "stacked_layers": [1]}
+  adapter, (model, _, _) = random_adapter(name, variant=lj.HIRA, **settings), base(name)
+  with pytest.raises(ValueError, match="is of experts, for which PEFT has no HiRA"):
+    save_peft(tmp_path / "new", *adapter, model.stored, model.params)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # they did match
