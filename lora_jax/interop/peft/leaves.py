@@ -123,8 +123,8 @@ def place_parts(
       setting = Setting(part.rank, part.scaling * part.rank, part.variant)
       if settings.setdefault(path, setting) != setting:
         raise ValueError(
-          f"{where}: the layers stacked in {path} have different ranks or alphas; load the model "
-          "with scan_layers=False"
+          f"{where}: the layers stacked in {path} have different ranks, alphas or variants; load "
+          "the model with scan_layers=False"
         )
   stacked = {path: _stacked(parts, tuple(leaves[path].shape)) for path, parts in targets.items()}
   return stacked, settings
