@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.adapters.settings import NOT_GIVEN, NotGiven
 from lora_jax.adapters.config import LoraConfig, check_config
 from lora_jax.adapters.delta import adapter_weights, is_lora_weight
+from lora_jax.adapters.settings import NOT_GIVEN, NotGiven
 from lora_jax.axes import RANK
 from lora_jax.fields import Count, read_value
 from lora_jax.transform.interpreter import OpaqueRule
