@@ -12,6 +12,7 @@ import fcntl
 import io
 import json
 import math
+import os
 import time
 import traceback
 from collections import defaultdict
@@ -203,9 +204,11 @@ def rate_losses(records: Iterable[Record], stage: str) -> dict[str, dict[float, 
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
-  """Writes records as JSON lines."""
+  """Writes records as JSON lines; a process that reads the file has the old or the new ones."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary.write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
+  os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> list[Record]:

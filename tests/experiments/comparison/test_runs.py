@@ -110,6 +110,15 @@ def test_records_are_json_lines(root):
   assert {"stage", "arm", "base", "method", "seed", "status", "settings"} <= record.keys()
 
 
+def test_lines_are_replaced_while_another_process_reads_them(root):
+  records, path = collect(root), root / "runs.jsonl"
+  write_lines(path, records)
+  with path.open() as file:
+    write_lines(path, records[:1])
+    assert len(file.readlines()) == len(records)
+  assert [each.name for each in root.glob("*runs.jsonl*")] == ["runs.jsonl"]
+
+
 def test_lines_that_cannot_be_read(tmp_path):
   path = tmp_path / "runs.jsonl"
   with pytest.raises(FileNotFoundError, match="there is no file"):
