@@ -13,6 +13,7 @@ from lora_jax.adapters.copies import wide_dtype
 from lora_jax.adapters.delta import (
   LORA_TABLE,
   LoraWeight,
+  Site,
   Table,
   Variant,
   adapter_extra,
@@ -21,9 +22,10 @@ from lora_jax.adapters.delta import (
   shared_arrays,
   shared_path,
 )
+from lora_jax.adapters.initializers import kaiming_uniform
 from lora_jax.adapters.layers import stored_shape
 from lora_jax.adapters.targets import Target
-from lora_jax.axes import INNER, LoraAxes
+from lora_jax.axes import INNER, RANK, LoraAxes
 from lora_jax.fields import read_value
 
 
@@ -148,7 +150,7 @@ def _shared_problems(
     ]
     if node.has_rank and ranks and node.rank < max(ranks):
       problems.append(f"mis-shaped: {path} has rank {node.rank}, expected {max(ranks)}")
-    problems += _array_problems(path, node, largest_shape(users[path]))
+    problems += _array_problems(path, node, largest_shape(users[path]), {})
   return problems
 
 
@@ -163,15 +165,39 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
   axes = weight.axes
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
     return [f"mis-shaped: {path} has {axes}, but the weight has shape {shape}"]
-  return _array_problems(path, weight, stored_shape(shape, axes, weight.layers))
+  sizes = {} if variant is None else _inner_sizes(weight, target, variant)
+  return _array_problems(path, weight, stored_shape(shape, axes, weight.layers), sizes)
 
 
-def _array_problems(path: str, weight: LoraWeight, shape: Sequence[int]) -> list[str]:
-  """Returns the problems of the arrays of a node, for a weight of this shape."""
+def _inner_sizes(weight: LoraWeight, target: Target, variant: Variant) -> Mapping[str, int]:
+  """Returns the sizes of a variant's inner axes on a weight, for the rank of its arrays."""
+  shapes = [(weight.axes.labels(s.words), jnp.shape(weight.arrays[s.name])) for s in weight.table]
+  ranks = [
+    shape[labels.index(RANK)]
+    for labels, shape in shapes
+    if RANK in labels and len(shape) == len(labels)
+  ]
+  rank = ranks[0] if ranks else target.rank
+  return variant.sizes(
+    Site(target.path, target.leaf, weight.axes, rank, weight.layers, kaiming_uniform)
+  )
+
+
+def _array_problems(
+  path: str, weight: LoraWeight, shape: Sequence[int], sizes: Mapping[str, int]
+) -> list[str]:
+  """Returns the problems of the arrays of a node.
+
+  Args:
+    path: of the node.
+    weight: the node.
+    shape: of its weight.
+    sizes: of the inner axes that follow from the shape, by word.
+  """
   float32 = jnp.dtype("float32")
   return [
     f"mis-shaped: {path}/{name} is {got}, expected {wanted}"
-    for name, got, wanted in _shapes(weight, shape)
+    for name, got, wanted in _shapes(weight, shape, sizes)
     if got != wanted
   ] + [
     problem
@@ -191,13 +217,13 @@ def _mistyped(path: str, array: Any, expected: Any) -> list[str]:
 
 
 def _shapes(
-  weight: LoraWeight, shape: Sequence[int]
+  weight: LoraWeight, shape: Sequence[int], known: Mapping[str, int]
 ) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
   """Returns the name, the shape and the expected shape of each array.
 
-  The expected size of an inner axis is that of the first array that has it.
+  The expected size of an inner axis that is not known is that of the first array that has it.
   """
-  sizes: dict[str, int] = {}
+  sizes = dict(known)
   shapes = []
   for spec in weight.table:
     got, labels = tuple(weight.arrays[spec.name].shape), weight.axes.labels(spec.words)
