@@ -143,6 +143,7 @@ OURS = {  # the model, the method of PEFT, and settings that one of its files ca
       "target": r".*/(query|value|up)/kernel",
     },
   ),
+  "tokens and positions": (GPT2, "TRAINABLE_TOKENS", {"variant": TOKENS, "target": "w[tp]e/.*"}),
   "tokens and LoRA": (
     LLAMA,
     "LORA",

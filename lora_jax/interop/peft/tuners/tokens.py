@@ -42,10 +42,11 @@ WITH_LORA = f"token_adapter.{ROWS}"
 HEAD = f"{PREFIX}lm_head.{ROWS}"
 
 
-def _has_tied_head(modules: Sequence[Module], tensors: Sequence[StoredTensor]) -> bool:
-  """Returns whether the rows are also of a head, of which the file has a copy."""
-  is_tied = is_language_model(tensors) and "lm_head.weight" not in {s.name for s in tensors}
-  return is_tied and any(module.is_input for module in modules)
+def _tied(modules: Sequence[Module], tensors: Sequence[StoredTensor]) -> Module | None:
+  """Returns the embedding that is also the head, of whose rows the file has a copy."""
+  if not is_language_model(tensors) or "lm_head.weight" in {stored.name for stored in tensors}:
+    return None
+  return next((module for module in modules if module.is_input), None)
 
 
 def _shapes(
@@ -53,8 +54,8 @@ def _shapes(
 ) -> Shapes:
   ids = config.fields.token_indices
   shapes = {key(m, ROWS): _shape(m, ids, "token_indices") for m in modules}
-  if _has_tied_head(modules, tensors):
-    shapes[HEAD] = next(iter(shapes.values()))
+  if tied := _tied(modules, tensors):
+    shapes[HEAD] = shapes[key(tied, ROWS)]
   return shapes
 
 
@@ -74,7 +75,7 @@ def _read(
   parts = {}
   for module in modules:
     rows = arrays[key(module, ROWS)]
-    if HEAD in arrays and not np.array_equal(rows, arrays[HEAD]):
+    if module.is_input and HEAD in arrays and not np.array_equal(rows, arrays[HEAD]):
       raise ValueError(
         f"{HEAD} differs from {key(module, ROWS)}: the head is the embedding (tied), and its rows "
         "would be too. Save the adapter again in PEFT"
@@ -111,8 +112,8 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
   ids = {module: _ids(part) for module, part in of_modules.items()}
   chosen = one_of_all(ids, "trainable tokens", "list of token_indices")
   rows = {key(m, ROWS): _rows(m, part, adapter.leaves) for m, part in of_modules.items()}
-  if _has_tied_head(list(parts), adapter.tensors):
-    rows[HEAD] = next(iter(rows.values())).copy()
+  if tied := _tied(list(parts), adapter.tensors):
+    rows[HEAD] = rows[key(tied, ROWS)].copy()
   return Written({"token_indices": list(chosen)}, rows)
 
 
