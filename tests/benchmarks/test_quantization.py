@@ -6,7 +6,7 @@ import numpy as np
 import lora_jax as lj
 from benchmarks import quantization
 
-KERNELS = [jnp.asarray(np.random.default_rng(0).normal(size=(128, 32)), jnp.float32)]
+KERNELS = [jnp.asarray(np.random.default_rng(0).normal(size=(512, 32)), jnp.float32)]
 
 
 def test_a_row_of_each_table():

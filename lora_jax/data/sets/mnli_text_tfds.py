@@ -33,6 +33,7 @@ class MNLISubset(originals_tfds.FromOriginals):
   ABOUT = {  # noqa: RUF012 (a constant of the class)
     "description": "Premises, hypotheses and the word of a label (Williams et al. 2018).",
     "homepage": "https://cims.nyu.edu/~sbowman/multinli/",
+    "license": "that of the Open American National Corpus; for fiction, several others",
     "citation": CITATION,
   }
 
