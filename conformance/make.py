@@ -14,23 +14,20 @@ import numpy as np
 from conformance import formulas, products, projections, starts, training
 from conformance.formulas import Formula
 from conformance.layers import CONV, LOOKUP, MATMUL, STACK, Layer, single
-from conformance.vector import Tensors, Vector, add_layer, check_gradients, drawn, single_all
+from conformance.vector import (
+  Tensors,
+  Vector,
+  add_layer,
+  check_gradients,
+  drawn,
+  plain,
+  single_all,
+)
 
 VECTORS = Path(__file__).parent / "vectors"
 
 
 # ---- one function per kind of variant --------------------------------------------------------
-
-
-def plain(name: str, formula: Formula, layers: tuple[Layer, ...], scaling: float = 1.5) -> Vector:
-  """A variant whose arrays are drawn, at rank 2, or 3 for the matrix."""
-  vector = Vector(name, formula)
-  for layer in layers:
-    rank = 3 if layer is MATMUL else 2
-    p = drawn(vector, layer, formula, rank=rank)
-    details = {"rank": rank, "alpha": scaling * rank}
-    add_layer(vector, layer.kind, layer, p, scaling, **details)
-  return vector
 
 
 def rslora() -> Vector:
