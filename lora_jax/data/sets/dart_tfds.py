@@ -8,10 +8,9 @@
 without the training set has the other splits.
 """
 
-import os
+import functools
 
 from lora_jax.data.sets import dart, originals_tfds
-from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{nan2021dart,
   title = {{DART}: Open-Domain Structured Data Record to Text Generation},
@@ -38,21 +37,4 @@ class Dart(originals_tfds.FromOriginals):
   }
 
 
-def load(
-  split: str,
-  source: str | os.PathLike[str],
-  *,
-  data_dir: str | os.PathLike[str] | None = None,
-  any_size: bool = False,
-) -> Records:
-  """Returns the records of a split, in the file's order, by way of TFDS.
-
-  Args:
-    split: `train`, `valid` or `test`; `dev_train` or `dev_valid`, parts of the development set.
-    source: the folder of the original files.
-    data_dir: the folder of the prepared files; None is `default_data_dir()`.
-    any_size: whether another number of texts than was published is accepted, as in an excerpt.
-  Raises:
-    FileNotFoundError, ValueError: as in `dart.read`.
-  """
-  return originals_tfds.load(Dart, split, source, data_dir, any_size)
+load = functools.partial(originals_tfds.load, Dart)

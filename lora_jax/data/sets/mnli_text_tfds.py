@@ -8,10 +8,9 @@
 MNLI is `mnli_text.prompts(glue_tfds.load("mnli", split, source))`.
 """
 
-import os
+import functools
 
 from lora_jax.data.sets import mnli_text, originals_tfds
-from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{williams2018mnli,
   title = {A Broad-Coverage Challenge Corpus for Sentence Understanding through Inference},
@@ -38,21 +37,4 @@ class MNLISubset(originals_tfds.FromOriginals):
   }
 
 
-def load(
-  split: str,
-  source: str | os.PathLike[str],
-  *,
-  data_dir: str | os.PathLike[str] | None = None,
-  any_size: bool = False,
-) -> Records:
-  """Returns the records of a split, in the file's order, by way of TFDS.
-
-  Args:
-    split: `train` or `valid`.
-    source: the folder of the subset's files.
-    data_dir: the folder of the prepared files; None is `default_data_dir()`.
-    any_size: whether another number of rows is accepted, as in an excerpt.
-  Raises:
-    FileNotFoundError, ValueError: as in `mnli_text.read`.
-  """
-  return originals_tfds.load(MNLISubset, split, source, data_dir, any_size)
+load = functools.partial(originals_tfds.load, MNLISubset)

@@ -127,11 +127,18 @@ def load(
   builder: type[FromOriginals],
   split: str,
   source: str | os.PathLike[str],
+  *,
   data_dir: str | os.PathLike[str] | None = None,
   any_size: bool = False,
 ) -> Records:
   """Returns the records of a split, in the file's order, by way of TFDS.
 
+  Args:
+    builder: of the data set.
+    split: one of the data set's `FILES`.
+    source: the folder of the original files.
+    data_dir: the folder of the prepared files; None is `default_data_dir()`.
+    any_size: whether files other than the published ones are accepted, as excerpts.
   Raises:
     FileNotFoundError: if the split's file does not exist.
     ValueError: if there is no such split, or as the data set's `read`.

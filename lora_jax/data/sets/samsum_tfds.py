@@ -8,10 +8,9 @@
 downloaded: the files' licence is CC BY-NC-ND 4.0.
 """
 
-import os
+import functools
 
 from lora_jax.data.sets import originals_tfds, samsum
-from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{gliwa2019samsum,
   title = {{SAMSum} Corpus: A Human-annotated Dialogue Dataset for Abstractive Summarization},
@@ -38,21 +37,4 @@ class SAMSum(originals_tfds.FromOriginals):
   }
 
 
-def load(
-  split: str,
-  source: str | os.PathLike[str],
-  *,
-  data_dir: str | os.PathLike[str] | None = None,
-  any_size: bool = False,
-) -> Records:
-  """Returns the records of a split, in the file's order, by way of TFDS.
-
-  Args:
-    split: `train`, `valid` or `test`.
-    source: the folder of the original files.
-    data_dir: the folder of the prepared files; None is `default_data_dir()`.
-    any_size: whether another number of chats is accepted, as in an excerpt.
-  Raises:
-    FileNotFoundError, ValueError: as in `samsum.read`.
-  """
-  return originals_tfds.load(SAMSum, split, source, data_dir, any_size)
+load = functools.partial(originals_tfds.load, SAMSum)

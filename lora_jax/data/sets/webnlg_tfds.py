@@ -8,10 +8,9 @@
 downloaded: the files' licence is CC BY-NC-SA 4.0.
 """
 
-import os
+import functools
 
 from lora_jax.data.sets import originals_tfds, webnlg
-from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@inproceedings{gardent2017webnlg,
   title = {Creating Training Corpora for {NLG} Micro-Planners},
@@ -39,21 +38,4 @@ class WebNLG(originals_tfds.FromOriginals):
   }
 
 
-def load(
-  split: str,
-  source: str | os.PathLike[str],
-  *,
-  data_dir: str | os.PathLike[str] | None = None,
-  any_size: bool = False,
-) -> Records:
-  """Returns the records of a split, in the file's order, by way of TFDS.
-
-  Args:
-    split: `train`, `valid`, `test`, `test_seen` or `test_unseen`.
-    source: the folder of the original files.
-    data_dir: the folder of the prepared files; None is `default_data_dir()`.
-    any_size: whether a file other than the published one is accepted, as an excerpt.
-  Raises:
-    FileNotFoundError, ValueError: as in `webnlg.read`.
-  """
-  return originals_tfds.load(WebNLG, split, source, data_dir, any_size)
+load = functools.partial(originals_tfds.load, WebNLG)

@@ -8,10 +8,9 @@
 with the rebuilt columns, and queries.
 """
 
-import os
+import functools
 
 from lora_jax.data.sets import originals_tfds, wikisql
-from lora_jax.data.sets.e2e_tfds import Records
 
 CITATION = """@article{zhong2017seq2sql,
   title = {{Seq2SQL}: Generating Structured Queries from Natural Language using Reinforcement
@@ -39,21 +38,4 @@ class WikiSQL(originals_tfds.FromOriginals):
   }
 
 
-def load(
-  split: str,
-  source: str | os.PathLike[str],
-  *,
-  data_dir: str | os.PathLike[str] | None = None,
-  any_size: bool = False,
-) -> Records:
-  """Returns the records of a split, in the file's order, by way of TFDS.
-
-  Args:
-    split: `train`, `valid` or `test`.
-    source: the folder of the files.
-    data_dir: the folder of the prepared files; None is `default_data_dir()`.
-    any_size: whether another number of questions is accepted, as in an excerpt.
-  Raises:
-    FileNotFoundError, ValueError: as in `wikisql.read`.
-  """
-  return originals_tfds.load(WikiSQL, split, source, data_dir, any_size)
+load = functools.partial(originals_tfds.load, WikiSQL)
