@@ -60,6 +60,18 @@ def tokens(batch: int = 2, time: int = 7) -> jax.Array:
   return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (batch, time)), jnp.int32)
 
 
+def mlp(params: Any, x: Any) -> Any:
+  """Two matrices, `up` and `down`."""
+  return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+def mlp_example(shapes: Any) -> Any:
+  """Returns random params of `mlp` of these shapes, and inputs, three rows."""
+  draw = np.random.default_rng(0).standard_normal
+  params = {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in shapes.items()}
+  return params, jnp.asarray(draw((3, shapes["up"][0])), jnp.float32)
+
+
 def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:
   """Returns a tree like `trainable` with random trained leaves, so that B is not zero."""
   draw = np.random.default_rng(seed)

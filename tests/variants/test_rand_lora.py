@@ -10,22 +10,12 @@ import pytest
 
 import lora_jax as lj
 
-from tests.toy_models import randomized, relative_difference
+from tests.toy_models import mlp, mlp_example, randomized, relative_difference
 
 KEY = jax.random.key(0)
 CONFIG = lj.LoraConfig(rank=2, alpha=6.0, target=".*", variant=lj.RAND_LORA)
 SHAPES = {"up": (5, 8), "down": (8, 6)}  # the smaller side is that of the inputs, of the outputs
 BASES = {"up": 3, "down": 3}
-
-
-def mlp(params, x):
-  return jnp.tanh(x @ params["up"]) @ params["down"]
-
-
-def example():
-  draw = np.random.default_rng(0).standard_normal
-  params = {name: jnp.asarray(draw(s), jnp.float32) for name, s in SHAPES.items()}
-  return params, jnp.asarray(draw((3, 5)), jnp.float32)
 
 
 def sums(trainable):
@@ -42,7 +32,7 @@ def sums(trainable):
 
 
 def test_outputs_gradients_and_merged_weights_are_the_papers():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapted = lj.rand_lora(mlp, dataclasses.replace(CONFIG, variant=None))
   trainable = randomized(adapted.init(KEY, params, x))
 
@@ -61,7 +51,7 @@ def test_outputs_gradients_and_merged_weights_are_the_papers():
 
 
 def test_the_update_has_full_rank_and_few_parameters():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   trainable = randomized(lj.lora(mlp, CONFIG).init(KEY, params, x))
   for name, delta in sums(trainable).items():
     small = min(SHAPES[name])
@@ -87,7 +77,7 @@ def test_the_initial_values():
 
 
 def test_dropout_and_plain_lora_are_refused():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapted = lj.lora(mlp, dataclasses.replace(CONFIG, dropout=0.1))
   trainable = lj.lora(mlp, CONFIG).init(KEY, params, x)
   with pytest.raises(ValueError, match="RandLoRA has none that is trained"):

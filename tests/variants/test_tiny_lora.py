@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 
-from tests.toy_models import relative_difference
+from tests.toy_models import mlp, mlp_example, relative_difference
 
 KEY = jax.random.key(0)
 NAME = "TinyLoRA of 4"
@@ -18,18 +18,8 @@ CONFIG = lj.LoraConfig(rank=2, alpha=6.0, target=".*", variant=lj.tiny_lora_vari
 SHAPES = {"up": (5, 8), "down": (8, 6)}
 
 
-def mlp(params, x):
-  return jnp.tanh(x @ params["up"]) @ params["down"]
-
-
-def example():
-  draw = np.random.default_rng(0).standard_normal
-  params = {name: jnp.asarray(draw(s), jnp.float32) for name, s in SHAPES.items()}
-  return params, jnp.asarray(draw((3, 5)), jnp.float32)
-
-
 def test_outputs_and_gradient_are_the_papers():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapted = lj.tiny_lora(mlp, dataclasses.replace(CONFIG, variant=None), num_parameters=4)
   start = adapted.init(KEY, params, x)
   np.testing.assert_array_equal(adapted.apply(params, start, x), mlp(params, x))
@@ -59,7 +49,7 @@ def test_outputs_and_gradient_are_the_papers():
 
 
 def test_groups_have_vectors_of_their_own():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   rules = [lj.LoraRule("down", variant=lj.tiny_lora_variant(3, "feedforward"))]
   adapted = lj.lora(mlp, dataclasses.replace(CONFIG, rules=rules))
   trainable = adapted.init(KEY, params, x)

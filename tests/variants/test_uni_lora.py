@@ -12,22 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 
-from tests.toy_models import relative_difference
+from tests.toy_models import mlp, mlp_example, relative_difference
 
 KEY = jax.random.key(0)
 VARIANT = lj.uni_lora_variant(11)
 CONFIG = lj.LoraConfig(rank=2, alpha=6.0, target=".*", variant=VARIANT)
 SHAPES = {"up": (5, 8), "down": (8, 6)}
-
-
-def mlp(params, x):
-  return jnp.tanh(x @ params["up"]) @ params["down"]
-
-
-def example():
-  draw = np.random.default_rng(0).standard_normal
-  params = {name: jnp.asarray(draw(s), jnp.float32) for name, s in SHAPES.items()}
-  return params, jnp.asarray(draw((3, 5)), jnp.float32)
 
 
 def with_theta(trainable, theta):
@@ -44,7 +34,7 @@ def projection(trainable):
 
 
 def test_the_map_is_isometric():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   trainable = lj.lora(mlp, CONFIG).init(KEY, params, x)
   inverse_root = np.asarray(trainable["lora_shared"][VARIANT.name].inverse_root, np.float64)
   chosen = np.concatenate([part > 0 for part in projection(trainable)])  # one element a row
@@ -53,7 +43,7 @@ def test_the_map_is_isometric():
 
 
 def test_outputs_and_gradients_are_the_papers():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapted = lj.uni_lora(mlp, dataclasses.replace(CONFIG, variant=None), length=11)
   start = adapted.init(KEY, params, x)
   parts = [jnp.asarray(part, jnp.float32) for part in projection(start)]
@@ -76,7 +66,7 @@ def test_outputs_and_gradients_are_the_papers():
 
 
 def test_the_vector_alone_is_trained_and_starts_near_the_base_model():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapted = lj.lora(mlp, CONFIG)
   trainable = adapted.init(KEY, params, x)
   mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
@@ -90,7 +80,7 @@ def test_the_vector_alone_is_trained_and_starts_near_the_base_model():
 
 
 def test_the_indices_follow_from_the_seed():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
 
   def index(variant, key):
     trainable = lj.lora(mlp, dataclasses.replace(CONFIG, variant=variant)).init(key, params, x)
@@ -109,7 +99,7 @@ def test_bad_settings_are_refused():
   variants = [VARIANT, *(lj.uni_lora_variant(11, **s) for s in ({"seed": 1}, {"bound": 0.1}))]
   assert len({variant.name for variant in variants}) == 3
   assert pickle.loads(pickle.dumps(VARIANT)) == VARIANT
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   trainable = lj.lora(mlp, CONFIG).init(KEY, params, x)
   narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), trainable)
   with pytest.raises(ValueError, match="indices must be float32"):
@@ -118,7 +108,7 @@ def test_bad_settings_are_refused():
 
 @pytest.mark.long
 def test_indices_on_an_explicit_mesh():
-  adapted, w = lj.lora(lambda params, x: x @ params["w"], CONFIG), example()[0]["down"]
+  adapted, w = lj.lora(lambda params, x: x @ params["w"], CONFIG), mlp_example(SHAPES)[0]["down"]
   trainable = adapted.init(KEY, {"w": w}, x=jnp.ones((2, 8)))
   expected = adapted.apply({"w": w}, trainable, jnp.ones((2, 8)))
   mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Explicit,))

@@ -16,27 +16,17 @@ import lora_jax as lj
 
 from tests import make_shared_golden as golden
 from tests import parity
-from tests.toy_models import randomized, relative_difference
+from tests.toy_models import mlp, mlp_example, randomized, relative_difference
 
 KEY = jax.random.key(0)
 CONFIG = lj.LoraConfig(rank=12, alpha=6.0, target=".*", variant=lj.VERA)
-
-
-def mlp(params, x):
-  return jnp.tanh(x @ params["up"]) @ params["down"]
-
-
-def example():
-  draw = np.random.default_rng(0).standard_normal
-  params = {name: jnp.asarray(draw(s), jnp.float32) for name, s in SHAPES.items()}
-  return params, jnp.asarray(draw((3, 5)), jnp.float32)
 
 
 SHAPES = {"up": (5, 8), "down": (8, 6)}  # smaller than the rank, which only counts d
 
 
 def test_outputs_and_gradients_are_the_papers():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   vera = lj.vera(mlp, dataclasses.replace(CONFIG, variant=None))
   trainable = randomized(vera.init(KEY, params, x))
   shared = trainable["lora_shared"]["VeRA"]
@@ -106,7 +96,7 @@ def test_one_copy_for_twelve_layers():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_vera_beside_lora_and_on_a_quantized_base(quantized):
-  plain, x = example()
+  plain, x = mlp_example(SHAPES)
   params = lj.quantize(plain, "int8", "down") if quantized else plain
   rules = [] if quantized else [lj.LoraRule("up", rank=2, variant=lj.LORA)]
   vera = lj.lora(mlp, dataclasses.replace(CONFIG, rules=rules))
@@ -118,7 +108,7 @@ def test_vera_beside_lora_and_on_a_quantized_base(quantized):
 
 
 def test_convert_makes_it_plain_lora():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   vera = lj.lora(mlp, CONFIG)
   trainable = randomized(vera.init(KEY, params, x))
   config, plain, errors = lj.convert(CONFIG, trainable, params, rank=5)
@@ -129,13 +119,13 @@ def test_convert_makes_it_plain_lora():
 
 
 def test_d_is_initialized_to_the_argument():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   vera = lj.vera(mlp, dataclasses.replace(CONFIG, variant=None), d_initial=0.5)
   np.testing.assert_array_equal(vera.init(KEY, params, x)["up"].vera_d, 0.5)
 
 
 def test_weights_with_another_d_have_arrays_of_their_own():
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   rules = [lj.LoraRule("up", variant=lj.vera_variant(0.5))]
   vera = lj.lora(mlp, dataclasses.replace(CONFIG, rules=rules))
   trainable = vera.init(KEY, params, x)
@@ -152,7 +142,7 @@ def test_bad_settings_are_refused():
   other = dataclasses.replace(CONFIG, variant=lj.DORA)
   with pytest.raises(ValueError, match="VeRA got a config of another variant, DoRA"):
     lj.vera(mlp, other)
-  params, x = example()
+  params, x = mlp_example(SHAPES)
   adapter = lj.lora(mlp, CONFIG).init(KEY, params, x)
   with pytest.raises(ValueError, match="is adapted by VeRA"):
     lj.weighted_sum([(CONFIG, adapter)], [1.0], params)
