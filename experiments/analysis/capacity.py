@@ -102,8 +102,8 @@ def next_runs(sizes: Sizes, arms: Sequence[str], records: Sequence[Record]) -> l
     if missing:
       runs += missing
       continue
-    found = [record for planned in tried if (record := planned.find(records))]
-    best = max(found, key=lambda record: (bits_of(record), -record.get("nats", math.inf)))
+    tries = [record for planned in tried if (record := planned.find(records))]
+    best = max(tries, key=lambda record: (bits_of(record), -record.get("nats", math.inf)))
     for pairs in sizes.pairs[1:]:
       planned = _planned(arm, sizes, pairs, best["settings"][RATE])
       record = planned.find(records)

@@ -169,19 +169,19 @@ def _statements(rows: Sequence[Row]) -> Iterator[str]:
 def _missing(sizes: Sizes, rows: Sequence[Row]) -> Iterator[str]:
   """Yields a line for each kind of value that some arms lack, with the command that makes it."""
   arms = [row.arm for row in rows]
-  own = "python -m experiments.mechanism --measure="
+  command = "python -m experiments.mechanism --measure="
   stage = "python -m experiments.variants --stage="
   wanted = {planned.arm for planned in plan_sharpness(sizes, arms)}
   measured = set(capacity_arms(arms))
   lists = {
-    f"Sharpness not measured yet ({own}sharpness)": [
+    f"Sharpness not measured yet ({command}sharpness)": [
       row for row in rows if row.arm in wanted and row.sharpness is None
     ],
     f"No bracketed learning rate yet ({stage}rates)": [row for row in rows if row.rate is None],
-    f"No runs with intruders measured yet ({stage}seeds, then {own}intruders)": [
+    f"No runs with intruders measured yet ({stage}seeds, then {command}intruders)": [
       row for row in rows if not row.intruders
     ],
-    f"Capacity not measured yet ({own}capacity)": [
+    f"Capacity not measured yet ({command}capacity)": [
       row for row in rows if row.arm in measured and not row.capacity
     ],
     "No sharpness of their own: their first cycle starts as LoRA does": [
@@ -189,9 +189,9 @@ def _missing(sizes: Sizes, rows: Sequence[Row]) -> Iterator[str]:
     ],
     "Left out of capacity (docs/mechanism.md)": [row for row in rows if row.arm not in measured],
   }
-  for title, found in lists.items():
-    if found:
-      yield f"- {title}: {', '.join(row.label for row in found)}."
+  for title, missing_rows in lists.items():
+    if missing_rows:
+      yield f"- {title}: {', '.join(row.label for row in missing_rows)}."
 
 
 def _provenance(records: Sequence[Record]) -> str:

@@ -116,7 +116,9 @@ def measure_steps(
 
   def ratio(arm: str, clock: int) -> float:
     pairs = zip(seconds[arm], seconds[control], strict=True)
-    return statistics.median(own[clock] / other[clock] for own, other in pairs)
+    return statistics.median(
+      arm_time[clock] / control_time[clock] for arm_time, control_time in pairs
+    )
 
   costs = {}
   for arm, step in steps.items():

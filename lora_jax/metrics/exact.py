@@ -68,13 +68,13 @@ def part_accuracy(
   check_hypotheses(hypotheses, references)
   rows = []
   for text, answers in zip(hypotheses, references, strict=True):
-    found = parts(text)
-    counts = [_count(found, parts(answer)) for answer in answers]
+    actual = parts(text)
+    counts = [_count(actual, parts(answer)) for answer in answers]
     rows.append(max(counts, key=lambda row: row[0] / row[1]))
   return SegmentStatistics(np.array(rows, float), lambda sums: 100 * sums[..., 0] / sums[..., 1])
 
 
-def _count(found: Mapping[str, str], expected: Mapping[str, str]) -> tuple[int, int]:
+def _count(actual: Mapping[str, str], expected: Mapping[str, str]) -> tuple[int, int]:
   """Returns the number of parts that are right, and of all."""
-  right = sum(name in found and found[name] == value for name, value in expected.items())
-  return right, len(found.keys() | expected.keys())
+  right = sum(name in actual and actual[name] == value for name, value in expected.items())
+  return right, len(actual.keys() | expected.keys())

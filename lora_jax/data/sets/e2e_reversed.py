@@ -34,21 +34,21 @@ def slots(text: str) -> dict[str, str]:
   >>> slots("Type : pub | name : The Vaults")
   {'type': 'pub', 'name': 'the vaults'}
   """
-  found: dict[str, str] = {}
+  by_name: dict[str, str] = {}
   for part in text.split("|"):
     name, _, value = (" ".join(piece.lower().split()) for piece in part.partition(":"))
-    found[name] = value if found.get(name, value) == value else f"{found[name]} | {value}"
-  return found
+    by_name[name] = value if by_name.get(name, value) == value else f"{by_name[name]} | {value}"
+  return by_name
 
 
 def values(records: Iterable[Record]) -> dict[str, list[str]]:
   """Returns the values of each slot in a training set, by the slots' order of first appearance."""
-  found: dict[str, dict[str, None]] = {}
+  by_name: dict[str, dict[str, None]] = {}
   for slots_text in dict.fromkeys(record.completion for record in records):
     for part in slots_text.split(" | "):
       name, _, value = part.partition(" : ")
-      found.setdefault(name, {})[value] = None
-  return {name: list(values) for name, values in found.items()}
+      by_name.setdefault(name, {})[value] = None
+  return {name: list(values) for name, values in by_name.items()}
 
 
 def copied(text: str, known: dict[str, list[str]]) -> str:

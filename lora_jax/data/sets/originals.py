@@ -62,8 +62,8 @@ def fields(value: Any, where: str, **kinds: type) -> list[Any]:
     raise ValueError(f"{where}: expected an object, got {value!r:.100}")
   for name, kind in kinds.items():
     if name not in value:
-      found = ", ".join(value) or "none"
-      raise ValueError(f"{where}: expected the field {name}, got the fields {found:.200}")
+      names = ", ".join(value) or "none"
+      raise ValueError(f"{where}: expected the field {name}, got the fields {names:.200}")
     part = value[name]
     if type(part) is not kind or not (part.strip() if isinstance(part, str) else part):
       noun = "a text that is not empty" if kind is str else "a list that is not empty"

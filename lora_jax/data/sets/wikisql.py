@@ -112,17 +112,17 @@ def rebuilt_columns(questions: Sequence[Question], count: int = 8) -> dict[str, 
   A column is drawn as often as tables of the file have it. The draws and the order depend only on
   the table's id and the questions.
   """
-  own: dict[str, list[str]] = {}
+  columns: dict[str, list[str]] = {}
   for question in questions:
     query = parse_query(question.sql)
-    names = own.setdefault(question.table_id, [])
+    names = columns.setdefault(question.table_id, [])
     for name in (query.column, *(condition.column for condition in query.conditions)):
       if name not in names:
         names.append(name)
-  pool = [name for names in own.values() for name in names]
+  pool = [name for names in columns.values() for name in names]
   count = min(count, len(set(pool)))
   tables = {}
-  for table, names in own.items():
+  for table, names in columns.items():
     draw = random.Random(table).random
     names = list(names)
     while len(names) < count:

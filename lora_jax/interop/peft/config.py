@@ -167,9 +167,9 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
 def _config(method: str, fields: Fields) -> PeftConfig:
   """Returns a config of checked fields; those that are None or unset are the defaults."""
   values = {_OURS.get(key, key): value for key, value in vars(fields).items()}
-  own = {field.name for field in dataclasses.fields(PeftConfig)} & set(values)
+  common = {field.name for field in dataclasses.fields(PeftConfig)} & set(values)
   config = PeftConfig(
-    method, fields, **{key: values[key] for key in own if values[key] is not None}
+    method, fields, **{key: values[key] for key in common if values[key] is not None}
   )
   layers, lists = config.layers_to_transform, config.layers_pattern
   ranks = {} if method == "ADALORA" else config.rank_pattern  # its are lists of booleans

@@ -95,13 +95,13 @@ class AdapterParts(NamedTuple):
     Raises:
       ValueError: if an adapted weight is in no module, or has axes that other packages have not.
     """
-    found: dict[Module, list[Part | None]] = {}
+    by_module: dict[Module, list[Part | None]] = {}
     for module in self.adapted:
       parts = [self._part(path, module) for path in module.stored.paths]
       if any(part is not None for part in parts):
-        found[module] = parts
-    self._check_placed(found)
-    return found
+        by_module[module] = parts
+    self._check_placed(by_module)
+    return by_module
 
   def _part(self, path: str, module: Module) -> Part | None:
     weight, place = self.weights.get(path), module.stored.place

@@ -43,10 +43,10 @@ def _kept(config: PeftConfig, module: Module) -> np.ndarray:
   fields: AdaLoraFields = config.fields
   name = f"{module.name}.lora_E"
   patterns = fields.rank_pattern or {}
-  found = [pattern for place, pattern in patterns.items() if place in (name, f"{name}.default")]
+  entries = [pattern for place, pattern in patterns.items() if place in (name, f"{name}.default")]
   if not patterns:
     return np.ones(fields.init_r, bool)
-  pattern = found[0] if found else None
+  pattern = entries[0] if entries else None
   if not isinstance(pattern, list) or {*map(type, pattern)} - {bool}:
     raise ValueError(
       f"rank_pattern[{name!r}] must be a list of true and false, one for each of init_r="
@@ -101,7 +101,7 @@ def _read(
 def _write(parts: Parts, adapter: AdapterParts) -> Written:
   del adapter
   scaling = usual(part.scaling for of_module in parts.values() for part in of_module if part)
-  found = {
+  by_module = {
     module: joined(
       [part and _rescaled(part, scaling) for part in of_module],
       module.outputs,
@@ -110,11 +110,11 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
     )
     for module, of_module in parts.items()
   }
-  rank = max(len(arrays["lora_e"]) for arrays in found.values())
-  is_trained = any(arrays["lora_e"].any() for arrays in found.values())
+  rank = max(len(arrays["lora_e"]) for arrays in by_module.values())
+  is_trained = any(arrays["lora_e"].any() for arrays in by_module.values())
   arrays: Arrays = {}
   pattern: dict[str, list[bool]] = {}
-  for module, of_module in found.items():
+  for module, of_module in by_module.items():
     a, e, b = (of_module[name] for name in ("lora_a", "lora_e", "lora_b"))
     kept = (e != 0) | (not is_trained)
     tensors = a.T[kept], e[kept, None], b[kept].T

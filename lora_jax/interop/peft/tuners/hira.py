@@ -63,8 +63,8 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
   factors = {}
   for module, of_module in parts.items():
     scaled = [p and p._replace(arrays=p.arrays | {"lora_b": _scaled(p)}) for p in of_module]
-    found = joined(scaled, module.outputs, ["lora_a"], ["lora_b"])
-    factors[module] = found["lora_a"].T, found["lora_b"].T
+    pair = joined(scaled, module.outputs, ["lora_a"], ["lora_b"])
+    factors[module] = pair["lora_a"].T, pair["lora_b"].T
   rank, arrays = max(len(a) for a, _ in factors.values()), {}
   for module, (a, b) in factors.items():
     more = 0, rank - len(a)

@@ -117,8 +117,8 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
     for name, array in arrays.items():
       tensors[key(module, THEIRS[name])] = array.T
     ranks[module], alphas[module] = rank, part.scaling * rank
-  own = {"decompose_both": both, "decompose_factor": factor}
-  return Written(rank_fields(ranks) | alpha_fields(alphas) | own, tensors)
+  fields = {"decompose_both": both, "decompose_factor": factor}
+  return Written(rank_fields(ranks) | alpha_fields(alphas) | fields, tensors)
 
 
 def _factor(parts: Mapping[Module, Part]) -> int:

@@ -31,14 +31,14 @@ def tuned_tensors(
   where: Path, config: PeftConfig, tensors: Sequence[StoredTensor]
 ) -> list[StoredTensor]:
   """Returns the tensors of the modules that are tuned; raises ValueError if there are none."""
-  found = [stored for stored in tensors if config.targets(stored.module, is_linear=False)]
-  if not found:
+  norms = [stored for stored in tensors if config.targets(stored.module, is_linear=False)]
+  if not norms:
     names = dict.fromkeys(stored.module.rpartition(".")[2] for stored in tensors)
     raise ValueError(
       f"{where}: target_modules {config.target_modules!r} match none of this model's: "
       f"{', '.join(sorted(names))}"
     )
-  return found
+  return norms
 
 
 def norm_shapes(tuned: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> Shapes:

@@ -21,5 +21,5 @@ TUNERS: Mapping[str, Tuner] = {
 
 def tuner_type(variant: Variant) -> str:
   """Returns the `peft_type` of a variant of its own, and LORA for all others."""
-  found = (name for name, tuner in TUNERS.items() if variant.weight in tuner.equations)
-  return next(found, "LORA")
+  names = (name for name, tuner in TUNERS.items() if variant.weight in tuner.equations)
+  return next(names, "LORA")

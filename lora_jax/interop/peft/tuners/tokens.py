@@ -154,14 +154,14 @@ def token_modules(
   embeddings = [module for module in modules if module.stored.is_embedding]
   chosen: dict[Module, tuple[int, ...]] = {}
   for name, ids in config.tokens.items():
-    found = [m for m in embeddings if (named(m.name, [name]) if name else m.is_input)]
-    if not found:
+    tables = [m for m in embeddings if (named(m.name, [name]) if name else m.is_input)]
+    if not tables:
       raise ValueError(
         f"{where}: trainable_token_indices: this model has no embedding {name}, but "
         f"{', '.join(module.name for module in embeddings)}. Rows of an untied head are not read: "
         "train the head as a whole (modules_to_save), or merge the adapter in PEFT"
       )
-    chosen |= dict.fromkeys(found, ids)
+    chosen |= dict.fromkeys(tables, ids)
   for module in chosen:
     if config.targets(module.name) or config.saves(module.name):
       raise ValueError(
@@ -186,6 +186,8 @@ def read_tokens(
 
 def write_tokens(parts: Parts, adapter: AdapterParts) -> Written:
   """Returns the field and the tensors of trained rows with LoRA."""
-  indices = {module.name: list(_ids(only(found))) for module, found in parts.items()}
-  rows = {key(m, WITH_LORA): _rows(m, only(found), adapter.leaves) for m, found in parts.items()}
+  indices = {module.name: list(_ids(only(of_module))) for module, of_module in parts.items()}
+  rows = {
+    key(m, WITH_LORA): _rows(m, only(of_module), adapter.leaves) for m, of_module in parts.items()
+  }
   return Written({"trainable_token_indices": indices} if indices else {}, rows)

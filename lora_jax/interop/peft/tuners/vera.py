@@ -74,9 +74,9 @@ def _write(parts: Parts, adapter: AdapterParts) -> Written:
   a, b = (np.asarray(node.arrays[name], np.float32).T for name in ("vera_in", "vera_out"))
   arrays = {A: a, B: b}
   for module, of_module in parts.items():
-    found = only(of_module).arrays
-    arrays[key(module, D)] = np.pad(found["vera_d"], (0, len(a) - len(found["vera_d"])))
-    arrays[key(module, SCALES)] = found["vera_b"]
+    vectors = only(of_module).arrays
+    arrays[key(module, D)] = np.pad(vectors["vera_d"], (0, len(a) - len(vectors["vera_d"])))
+    arrays[key(module, SCALES)] = vectors["vera_b"]
   return Written({"r": len(a), "save_projection": True}, arrays)
 
 
