@@ -63,6 +63,7 @@ def get_config(variant: str = "mini") -> Config:
   config.data.form = "reference"  # the files of the paper's code; or official, the CSV files
   config.data.source = "embedded"  # or download (official only), or a folder with the files
   config.data.prompt = "separator"  # an end token after the input; or newline, or chat
+  config.data.shuffled_completions = False  # True trains on other inputs' texts: a null model
   config.data.num_train_records = 4000  # a fixed random part, the same for every seed; 0 is all
   config.data.num_valid_records = 500  # as above
   config.data.num_epochs = 1

@@ -109,6 +109,7 @@ class E2EData(Texts):
   row_length: Length
   loss_length: Length
   prompt: Prompt = "separator"
+  shuffled_completions: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ def examples_of(
   data = config.data
   count = data.num_train_records if split == "train" else data.num_valid_records
   records = _random_part(e2e_tfds.load(split, data.form, data.source), split, count)
+  if data.shuffled_completions and split == "train":
+    records = shuffled_completions(records, config.seed)
   return encode(base, records, min(512, base.model.num_positions))
 
 
@@ -91,6 +93,23 @@ def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.
     )
   order = np.random.default_rng(0).permutation(len(records)) if count else range(len(records))
   return records.take(order[: count or None])
+
+
+def shuffled_completions(records: Sequence[e2e.Record], seed: int) -> list[e2e.Record]:
+  """Returns the records with each completion moved to another record, at random.
+
+  Raises:
+    ValueError: if there is only one record.
+  """
+  if len(records) < 2:
+    raise ValueError("data.shuffled_completions=True needs data.num_train_records of at least 2")
+  order = np.random.default_rng(seed).permutation(len(records))
+  sources = np.empty_like(order)
+  sources[order] = np.roll(order, 1)  # one cycle through all records, so that none keeps its own
+  return [
+    record._replace(completion=records[source].completion)
+    for record, source in zip(records, sources, strict=True)
+  ]
 
 
 def decoded_inputs(form: e2e.Form, source: str, split: e2e.Split, count: int) -> list[e2e.Group]:
