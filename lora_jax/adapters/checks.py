@@ -165,8 +165,14 @@ def _misshaped(path: str, weight: LoraWeight, target: Target) -> list[str]:
   axes = weight.axes
   if len(axes.batch) + len(axes.inputs) + len(axes.outputs) != len(shape):
     return [f"mis-shaped: {path} has {axes}, but the weight has shape {shape}"]
+  adapted = stored_shape(shape, axes, weight.layers)
+  if weight.weight_shape not in (None, adapted):
+    return [
+      f"mis-shaped: {path} is {adapted}, and its {expected.variant} adapter is for a weight of "
+      f"shape {weight.weight_shape}. Give the base model that it was trained on"
+    ]
   sizes = {} if variant is None else _inner_sizes(weight, target, variant)
-  return _array_problems(path, weight, stored_shape(shape, axes, weight.layers), sizes)
+  return _array_problems(path, weight, adapted, sizes)
 
 
 def _inner_sizes(weight: LoraWeight, target: Target, variant: Variant) -> Mapping[str, int]:

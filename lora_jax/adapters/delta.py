@@ -227,22 +227,30 @@ class LoraWeight:
     axes: which of the weight's axes are inputs, outputs and shared; static.
     layers: the adapted layers of a stacked weight; None is all; static.
     table: the axes of each array, and whether it is frozen; static.
+    weight_shape: the shape of the adapted layers of the weight, where the arrays lack some of its
+      axes; static. Otherwise None, and in adapters that were stored without it.
   """
 
   arrays: dict[str, Any]
   axes: LoraAxes
   layers: tuple[int, ...] | None
   table: Table
+  weight_shape: tuple[int, ...] | None
 
   def __init__(
     self, lora_a: Any, lora_b: Any, axes: LoraAxes, layers: tuple[int, ...] | None = None
   ):
     self.arrays, self.table = {"lora_a": lora_a, "lora_b": lora_b}, LORA_TABLE
-    self.axes, self.layers = axes, layers
+    self.axes, self.layers, self.weight_shape = axes, layers, None
 
   @classmethod
   def from_arrays(
-    cls, arrays: Mapping[str, Any], table: Table, axes: LoraAxes, layers: tuple[int, ...] | None
+    cls,
+    arrays: Mapping[str, Any],
+    table: Table,
+    axes: LoraAxes,
+    layers: tuple[int, ...] | None,
+    weight_shape: tuple[int, ...] | None = None,
   ) -> "LoraWeight":
     """Returns the node of a variant.
 
@@ -251,10 +259,11 @@ class LoraWeight:
       table: a variant's `table`.
       axes: of the weight.
       layers: the adapted layers of a stacked weight; None is all.
+      weight_shape: as `for_weight` sets it.
     """
     node = cls.__new__(cls)
     node.arrays, node.table = {spec.name: arrays[spec.name] for spec in table}, table
-    node.axes, node.layers = axes, layers
+    node.axes, node.layers, node.weight_shape = axes, layers, weight_shape
     return node
 
   def __getattr__(self, name: str) -> Any:
@@ -277,20 +286,32 @@ class LoraWeight:
       FrozenKey(spec.name) if spec.frozen else jax.tree_util.GetAttrKey(spec.name)
       for spec in self.table
     ]
-    return list(zip(keys, self.arrays.values(), strict=True)), (self.table, self.axes, self.layers)
+    return list(zip(keys, self.arrays.values(), strict=True)), self._static
 
   def tree_flatten(self):
-    return list(self.arrays.values()), (self.table, self.axes, self.layers)
+    return list(self.arrays.values()), self._static
 
   @classmethod
   def tree_unflatten(cls, static, arrays):
-    table, axes, layers = static
+    table, *others = static
     named = dict(zip((spec.name for spec in table), arrays, strict=True))
-    return cls.from_arrays(named, table, axes, layers)
+    return cls.from_arrays(named, table, *others)
+
+  @property
+  def _static(self) -> tuple[Any, ...]:
+    return self.table, self.axes, self.layers, self.weight_shape
 
   def replace(self, **arrays: Any) -> "LoraWeight":
     """Returns the same node with other arrays."""
-    return LoraWeight.from_arrays(self.arrays | arrays, self.table, self.axes, self.layers)
+    return LoraWeight.from_arrays(self.arrays | arrays, *self._static)
+
+  def for_weight(self, shape: Sequence[int]) -> "LoraWeight":
+    """Returns the same node with the weight's shape, if the arrays lack some of its axes."""
+    labels = {label for spec in self.table for label in self.axes.labels(spec.words)}
+    if labels >= set(range(len(shape))):
+      return self
+    adapted = stored_shape(tuple(shape), self.axes, self.layers)
+    return LoraWeight.from_arrays(self.arrays, self.table, self.axes, self.layers, adapted)
 
   @property
   def is_plain(self) -> bool:
@@ -376,7 +397,8 @@ def _with_shared(weight: LoraWeight, shared: LoraWeight | None, shape: Sequence[
       sizes += dims
     parts[spec.name] = part.reshape(sizes)
   table = Table(weight.table.variant, (*weight.table.specs, *shared.table.specs))
-  return LoraWeight.from_arrays(weight.arrays | parts, table, weight.axes, weight.layers)
+  arrays = weight.arrays | parts
+  return LoraWeight.from_arrays(arrays, table, weight.axes, weight.layers, weight.weight_shape)
 
 
 def adapter_extra(trainable: PyTree) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lora_jax.adapters.delta import LoraWeight, is_lora_weight, is_shared
+from lora_jax.adapters.delta import is_lora_weight, is_shared
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding
 from lora_jax.trees import leaves_with_path, weights_with_path
@@ -42,7 +42,7 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
     arrays = {
       spec.name: array_sharding(sharding, spec.words, node.axes, node.layers) for spec in node.table
     }
-    return LoraWeight.from_arrays(arrays, node.table, node.axes, node.layers)
+    return node.replace(**arrays)
 
   nodes = leaves_with_path(trainable, is_leaf=is_lora_weight)
   structure = jax.tree.structure(trainable, is_leaf=is_lora_weight)

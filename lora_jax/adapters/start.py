@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax.adapters.copies import is_float
-from lora_jax.adapters.delta import LoraWeight, Site, Table, largest_site, shared_path
+from lora_jax.adapters.delta import (
+  LoraWeight,
+  Site,
+  Table,
+  largest_site,
+  shared_path,
+)
 from lora_jax.adapters.shardings import array_sharding, replicated
 from lora_jax.adapters.targets import Target, variant_of
 from lora_jax.axes import INNER
@@ -25,7 +31,8 @@ def start_weight(key: PRNGKeyArray, target: Target, site: Site) -> LoraWeight:
   for spec in variant.table:
     where = array_sharding(sharding, spec.words, site.axes, site.layers)
     arrays[spec.name] = place(arrays[spec.name], where)
-  return LoraWeight.from_arrays(arrays, variant.table, site.axes, site.layers)
+  node = LoraWeight.from_arrays(arrays, variant.table, site.axes, site.layers)
+  return node.for_weight(site.leaf.shape)
 
 
 def start_shared(

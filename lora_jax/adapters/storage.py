@@ -1,6 +1,7 @@
 """Adapters on disk: plain arrays, and their axes as JSON.
 
-Version 1 knew only plain LoRA: pairs lora_a, lora_b. Version 2 has each array's axes.
+Version 1 knew only plain LoRA: pairs lora_a, lora_b. Version 2 has each array's axes, and the
+weight's shape if the arrays lack some of its axes; adapters that were stored without are read.
 """
 
 import dataclasses
@@ -55,6 +56,8 @@ def pack(trainable: PyTree) -> tuple[dict[str, Any], str]:
       table = [spec._asdict() for spec in node.table]
       entries[path] = {"keys": keys, "axes": axes, "layers": layers, "arrays": table}
       entries[path]["variant"] = node.table.variant
+      if node.weight_shape is not None:
+        entries[path]["weight_shape"] = list(node.weight_shape)
     else:
       leaves = {path: node}
       entries[path] = {"keys": keys}
@@ -81,7 +84,7 @@ def unpack(arrays: Mapping[str, Any], axes: str, like: PyTree | None = None) -> 
       floating-point numbers or not finite, or the result differs from `like`; every difference is
       listed.
   """
-  entries = _entries(axes)
+  entries = _entries(axes) if like is None else _with_weight_shapes(_entries(axes), like)
   expected = {name: shape for e in entries.values() for name, shape in e.shapes.items()}
   problems = [f"missing: {name}" for name in sorted(set(expected) - set(arrays))]
   problems += [f"unexpected: {name}" for name in sorted(set(arrays) - set(expected))]
@@ -128,6 +131,7 @@ class _Entry:
     layers: of a stacked weight, the adapted ones.
     arrays: the variant's table.
     variant: its name.
+    weight_shape: of the adapted layers of the weight, if the arrays lack some of its axes.
   """
 
   keys: tuple[str, ...]
@@ -136,6 +140,18 @@ class _Entry:
   layers: tuple[CountOrZero, ...] | None = None
   arrays: tuple[_Array, ...] = ()
   variant: str = ""
+  weight_shape: tuple[CountOrZero, ...] | None = None
+
+
+def _with_weight_shapes(entries: Mapping[str, _Entry], like: PyTree) -> dict[str, _Entry]:
+  """Returns the leaves with the shapes of `like` for weights that were stored without."""
+  nodes = dict(leaves_with_path(like, is_leaf=is_lora_weight))
+  return {
+    path: dataclasses.replace(entry, weight_shape=nodes[path].weight_shape)
+    if entry.weight_shape is None and is_lora_weight(nodes.get(path))
+    else entry
+    for path, entry in entries.items()
+  }
 
 
 def _node(entry: _Entry, arrays: Mapping[str, Any]) -> Any:
@@ -144,7 +160,8 @@ def _node(entry: _Entry, arrays: Mapping[str, Any]) -> Any:
     return leaves[0]
   table = Table(entry.variant, tuple(ArraySpec(*_values(spec)) for spec in entry.arrays))
   named = dict(zip((spec.name for spec in table), leaves, strict=True))
-  return LoraWeight.from_arrays(named, table, LoraAxes(*_values(entry.axes)), entry.layers)
+  axes = LoraAxes(*_values(entry.axes))
+  return LoraWeight.from_arrays(named, table, axes, entry.layers, entry.weight_shape)
 
 
 def _values(record: Any) -> list[Any]:
@@ -206,6 +223,8 @@ def _check_axes(name: str, entry: _Entry, shapes: Mapping[str, tuple[int, ...]])
   assert entry.axes is not None, "is checked"
   axes = LoraAxes(*_values(entry.axes))
   axes.check(sum(map(len, axes)), name)
+  if entry.weight_shape is not None and len(entry.weight_shape) != sum(map(len, axes)):
+    raise ValueError(f"{name}: weight_shape={list(entry.weight_shape)}, expected the axes {axes}")
   for spec, shape in zip(entry.arrays, shapes.values(), strict=True):
     words = spec.words.split()
     if not words or not set(words) <= {"batch", "in", "out", *INNER}:
@@ -245,6 +264,13 @@ def _differences(trainable: PyTree, like: PyTree) -> Iterable[str]:
       continue
     if is_lora_weight(node) and (node.axes, node.layers) != (like_node.axes, like_node.layers):
       yield f"other axes: {path} has {node.axes}, expected {like_node.axes}"
+    if is_lora_weight(node):
+      shapes = node.weight_shape, like_node.weight_shape
+      if None not in shapes and shapes[0] != shapes[1]:
+        yield (
+          f"mis-shaped: {path} is for a weight of shape {shapes[0]}, expected {shapes[1]}. Load "
+          "the base model that it was trained on"
+        )
     leaves = [jax.tree.leaves(node) for node in (node, like_node)]
     shapes = [[tuple(x.shape) for x in arrays] for arrays in leaves]
     if shapes[0] != shapes[1]:

@@ -1,7 +1,9 @@
 """Variants on the layer kinds: equal to the merged model, and to the base model at step 0."""
 
 import functools
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +285,40 @@ def test_variants_with_the_same_arrays_are_told_apart():
   other = lj.lora(fn, plain).init(jax.random.key(0), params, x)
   with pytest.raises(ValueError, match=r"w is thrice LoRA .*, expected LoRA"):
     lj.unpack(arrays, axes, like=other)
+
+
+LACKING = {  # variants whose arrays have no axis of inputs or none of outputs; a third weight's
+  "MiSS": (lj.MISS, (5, 6), (9, 6)),
+  "MiSS, mini": (lj.miss_mini_variant(2), (6, 4), (6, 6)),
+  "(IA)^3": (lj.IA3_FEEDFORWARD, (6, 4), (6, 9)),
+  "RandLoRA": (lj.RAND_LORA, (5, 6), (5, 8)),  # as many outputs as the other weight
+  "VeRA": (lj.VERA, (5, 6), (7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_an_adapter_of_a_weight_of_another_shape_is_refused(name):
+  """No array has the length of the axis that differs."""
+  variant, shape, other = LACKING[name]
+  fn = lambda params, x: x[:, : len(params["w"])] @ params["w"] + (x @ params["v"])[:, :1]  # noqa: E731
+  lora = lj.lora(fn, lj.LoraConfig(2, 2.0, "[vw]", variant=variant))
+  params, others = ({"v": jnp.ones((10, 10)), "w": jnp.ones(s)} for s in (shape, other))
+  trainable, like = (
+    jax.eval_shape(lora.init, jax.random.key(0), p, jnp.ones((3, 10))) for p in (params, others)
+  )
+  shapes = re.escape(str(other)), re.escape(str(shape))
+  for fn in (lora.apply, lora.merge):
+    arguments = (jnp.ones((3, 10)),) if fn == lora.apply else ()
+    with pytest.raises(ValueError, match=rf"mis-shaped: w is {shapes[0]}, and its .* {shapes[1]}"):
+      jax.eval_shape(fn, others, trainable, *arguments)
+  arrays, axes = lj.pack(trainable)
+  with pytest.raises(ValueError, match=rf"w is for .* of shape {shapes[1]}, expected {shapes[0]}"):
+    lj.unpack(arrays, axes, like)
+  older = json.loads(axes)
+  for entry in older["leaves"].values():
+    entry.pop("weight_shape", None)
+  assert lj.unpack(arrays, json.dumps(older), trainable) == trainable
+  jax.eval_shape(lora.merge, params, lj.unpack(arrays, json.dumps(older)))
 
 
 def test_a_start_that_lacks_an_array_is_refused():

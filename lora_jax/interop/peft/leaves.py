@@ -126,8 +126,11 @@ def place_parts(
           f"{where}: the layers stacked in {path} have different ranks, alphas or variants; load "
           "the model with scan_layers=False"
         )
-  stacked = {path: _stacked(parts, tuple(leaves[path].shape)) for path, parts in targets.items()}
-  return stacked, settings
+  nodes = {}
+  for path, parts in targets.items():
+    shape = tuple(leaves[path].shape)
+    nodes[path] = _stacked(parts, shape).for_weight(shape)
+  return nodes, settings
 
 
 def as_tree(

@@ -27,7 +27,7 @@ from lora_jax.interop.peft.modules import (
   magnitude_name,
   values_of,
 )
-from lora_jax.interop.peft.read import lora_shapes, read_arrays, which_base
+from lora_jax.interop.peft.read import check_shapes, lora_shapes, read_arrays, which_base
 from lora_jax.interop.peft.recognize import describe_folder
 from lora_jax.interop.peft.tuners.norms import layer_name, norm_shapes, tuned_tensors
 from lora_jax.interop.peft.tuners.table import TUNERS
@@ -89,6 +89,7 @@ def _load_lora(
     _check_values(folder, modules, leaves)
   shapes = lora_shapes(config, modules) | token_shapes(tokens)
   arrays = _read(folder, config, shapes, modules, tensors, leaves)
+  check_shapes(folder, config, known)
   parts = {module: _lora_parts(config, module, modules, arrays) for module in modules}
   weights, settings = place_parts(folder, parts | read_tokens(tokens, arrays, leaves), leaves)
   weights = {
@@ -113,6 +114,7 @@ def _load_tuner(
     _check_trained(folder, config, known, modules, tensors)
   shapes = tuner.shapes(config, modules, tensors)
   arrays = _read(folder, config, shapes, modules, tensors, leaves)
+  check_shapes(folder, config, known)
   weights, settings = place_parts(folder, tuner.read(config, modules, arrays, leaves), leaves)
   weights |= tuner.read_shared(arrays)
   return as_tree(weights, settings, read_whole(config, modules, arrays, tensors, leaves))

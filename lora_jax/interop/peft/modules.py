@@ -38,6 +38,8 @@ Arrays = dict[str, np.ndarray]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
+SHAPES = "lora_jax.shapes"
+"""In a file's metadata: `module_shapes` as JSON, of the modules whose tensors do not tell them."""
 
 
 class Module:
@@ -140,6 +142,11 @@ def factor_names(module: Module, adapted: Sequence[Module]) -> tuple[str, str]:
 def magnitude_name(module: Module) -> str:
   """Returns the name of DoRA's magnitude in the file."""
   return f"{PREFIX}{module.name}.{MAGNITUDE}"
+
+
+def module_shapes(modules: Sequence[Module]) -> dict[str, tuple[int, int]]:
+  """Returns the numbers of inputs and outputs of modules, by name."""
+  return {module.name: (module.inputs, sum(module.outputs)) for module in modules}
 
 
 def find_modules(tensors: Sequence[StoredTensor], leaves: Mapping[str, Any]) -> list[Module]:

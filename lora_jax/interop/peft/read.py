@@ -8,11 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.fields import Count, read_value
+from lora_jax.files import parse_json
 from lora_jax.interop.peft.config import PeftConfig
 from lora_jax.interop.peft.modules import (
   CONFIG,
   MAGNITUDE,
   PREFIX,
+  SHAPES,
   WEIGHTS,
   Arrays,
   Module,
@@ -21,6 +24,7 @@ from lora_jax.interop.peft.modules import (
   has_values,
   is_language_model,
   magnitude_name,
+  module_shapes,
 )
 from lora_jax.interop.peft.recognize import (
   Mismatch,
@@ -98,6 +102,35 @@ def read_arrays(
         f"this model: {'; '.join(faults[:8])}{more}{'' if cause else advice}"
       )
     return {name: read(name) for name in expected}
+
+
+def check_shapes(folder: Path, config: PeftConfig, modules: Sequence[Module]) -> None:
+  """Checks the shapes of modules that the file's tensors do not tell, if the file has them.
+
+  PEFT writes none, and lora_jax does.
+
+  Args:
+    folder: of the adapter.
+    config: of the adapter.
+    modules: all of the model's.
+  Raises:
+    ValueError: naming a module whose shape in this model is another.
+  """
+  with open_safetensors(folder / WEIGHTS) as file:
+    stored = (file.metadata() or {}).get(SHAPES)
+  if stored is None:
+    return
+  where = f"{folder / WEIGHTS}: {SHAPES}"
+  shapes = read_value(Mapping, parse_json(stored, where), where)
+  actual = module_shapes(modules)
+  for name in shapes.keys() & actual.keys():
+    expected = read_value(tuple[Count, ...], shapes[name], f"{where}[{name!r}]")
+    if actual[name] != expected:
+      sizes, others = (" x ".join(map(str, shape)) for shape in (expected, actual[name]))
+      raise ValueError(
+        f"{folder}: the adapter of {name} is for {sizes} (inputs x outputs), and this model has "
+        f"{others}. {which_base(config)}"
+      )
 
 
 def lora_shapes(config: PeftConfig, modules: Sequence[Module]) -> dict[str, tuple[int, ...]]:

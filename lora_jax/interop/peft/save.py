@@ -13,6 +13,7 @@ from lora_jax.interop.peft.fully_trained import CLASSIFIER, write_whole
 from lora_jax.interop.peft.fused import with_one_rank
 from lora_jax.interop.peft.modules import (
   CONFIG,
+  SHAPES,
   WEIGHTS,
   Module,
   check_called,
@@ -20,6 +21,7 @@ from lora_jax.interop.peft.modules import (
   factor_names,
   is_language_model,
   magnitude_name,
+  module_shapes,
 )
 from lora_jax.interop.peft.names import pattern_of, shortest_endings
 from lora_jax.interop.peft.parts import AdapterParts, check_parts
@@ -86,7 +88,14 @@ def save_peft(
     fields["task_type"] = "SEQ_CLS"
   with new_folder(folder) as temporary:
     (temporary / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-    save_tensors(temporary / WEIGHTS, written.arrays)
+    save_tensors(temporary / WEIGHTS, written.arrays, _metadata(parts))
+
+
+def _metadata(parts: AdapterParts) -> dict[str, str]:
+  """Returns the shapes of the modules whose tensors do not tell them, for the file's header."""
+  paths = {path for path, weight in parts.weights.items() if weight.weight_shape is not None}
+  modules = [module for module in parts.adapted if paths & set(module.stored.paths)]
+  return {SHAPES: json.dumps(module_shapes(modules))} if modules else {}
 
 
 def _method_of(parts: AdapterParts) -> str:

@@ -519,11 +519,17 @@ def _save_shards(
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def save_tensors(
+  path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
   """Writes a safetensors file with the mode of the config file next to it.
 
   safetensors makes files that only the owner can read; ours follow the umask.
 
+  Args:
+    path: of the file.
+    tensors: by name.
+    metadata: text by name, for the header.
   Raises:
     OSError: if it cannot be written, such as on a full disk.
   """
@@ -532,7 +538,7 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
   try:
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
   except SafetensorError as error:
     raise OSError(f"could not write {path}: {error}. Nothing is left behind") from error
   shutil.copymode(next(path.parent.glob("*config.json")), path)

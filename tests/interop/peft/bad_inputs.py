@@ -47,6 +47,18 @@ def of_file(name, words, adapter, change=dict, shapes_only=False, model=None, **
   return BadInput(f"file: {name}", call, words)
 
 
+def of_other_inputs(folder):
+  """Reads what we write of MiSS, whose tensors lack the inputs, for a model with more of them."""
+  loaded = base(LLAMA)
+  adapter = load_peft(GOLDEN / "miss", loaded.stored, loaded.params)
+  save_peft(folder / "new", *adapter, loaded.stored, loaded.params)
+  leaves = jax.eval_shape(lambda: dict(weights_with_path(loaded.params)))
+  inputs, outputs = leaves[DOWN].shape
+  leaves[DOWN] = jax.ShapeDtypeStruct((inputs + 8, outputs), "float32")
+  params = nest((tuple(path.split("/")), leaf) for path, leaf in leaves.items())
+  return load_peft(folder / "new", loaded.stored, params)
+
+
 def without(name):
   return lambda arrays: {key: array for key, array in arrays.items() if key != name}
 
@@ -136,6 +148,11 @@ FILES = [
   of_file("LoKr of GPT-2", ("Conv1D", "no LoKr"), "lokr", model=GPT2, target_modules=["c_fc"]),
   of_file("a rank of bat", ("r=3 must divide", "q_proj", "32 x 48"), "miss_bat", r=3),
   of_file("a mini_r", ("mini_r=5 must divide", "48"), "miss_mini", mini_r=5),
+  BadInput(
+    "file: MiSS of fewer inputs",
+    of_other_inputs,
+    ("layers.0.mlp.down_proj is for 56 x 32", "has 64 x 32", "Load the base model"),
+  ),
   of_file("a mode of MiSS", ("init_weights", "'bad'"), "miss", init_weights="bad"),
   of_file("no projections", ("save_projection=False", "merge"), "vera", save_projection=False),
   of_file("a projection", ("base_model.vera_A", "(6, 56)"), "vera", without("base_model.vera_A")),
