@@ -23,10 +23,13 @@ from lora_jax.arithmetic import truncate_rank as truncate_rank
 from lora_jax.arithmetic import weighted_sum as weighted_sum
 from lora_jax.axes import LoraAxes as LoraAxes
 from lora_jax.flax_nnx import functional as functional
+from lora_jax.methods.bitfit import BIASES as BIASES
+from lora_jax.methods.bitfit import bitfit as bitfit
 from lora_jax.methods.full import full_finetuning as full_finetuning
 from lora_jax.methods.ln_tuning import NORMS as NORMS
 from lora_jax.methods.ln_tuning import ln_tuning as ln_tuning
 from lora_jax.methods.partial import partial_finetuning as partial_finetuning
+from lora_jax.methods.top_layers import top_layers as top_layers
 from lora_jax.optimizer import freeze as freeze
 from lora_jax.quantization.leaf import Quantized as Quantized
 from lora_jax.quantization.leaf import dequantize as dequantize
