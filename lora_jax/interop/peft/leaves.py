@@ -127,9 +127,9 @@ def place_parts(
           "the model with scan_layers=False"
         )
   nodes = {}
-  for path, parts in targets.items():
+  for path, of_places in targets.items():
     shape = tuple(leaves[path].shape)
-    nodes[path] = _stacked(parts, shape).for_weight(shape)
+    nodes[path] = _stacked(of_places, shape).for_weight(shape)
   return nodes, settings
 
 
