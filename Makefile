@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= experiments,test,metrics,notebooks,zoo
 WORKERS ?= 2
 CORE_TESTS ?= $(filter-out tests/test_notebooks.py,$(wildcard tests/test_*.py)) \
-  $(wildcard $(addprefix tests/,adapters arithmetic methods transform variants decoding training \
+  $(wildcard $(addprefix tests/,adapters analysis arithmetic methods transform variants decoding training \
   models/gpt2 models/llama models/parts models/test_zoo.py))
 PEERS_TESTS ?= tests/interop tests/models tests/decoding/test_beam.py tests/docs/test_parity.py \
   tests/docs/test_variants.py \
