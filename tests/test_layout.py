@@ -10,12 +10,12 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = [  # each may import from those before it
-  {"patterns", "trees", "axes", "placement", "extras", "fields", "files", "quantization"},
+  {"patterns", "trees", "axes", "placement", "extras", "fields", "files", "marks", "quantization", "slots"},
   {"adaptation", "transform"},
   {"adapters", "optimizer", "flax_nnx"},
   {"variants", "methods"},
   {"arithmetic"},
-  {"training", "decoding", "interop"},
+  {"training", "decoding", "interop", "analysis"},
 ]
 INDEPENDENT = {"models", "data", "metrics", "assets"}  # import the bottom at most
 MAY_IMPORT_BESIDE = {"interop": {"models"}}  # other packages' names for the tensors

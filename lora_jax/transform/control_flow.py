@@ -73,13 +73,15 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
   carry = _Carry(jaxpr, n_consts, values[n_consts:first_slice])
   stacks = [_unstack(x) for x in xs]
   numbers = jnp.arange(params["length"]) if any(map(_has_key, values)) else None
+  visits = interpreter.visits
   returned: dict[int, Factored] = {}  # weights that the body returns unchanged, by output
 
   def body(state: Values, slices: Any) -> tuple[Values, Values]:
-    number, arrays = slices
+    number, arrays, marked = slices
+    inner = interpreter.with_visits(visits.of_slice(marked)) if marked else interpreter
     sliced = [rebuild(array) for (_, rebuild), array in zip(stacks, arrays, strict=True)]
     inputs = [fold(value, number) for value in (*consts, *carry.join(state), *sliced)]
-    outputs = interpreter.run(params["jaxpr"], inputs)
+    outputs = inner.run(params["jaxpr"], inputs)
     stacked = []
     for i, out in enumerate(outputs[n_carry:]):
       if _unchanged(out) and out.origin >= first_slice:
@@ -92,7 +94,7 @@ def emit_scan(interpreter: Any, equation: Any, values: Values) -> Any:
   state, ys = lax.scan(
     body,
     carry.state,
-    (numbers, [arrays for arrays, _ in stacks]),
+    (numbers, [arrays for arrays, _ in stacks], visits.sliced_arrays()),
     length=params["length"],
     reverse=params["reverse"],
     unroll=params["unroll"],

@@ -6,6 +6,7 @@ functions (`jit`, `scan`, `while_loop`, `switch`, `checkpoint`, `shard_map`) aro
 interpreted body. All of this happens while JAX traces: nothing of it is left at run time.
 """
 
+import copy
 import functools
 import operator
 import warnings
@@ -29,6 +30,7 @@ from lora_jax.transform.control_flow import (
 from lora_jax.transform.deferred import Deferred, consume, evaluate, record
 from lora_jax.transform.errors import Unsupported, UnsupportedOperation
 from lora_jax.transform.factored import Factored
+from lora_jax.transform.visits import NO_VISITS, Body, Mark, Visits
 
 OpaqueRule = Callable[..., Any]
 
@@ -39,10 +41,12 @@ class Interpreter:
   Args:
     opaque: traced name of a function to its rule, `rule(call, *args)`: `call` is the function
       itself, to be applied to plain arrays; an adapted weight among `args` is a `Factored`.
+    visits: marked values to replace, in the jaxpr that is evaluated.
   """
 
-  def __init__(self, opaque: Mapping[str, OpaqueRule]):
+  def __init__(self, opaque: Mapping[str, OpaqueRule], visits: Visits = NO_VISITS):
     self.opaque = opaque
+    self.visits = visits
     self._opaque_sources: dict[str, Any] = {}
     self._enclosing: list[Any] = []  # the equations whose bodies are being interpreted
     self._warned: set[str] = set()
@@ -70,6 +74,7 @@ class Interpreter:
 
   def run(self, jaxpr: Any, args: Sequence[Any]) -> Values:
     """Returns the outputs of a jaxpr; those that depend on a weight may be `Factored`."""
+    plan = self.visits.plans.get(id(jaxpr), {})
     jaxpr, consts = _compat.open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -81,7 +86,12 @@ class Interpreter:
     for number, equation in enumerate(jaxpr.eqns):
       values = [read(atom) for atom in equation.invars]
       with _compat.equation_context(equation):
-        if any(isinstance(value, Factored) for value in values):
+        step = plan.get(number)
+        if isinstance(step, Mark):
+          outputs = _compat.bind(equation, [self.visits.at(step, as_array(values[0], "marked"))])
+        elif step is not None:
+          outputs = self._marked(step, number, equation, values)
+        elif any(isinstance(value, Factored) for value in values):
           outputs = self._adapted(number, equation, values)
         elif equation.primitive.name == "convert_element_type" and _is_number(values[0]):
           outputs = [np.asarray(values[0], equation.params["new_dtype"])]  # a constant stays known
@@ -102,13 +112,7 @@ class Interpreter:
         _check_outputs(equation, outputs)
         return outputs
       if name in CONTROL_FLOW:
-        inner = [enter(value, number, i) for i, value in enumerate(values)]
-        self._enclosing.append(equation)
-        try:
-          outputs = CONTROL_FLOW[name](self, equation, inner)
-        finally:
-          self._enclosing.pop()
-        return [leave(out, values) for out in outputs]
+        return self._control_flow(number, equation, values)
       if name in (*rules.CONSUMERS, "mul", "div"):
         values = _evaluate_all_but_one(values)
       if name in rules.CONSUMERS:
@@ -121,6 +125,34 @@ class Interpreter:
         return self._without_rule(equation, values, str(error))
       except Unsupported as other:  # a row that cannot be looked up either
         raise self._refusal(equation, values, str(other)) from other
+
+  def _control_flow(self, number: int, equation: Any, values: Values) -> Values:
+    """Emits an equation with inner jaxprs again."""
+    inner = [enter(value, number, i) for i, value in enumerate(values)]
+    self._enclosing.append(equation)
+    try:
+      outputs = CONTROL_FLOW[equation.primitive.name](self, equation, inner)
+    finally:
+      self._enclosing.pop()
+    return [leave(out, values) for out in outputs]
+
+  def _marked(self, body: Body, number: int, equation: Any, values: Values) -> Values:
+    """Evaluates an equation with marks inside."""
+    inner = self.with_visits(self.visits.inside(body))
+    try:
+      return inner._control_flow(number, equation, values)
+    except Unsupported as error:
+      marks = ", ".join(str(mark) for mark in self.visits.arrays)
+      raise UnsupportedOperation(
+        f"cannot replace {marks} inside {equation.primitive.name!r} at "
+        f"{self._source_line(equation)}: {error}"
+      ) from error
+
+  def with_visits(self, visits: Visits) -> "Interpreter":
+    """Returns an interpreter of jaxprs with other marks; its jitted functions are its own."""
+    inner = copy.copy(self)
+    inner.visits, inner.functions = visits, {}
+    return inner
 
   def _apply_rule(self, rule, number, equation, values: Values, params) -> Values:
     def call(*arrays):

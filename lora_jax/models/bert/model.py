@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import Share
+from lora_jax.marks import LAYER_INPUT, LAYER_OUTPUT
 from lora_jax.models.gpt2.model import ACTIVATIONS, layer_norm
-from lora_jax.models.parts.causal_lm import dense, make_dense, make_layers, take
+from lora_jax.models.parts.causal_lm import dense, look_up, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
   Context,
   Encoder,
@@ -142,8 +144,10 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B S D"], number: Any, context: Context, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], None]:
+    x = checkpoint_name(x, LAYER_INPUT)
     attended = Attention(self.config, name="attn")(x, context, deterministic)
-    return finish_layer(self.config, x, attended, context.token_index, deterministic), None
+    x = finish_layer(self.config, x, attended, context.token_index, deterministic)
+    return checkpoint_name(x, LAYER_OUTPUT), None
 
 
 class Head(nn.Module):
@@ -189,7 +193,7 @@ class Bert(Encoder):
   ) -> Float[Array, "B T D"]:
     rows = self._position_rows(tokens, positions)
     types = jnp.zeros_like(tokens) if token_types is None else token_types
-    x = self.token_embedding(tokens) + self.token_type_embedding(types)
+    x = look_up(self.token_embedding, tokens) + self.token_type_embedding(types)
     x = x + self.position_embedding(rows)
     if self.is_initializing() and self.config.pooler:
       self.pooled(x)  # not reached without a head

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import Share, Within
+from lora_jax.marks import LAYER_INPUT, LAYER_OUTPUT
 from lora_jax.models.gpt2.model import ACTIVATIONS as MLP_ACTIVATIONS
 from lora_jax.models.gpt2.model import layer_norm
-from lora_jax.models.parts.causal_lm import dense, make_dense, make_layers, take
+from lora_jax.models.parts.causal_lm import dense, look_up, make_dense, make_layers, take
 from lora_jax.models.parts.encoder import (
   Context,
   Encoder,
@@ -205,11 +207,12 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B S D"], number: Any, context: Context, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], None]:
+    x = checkpoint_name(x, LAYER_INPUT)
     attended = Attention(self.config, name="attn")(x, context, deterministic)
     x = finish_layer(self.config, x, attended, context.token_index, deterministic)
     if context.extra.conv is not None and number is not None:
       x = jnp.where(number == 0, self._with_conv(x, context), x)
-    return x, None
+    return checkpoint_name(x, LAYER_OUTPUT), None
 
   def _with_conv(self, x: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
     extra = context.extra
@@ -283,7 +286,7 @@ class Deberta(Encoder):
         "a DeBERTa with a convolution takes no packed rows, since the convolution would mix "
         "sequences; leave positions out, and give one sequence a row"
       )
-    x = self.token_embedding(tokens)
+    x = look_up(self.token_embedding, tokens)
     if config.input_positions:
       x = x + self.position_embedding(positions_of(tokens, positions, config.num_positions))
     if config.num_token_types:

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import check_fields
+from lora_jax.marks import ATTENTION_OUTPUT, LAYER_INPUT, LAYER_OUTPUT, MLP_OUTPUT
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
   Context,
@@ -24,6 +26,7 @@ from lora_jax.models.parts.causal_lm import (
   dense,
   head,
   init_cache,
+  look_up,
   make_head,
   make_layers,
   take,
@@ -155,11 +158,12 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
-    config = self.config
+    config, x = self.config, checkpoint_name(x, LAYER_INPUT)
     attention = Attention(config, name="attn")
     attended, cache = attention(layer_norm(config, "ln_1")(x), cache, context)
-    x = take(x, context.token_index) + attended
-    return x + MLP(config, name="mlp")(layer_norm(config, "ln_2")(x)), cache
+    x = take(x, context.token_index) + checkpoint_name(attended, ATTENTION_OUTPUT)
+    out = MLP(config, name="mlp")(layer_norm(config, "ln_2")(x))
+    return checkpoint_name(x + checkpoint_name(out, MLP_OUTPUT), LAYER_OUTPUT), cache
 
 
 class GPT2(CausalLM):
@@ -179,7 +183,7 @@ class GPT2(CausalLM):
       self.lm_head = make_head(config)
 
   def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    return self.wte(tokens) + self.wpe(positions)
+    return look_up(self.wte, tokens) + self.wpe(positions)
 
   def stack(self) -> Any:
     return self.h

@@ -19,9 +19,11 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import Finite, Positive, check_fields
+from lora_jax.marks import ATTENTION_OUTPUT, LAYER_INPUT, LAYER_OUTPUT, MLP_OUTPUT
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
   Context,
@@ -29,6 +31,7 @@ from lora_jax.models.parts.causal_lm import (
   dense,
   head,
   init_cache,
+  look_up,
   make_head,
   make_layers,
   take,
@@ -220,12 +223,13 @@ class Block(nn.Module):
   def __call__(
     self, x: Float[Array, "B S D"], cache: Any, context: Context
   ) -> tuple[Float[Array, "B T D"], Any]:
-    config = self.config
+    config, x = self.config, checkpoint_name(x, LAYER_INPUT)
     attention = Attention(config, name="attn")
     attended, cache = attention(RMSNorm(config, name="attn_norm")(x), cache, context)
-    x = take(x, context.token_index) + attended
+    x = take(x, context.token_index) + checkpoint_name(attended, ATTENTION_OUTPUT)
     mlp = (MLP if config.mixture is None else Mixture)(config, name="mlp")
-    return x + mlp(RMSNorm(config, name="mlp_norm")(x)), cache
+    out = mlp(RMSNorm(config, name="mlp_norm")(x))
+    return checkpoint_name(x + checkpoint_name(out, MLP_OUTPUT), LAYER_OUTPUT), cache
 
 
 class Llama(CausalLM):
@@ -248,7 +252,7 @@ class Llama(CausalLM):
       self.lm_head = make_head(config)
 
   def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    x = self.token_embedding(tokens)
+    x = look_up(self.token_embedding, tokens)
     scale = jnp.asarray(math.sqrt(self.config.embed_dim), x.dtype)
     return x * scale if self.config.scale_embedding else x
 

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lora_jax.fields import check_fields
+from lora_jax.marks import ATTENTION_OUTPUT, MLP_OUTPUT
 from lora_jax.models.gpt2.model import ACTIVATIONS, layer_norm
 from lora_jax.models.parts.causal_lm import Layers, dense, take
 
@@ -167,9 +169,11 @@ def finish_layer(
   deterministic: bool,
 ) -> Float[Array, "B T D"]:
   """Returns a layer's output from its input and its attention's output, inside its module."""
-  x = take(x, token_index) + dropout(config.hidden_dropout, attended, deterministic)
+  attended = dropout(config.hidden_dropout, attended, deterministic)
+  x = take(x, token_index) + checkpoint_name(attended, ATTENTION_OUTPUT)
   x = layer_norm(config, "attn_norm")(x)
-  x = x + dropout(config.hidden_dropout, MLP(config, name="mlp")(x), deterministic)
+  out = dropout(config.hidden_dropout, MLP(config, name="mlp")(x), deterministic)
+  x = x + checkpoint_name(out, MLP_OUTPUT)
   return layer_norm(config, "mlp_norm")(x)
 
 
