@@ -25,6 +25,7 @@ from lora_jax.axes import LoraAxes as LoraAxes
 from lora_jax.flax_nnx import functional as functional
 from lora_jax.methods.bitfit import BIASES as BIASES
 from lora_jax.methods.bitfit import bitfit as bitfit
+from lora_jax.methods.compose import compose as compose
 from lora_jax.methods.full import full_finetuning as full_finetuning
 from lora_jax.methods.ln_tuning import NORMS as NORMS
 from lora_jax.methods.ln_tuning import ln_tuning as ln_tuning

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lora_jax.adapters.delta import is_lora_weight, is_shared
+from lora_jax.adapters.parts import has_parts, is_added
 from lora_jax.axes import LoraAxes
 from lora_jax.placement import leaf_sharding
 from lora_jax.trees import leaves_with_path, weights_with_path
@@ -18,7 +19,7 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
 
   For `jax.jit(..., out_shardings=...)`, `lora_jax.freeze(..., shardings=...)` and restoring
   checkpoints. XLA's own choice would often replicate gradients and optimizer state. Arrays that all
-  adapted weights share are replicated.
+  adapted weights share are replicated, and so are those that stand for no leaf of `params`.
 
   Args:
     trainable: as `init` returns it, of arrays or `ShapeDtypeStruct`s.
@@ -27,6 +28,8 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   Raises:
     ValueError: if `trainable` has a leaf that `params` lacks.
   """
+  if has_parts(trainable):
+    return {name: shardings(part, params) for name, part in trainable.items()}
   leaves = dict(weights_with_path(params))
   known = (leaf_sharding(leaf) for leaf in leaves.values())
   of_shared = replicated(next((sharding for sharding in known if sharding is not None), None))
@@ -34,6 +37,8 @@ def shardings(trainable: PyTree, params: PyTree) -> PyTree:
   def node_shardings(path: str, node: Any) -> Any:
     if is_lora_weight(node) and is_shared(path):
       return node.replace(**dict.fromkeys(node.arrays, of_shared))
+    if is_added(path):
+      return of_shared
     if path not in leaves:
       raise ValueError(f"params have no leaf {path!r}, which the trainable tree adapts")
     sharding = leaf_sharding(leaves[path])

@@ -24,6 +24,7 @@ from lora_jax.data.batches import check_sizes, epoch_orders, shard_of
 from lora_jax.data.sets.glue import Record
 from lora_jax.data.text import CHARACTERS_PER_TOKEN, encode_texts
 from lora_jax.fields import Count, read_value
+from lora_jax.slots import Slots
 
 if TYPE_CHECKING:
   from tokenizers import Tokenizer
@@ -88,6 +89,20 @@ def encode(tokenizer: "Tokenizer", records: Sequence[Record], max_length: int) -
     )
     for encoding, record in zip(encodings, records, strict=True)
   ]
+
+
+def with_slots(examples: Sequence[Example], slots: Slots) -> list[Example]:
+  """Returns examples with the slots of prefix methods, of token type 0.
+
+  The first token, whose output the head reads, stays the first: prefix slots follow it, and infix
+  slots come after the last token.
+  """
+  result = []
+  for tokens, types, label in examples:
+    tokens = [tokens[0], *slots.around(tokens[1:])]
+    types = [types[0], *[0] * slots.num_prefix, *types[1:], *[0] * slots.num_infix]
+    result.append(Example(np.asarray(tokens, np.int32), np.asarray(types, np.int32), label))
+  return result
 
 
 class Batches:

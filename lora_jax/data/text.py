@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lora_jax.data.sets.e2e import Record
+from lora_jax.slots import Slots
 
 if TYPE_CHECKING:
   from tokenizers import Encoding, Tokenizer
@@ -111,6 +112,29 @@ def encode(
       "%d of %d records truncated to %d tokens", len(too_long), len(records), max_length
     )
   return examples
+
+
+def with_slots(examples: Sequence[Example], slots: Slots) -> list[Example]:
+  """Returns examples with the slots of prefix methods around their prompts.
+
+  The output at the last infix slot predicts a completion's first token.
+
+  Raises:
+    ValueError: if there are infix slots, and an example has several completions, as a conversation
+      with several answers.
+  """
+  result = []
+  for i, example in enumerate(examples):
+    if slots.num_infix and (np.diff(example.target_index) != 1).any():
+      raise ValueError(
+        f"example {i} has several answers, and {slots.num_infix} infix slots, which come before "
+        "the answer, need a single one. Set num_infix to 0"
+      )
+    end = int(example.target_index[0]) + 1 if len(example.target_index) else len(example.tokens)
+    tokens = [*slots.around(example.tokens[:end]), *example.tokens[end:]]
+    index = example.target_index + slots.count
+    result.append(Example(np.asarray(tokens, np.int32), example.targets, index))
+  return result
 
 
 def check_length(

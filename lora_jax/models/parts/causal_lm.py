@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from lora_jax.marks import TOKEN_EMBEDDINGS, TOKENS
 from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
@@ -241,6 +243,11 @@ def shapes_of(model: nn.Module) -> PyTree:
     return jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)
 
   return shapes | {layers: jax.tree.map(stacked, layer)}
+
+
+def look_up(table: nn.Embed, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  """Returns the embeddings of tokens, marked for methods that replace them."""
+  return checkpoint_name(table(checkpoint_name(tokens, TOKENS)), TOKEN_EMBEDDINGS)
 
 
 def attend(
