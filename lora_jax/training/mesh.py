@@ -4,7 +4,7 @@ Batches are split over `data` and `fsdp`, the base params by rules over `fsdp` a
 adapters, gradients and optimizer state inherit the base params' shardings (`lora_jax.shardings`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,25 +14,35 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from lora_jax.fields import Count, read_value
+from lora_jax.marks import ATTENTION_OUTPUT, LAYER_INPUT, LAYER_OUTPUT, MLP_OUTPUT
+from lora_jax.placement import place
+from lora_jax.transform.marks import trace_marks
 from lora_jax.trees import closest_names, leaves_with_path, matches, select
 
 Rules = Sequence[tuple[str, P]]
+BATCH = ("data", "fsdp")
+ACTIVATIONS = (LAYER_INPUT, ATTENTION_OUTPUT, MLP_OUTPUT, LAYER_OUTPUT)
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """Returns a mesh over the first data * fsdp * tensor devices, of all processes.
+
+  On TPUs each axis is laid along the links between the chips.
 
   Args:
     data: copies of the model, which share the batch.
     fsdp: parts of the parameters; these devices share the batch as well.
     tensor: parts of each layer's computation.
+    devices: None is all that there are.
   Raises:
     ValueError: if a size is not a positive integer, there are too few devices, or several processes
       have devices that the mesh would not use.
   """
   for name, size in {"data": data, "fsdp": fsdp, "tensor": tensor}.items():
     read_value(Count, size, f"mesh.{name}")
-  count, devices = data * fsdp * tensor, jax.devices()
+  count, devices = data * fsdp * tensor, jax.devices() if devices is None else devices
   if count > len(devices):
     raise ValueError(
       f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} needs {count} devices; there "
@@ -44,8 +54,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} has {count} devices, which do not "
       f"divide the {len(devices)} of {jax.process_count()} processes. Choose a divisor"
     )
-  grid = np.asarray(devices[:count]).reshape(data, fsdp, tensor)
-  return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+  shape, names, kinds = (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
+  return jax.make_mesh(shape, names, kinds, devices=devices[:count])
 
 
 def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
@@ -82,6 +92,36 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(shapes), [leaf_sharding(*item) for item in leaves])
 
 
+def num_row_parts(mesh: Mesh) -> int:
+  """Returns the number of parts that the rows of a batch are split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+  """Returns a function with its marked activations split by row, as the batch is.
+
+  Without this, XLA derives the shardings of activations from those of the weights: with the axis
+  `fsdp` in both, it may split the hidden states' last axis and give every device all rows.
+
+  Args:
+    fn: any function `fn(params, *args, **kwargs)`; `lora_jax.marks` names the marks.
+    mesh: as `make_mesh` returns it. Rows that it does not divide are left to XLA.
+  """
+  if mesh.size == 1:
+    return fn
+  by_row = NamedSharding(mesh, P(BATCH))
+
+  def split(mark: Any, x: jax.Array, arrays: None) -> jax.Array:
+    del mark, arrays
+    return x if x.shape[0] % num_row_parts(mesh) else place(x, by_row)
+
+  def sharded(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    call = trace_marks(fn, ACTIVATIONS, params, args, kwargs)
+    return call.evaluate(split, dict.fromkeys(call.marks))
+
+  return sharded
+
+
 def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 1) -> PyTree:
   """Splits a batch of this process over `data` and `fsdp`.
 
@@ -90,7 +130,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
   Raises:
     ValueError: if the rows cannot be split evenly.
   """
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = num_row_parts(mesh)
 
   def split(array: np.ndarray) -> jax.Array:
     rows = len(array) * jax.process_count()
@@ -100,7 +140,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
         f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of "
         f"{parts * accumulation_steps}"
       )
-    spec = P(("data", "fsdp"))
+    spec = P(BATCH)
     if accumulation_steps > 1:
       array, spec = array.reshape(accumulation_steps, -1, *array.shape[1:]), P(None, *spec)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)

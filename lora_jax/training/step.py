@@ -22,6 +22,7 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.shardings import shardings
 from lora_jax.optimizer import freeze
 from lora_jax.training.loss import LossSum, mean, per_token
+from lora_jax.training.mesh import shard_activations
 from lora_jax.trees import combine, leaves_with_path, partition, trainable_mask
 
 Batch = Mapping[str, Any]
@@ -75,8 +76,8 @@ def start(
   In full fine-tuning of a float32 model the trainable tree is `params` itself: pass the same object
   as both, as `full_finetuning(fn).init` returns it. The frozen part then has no array.
 
-  With `ShapeDtypeStruct`s as trainable leaves the optimizer's state has `ShapeDtypeStruct`s too:
-  nothing large is allocated, and the step can be lowered and compiled.
+  With `ShapeDtypeStruct`s as trainable leaves the whole state is of `ShapeDtypeStruct`s: nothing is
+  allocated, and the step can be lowered and compiled, also for a mesh of devices that are not here.
 
   Args:
     params: the base params.
@@ -93,12 +94,15 @@ def start(
       donate and read.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
+  is_plan = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trainable))
 
   def placed(leaf: Any) -> Any:
     if isinstance(getattr(leaf, "sharding", None), NamedSharding):
       return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return leaf.update(sharding=replicated)
+    if is_plan:
+      return jax.eval_shape(lambda: leaf).update(sharding=replicated)
     return jax.device_put(leaf, replicated)  # also a NumPy array, or a number
 
   if trainable is params:
@@ -112,7 +116,7 @@ def start(
   mask = trainable_mask(tree)
   specs = {"base": jax.tree.map(lambda _: None, base), "adapter": shardings(trainable, params)}
   part, frozen = partition(tree, mask)
-  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(part)):
+  if is_plan:
     init = functools.partial(jax.eval_shape, optimizer.init)
     optimizer = optax.GradientTransformationExtraArgs(
       init, optax.with_extra_args_support(optimizer).update
@@ -208,12 +212,13 @@ def make_train_step(
       whose gradients are summed; the result is that of the whole batch at once.
   """
   fold = jax.random.fold_in
+  apply = shard_activations(loss.apply, state.step.sharding.mesh)
 
   def gradients(part: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
     def total(part: PyTree) -> tuple[Array, LossSum]:
       tree = combine(part, frozen)
       keys = {"lora_key": key, "key": fold(key, MODEL_DROPOUT)}
-      loss_sum = loss.apply(tree["base"], tree["adapter"], batch, **keys)
+      loss_sum = apply(tree["base"], tree["adapter"], batch, **keys)
       return loss_sum.total, loss_sum
 
     (_, loss_sum), grads = jax.value_and_grad(total, has_aux=True)(part)

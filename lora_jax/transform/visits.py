@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from jaxtyping import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)  # JAX sorts the keys of a tree
 class Mark:
   """A value that a function marks by `checkpoint_name(x, name)`.
 
