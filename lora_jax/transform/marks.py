@@ -29,7 +29,7 @@ from lora_jax.transform.interpreter import Interpreter
 from lora_jax.transform.tracing import TracedCall, trace_call
 from lora_jax.transform.visits import Body, Mark, Plan, Visit, Visits
 
-__all__ = ["Mark", "MarkedCall", "trace_marks"]
+__all__ = ["Mark", "MarkedCall", "count_layers", "require_marks", "trace_marks"]
 
 Bodies: TypeAlias = list[tuple[Any, list[bool]]]
 """Inner jaxprs, each with a flag for each input: whether it is a weight."""
@@ -106,6 +106,20 @@ def require_marks(call: MarkedCall, names: Sequence[str], method: str) -> None:
       f"{method} needs marked values, and the function marks none of: {places}. Mark them in the "
       f"model: x = jax.ad_checkpoint.checkpoint_name(x, {missing[0]!r})"
     )
+
+
+def count_layers(marks: Sequence[Mark]) -> int:
+  """Returns the number of layers with marks of one name, one for each or one for their stack.
+
+  Raises:
+    ValueError: if only some layers are stacked, or they are in several stacks.
+  """
+  if not any(mark.layers for mark in marks):
+    return len(marks)
+  if len(marks) > 1 or len(marks[0].layers) > 1:
+    described = ", ".join(f"{mark} in stacks of {mark.layers}" for mark in marks)
+    raise ValueError(f"expected layers in one stack, or none of them stacked; got {described}")
+  return marks[0].layers[0]
 
 
 class _Search:
