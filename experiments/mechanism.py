@@ -1,7 +1,8 @@
 """Why do LoRA's variants differ? Sharpness, intruder dimensions and capacity, on the embedded base.
 
     python -m experiments.mechanism --plan                      # the measurements, with their hours
-    python -m experiments.mechanism                             # all of them; resumes
+    python -m experiments.mechanism                             # all of them; resumes. Start it
+                                                                # once for each core: taskset -c 0
     python -m experiments.mechanism --measure=sharpness --arms=dora,pissa
     python -m experiments.mechanism --tiny --arms=dora          # all parts in minutes
     python -m experiments.mechanism --report                    # the table of those so far
@@ -14,6 +15,7 @@ folder; the output names those that it does not have. Each measurement is append
 ROOT/mechanism.jsonl as one line; a table (OUT.md) and a figure (OUT.png) are made of them.
 """
 
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ from experiments.analysis.records import MEASURES, Planned, Record, carry_out, r
 from experiments.analysis.sharpness import measure_sharpness, plan_sharpness
 from experiments.analysis.summary import markdown, summarize
 from experiments.comparison.plan import arms_of
-from experiments.comparison.runs import collect
+from experiments.comparison.runs import WAIT, claimed, collect
 from experiments.configs.mechanism import FULL, TINY, Sizes
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
@@ -42,6 +44,9 @@ def do_measurements(
   measure: str, sizes: Sizes, arms: Sequence[str], runs: Path, path: Path, flags: str
 ) -> list[str]:
   """Does the measurements of a kind that are not finished; returns those that could not be done.
+
+  Several processes share the measurements of a file: one that another process does now is waited
+  for.
 
   Args:
     measure: one of `MEASURES`.
@@ -69,22 +74,34 @@ def do_measurements(
     ),
   }
   planner, measured = planners[measure]
-  records, broken = read_records(path), list[str]()
+  broken = list[str]()
   while True:
+    records = read_records(path)
     left = [p for p in planner(records) if p.find(records) is None and p.name not in broken]
     if not left:
       return broken
+    taken = 0
     for planned in left:
       command = f"python -m experiments.mechanism --measure={measure} --arms={planned.arm}{flags}"
-      print(planned.name, flush=True)
-      try:
-        record = carry_out(planned, measured, command, path)
-      except Exception:  # the others are still worth doing
-        broken.append(planned.name)
-        print(f"  {traceback.format_exc()}", flush=True)
-        continue
-      print(f"  {record['status']}, {record['seconds']:.0f} s", flush=True)
-      records.append(record)
+      with claimed(planned.claim(path)) as is_free:
+        if not is_free:
+          taken += 1
+        elif planned.find(read_records(path)) is None and not _do(planned, measured, command, path):
+          broken.append(planned.name)
+    if taken == len(left):
+      time.sleep(WAIT)
+
+
+def _do(planned: Planned, measured: Measure, command: str, path: Path) -> bool:
+  """Does a measurement; returns whether it could be done. If not, the others are worth doing."""
+  print(planned.name, flush=True)
+  try:
+    record = carry_out(planned, measured, command, path)
+  except Exception:
+    print(f"  {traceback.format_exc()}", flush=True)
+    return False
+  print(f"  {record['status']}, {record['seconds']:.0f} s", flush=True)
+  return True
 
 
 def report(sizes: Sizes, arms: Sequence[str], runs: Path, path: Path, out: Path) -> str:

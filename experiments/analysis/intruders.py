@@ -17,14 +17,22 @@ STAGE = "seeds"  # of the comparison, whose runs are read
 
 
 def plan_intruders(records: Iterable[Record], arms: Sequence[str]) -> list[Planned]:
-  """Returns a measurement of each finished run.
+  """Returns a measurement of each finished run, which its loss tells from another in its folder.
 
   Args:
     records: the comparison's, as `experiments.comparison.runs.collect` returns them.
     arms: of the runs.
   """
   return [
-    Planned("intruders", record["arm"], {"run": record["folder"], "run_seed": record["seed"]})
+    Planned(
+      "intruders",
+      record["arm"],
+      {
+        "run": record["folder"],
+        "run_seed": record["seed"],
+        "run_loss": record["valid_loss"],
+      },
+    )
     for record in records
     if record["stage"] == STAGE and record["arm"] in arms and record["status"] == "finished"
   ]

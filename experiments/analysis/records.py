@@ -4,6 +4,7 @@ A line has the measure, the arm and the settings, by which a finished measuremen
 result; and where it comes from: seed, command, commit, device, JAX's version, seconds.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,11 @@ class Planned(NamedTuple):
   def name(self) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
     return f"{self.measure} of {self.arm} ({settings})"
+
+  def claim(self, path: Path) -> Path:
+    """Returns the folder that a process claims while it measures for a file of records."""
+    digest = hashlib.sha256(self.name.encode()).hexdigest()[:16]
+    return path.parent / ".claims" / digest
 
   def find(self, records: Iterable[Record]) -> Record | None:
     """Returns its record, if it is finished."""

@@ -1,7 +1,7 @@
 """Puts the measurements of all arms into one table."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,11 +94,16 @@ def summarize(
       arm,
       rates.get(arm),
       sharpness.get(arm),
-      [r for r in finished if (r["measure"], r["arm"]) == ("intruders", arm)],
+      _latest(r for r in finished if (r["measure"], r["arm"]) == ("intruders", arm)),
       curve(sizes, arm, records) if arm in measured else {},
     )
     for arm in arms
   ]
+
+
+def _latest(intruders: Iterable[Record]) -> list[Record]:
+  """Returns the last record of each run: a run that was made again replaces that in its folder."""
+  return list({record["settings"]["run"]: record for record in intruders}.values())
 
 
 def markdown(sizes: Sizes, rows: Sequence[Row], records: Sequence[Record]) -> str:

@@ -1,5 +1,6 @@
 """The command: its parts on a tiny model, its report, and what it refuses."""
 
+import contextlib
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from experiments.analysis import capacity
 from experiments.analysis.records import read_records
 from experiments.comparison import plan
 from experiments.comparison.plan import Planned, changes_of
-from experiments.comparison.runs import carry_out
+from experiments.comparison.runs import carry_out, claimed
 from experiments.configs import variants
 from experiments.configs.variants import TINY
 from experiments.harness.launch import RATE
@@ -80,6 +81,24 @@ def test_what_breaks_is_named_and_the_rest_is_done(tmp_path, monkeypatch, capsys
   )
   monkeypatch.setattr(mechanism, "measure_sharpness", lambda *_: pytest.fail("measured again"))
   assert mechanism.do_measurements("sharpness", mechanism.TINY, ["dora"], tmp_path, path, "") == []
+
+
+def test_a_measurement_of_another_process_is_waited_for(tmp_path, monkeypatch):
+  path = tmp_path / "lines.jsonl"
+  (planned,) = mechanism.plan_sharpness(mechanism.TINY, ["lora"])
+  with contextlib.ExitStack() as other:
+    other.enter_context(claimed(planned.claim(path)))
+
+    def finish(seconds):
+      mechanism.carry_out(planned, lambda _: {"parameters": 1}, "", path)
+      other.close()
+
+    monkeypatch.setattr(mechanism.time, "sleep", finish)
+    monkeypatch.setattr(mechanism, "measure_sharpness", lambda *_: pytest.fail("measured twice"))
+    assert (
+      mechanism.do_measurements("sharpness", mechanism.TINY, ["lora"], tmp_path, path, "") == []
+    )
+  assert len(read_records(path)) == 1
 
 
 @pytest.mark.long

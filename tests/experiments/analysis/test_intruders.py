@@ -7,6 +7,8 @@ import pytest
 
 from experiments.analysis import intruders
 from experiments.analysis.intruders import measure_intruders, plan_intruders
+from experiments.analysis.summary import summarize
+from experiments.configs.mechanism import TINY
 
 from tests.experiments.comparison.records import record
 
@@ -39,6 +41,21 @@ def test_a_planted_output_vector_is_counted_and_an_unchanged_weight_is_not(tmp_p
   assert result["effective_rank"] == pytest.approx(1)
   norm = np.linalg.norm(before)
   assert result["relative_change"] == pytest.approx(50 / norm)
+
+
+def test_another_run_in_the_same_folder_is_measured_again():
+  one, other = (
+    plan_intruders([record("seeds", "lora", 1e-2, 1, loss) | {"folder": "a"}], ["lora"])[0]
+    for loss in (2.0, 2.0 + 1e-9)
+  )
+  assert one.find([one._asdict()]) is not None
+  assert other.find([one._asdict()]) is None
+  results = [{"status": "finished", "intruders": {}, "loss": i} for i in range(2)]
+  lines = [
+    planned._asdict() | result for planned, result in zip([one, other], results, strict=True)
+  ]
+  (row,) = summarize(TINY, ["lora"], lines, [])
+  assert row.intruders == lines[1:]
 
 
 def test_only_finished_reported_runs_are_read():
