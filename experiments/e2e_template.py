@@ -18,6 +18,7 @@ from experiments.harness.workdir import commit, run_once
 from experiments.nlg.config import TemplateConfig
 from experiments.nlg.e2e import decoded_inputs, score
 from experiments.nlg.scores import markdown
+from experiments.nlg.tasks.e2e import E2E
 from lora_jax.metrics.slots import parse_slots
 
 RATINGS = {"1 out of 5", "3 out of 5", "5 out of 5"}
@@ -63,13 +64,13 @@ def _a(noun: str) -> str:
 def run(config: TemplateConfig) -> dict[str, Any]:
   """Writes and scores one text for each input. A finished run is not repeated."""
   result = run_once(config, lambda workdir: _run(config, workdir))
-  print(markdown([result]))
+  print(markdown([result], E2E.metrics))
   return result
 
 
 def _run(config: TemplateConfig, workdir: Path) -> dict[str, Any]:
   data, inputs = config.data, config.decoding
-  groups = decoded_inputs(data.form, data.source, inputs.split, inputs.num_inputs)
+  groups = decoded_inputs(data, inputs.split, inputs.num_inputs)
   texts = [describe(parse_slots(group.context)) for group in groups]
   return {
     "experiment": config.experiment,
@@ -79,7 +80,7 @@ def _run(config: TemplateConfig, workdir: Path) -> dict[str, Any]:
     "num_train_records": 0,
     "trainable_parameters": 0,
     "valid_loss": None,
-    **score(texts, groups, workdir),
+    **score(texts, groups, workdir, data, inputs),
     "commit": commit(),
   }
 

@@ -23,9 +23,10 @@ from experiments.harness.workdir import provenance, read_finished, read_run, run
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import decode_and_score, load_data, validation_loss
-from experiments.nlg.restore import restore_params
+from experiments.nlg.restore import check_has_model, restore_params
 from experiments.nlg.rounding import rounded
 from experiments.nlg.scores import markdown
+from experiments.nlg.tasks.table import TASKS, title
 from lora_jax.fields import NonEmptyPath, read_value
 
 SETTINGS = {  # the flag: the field of the config
@@ -69,12 +70,13 @@ def evaluate_run(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any]
       f"--rounded_to rounds the base weights of an adapter, and {folder} is a run of "
       f"{stored.method}"
     )
+  check_has_model(stored)
   if not config.decoding.num_inputs:
     raise ValueError("the run decoded nothing; give the number of inputs: --num_inputs=630")
   workdir = Path(folder) / "evaluations" / _name(stored, config)
   config = dataclasses.replace(config, workdir=str(workdir))
   evaluation = run_once(config, lambda _: _evaluate(config, stored, result))
-  print(markdown([evaluation]))
+  print(markdown([evaluation], TASKS[config.data.name].metrics))
   print(f"\nwrote {workdir}")
   return evaluation
 
@@ -90,6 +92,7 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
     loss = validation_loss(base, params, load_data(stored, base), mesh)
   return {
     **{name: result[name] for name in SHARED_FIELDS if name in result},
+    "data": title(stored.data),
     **({"trained_on": "the model's weights"} if _is_served_rounded(config, stored) else {}),
     "valid_loss": loss,
     **decode_and_score(config, base, params, mesh),

@@ -34,10 +34,18 @@ from experiments.harness.workdir import (
 )
 from experiments.nlg.base import Base, float_params, load_base, pretraining_tokens
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.e2e import Data, decode_and_score, inputs_of, load_data, validation_loss
+from experiments.nlg.e2e import (
+  Data,
+  decode_and_score,
+  inputs_of,
+  load_data,
+  score,
+  validation_loss,
+)
 from experiments.nlg.from_data import start_from_data
 from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.scores import markdown
+from experiments.nlg.tasks.table import TASKS, title
 from lora_jax.training.loss import language_model_loss
 
 
@@ -59,6 +67,8 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   check_quantized(config)
   check_attention(config.model.attention, config.model.dtype)
   mesh, method = config.mesh.make(), find_method(config.method)
+  if method.is_floor:
+    return floor(config, workdir)
   base = load_base(config, mesh)
   base_parameters = count(base.params)
   data = load_data(config, base)
@@ -71,6 +81,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   return {
     "experiment": config.experiment,
     "variant": config.variant,
+    "data": title(config.data),
     "method": config.method,
     "seed": config.seed,
     "num_train_records": data.num_train_records if method.trains else 0,
@@ -128,10 +139,45 @@ def measure(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTr
   return params, {"trainable_parameters": 0, "valid_loss": valid_loss}
 
 
+def floor(config: E2EConfig, workdir: Path) -> dict[str, Any]:
+  """Scores texts that need no model; returns the content of `result.json`.
+
+  Raises:
+    ValueError: if the data set has no such texts, or no inputs are decoded.
+  """
+  start = time.perf_counter()
+  task, groups = TASKS[config.data.name], inputs_of(config)
+  if task.floor is None:
+    names = [name for name, other in TASKS.items() if other.floor]
+    raise ValueError(
+      f"data.name={config.data.name} has no method=floor; expected one of {', '.join(names)}"
+    )
+  if not groups:
+    raise ValueError("method=floor scores texts, and decoding.num_inputs is 0; expected 1 or more")
+  texts = task.floor([group.context for group in groups], task.load(config.data, "train"))
+  return {
+    "experiment": config.experiment,
+    "variant": "",
+    "data": title(config.data),
+    "method": config.method,
+    "floor_texts": task.floor_label,
+    "seed": config.seed,
+    "num_train_records": 0,
+    "base_parameters": 0,
+    "trainable_parameters": 0,
+    "valid_loss": None,
+    **score(
+      [" ".join(text.split()) for text in texts], groups, workdir, config.data, config.decoding
+    ),
+    "seconds": time.perf_counter() - start,
+    **provenance(),
+  }
+
+
 def report(workdir: Path, result: dict[str, Any]) -> str:
   """Returns a finished run as text: the row, samples, and the paths of its files."""
-  lines = [markdown([result])]
   config = read_run(E2EConfig, workdir)
+  lines = [title(config.data), "", markdown([result], TASKS[config.data.name].metrics)]
   predictions = workdir / "predictions.txt"
   if predictions.is_file():
     texts = predictions.read_text("utf-8").split("\n")
@@ -139,15 +185,18 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
     for i in range(0, len(groups), max(1, len(groups) // 3)):
       lines += ["", f"input      {groups[i].context}", f"generated  {texts[i]}"]
       lines += [f"reference  {groups[i].references[0]}"]
-  share = 100 * result["trainable_parameters"] / result["base_parameters"]
-  lines += [
-    "",
-    f"trainable  {result['trainable_parameters']:,} of {result['base_parameters']:,} parameters "
-    f"({share:.2f} %)",
-    f"loss       {result['valid_loss']:.4f} nats/token on {config.data.num_valid_records or 'all'} "
-    "validation examples",
-    f"time       {result['seconds']:.0f} s on {result['device']}",
-  ]
+  lines.append("")
+  if result["valid_loss"] is not None:
+    share = 100 * result["trainable_parameters"] / result["base_parameters"]
+    lines += [
+      f"trainable  {result['trainable_parameters']:,} of {result['base_parameters']:,} parameters "
+      f"({share:.2f} %)",
+      f"loss       {result['valid_loss']:.4f} nats/token on "
+      f"{config.data.num_valid_records or 'all'} validation examples",
+    ]
+  else:
+    lines.append(f"floor      {result['floor_texts']}, without a model")
+  lines.append(f"time       {result['seconds']:.0f} s on {result['device']}")
   if errors := result.get("slot_errors"):
     counts = ", ".join(f"{errors[name]:,} {name}" for name in ("missing", "wrong", "added"))
     lines.append(

@@ -2,23 +2,25 @@
 
     python -m experiments.report FOLDERS... [--out=report] [--against=FOLDER]
 
-Runs that differ only in their seed are one row. Every number is read from the runs' folders;
-unfinished runs are listed. Writes OUT.md, OUT.csv and OUT.png.
+Runs that differ only in their seed are one row, and each data set has tables of its own. Every
+number is read from the runs' folders; unfinished runs are listed. Writes OUT.md, OUT.csv and
+OUT.png; with several data sets a plot for each, OUT-NAME.png.
 
 Time: seconds; with Java a few more for METEOR.
 Expect: the tables of docs/gpt2_e2e.md, from the runs that are listed there.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
-from experiments.nlg.e2e import decoded_inputs
+from experiments.nlg.config import Texts
+from experiments.nlg.e2e import decoded_inputs, measure_parts
 from experiments.nlg.figure import draw
 from experiments.nlg.groups import (
   ROUNDED,
@@ -28,16 +30,19 @@ from experiments.nlg.groups import (
   by_rank,
   by_rate,
   group_runs,
+  texts_of,
   unrounded,
 )
+from experiments.nlg.paper_rows import PAPER, TABLES, PaperTable
 from experiments.nlg.report_csv import write_csv
-from experiments.nlg.scores import DIGITS, METRICS, SCORES, number
+from experiments.nlg.scores import LOWER_IS_BETTER, digits, header, metric_of, number
+from experiments.nlg.tasks.table import TASKS, title
+from experiments.nlg.tasks.task import by_name
+from lora_jax.data.sets.e2e import Split
 from lora_jax.fields import NonEmptyPath, read_value
-from lora_jax.metrics import Difference, differences, measure
+from lora_jax.metrics import Difference, differences
 
-HEADS = {"valid_loss": "valid loss", **SCORES}
-INPUTS = ("data.form", "data.source", "decoding.split", "decoding.num_inputs")
-PAPER = "Hu et al. 2021, arXiv 2106.09685v2"
+FLOOR = "⌊"  # marks scores that do not exceed the floor's
 
 
 def report(
@@ -61,29 +66,86 @@ def report(
   if against is not None:
     read_value(NonEmptyPath, str(against), "--against")
   runs, unfinished = read_runs(folders)
-  groups = group_runs(runs)
-  rates, sweeps, budgets = by_rate(groups), by_rank(groups), by_budget(groups)
-  bits = by_bits(groups)
-  parts = [f"# {len(runs)} runs in {len(groups)} groups", unfinished, _results(groups)]
-  if any(group.first.is_decoded for group in groups):
-    parts += [_over_inputs(groups), _compared(groups, runs, against), _paper()]
-  elif against is not None:
-    raise ValueError("--against compares decoded texts, and none of the runs has decoded any")
-  parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
-  parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
+  by_data: dict[str, list[Run]] = defaultdict(list)
+  for run in runs:
+    by_data[title(texts_of(run))].append(run)
+  holder = _holder(by_data, against)
+  parts, groups = [unfinished], []
+  out.parent.mkdir(parents=True, exist_ok=True)
+  for name, of_data in by_data.items():
+    of_name = group_runs(of_data)
+    ending = "" if len(by_data) == 1 else f"-{_file_name(of_data[0])}"
+    parts.append(
+      _section(name, of_name, of_data, against if name == holder else None, f"{out}{ending}.png")
+    )
+    groups += of_name
   parts.append(_origin(runs))
   text = "\n\n".join(part for part in parts if part) + "\n"
-  out.parent.mkdir(parents=True, exist_ok=True)
   Path(f"{out}.md").write_text(text, "utf-8")
-  write_csv(Path(f"{out}.csv"), groups)
-  draw(Path(f"{out}.png"), groups, rates, sweeps, budgets, bits)
+  metrics = dict.fromkeys(name for group in groups for name in _metrics(group.first))
+  whole = {texts.name for texts in map(texts_of, runs) if not texts.any_size}
+  write_csv(Path(f"{out}.csv"), groups, list(metrics), [name for name in TABLES if name in whole])
   return text
 
 
+def _section(
+  name: str, groups: Sequence[Group], runs: Sequence[Run], against: str | Path | None, plot: str
+) -> str:
+  """Returns the report of one data set's runs, and draws their plot."""
+  rates, sweeps, budgets = by_rate(groups), by_rank(groups), by_budget(groups)
+  bits = by_bits(groups)
+  parts = [f"# {name}: {len(runs)} runs in {len(groups)} groups", _results(groups)]
+  if any(group.first.is_decoded for group in groups):
+    printed = _paper_table(texts_of(runs[0]))
+    parts += [_over_inputs(groups), _compared(groups, runs, against)]
+    parts.append(_paper(printed) if printed else "")
+  parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
+  parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
+  draw(Path(plot), groups, _metrics(runs[0]), rates, sweeps, budgets, bits)
+  return "\n\n".join(part for part in parts if part)
+
+
+def _holder(by_data: Mapping[str, Sequence[Run]], against: str | Path | None) -> str | None:
+  """Returns the title of the data set that has the run `against`; None without one.
+
+  Raises:
+    ValueError: if that run is none of them, or has decoded nothing.
+  """
+  if against is None:
+    return None
+  decoded = {
+    run.folder.resolve(): (name, run)
+    for name, runs in by_data.items()
+    for run in runs
+    if run.is_decoded
+  }
+  if not decoded:
+    raise ValueError("--against compares decoded texts, and none of the runs has decoded any")
+  if Path(against).resolve() not in decoded:
+    known = ", ".join(str(run.folder) for _, run in decoded.values())
+    raise ValueError(f"--against={against} must be one of the runs that decoded texts: {known}")
+  return decoded[Path(against).resolve()][0]
+
+
+def _file_name(run: Run) -> str:
+  texts = texts_of(run)
+  return f"{texts.name}-excerpt" if texts.any_size else texts.name
+
+
+def _metrics(run: Run) -> tuple[str, ...]:
+  return TASKS[texts_of(run).name].metrics
+
+
+def _paper_table(texts: Texts) -> PaperTable | None:
+  """Returns the paper's table of a data set; None for an excerpt of it."""
+  return None if texts.any_size else TABLES.get(texts.name)
+
+
 def _results(groups: Sequence[Group]) -> str:
-  metrics = HEADS if any(group.first.is_decoded for group in groups) else ["valid_loss"]
-  head = ["run", "trainable", "examples", "learning rate", "seeds"]
-  head += [HEADS[name] for name in metrics]
+  metrics = ["valid_loss"]
+  if any(group.first.is_decoded for group in groups):
+    metrics += _metrics(groups[0].first)
+  head = ["run", "trainable", "examples", "learning rate", "seeds", *map(header, metrics)]
   rows = [
     [
       group.label,
@@ -114,43 +176,61 @@ def _statistic(group: Group, name: str) -> str:
 
 
 def _over_inputs(groups: Sequence[Group]) -> str:
-  head = ["run", "seed", "inputs", *SCORES.values()]
+  metrics = _metrics(groups[0].first)
+  head = ["run", "seed", "inputs", *map(header, metrics)]
+  floor = next((group.first for group in groups if group.method.is_floor), None)
   rows = [
     [
       group.label,
       str(group.first.seed),
       f"{group.first.result['num_inputs']:,}",
-      *(_interval(group.first, name) for name in SCORES),
+      *(_interval(group.first, name, floor) for name in metrics),
     ]
     for group in groups
     if group.first.is_decoded
   ]
   note = (
     "The first seed of each group: its score and the 95 % bootstrap interval over the inputs, "
-    "which does not cover other seeds or machines. SER is the slot error rate, x 100, by patterns "
-    "(lora_jax/metrics/slots.py)"
+    "which does not cover other seeds or machines."
   )
-  floors = {
-    run.result["reference_slot_error_rate"]
-    for group in groups
-    for run in group.runs
-    if "reference_slot_error_rate" in run.result
-  }
-  note += "".join(f"; the references have {floor:.2f}" for floor in sorted(floors)) + "."
+  if "slot_error_rate" in metrics:
+    note += " SER is the slot error rate, x 100, by patterns (lora_jax/metrics/slots.py)"
+    rates = {
+      run.result["reference_slot_error_rate"]
+      for group in groups
+      for run in group.runs
+      if "reference_slot_error_rate" in run.result
+    }
+    note += "".join(f"; the references have {rate:.2f}" for rate in sorted(rates)) + "."
+  if floor is not None:
+    note += (
+      f" The floor needs no model: {floor.result['floor_texts']}. {FLOOR} marks intervals that reach it: "
+      "such a score shows nothing that was learned, and has no rank."
+    )
   return f"## Over the inputs\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 
-def _interval(run: Run, name: str) -> str:
+def _interval(run: Run, name: str, floor: Run | None) -> str:
   value, interval = run.value(name), run.interval(name)
   if value is None or interval is None:
     return ""
   low, high = (number(name, end) for end in interval)
-  return f"{number(name, value)} [{low}, {high}]"
+  mark = FLOOR if floor is not None and _reaches(run, name, floor) else ""
+  return f"{number(name, value)} [{low}, {high}]{mark}"
+
+
+def _reaches(run: Run, name: str, floor: Run) -> bool:
+  """Tells whether a run's interval reaches the floor's score on the same inputs."""
+  level, interval = floor.value(name), run.interval(name)
+  if run is floor or level is None or interval is None or _inputs(run) != _inputs(floor):
+    return False
+  low, high = interval
+  return high >= level if metric_of(name) in LOWER_IS_BETTER else low <= level
 
 
 def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path | None) -> str:
   decoded = [group for group in groups if group.first.is_decoded]
-  chosen = _reference(decoded, runs, against)
+  chosen = _reference(decoded, against)
   if chosen is None:
     return "No LoRA run was decoded; `--against=FOLDER` names a run to compare the others with."
   label, reference = chosen
@@ -162,10 +242,12 @@ def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path 
   if not other_runs:
     return ""
   labels = {run.folder: group.label for group in decoded for run in group.runs}
-  head = ["run", *METRICS.values()]
-  rows = [
-    [labels[run.folder], *(_difference(name, by_name[name]) for name in METRICS)]
-    for run, by_name in zip(other_runs, compare(other_runs, reference), strict=True)
+  compared = compare(other_runs, reference)
+  metrics = [name for name in _metrics(reference) if name in compared[0]]
+  rows = [["run", *map(header, metrics)]]
+  rows += [
+    [labels[run.folder], *(_difference(name, difference[name]) for name in metrics)]
+    for run, difference in zip(other_runs, compared, strict=True)
   ]
   note = (
     "Differences from it on the same inputs, first seeds, with 95 % paired bootstrap intervals "
@@ -174,21 +256,22 @@ def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path 
   )
   if left_out:
     note += f" Left out, since they decoded other inputs: {'; '.join(left_out)}."
-  title = f"## Against {label}, seed {reference.seed}"
-  return f"{title}\n\n{table.aligned([head, *rows])}\n\n{note}"
+  heading = f"## Against {label}, seed {reference.seed}"
+  return f"{heading}\n\n{table.aligned(rows)}\n\n{note}"
 
 
 def compare(runs: Sequence[Run], reference: Run) -> list[dict[str, Difference | None]]:
   """Returns each run's scores minus those of another one, all decoded on the same inputs."""
-  inputs = decoded_inputs(*_inputs(reference))
-  texts = [_texts(run, len(inputs)) for run in (*runs, reference)]
-  *measured, last = measure(texts, [item.references for item in inputs])
-  return [differences(scores, last) for scores in measured]
+  texts, split, count = _inputs(reference)
+  inputs = decoded_inputs(texts, split, count)
+  systems = [_texts(run, len(inputs)) for run in (*runs, reference)]
+  *measured, last = measure_parts(systems, inputs, texts, split)
+  return [
+    by_name({part: differences(parts[part], last[part]) for part in parts}) for parts in measured
+  ]
 
 
-def _reference(
-  decoded: Sequence[Group], runs: Sequence[Run], against: str | Path | None
-) -> tuple[str, Run] | None:
+def _reference(decoded: Sequence[Group], against: str | Path | None) -> tuple[str, Run] | None:
   """Returns the run that the others are compared with, and its group's label."""
   if against is None:
     low_rank = [group for group in decoded if group.is_low_rank]
@@ -197,18 +280,13 @@ def _reference(
     best = min(low_rank, key=lambda group: group.loss)
     return best.label, best.first
   path = Path(against).resolve()
-  for group in decoded:
-    for run in group.runs:
-      if run.folder.resolve() == path:
-        return group.label, run
-  known = ", ".join(str(run.folder) for run in runs if run.is_decoded)
-  raise ValueError(
-    f"--against={against} must be one of the runs that decoded texts: {known or 'none has'}"
+  return next(
+    (group.label, run) for group in decoded for run in group.runs if run.folder.resolve() == path
   )
 
 
-def _inputs(run: Run) -> tuple[Any, ...]:
-  return tuple(run.settings.get(name) for name in INPUTS)
+def _inputs(run: Run) -> tuple[Texts, Split, int]:
+  return texts_of(run), run.settings["decoding.split"], run.settings["decoding.num_inputs"]
 
 
 def _texts(run: Run, count: int) -> list[str]:
@@ -223,21 +301,21 @@ def _difference(name: str, difference: Difference | None) -> str:
   if difference is None:
     return ""
   ends = (difference.difference, difference.low, difference.high)
-  value, low, high = (f"{end:+.{DIGITS[name]}f}" for end in ends)
+  value, low, high = (f"{end:+.{digits(name)}f}" for end in ends)
   return f"{value} [{low}, {high}]" + ("°" if difference.low <= 0 <= difference.high else "")
 
 
-def _paper() -> str:
-  head = ["the paper's models", "trainable", *METRICS.values()]
+def _paper(printed: PaperTable) -> str:
+  head = ["the paper's models", "trainable", *map(header, printed.metrics)]
   rows = [
-    [row.label, row.trainable, *map(_printed, METRICS, row[2:])] for row in paper_tables.TABLE_3
+    [row.label, row.trainable, *(_printed(name, row.scores[name]) for name in printed.metrics)]
+    for row in printed.rows
   ]
   note = (
-    f"Table 3 of the paper ({PAPER}): GPT-2 medium (355 M parameters) and large (774 M), trained "
-    "on all examples for 5 epochs. These are other models than those above. "
-    "* is from earlier work."
+    f"{printed.name} of the paper ({PAPER}): {printed.about}. "
+    "These are other models than those above."
   )
-  return f"## The paper's Table 3\n\n{table.aligned([head, *rows])}\n\n{note}"
+  return f"## The paper's {printed.name}\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 
 def _printed(name: str, value: paper_tables.Value) -> str:
@@ -260,33 +338,38 @@ def _rates(families: Mapping[str, Sequence[Group]]) -> str:
 
 
 def _ranks(sweep: Sequence[Group]) -> str:
-  names = [name for name in HEADS if any(group.statistic(name) for group in sweep)]
+  values = ("valid_loss", *_metrics(sweep[0].first))
+  names = [name for name in values if any(group.statistic(name) for group in sweep)]
+  has_paper = texts_of(sweep[0].first).name == "e2e"
+  sources = ("", " (paper)") if has_paper else ("",)
   head = ["rank", "trainable", "learning rate"]
-  head += [f"{HEADS[name]}{source}" for name in names for source in ("", " (paper)")]
+  head += [f"{header(name)}{source}" for name in names for source in sources]
   rows = []
   for group in sweep:
     rank = group.settings["lora.rank"]
     paper = paper_tables.TABLE_18.get(rank, {})
     cells = [str(rank), f"{group.first.result['trainable_parameters']:,}", f"{group.rate:g}"]
     for name in names:
-      cells += [_statistic(group, name), number(name, paper.get(name))]
+      cells += [_statistic(group, name), number(name, paper.get(name))][: len(sources)]
     rows.append(cells)
-  note = (
-    f"(paper): Table 18 of {PAPER}: GPT-2 medium, LoRA on q and v, 26,000 steps. It is another "
-    "model: compare how the values change with the rank, not the values."
+  text = f"## By rank: {sweep[0].method.label}\n\n{table.aligned([head, *rows])}"
+  if not has_paper:
+    return text
+  return (
+    f"{text}\n\n(paper): Table 18 of {PAPER}: GPT-2 medium, LoRA on q and v, 26,000 steps. It is "
+    "another model: compare how the values change with the rank, not the values."
   )
-  return f"## By rank: {sweep[0].method.label}\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 
 def _budgets(families: Mapping[str, Mapping[int, Group]]) -> str:
   budgets = sorted({tokens for members in families.values() for tokens in members})
   columns = [
     (name, label)
-    for name in ("valid_loss", "bleu")
+    for name in ("valid_loss", *_metrics(_any_group(families).first)[:1])
     if any(group.statistic(name) for members in families.values() for group in members.values())
     for label in families
   ]
-  rows = [["pretraining tokens", *(f"{label}: {HEADS[name]}" for name, label in columns)]]
+  rows = [["pretraining tokens", *(f"{label}: {header(name)}" for name, label in columns)]]
   for tokens in budgets:
     cells = [
       _statistic(families[label][tokens], name) if tokens in families[label] else ""
@@ -298,7 +381,7 @@ def _budgets(families: Mapping[str, Mapping[int, Group]]) -> str:
 
 
 def _bits(families: Mapping[str, Mapping[float, Group]], groups: Sequence[Group]) -> str:
-  head = ["adapter", "weights rounded to", "bits", HEADS["valid_loss"], "SER"]
+  head = ["adapter", "weights rounded to", "bits", header("valid_loss"), "SER"]
   rows = [
     [label, group.settings[ROUNDED], f"{bits:.3g}", *_loss_and_errors(group)]
     for label, members in families.items()
@@ -308,12 +391,20 @@ def _bits(families: Mapping[str, Mapping[float, Group]], groups: Sequence[Group]
   return f"## By bits of the base model's linear weights\n\n{table.aligned([head, *rows])}"
 
 
+def _any_group(families: Mapping[str, Mapping[int, Group]]) -> Group:
+  return next(group for members in families.values() for group in members.values())
+
+
 def _loss_and_errors(group: Group) -> list[str]:
   return [_statistic(group, name) for name in ("valid_loss", "slot_error_rate")]
 
 
 def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -> str:
-  """Returns a table: BLEU of full fine-tuning minus that of the other methods, by base model."""
+  """Returns a table of the first metric: full fine-tuning minus other methods, by base model."""
+  metrics = _metrics(_any_group(families).first)
+  if not metrics:
+    return ""
+  metric = metrics[0]
   full: Mapping[int, Group] = next(
     (
       members
@@ -323,7 +414,7 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
     {},
   )
   other_families = {label: members for label, members in families.items() if members is not full}
-  rows = [["BLEU of full fine-tuning minus that of", *other_families]]
+  rows = [[f"{header(metric)} of full fine-tuning minus that of", *other_families]]
   for tokens in budgets:
     if tokens not in full or not full[tokens].first.is_decoded:
       continue
@@ -333,14 +424,14 @@ def _gaps(families: Mapping[str, Mapping[int, Group]], budgets: Sequence[int]) -
       if other is None or not other.is_decoded or _inputs(other) != _inputs(run):
         cells.append("")
       else:
-        cells.append(_difference("bleu", compare([run], other)[0]["bleu"]))
+        cells.append(_difference(metric, compare([run], other)[0][metric]))
     rows.append([f"{tokens:,} tokens", *cells])
   note = (
     "First seeds, with 95 % paired bootstrap intervals over the inputs, which do not cover other "
     "seeds or machines; ° contains zero."
   )
-  title = "## Full fine-tuning against the other methods, by pretraining"
-  return f"{title}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and other_families else ""
+  heading = "## Full fine-tuning against the other methods, by pretraining"
+  return f"{heading}\n\n{table.aligned(rows)}\n\n{note}" if len(rows) > 1 and other_families else ""
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -351,7 +442,7 @@ def _origin(runs: Sequence[Run]) -> str:
     f"- {hours:.2f} hours in total",
   ]
   missing = {
-    f"- no {METRICS[name]}: {reason}"
+    f"- no {header(name)}: {reason}"
     for run in runs
     for name, reason in run.result.get("scores", {}).get("missing", {}).items()
   }

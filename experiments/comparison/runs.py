@@ -27,7 +27,7 @@ from experiments.configs import Config
 from experiments.configs.variants import Sizes
 from experiments.harness.config import flat, read_config
 from experiments.harness.workdir import read_result, read_run, stored_config, write_json
-from experiments.nlg.config import E2EConfig
+from experiments.nlg.config import E2EConfig, Texts
 from experiments.nlg.e2e import decoded_inputs
 from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
@@ -185,8 +185,8 @@ def _record(folder: Path) -> Record:
 
 def _bleu_rows(folder: Path, settings: Mapping[str, Any]) -> list[list[int]]:
   """Returns BLEU's statistics of each input, as `lora_jax.metrics.ngrams.bleu`'s rows."""
-  names = ("data.form", "data.source", "decoding.split", "decoding.num_inputs")
-  groups = decoded_inputs(*(settings[name] for name in names))
+  data = Texts(settings["data.form"], settings["data.source"])
+  groups = decoded_inputs(data, settings["decoding.split"], settings["decoding.num_inputs"])
   texts = (folder / "predictions.txt").read_text("utf-8").removesuffix("\n").split("\n")
   rows = ngrams.bleu(texts, [group.references for group in groups]).rows
   return rows.astype(int).tolist()

@@ -60,6 +60,8 @@ def get_config(variant: str = "mini") -> Config:
   config.lora.init = "kaiming_uniform"
 
   config.data = ConfigDict()
+  config.data.name = "e2e"  # or another data set of experiments/nlg/tasks/table.py
+  config.data.any_size = False  # True accepts excerpts of data sets that come as a user's files
   config.data.form = "reference"  # the files of the paper's code; or official, the CSV files
   config.data.source = "embedded"  # or download (official only), or a folder with the files
   config.data.prompt = "separator"  # an end token after the input; or newline, or chat
@@ -71,6 +73,8 @@ def get_config(variant: str = "mini") -> Config:
   config.data.batch_size = 8  # rows
   config.data.row_length = 192  # tokens
   config.data.loss_length = 112  # supervised tokens of a row, at most
+  config.data.max_length = 512  # tokens of an example, which is cut there; at most the model's
+  config.data.percent = 0.0  # of the vocabulary that data.name=dial permutes
 
   config.optimizer = ConfigDict()
   config.optimizer.learning_rate = 1e-2  # the best of four by validation loss

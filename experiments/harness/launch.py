@@ -263,6 +263,8 @@ def _with_stored_rate(
 def single_run(config: Config, default: Config, named: Collection[str]) -> Config:
   """Returns the config of a run; without a workdir, the folder is named after the changed fields.
 
+  That name also replaces `{name}` in a workdir, as in `runs/webnlg/{name}`.
+
   Prints a learning rate that comes from neither a flag nor the config file.
 
   Raises:
@@ -271,9 +273,8 @@ def single_run(config: Config, default: Config, named: Collection[str]) -> Confi
   config, changes = settle(config, default, named)
   if "method" in config:
     check_used(config.method, changes, config.experiment)
-  if not config.workdir:
-    name = ",".join([str(config.variant), *_names(changes)])
-    config = apply(config, {"workdir": f"runs/{config.experiment}/{name}"})
+  name = ",".join([str(config.variant), *_names(changes)])
+  config = apply(config, {"workdir": _named_workdir(config, name)})
   config, lines = _with_stored_rate(config, default, named)
   print("".join(f"{line}\n" for line in lines), end="")
   return config
@@ -292,7 +293,7 @@ def sweep_runs(
     raise ValueError(f"{module.__file__} has no function sweep(config)")
   settled, flags = settle(config, default, named)
   name = ",".join(["sweep", *_names(flags)])
-  root = Path(str(config.workdir) or f"runs/{config.experiment}/{name}")
+  root = Path(_named_workdir(config, name))
   before, runs, printed = flat(settled), [], []
   for changes in module.sweep(settled):
     known = {*named, *changes}
@@ -334,6 +335,11 @@ def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
   if failed:
     sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
   print(f"Done: {len(runs)} runs{f' in {Path(runs[0].workdir).parent}' if runs else ''}")
+
+
+def _named_workdir(config: Config, name: str) -> str:
+  workdir = str(config.workdir) or f"runs/{config.experiment}/{{name}}"
+  return workdir.replace("{name}", name)
 
 
 def _names(changes: dict[str, Any]) -> list[str]:

@@ -67,6 +67,7 @@ class Method:
     exports_adapter: whether PEFT has a format for its adapters on the experiments' models, GPT-2's
       fused layers included, or for the LoRA that they are.
     has_servers: whether adapter servers such as vLLM read that format: plain LoRA.
+    is_floor: whether its texts come from the data set, without a model.
     corrects_quantization: whether the adapter starts from the base model's quantization error.
     from_data: returns the config whose adapter is initialized from batches, as `lj.eva_config`.
     num_batches: the number of training batches that it takes, the first ones.
@@ -87,6 +88,7 @@ class Method:
   rules: tuple[lj.LoraRule, ...] = ()
   exports_adapter: bool = False
   has_servers: bool = False
+  is_floor: bool = False
   corrects_quantization: bool = False
   from_data: Callable[..., lj.LoraConfig] | None = None
   num_batches: int = 8
@@ -347,6 +349,20 @@ METHODS: Mapping[str, Method] = {
     "frozen base",
     make=None,
     ignores=("lora", "optimizer", "fit", "data.num_train_records", "data.num_epochs"),
+    experiments=("gpt2_e2e",),
+  ),
+  "floor": Method(
+    "floor",
+    make=None,
+    ignores=(
+      *("variant", "seed", "keep_freed_memory", "model", "lora", "optimizer", "fit", "mesh"),
+      *(f"data.{name}" for name in ("num_train_records", "num_valid_records", "num_epochs")),
+      *(f"data.{name}" for name in ("packing", "batch_size", "row_length", "loss_length")),
+      *(f"data.{name}" for name in ("prompt", "max_length", "shuffled_completions", "percent")),
+      *(f"decoding.{name}" for name in ("num_beams", "length_penalty", "no_repeat_ngram_size")),
+      *(f"decoding.{name}" for name in ("max_new_tokens", "scoring", "batch_size", "num_shots")),
+    ),
+    is_floor=True,
     experiments=("gpt2_e2e",),
   ),
   "template": Method(

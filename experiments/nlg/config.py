@@ -35,6 +35,19 @@ Prompt = Literal["separator", "newline", "chat"]
 Rounding = Literal["", "Q8_0", "Q4_0", "nf4", "rtn3", "rtn2"]
 Shots = Annotated[int, Within("[0, 100]")]
 NewTokens = Annotated[int, Within("[1, 65_536]")]
+DataSet = Literal[
+  "e2e",
+  "webnlg",
+  "dart",
+  "dart_dev",
+  "wikisql",
+  "samsum",
+  "mnli_text",
+  "e2e_reversed",
+  "addition",
+  "dial",
+]
+FROM_FILES = ("webnlg", "dart", "dart_dev", "wikisql", "samsum", "mnli_text")
 Inputs = Annotated[int, Within("[0, 1_000_000]")]
 
 MAX_BEAM_TOKENS = 2**24
@@ -70,7 +83,7 @@ class KeepingFit(Fit):
   keep: Checkpoint
 
 
-# ---- gpt2_e2e, and the template that is compared with it -----------------------------------
+# ---- gpt2_e2e on all its data sets, and the template that is compared with it --------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +110,30 @@ class E2EModel(LanguageModel):
 class Texts:
   form: Form
   source: NonEmptyPath
+  name: DataSet = "e2e"  # defaults are for runs that were stored without the field
+  any_size: bool = False
+
+  def __post_init__(self):
+    name, source = self.name, self.source
+    if name != "e2e" and (self.form != "reference" or source == "download"):
+      raise ValueError(
+        f"data.form={self.form} and data.source={source}: official and download are for "
+        f"data.name=e2e, and data.name is {name}. Set data.form=reference, and data.source to "
+        f"{'the folder of its files' if name in FROM_FILES else 'embedded'}"
+      )
+    if name in FROM_FILES and source == "embedded":
+      raise ValueError(
+        f"data.source=embedded: the files of data.name={name} do not come with lora_jax; expected "
+        "the folder that has them (docs/data_sets.md)"
+      )
+    if name == "addition" and source != "embedded":
+      raise ValueError(
+        f"data.source={source}: data.name=addition reads no files; expected data.source=embedded"
+      )
+    if self.any_size and name not in FROM_FILES:
+      raise ValueError(
+        f"data.any_size=True has no effect with data.name={name}; it is for {', '.join(FROM_FILES)}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +147,26 @@ class E2EData(Texts):
   loss_length: Length
   prompt: Prompt = "separator"
   shuffled_completions: bool = False
+  max_length: Annotated[int, Within("[128, 1_048_576]")] = 512
+  percent: Annotated[float, Within("[0, 100]")] = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.name != "e2e" and self.prompt == "chat":
+      raise ValueError(
+        f"data.prompt=chat: its instruction is for data.name=e2e, and data.name is {self.name}. "
+        "Choose newline or separator"
+      )
+    if self.name != "dial" and self.percent:
+      raise ValueError(
+        f"data.percent={self.percent:g} permutes the vocabulary of data.name=dial, and data.name "
+        f"is {self.name}. Set data.percent=0"
+      )
+    if self.name == "dial" and self.shuffled_completions:
+      raise ValueError(
+        "data.shuffled_completions=True has no effect with data.name=dial, whose texts have no "
+        "inputs. Set it to False"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +234,17 @@ class E2EConfig(AdaptationConfig):
         f"data.loss_length={data.loss_length} must be at most data.row_length={data.row_length}"
       )
     check_chunk(self.fit.loss_chunk, "data.loss_length", data.loss_length)
+    if data.name == "dial" and self.decoding.num_inputs:
+      raise ValueError(
+        f"decoding.num_inputs={self.decoding.num_inputs}: data.name=dial is measured by its loss "
+        "and decodes nothing. Set decoding.num_inputs=0"
+      )
+    for field in ("tokenize", "official_references"):
+      if data.name != "e2e" and getattr(self.decoding, field):
+        raise ValueError(
+          f"decoding.{field}=True is for data.name=e2e, and data.name is {data.name}. Set it to "
+          "False"
+        )
 
   def check_steps(self) -> None:
     """Raises ValueError if the warmup is longer than the training, as in some older runs."""

@@ -1,9 +1,7 @@
-"""The E2E NLG Challenge: batches, inputs to decode, generated texts and their scores."""
+"""A data set of texts: batches, inputs to decode, generated texts and their scores."""
 
-import dataclasses
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,19 +13,21 @@ from jaxtyping import PyTree
 import lora_jax as lj
 from experiments.harness.workdir import examples_digest
 from experiments.nlg.base import Base
-from experiments.nlg.config import E2EConfig
+from experiments.nlg.config import DecodedInputs, E2EConfig, Texts
 from experiments.nlg.prompts import as_line, encode, encode_prompts, end_ids
+from experiments.nlg.tasks.e2e import tokenized
+from experiments.nlg.tasks.table import TASKS, title
+from experiments.nlg.tasks.task import by_part, scores_and_intervals
 from lora_jax.data import text
 from lora_jax.data.batches import Batches, packed_batches, padded_batches
 from lora_jax.data.sets import e2e, e2e_tfds
 from lora_jax.decoding import BeamConfig, beam_search
-from lora_jax.metrics import intervals, measure, slot_scores
-from lora_jax.metrics.slots import parse_slots
+from lora_jax.metrics import Measured
 from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.step import make_eval_step
 
-COUNTS = ("missing", "wrong", "added", "slots")
+LONGEST_TEXT = 64  # tokens of an example that Hu et al.'s code keeps for the text when it decodes
 
 
 class Data(NamedTuple):
@@ -70,12 +70,20 @@ def examples_of(
   config: E2EConfig, base: Base, split: Literal["train", "valid"]
 ) -> list[text.Example]:
   """Returns the encoded examples of training or validation, the same ones for every seed."""
-  data = config.data
+  data, task = config.data, TASKS[config.data.name]
   count = data.num_train_records if split == "train" else data.num_valid_records
-  records = _random_part(e2e_tfds.load(split, data.form, data.source), split, count)
+  records = _random_part(task.load(data, split), split, count)
   if data.shuffled_completions and split == "train":
     records = shuffled_completions(records, config.seed)
-  return encode(base, records, min(512, base.model.num_positions))
+  examples = encode(base, records, min(data.max_length, base.model.num_positions))
+  if task.permutation is None:
+    return examples
+  kept = {base.end_of_text, *base.text.end_ids}
+  ids = task.permutation(data, base.tokenizer.get_vocab_size(), kept)
+  return [
+    example._replace(tokens=ids[example.tokens], targets=ids[example.targets])
+    for example in examples
+  ]
 
 
 def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:
@@ -84,7 +92,7 @@ def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float
   return evaluate_loss(step, params, params, iter(data.valid), mesh)
 
 
-def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.Record]:
+def _random_part(records: Sequence[e2e.Record], split: str, count: int) -> list[e2e.Record]:
   """Returns `count` records, the same ones for every seed; 0 is all."""
   if count > len(records):
     raise ValueError(
@@ -92,7 +100,13 @@ def _random_part(records: e2e_tfds.Records, split: str, count: int) -> list[e2e.
       "split, or 0, which is all"
     )
   order = np.random.default_rng(0).permutation(len(records)) if count else range(len(records))
-  return records.take(order[: count or None])
+  return _take(records, order[: count or None])
+
+
+def _take(records: Sequence[e2e.Record], indices: Iterable[int]) -> list[e2e.Record]:
+  if isinstance(records, e2e_tfds.Records):
+    return records.take(indices)  # in one read
+  return [records[int(i)] for i in indices]
 
 
 def shuffled_completions(records: Sequence[e2e.Record], seed: int) -> list[e2e.Record]:
@@ -112,25 +126,31 @@ def shuffled_completions(records: Sequence[e2e.Record], seed: int) -> list[e2e.R
   ]
 
 
-def decoded_inputs(form: e2e.Form, source: str, split: e2e.Split, count: int) -> list[e2e.Group]:
+def decoded_inputs(texts: Texts, split: e2e.Split, count: int) -> list[e2e.Group]:
   """Returns the first distinct inputs of a split, with their references.
+
+  They are the first of E2E's file, and of a fixed random order of the other data sets' inputs.
 
   Raises:
     ValueError: if there are fewer.
   """
-  groups = e2e.grouped(e2e_tfds.load(split, form, source))
+  if not count:
+    return []
+  task = TASKS[texts.name]
+  groups = e2e.grouped(task.load(texts, split))
   if count > len(groups):
     raise ValueError(
       f"decoding.num_inputs={count} must be at most the {len(groups)} distinct inputs of the "
       f"{split} split"
     )
-  return groups[:count]
+  if task.in_file_order:
+    return groups[:count]
+  return [groups[i] for i in np.random.default_rng(0).permutation(len(groups))[:count]]
 
 
 def inputs_of(config: E2EConfig) -> list[e2e.Group]:
   """Returns the inputs that a run decodes."""
-  data, decoding = config.data, config.decoding
-  return decoded_inputs(data.form, data.source, decoding.split, decoding.num_inputs)
+  return decoded_inputs(config.data, config.decoding.split, config.decoding.num_inputs)
 
 
 def shots_of(config: E2EConfig) -> list[e2e.Record]:
@@ -138,20 +158,7 @@ def shots_of(config: E2EConfig) -> list[e2e.Record]:
   data, count = config.data, config.decoding.num_shots
   if not count:
     return []
-  return _random_part(e2e_tfds.load("train", data.form, data.source), "train", count)
-
-
-def tokenized(line: str) -> str:
-  """Returns a text with spaces around punctuation, like E2E's references in Hu et al.'s format.
-
-  >>> tokenized("Aromi's a pub, near Café Brazil (£20-25).")
-  "Aromi 's a pub , near Café Brazil ( £ 20 - 25 ) ."
-  """
-  line = re.sub(r"([£(),;:!?])", r" \1 ", line)
-  line = re.sub(r"(?<=\w)-(?=\w)", " - ", line)
-  line = re.sub(r"\.(?=\s|$)", " . ", line)
-  line = re.sub(r"(?<=\w)((?:n't|'(?:s|re|ve|ll|d|m))\b)", r" \1", line)
-  return " ".join(line.split())
+  return _random_part(TASKS[data.name].load(data, "train"), "train", count)
 
 
 def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) -> dict[str, Any]:
@@ -161,10 +168,7 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
   print(f"decoding {len(groups)} inputs, beam {config.decoding.num_beams} ...", flush=True)
   texts = generate(config, base, params, [group.context for group in groups], mesh)
   seconds = time.perf_counter() - start
-  official: list[e2e.Group] = []
-  if config.decoding.official_references:
-    official = official_groups(groups, config.decoding.split)
-  scores = score(texts, groups, Path(config.workdir), official)
+  scores = score(texts, groups, Path(config.workdir), config.data, config.decoding)
   return {**scores, "decode_seconds": seconds}
 
 
@@ -184,7 +188,7 @@ def generate(
   )
   room = base.model.num_slots - decoding.max_new_tokens
   prompts = encode_prompts(base, contexts, shots_of(config))
-  room = room if decoding.num_shots else min(448, room)
+  room = room if decoding.num_shots else min(config.data.max_length - LONGEST_TEXT, room)
   hypotheses = beam_search(
     base.decoder,
     params,
@@ -201,7 +205,8 @@ def score(
   texts: Sequence[str],
   groups: Sequence[e2e.Group],
   folder: Path,
-  official: Sequence[e2e.Group] = (),
+  data: Texts,
+  decoding: DecodedInputs,
 ) -> dict[str, Any]:
   """Writes predictions.txt and returns the scores' fields of `result.json`.
 
@@ -209,47 +214,35 @@ def score(
     texts: one for each input.
     groups: the inputs with their references.
     folder: the run's folder.
-    official: the same inputs with the official references, for a second set of scores.
+    data: the config's section on the data set.
+    decoding: the config's section on the inputs.
   """
   (folder / "predictions.txt").write_text("".join(f"{line}\n" for line in texts), "utf-8")
   print("scoring ...", flush=True)
   start = time.perf_counter()
-  measured = measure([texts], [group.references for group in groups])[0]
-  slots = slot_scores(texts, [group.context for group in groups])
-  pairs = [(text, group.context) for group in groups for text in group.references]
-  of_references = slot_scores(*zip(*pairs, strict=True))
-  result = {
-    "num_inputs": len(groups),
-    "scores": dataclasses.asdict(measured.scores()) | {"slot_error_rate": slots.rate},
-    "intervals": {
-      name: None if interval is None else [interval.low, interval.high]
-      for name, interval in intervals(measured).items()
-    }
-    | {"slot_error_rate": list(slots.interval())},
-    "slot_errors": dict(zip(COUNTS, slots.counts.sum(0).tolist(), strict=True)),
-    "reference_slot_error_rate": of_references.rate,
-  }
-  if official:
-    others = measure([texts], [group.references for group in official])[0]
-    result["official_scores"] = dataclasses.asdict(others.scores())
+  result: dict[str, Any] = {"num_inputs": len(groups)}
+  result |= scores_and_intervals(measure_parts([texts], groups, data, decoding.split)[0])
+  for name, value in TASKS[data.name].extras(texts, groups, decoding).items():
+    result[name] = {**result[name], **value} if name in result else value
   return {**result, "score_seconds": time.perf_counter() - start}
 
 
-def official_groups(groups: Sequence[e2e.Group], split: e2e.Split) -> list[e2e.Group]:
-  """Returns inputs with the references of the official CSV file, matched by slot values.
+def measure_parts(
+  systems: Sequence[Sequence[str]], groups: Sequence[e2e.Group], data: Texts, split: e2e.Split
+) -> list[dict[str, Measured]]:
+  """Returns each system's statistics over all inputs, "", and over each part of them.
 
+  Args:
+    systems: for each system, one text for each input.
+    groups: the inputs with their references.
+    data: the config's section on the data set.
+    split: of the inputs.
   Raises:
-    ValueError: if an input is not in that file.
+    ValueError: if the data set has no texts to score.
   """
-  official = {_key(group): group for group in e2e.grouped(e2e.read(split, "official"))}
-  missing = [group.context for group in groups if _key(group) not in official]
-  if missing:
-    raise ValueError(
-      f"{len(missing)} of {len(groups)} inputs are not in the official {split} file, the first "
-      f"{missing[0]!r}. Set decoding.official_references=False"
-    )
-  return [official[_key(group)] for group in groups]
-
-
-def _key(group: e2e.Group) -> frozenset[tuple[str, str]]:
-  return frozenset(parse_slots(group.context).items())
+  task = TASKS[data.name]
+  if task.measure is None:
+    raise ValueError(f"{title(data)} is measured by its validation loss; it has no texts to score")
+  measured = task.measure(systems, [group.references for group in groups])
+  parts = task.parts(data, split)
+  return [by_part(system, groups, parts) for system in measured]

@@ -9,31 +9,31 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.harness import paper as paper_tables
-from experiments.nlg.groups import Group, unrounded
-from experiments.nlg.scores import METRICS
+from experiments.nlg.groups import Group, texts_of, unrounded
+from experiments.nlg.scores import header
 
 LOSS, SLOT_ERRORS = "validation loss, nats/token", "slot error rate, %"
-VALUES = {"valid_loss": LOSS, **METRICS}
 RUNS, PAPER = "tab:blue", "tab:orange"
 
 
 def draw(
   path: Path,
   groups: Sequence[Group],
+  metrics: Sequence[str],
   rates: Mapping[str, Sequence[Group]],
   sweeps: Sequence[Sequence[Group]],
   budgets: Mapping[str, Mapping[int, Group]],
   bits: Mapping[str, Mapping[float, Group]],
 ) -> None:
-  """Writes a PNG file with one row of panels for each view of the groups."""
+  """Writes a PNG file with one row of panels for each view of one data set's groups."""
   rows: list[tuple[float, Callable[[SubFigure], None]]] = []
   if any(group.first.is_decoded for group in groups) or not (rates or sweeps):
-    rows.append((1.6 + 0.35 * len(groups), partial(_by_group, groups)))
+    rows.append((1.6 + 0.35 * len(groups), partial(_by_group, groups, metrics)))
   if rates:
     rows.append((4.0, partial(_by_rate, rates)))
-  rows += [(3.6, partial(_by_rank, sweep)) for sweep in sweeps]
+  rows += [(3.6, partial(_by_rank, sweep, metrics)) for sweep in sweeps]
   if budgets:
-    rows.append((4.0, partial(_by_budget, budgets)))
+    rows.append((4.0, partial(_by_budget, budgets, metrics)))
   if bits:
     rows.append((4.0, partial(_by_bits, bits, unrounded(groups))))
   heights = [height for height, _ in rows]
@@ -44,17 +44,24 @@ def draw(
   figure.savefig(path)
 
 
-def _panels(figure: SubFigure, groups: Sequence[Group], share: bool) -> dict[str, Axes]:
-  """Returns the axes of each value that some group has."""
-  names = [name for name in VALUES if any(group.statistic(name) for group in groups)]
+def _panels(
+  figure: SubFigure, groups: Sequence[Group], metrics: Sequence[str], share: bool
+) -> dict[str, Axes]:
+  """Returns the axes of the loss and of each metric that some group has."""
+  values = ("valid_loss", *metrics)
+  names = [name for name in values if any(group.statistic(name) for group in groups)]
   axes = figure.subplots(1, len(names), sharey=share, squeeze=False)[0]
   return dict(zip(names, axes, strict=True))
 
 
-def _by_group(groups: Sequence[Group], figure: SubFigure) -> None:
+def _title(name: str) -> str:
+  return LOSS if name == "valid_loss" else header(name)
+
+
+def _by_group(groups: Sequence[Group], metrics: Sequence[str], figure: SubFigure) -> None:
   figure.suptitle("Mean over the seeds, each seed, and the first seed's 95 % interval (inputs)")
-  for name, axes in _panels(figure, groups, share=True).items():
-    axes.set_xlabel(VALUES[name])
+  for name, axes in _panels(figure, groups, metrics, share=True).items():
+    axes.set_xlabel(_title(name))
     axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
@@ -79,18 +86,17 @@ def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
   axes.yaxis.set_major_formatter(ScalarFormatter())
   axes.yaxis.set_minor_formatter(ScalarFormatter())
   axes.set_xlabel("learning rate")
-  axes.set_ylabel(VALUES["valid_loss"])
+  axes.set_ylabel(LOSS)
   axes.grid(alpha=0.3)
   axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
-def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
-  figure.suptitle(
-    f"By rank: {sweep[0].method.label} in these runs (left axes), "
-    "LoRA on the paper's GPT-2 medium, Table 18 (right axes)"
-  )
+def _by_rank(sweep: Sequence[Group], metrics: Sequence[str], figure: SubFigure) -> None:
+  has_paper = texts_of(sweep[0].first).name == "e2e"
+  beside = ", LoRA on the paper's GPT-2 medium, Table 18 (right axes)" if has_paper else ""
+  figure.suptitle(f"By rank: {sweep[0].method.label} in these runs (left axes){beside}")
   ranks = [group.settings["lora.rank"] for group in sweep]
-  for name, axes in _panels(figure, sweep, share=False).items():
+  for name, axes in _panels(figure, sweep, metrics, share=False).items():
     statistics = [group.statistic(name) for group in sweep]
     known = [(rank, value) for rank, value in zip(ranks, statistics, strict=True) if value]
     axes.errorbar(
@@ -105,19 +111,23 @@ def _by_rank(sweep: Sequence[Group], figure: SubFigure) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("rank")
-    axes.set_title(VALUES[name], fontsize="medium")
+    axes.set_title(_title(name), fontsize="medium")
     axes.tick_params(axis="y", labelcolor=RUNS)
+    if not has_paper or name not in paper_tables.NAMES_18:
+      continue
     right = axes.twinx()
     paper = {rank: row[name] for rank, row in paper_tables.TABLE_18.items() if rank <= max(ranks)}
     right.plot(list(paper), list(paper.values()), "s--", color=PAPER, alpha=0.7)
     right.tick_params(axis="y", labelcolor=PAPER)
 
 
-def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) -> None:
+def _by_budget(
+  budgets: Mapping[str, Mapping[int, Group]], metrics: Sequence[str], figure: SubFigure
+) -> None:
   figure.suptitle("By the base model's pretraining; leftmost: random weights")
   groups = [group for members in budgets.values() for group in members.values()]
   known = sorted({tokens for members in budgets.values() for tokens in members if tokens})
-  panels = _panels(figure, groups, share=False)
+  panels = _panels(figure, groups, metrics, share=False)
   for name, axes in panels.items():
     for label, members in budgets.items():
       statistics = [(tokens, group.statistic(name)) for tokens, group in members.items()]
@@ -132,7 +142,7 @@ def _by_budget(budgets: Mapping[str, Mapping[int, Group]], figure: SubFigure) ->
     if known:
       axes.set_xscale("symlog", linthresh=known[0])
     axes.set_xlabel("pretraining tokens")
-    axes.set_title(VALUES[name], fontsize="medium")
+    axes.set_title(_title(name), fontsize="medium")
     axes.grid(alpha=0.3)
   list(panels.values())[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 

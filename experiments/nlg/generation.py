@@ -18,6 +18,7 @@ from experiments.nlg.finetuned import adapted_loss, cached_model, export_folder,
 from experiments.nlg.prompts import encode_prompts as encode_inputs
 from experiments.nlg.prompts import end_ids
 from experiments.nlg.restore import load_run, trainable_shapes
+from experiments.nlg.tasks.table import TASKS
 from experiments.nlg.user_data import chat_prompts, load_text
 from lora_jax.data.jsonl import encode_prompts
 from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
@@ -133,6 +134,8 @@ def load_generator(folder: str | Path, chat: bool = False) -> Generator:
 
 def _load_e2e(folder: str | Path, chat: bool) -> Generator:
   del chat
+  if TASKS[read_run(E2EConfig, folder).data.name].permutation is not None:
+    raise ValueError(f"{folder} is a run on a permuted vocabulary, in which no text can be read")
   run = load_run(folder)
   return Generator(
     run.base.decoder,

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.harness.config import ALL_LINEAR
 from experiments.harness.methods import Method
 from experiments.harness.runs import Run
-from experiments.nlg.config import E2EConfig
+from experiments.nlg.config import E2EConfig, E2EData, Texts
 from experiments.nlg.rounding import bits_per_weight
 from experiments.nlg.scores import model_label
 from lora_jax.trees import matches
@@ -23,9 +23,21 @@ ROUNDED = "model.rounded_to"
 TRAINED_ON = "trained_on"  # of the result: an adapter was evaluated on other, rounded weights
 TOKENS = "pretraining_tokens"  # of the result: it names a base better than its folder does
 BASE = {"model.folder", "model.start"}
+NEWER = {  # fields that older runs were stored without
+  f"data.{field.name}": field.default
+  for field in dataclasses.fields(E2EData)
+  if field.default is not dataclasses.MISSING
+}
 HAVE_COLUMNS = {RATE, LINES, "decoding.num_inputs"}  # of the report: in a label only if it must be
 LINEAR = ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/up", "mlp/down")
 SHORT = ("q", "k", "v", "o", "up", "down")
+
+
+def texts_of(run: Run) -> Texts:
+  """Returns the part of a run's config that names its data set."""
+  names = [f"data.{field.name}" for field in dataclasses.fields(Texts)]
+  stored = {**NEWER, **run.settings}
+  return Texts(*(stored[name] for name in names))
 
 
 class Statistic(NamedTuple):
@@ -198,11 +210,12 @@ def unrounded(groups: Sequence[Group]) -> dict[str, Group]:
 
 def _settings(run: Run) -> dict[str, Any]:
   """Returns the fields that the run's method uses, except those that differ within a group."""
-  settings = {name: value for name, value in run.settings.items() if run.method.uses(name)}
+  is_gpt2 = run.settings.get("experiment") == E2EConfig.NAME
+  stored = {**(NEWER if is_gpt2 else {}), **run.settings}
+  settings = {name: value for name, value in stored.items() if run.method.uses(name)}
   settings |= {"method": run.result["method"]}
   for name in ("seed", "workdir"):
     settings.pop(name, None)
-  is_gpt2 = settings.get("experiment") == E2EConfig.NAME
   if is_gpt2 and "lora.target" in settings and target(settings["lora.target"]) == "all linear":
     settings["lora.target"] = ALL_LINEAR  # several patterns select these layers
   known = {name: run.result.get(name) for name in (TOKENS, TRAINED_ON)}

@@ -1,31 +1,42 @@
-"""The report as a CSV file: one row for each group, then the paper's Tables 3 and 18."""
+"""The report as a CSV file: one row for each group, then the paper's rows for the data sets."""
 
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.harness import paper as paper_tables
-from experiments.nlg.groups import RATE, Group
-from experiments.nlg.scores import METRICS, SCORES
+from experiments.nlg.config import DataSet
+from experiments.nlg.groups import RATE, Group, texts_of
+from experiments.nlg.paper_rows import TABLES
 
-VALUES = ("valid_loss", *SCORES)
-LABELS = ("source", "run", "trainable", "examples", "learning_rate", "rank", "seeds")
+LABELS = ("source", "data", "run", "trainable", "examples", "learning_rate", "rank", "seeds")
 PARTS = ("", "_deviation", "_low", "_high")  # deviation over seeds; the first seed's interval
 
 
-def write_csv(path: Path, groups: Sequence[Group]) -> None:
-  """Writes all numbers of the groups and the paper; a missing one is an empty cell."""
-  names = [*LABELS, *(name + part for name in VALUES for part in PARTS)]
+def write_csv(
+  path: Path, groups: Sequence[Group], metrics: Sequence[str], data_sets: Sequence[DataSet]
+) -> None:
+  """Writes all numbers of the groups and the paper; a missing one is an empty cell.
+
+  Args:
+    path: the file.
+    groups: of all data sets.
+    metrics: all that some data set has.
+    data_sets: those of which the paper's rows are written.
+  """
+  values = ("valid_loss", *metrics)
+  names = [*LABELS, *(name + part for name in values for part in PARTS)]
   with path.open("w", encoding="utf-8", newline="") as file:
     writer = csv.DictWriter(file, names, restval="")
     writer.writeheader()
-    writer.writerows(_ours(group) for group in groups)
-    writer.writerows(_paper())
+    writer.writerows(_ours(group, values) for group in groups)
+    writer.writerows(_paper(data_sets))
 
 
-def _ours(group: Group) -> dict[str, object]:
+def _ours(group: Group, values: Sequence[str]) -> dict[str, object]:
   row: dict[str, object] = {
     "source": "runs",
+    "data": texts_of(group.first).name,
     "run": group.label,
     "trainable": group.first.result["trainable_parameters"],
     "examples": group.first.result["num_train_records"],
@@ -33,7 +44,7 @@ def _ours(group: Group) -> dict[str, object]:
     "rank": group.settings.get("lora.rank"),
     "seeds": len(group.runs),
   }
-  for name in VALUES:
+  for name in values:
     if (statistic := group.statistic(name)) is not None:
       row |= {name: statistic.mean, f"{name}_deviation": statistic.deviation}
     if (interval := group.first.interval(name)) is not None:
@@ -41,12 +52,16 @@ def _ours(group: Group) -> dict[str, object]:
   return row
 
 
-def _paper() -> Iterator[dict[str, object]]:
-  for row in paper_tables.TABLE_3:
-    cells: dict[str, object] = {"source": "paper, Table 3", "run": row.label}
-    cells["trainable"] = row.trainable
-    for name, value in zip(METRICS, row[2:], strict=True):
-      cells |= {name: value.mean, f"{name}_deviation": value.deviation}
-    yield cells
-  for rank, values in paper_tables.TABLE_18.items():
-    yield {"source": "paper, Table 18", "run": "GPT-2 M, LoRA", "rank": rank, **values}
+def _paper(data_sets: Sequence[DataSet]) -> Iterator[dict[str, object]]:
+  for data_set in data_sets:
+    table = TABLES[data_set]
+    for row in table.rows:
+      cells: dict[str, object] = {"source": f"paper, {table.name}", "data": data_set}
+      cells |= {"run": row.label, "trainable": row.trainable}
+      for name, value in row.scores.items():
+        cells |= {name: value.mean, f"{name}_deviation": value.deviation}
+      yield cells
+  if "e2e" in data_sets:
+    for rank, values in paper_tables.TABLE_18.items():
+      label = {"source": "paper, Table 18", "data": "e2e", "run": "GPT-2 M, LoRA", "rank": rank}
+      yield {**label, **values}

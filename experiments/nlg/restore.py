@@ -49,12 +49,21 @@ def load_run(folder: str | Path) -> Finished:
 
   Raises:
     FileNotFoundError: if the folder is not a run's, or the trained weights are missing.
-    ValueError: if the run is not finished.
+    ValueError: if the run is not finished, or has no model.
   """
   config, mesh = read_run(E2EConfig, folder), make_mesh()
+  check_has_model(config)
   base = load_base(config, mesh)
   params, _ = restore_params(config, config.fit.keep, base, mesh)
   return Finished(config, base, params, mesh)
+
+
+def check_has_model(config: E2EConfig) -> None:
+  """Raises ValueError if a run's texts do not come from a model."""
+  if find_method(config.method).is_floor:
+    raise ValueError(
+      f"{config.workdir} is a run of {config.method}, which has no model; expected another method's"
+    )
 
 
 def restore_params(

@@ -1,4 +1,4 @@
-"""Formats scores of generated texts like the paper's Table 3, and the slot error rate."""
+"""Formats the scores of generated texts as rows of a table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,29 +6,56 @@ from typing import Any
 from experiments.harness.methods import find_method
 from experiments.harness.table import aligned
 
-METRICS = {
+HEADS = {
+  "valid_loss": "valid loss",
   "bleu": "BLEU",
   "nist": "NIST",
   "meteor": "METEOR",
   "rouge_l": "ROUGE-L",
   "cider": "CIDEr",
+  "slot_error_rate": "SER",
+  "ter": "TER",
+  "mean_ter": "mean TER",
+  "rouge1": "ROUGE-1",
+  "rouge2": "ROUGE-2",
+  "rougeL": "ROUGE-L",
+  "logical_form": "logical form",
+  "accuracy": "accuracy",
+  "exact": "exact",
+  "slots": "slots",
 }
-SCORES = {**METRICS, "slot_error_rate": "SER"}
-DIGITS = {
-  "slot_error_rate": 2,
-  "valid_loss": 3,
-  "bleu": 2,
-  "nist": 3,
-  "meteor": 2,
-  "rouge_l": 2,
-  "cider": 3,
-}
+THREE_DIGITS = ("valid_loss", "nist", "cider")
+LOWER_IS_BETTER = ("slot_error_rate", "ter", "mean_ter")
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
-  """Returns a Markdown table with a row for each result."""
-  head = ["model and method", "trainable", "examples", "valid loss", *SCORES.values()]
-  return aligned([head, *map(_row, results)])
+def markdown(results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
+  """Returns a Markdown table with a row for each result, and a column for each metric."""
+  head = ["model and method", "trainable", "examples", "valid loss", *map(header, metrics)]
+  return aligned([head, *(_row(result, metrics) for result in results)])
+
+
+def metric_of(name: str) -> str:
+  """Returns the metric of a column, without the part of the inputs.
+
+  >>> metric_of("mean_ter_unseen")
+  'mean_ter'
+  """
+  return name if name in HEADS else name.rpartition("_")[0]
+
+
+def header(name: str) -> str:
+  """Returns a column's header.
+
+  >>> header("mean_ter_unseen")
+  'mean TER unseen'
+  """
+  part = name.removeprefix(metric_of(name)).replace("_", " ")
+  return HEADS[metric_of(name)] + part
+
+
+def digits(name: str) -> int:
+  """Returns the number of digits after the point that a column shows."""
+  return 3 if metric_of(name) in THREE_DIGITS else 2
 
 
 def model_label(variant: str) -> str:
@@ -38,10 +65,10 @@ def model_label(variant: str) -> str:
 
 def number(name: str, value: float | None) -> str:
   """Returns a metric's value with its digits, or an empty cell if it is missing."""
-  return "" if value is None else f"{value:.{DIGITS[name]}f}"
+  return "" if value is None else f"{value:.{digits(name)}f}"
 
 
-def _row(result: dict[str, Any]) -> list[str]:
+def _row(result: dict[str, Any], metrics: Sequence[str]) -> list[str]:
   scores = result.get("scores", {})
   variant = [model_label(result["variant"])] if result["variant"] else []
   return [
@@ -49,5 +76,5 @@ def _row(result: dict[str, Any]) -> list[str]:
     f"{result['trainable_parameters']:,}",
     f"{result['num_train_records']:,}",
     number("valid_loss", result["valid_loss"]),
-    *(number(name, scores.get(name)) for name in SCORES),
+    *(number(name, scores.get(name)) for name in metrics),
   ]

@@ -15,7 +15,7 @@ from experiments.classification.config import GlueConfig
 from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
 from experiments.harness import launch
 from experiments.harness.config import check_attention, read_config, replace_fields
-from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig, TemplateConfig
+from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig, TemplateConfig, Texts
 from experiments.nlg.e2e import decoded_inputs
 from experiments.nlg.finetuned import loading_options
 from experiments.nlg.text_files import write_with
@@ -192,7 +192,7 @@ DATA = [
   field("pretrain", "data.row_length", 512, "512 must be at most model.num_positions = 256"),
   BadInput(
     "e2e: more inputs than there are",
-    lambda folder: decoded_inputs("reference", "embedded", "test", 631),
+    lambda folder: decoded_inputs(Texts("reference", "embedded"), "test", 631),
     ("decoding.num_inputs=631", "630 distinct inputs of the test split"),
   ),
 ]

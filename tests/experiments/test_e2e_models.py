@@ -23,8 +23,8 @@ from experiments.harness.launch import apply, sweep_runs
 from experiments.nlg import prompts
 from experiments.nlg.base import Base
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.e2e import official_groups, tokenized
 from experiments.nlg.rounding import rounded
+from experiments.nlg.tasks.e2e import official_groups, tokenized
 from experiments.nlg.user_data import load_text
 from lora_jax.data.sets import e2e
 from lora_jax.decoding import from_linen

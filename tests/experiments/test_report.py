@@ -17,9 +17,11 @@ from experiments.harness.config import ALL_LINEAR
 from experiments.harness.launch import apply
 from experiments.harness.runs import read_runs
 from experiments.harness.workdir import write_json
+from experiments.nlg.config import DecodedInputs, Texts
 from experiments.nlg.e2e import score
 from experiments.nlg.groups import by_rank, by_rate, group_runs, target
 from experiments.nlg.scores import markdown
+from experiments.nlg.tasks.e2e import E2E
 from experiments.report import compare, report
 from lora_jax.data.sets import e2e
 from lora_jax.metrics import paired_bootstrap
@@ -53,7 +55,10 @@ def runs(tmp_path_factory):
       gpt2_e2e.run(apply(tiny_config(root / name), changes))
     for name, (source, config, of_result, texts) in DERIVED_RUNS.items():
       folder = changed(root / source, root / name, config, of_result)
-      write_json(folder / "result.json", result(root, name) | score(texts, INPUTS, folder))
+      decoded = score(
+        texts, INPUTS, folder, Texts("reference", "embedded"), DecodedInputs("test", 4)
+      )
+      write_json(folder / "result.json", result(root, name) | decoded)
   return root
 
 
@@ -398,7 +403,7 @@ def test_tables_are_markdown(runs, tmp_path):
   for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
     assert len({len(line) for line in block.splitlines()}) == 1
     assert len({line.count("|") for line in block.splitlines()}) == 1
-  row = markdown([result(runs, "full")]).splitlines()[-1]
+  row = markdown([result(runs, "full")], E2E.metrics).splitlines()[-1]
   assert row.startswith("| GPT-2 mini, full fine-tuning |")
 
 
