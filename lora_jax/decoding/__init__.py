@@ -2,7 +2,7 @@
 
 from lora_jax.decoding.beam import Hypotheses, beam_search
 from lora_jax.decoding.beam_config import BeamConfig
-from lora_jax.decoding.cached_model import CachedModel, from_linen
+from lora_jax.decoding.cached_model import CachedModel, adapted, from_linen
 from lora_jax.decoding.sampling import SamplingConfig, generate
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
   "CachedModel",
   "Hypotheses",
   "SamplingConfig",
+  "adapted",
   "beam_search",
   "from_linen",
   "generate",

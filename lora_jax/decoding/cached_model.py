@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from lora_jax.adaptation import Adaptation
 from lora_jax.fields import Count, read_value
 
 
@@ -56,6 +57,28 @@ def from_linen(
     return module.apply({"params": params}, hidden, method="logits")
 
   return CachedModel(extend, logits, make_cache, max_positions)
+
+
+def adapted(model: CachedModel, method: Callable[[Callable[..., Any]], Adaptation]) -> CachedModel:
+  """Returns a model that decodes with an adapter, without merging it.
+
+  It takes `{"base": params, "adapter": trainable}` as params. Methods that cannot be merged decode
+  in this way, and others without a second copy of the base model.
+
+  Args:
+    model: the base model.
+    method: adapts a function, as `functools.partial(lora_jax.prefix_layer, num_slots=16)`; slots
+      are part of the prompts (`lora_jax.Slots.around`).
+  """
+  extend, logits = method(model.extend).apply, method(model.logits).apply
+
+  def adapted_extend(params: PyTree, *args: Any) -> Any:
+    return extend(params["base"], params["adapter"], *args, lora_key=None)
+
+  def adapted_logits(params: PyTree, hidden: Array) -> Any:
+    return logits(params["base"], params["adapter"], hidden, lora_key=None)
+
+  return dataclasses.replace(model, extend=adapted_extend, logits=adapted_logits)
 
 
 class Batch(NamedTuple):
