@@ -29,8 +29,11 @@ RATES: dict[str, tuple[float, ...]] = dict.fromkeys(ARMS, (3e-4, 1e-3, 3e-3, 1e-
 RATES["full"] = (1e-4, 3e-4, 1e-3, 3e-3)
 RATES["LoRA, rank 4, q,v"] = (1e-3, 3e-3, 1e-2, 3e-2)
 BEST: dict[str, float | None] = {
-  **dict.fromkeys(ARMS),
-  **{"LoRA, rank 16": 3e-3, "LoRA, rank 4": 3e-3, "LoRA, rank 4, q,v": 1e-2, "full": 3e-4},
+  "LoRA, rank 16": 3e-3,
+  "full": 3e-4,
+  "LoRA, rank 4, q,v": 1e-2,
+  "LoRA, rank 4": 3e-3,
+  "DoRA, rank 16": 3e-3,
 }
 SEED = 0
 
