@@ -87,9 +87,9 @@ def _evaluate(config: E2EConfig, stored: E2EConfig, result: dict[str, Any]) -> d
   base = load_base(stored, mesh)
   params, loss = restore_params(stored, config.fit.keep, base, mesh)
   if _is_served_rounded(config, stored):
-    served = rounded(base.params, config.model.rounded_to)
-    params, _ = restore_params(stored, config.fit.keep, base, mesh, served)
-    loss = validation_loss(base, params, load_data(stored, base), mesh)
+    changed = rounded(base.params, config.model.rounded_to)
+    params, _ = restore_params(stored, config.fit.keep, base, mesh, changed)
+    loss = validation_loss(stored, base, params, load_data(stored, base), mesh)
   return {
     **{name: result[name] for name in SHARED_FIELDS if name in result},
     "data": title(stored.data),

@@ -35,7 +35,7 @@ from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
 from experiments.harness.launch import explained, make_parser
-from experiments.harness.methods import find_method, lora_config
+from experiments.harness.methods import find_method, lora_config, needs_weights
 from experiments.harness.model_card import CARD, BaseModel, model_card
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
@@ -44,6 +44,7 @@ from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import (
   check_weights,
   export_folder,
+  has_model,
   load_exported,
   weights_digests,
 )
@@ -191,10 +192,9 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
   Reading an adapter of LoRA needs only the base model's shapes; its variants need the weights.
   """
   read_finished(config.workdir)  # raises if it is not
-  method = find_method(config.method)
-  if not method.exports_adapter:
+  if has_model(config):
     raise ValueError(_written_already(config))
-  model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
+  model = (load_causal_lm if needs_weights(config) else plan_causal_lm)(config.model.folder)
   lora, adapter = load_peft(export_folder(config), model.stored, model.params)
   base = model_folder(config)  # with its weights
   check_weights(config, base)

@@ -21,7 +21,13 @@ import lora_jax as lj
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.fit import count, count_trained, fit_run
 from experiments.harness.launch import launch
-from experiments.harness.methods import find_method, lora_config
+from experiments.harness.methods import (
+  find_method,
+  has_servers,
+  lora_config,
+  needs_weights,
+  slots_of,
+)
 from experiments.harness.optimizer import run_optimizer
 from experiments.harness.workdir import (
   check_examples,
@@ -38,7 +44,10 @@ from experiments.nlg.finetuned import (
   check_export,
   export,
   export_folder,
+  exports_adapter,
   float_params,
+  has_model,
+  is_exported,
   loading_options,
   samples,
   weights_digests,
@@ -46,6 +55,7 @@ from experiments.nlg.finetuned import (
 )
 from experiments.nlg.from_data import start_from_data
 from experiments.nlg.loftq import check_quantized, initial_adapter
+from experiments.nlg.tokens import with_token_ids
 from experiments.nlg.user_data import Data, Text, load_data
 from lora_jax.files import read_json
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
@@ -131,7 +141,7 @@ def _checked(config: ConfigDict) -> FinetuneConfig:
   check_quantized(settings)
   if not settings.data.file:
     raise ValueError("no data is given: add --data=FILE.jsonl")
-  return settings
+  return with_token_ids(settings)
 
 
 def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]:
@@ -141,7 +151,7 @@ def load_checked_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Tex
     config: the run's config.
     model: as `plan_causal_lm` returns it.
   """
-  config.check_positions(model.num_positions, model.num_slots)
+  config.check_positions(model.num_positions, model.num_slots - slots_of(config).count)
   text, data = load_data(config, model)
   config.check_batch(config.data.batch_size, data.train.row_lengths[-1])
   return text, data
@@ -174,8 +184,8 @@ def plan(config: ConfigDict, all_rows: bool = False) -> None:
   loss = adapted_loss(settings, model)
   arguments = jax.random.key(0), model.params, data.train[0]
   trainable = loss.init(*arguments) if method.owns_base else jax.eval_shape(loss.init, *arguments)
-  if method.exports_adapter:
-    if method.variant is None:  # others may need the base model's weights for it
+  if exports_adapter(settings, model):
+    if not needs_weights(settings):
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trainable)
       check_export(settings, model, zeros)
     table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
@@ -225,6 +235,7 @@ def _outline(config: FinetuneConfig, model: LanguageModel, data: Data, trainable
 def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
   """Returns a finished run as text: losses, samples, and how to load the adapter."""
   lines = []
+  folder = export_folder(config) if is_exported(config) else Path(config.workdir) / "adapter"
   for sample in result["samples"]:
     lines += [f"prompt     {sample['prompt']!r}", f"generated  {sample['generated']!r}"]
     lines += [f"data       {sample['answer']!r}", ""]
@@ -235,7 +246,7 @@ def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
     f"held-out example{'s' if held_out > 1 else ''}, after step {kept:,} of "
     f"{result['num_train_steps']:,}",
     f"time       {result['seconds']:.0f} s on {result['device']}",
-    f"wrote      {export_folder(config)}",
+    f"wrote      {folder}",
     "",
   ]
   return "\n".join([*lines, *how_to_load(config)])
@@ -244,7 +255,9 @@ def report(config: FinetuneConfig, result: dict[str, Any]) -> str:
 def how_to_load(config: FinetuneConfig) -> list[str]:
   """Returns lines that load the adapter or model here, in PEFT or transformers, in a server."""
   model, folder = config.model.folder, export_folder(config)
-  if not find_method(config.method).exports_adapter:
+  if not is_exported(config):
+    return ["# here", f'# python -m experiments.generate {config.workdir} "PROMPT"']
+  if has_model(config):
     return [
       "# here",
       "import lora_jax.models.zoo",
@@ -258,11 +271,11 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   path = cached_path(model) if model in PRETRAINED else Path(model)  # without asking the hub
   lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")
-  served = find_method(config.method).has_servers and "target_parameters" not in written
+  served = has_servers(config) and "target_parameters" not in written
   if served and not is_gguf(path) and (command := usage.in_vllm(model, str(folder), written["r"])):
     lines += ["", "# in a server that supports LoRA for models of this type"]
     lines += [f"# {line}" for line in command]
-  if find_method(config.method).has_servers:  # plain LoRA
+  if has_servers(config):
     lines += ["", "# for llama.cpp and Ollama"]
     lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
   if find_method(config.method).variant == lj.QA_LORA and _has_minima(path):

@@ -30,6 +30,7 @@ from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.optimizer import decays
 from experiments.harness.workdir import check_examples, check_model, provenance, run_once
+from lora_jax.adapters.parts import path_in_part
 from lora_jax.metrics import glue as metrics
 from lora_jax.training.classification import classification_loss
 from lora_jax.training.metrics_log import read_metrics
@@ -115,7 +116,7 @@ def _with_steps(config: GlueConfig, data: Data) -> GlueConfig:
 def _head_parameters(config: GlueConfig, trainable: PyTree) -> int:
   """Returns the number of the head's trained parameters, which the paper does not count."""
   paths = leaves_with_path(trainable)
-  return count([leaf for path, leaf in paths if matches(config.head, path)])
+  return count([leaf for path, leaf in paths if matches(config.head, path_in_part(path))])
 
 
 def _scores(config: GlueConfig, best_step: int, last_step: int) -> dict[str, Any]:

@@ -40,12 +40,14 @@ from experiments.nlg.e2e import (
   inputs_of,
   load_data,
   score,
+  served,
   validation_loss,
 )
 from experiments.nlg.from_data import start_from_data
 from experiments.nlg.loftq import check_quantized, initial_adapter
 from experiments.nlg.scores import markdown
 from experiments.nlg.tasks.table import TASKS, title
+from experiments.nlg.tokens import with_token_ids
 from lora_jax.training.loss import language_model_loss
 
 
@@ -56,6 +58,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """
   settings = read_config(E2EConfig, config)
   find_method(settings.method, settings.NAME)
+  settings = with_token_ids(settings)
   result = run_once(settings, lambda workdir: _run(settings, workdir))
   print(report(Path(settings.workdir), result))
   return result
@@ -95,7 +98,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
 
 
 def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
-  """Adapts the base model; returns the merged params, and the result's fields about training."""
+  """Adapts the base model; returns the served params, and the result's fields about training."""
   start_from_data(config, language_model_loss(base.module), base.params, data.train, mesh)
   adapted = adapt(config)
   eval_loss = adapted(language_model_loss(base.module))
@@ -120,7 +123,7 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
     eval_batches=lambda: iter(data.valid),
   )
   losses = {"valid_loss": trained.loss, "last_valid_loss": trained.fitted.last_loss}
-  return eval_loss.merge(lj.dequantize(base.params), trained.kept), trained.fields | losses
+  return served(config, eval_loss, base.params, trained.kept), trained.fields | losses
 
 
 def with_warmup(config: E2EConfig, num_train_steps: int) -> E2EConfig:
@@ -133,9 +136,8 @@ def with_warmup(config: E2EConfig, num_train_steps: int) -> E2EConfig:
 
 def measure(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
   """Returns the base params and their validation loss, for methods that do not train."""
-  del config
   params = lj.dequantize(base.params)
-  valid_loss = validation_loss(base, params, data, mesh)
+  valid_loss = validation_loss(config, base, params, data, mesh)
   return params, {"trainable_parameters": 0, "valid_loss": valid_loss}
 
 

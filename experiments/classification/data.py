@@ -9,8 +9,9 @@ import numpy as np
 
 from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import Base
+from experiments.harness.methods import slots_of
 from experiments.harness.workdir import examples_digest
-from lora_jax.data.classification import Batches, Example, bucketed_batches, encode
+from lora_jax.data.classification import Batches, Example, bucketed_batches, encode, with_slots
 from lora_jax.data.sets.glue import Record
 from lora_jax.data.sets.glue_tfds import load
 
@@ -36,10 +37,9 @@ def load_data(config: GlueConfig, base: Base) -> Data:
   if data.num_train_records:
     train = train[: data.num_train_records]
 
-  def examples(records: list[Record]) -> list[Example]:
-    return encode(base.tokenizer, records, max(data.row_lengths))
-
-  train_examples, valid_examples = examples(train), examples(valid)
+  train_examples, valid_examples = (
+    encode_records(config, base, records) for records in (train, valid)
+  )
   shape: dict[str, Any] = {
     "row_lengths": data.row_lengths,
     "shard_index": jax.process_index(),
@@ -60,6 +60,21 @@ def load_data(config: GlueConfig, base: Base) -> Data:
     num_matched,
     examples_digest(train_examples, valid_examples),
   )
+
+
+def encode_records(config: GlueConfig, base: Base, records: Sequence[Record]) -> list[Example]:
+  """Returns the records as tokens that fit a row, with the slots of the run's method.
+
+  Raises:
+    ValueError: if the slots leave no room for a record.
+  """
+  slots, longest = slots_of(config), max(config.data.row_lengths)
+  if slots.count and slots.count + base.tokenizer.num_special_tokens_to_add(True) >= longest:
+    raise ValueError(
+      f"the {slots.count} slots of prefix.num_prefix and prefix.num_infix leave no room in "
+      f"data.row_lengths[-1]={longest}. Lower them"
+    )
+  return with_slots(encode(base.tokenizer, records, longest - slots.count), slots)
 
 
 def _records(config: GlueConfig) -> tuple[list[Record], list[Record], int]:

@@ -1,5 +1,6 @@
 """Loads the trained weights of finished runs of `experiments.glue`."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from experiments.classification.config import GlueConfig
+from experiments.classification.data import encode_records
 from experiments.classification.encoder import (
   Base,
   label_names,
@@ -20,7 +22,7 @@ from experiments.harness.methods import adapt, exported_adapter, find_method, lo
 from experiments.harness.optimizer import decays
 from experiments.harness.restore import initial_shapes, restore_trained
 from experiments.harness.workdir import read_finished, read_run
-from lora_jax.data.classification import encode, fill
+from lora_jax.data.classification import fill
 from lora_jax.data.sets.glue import Record
 from lora_jax.interop import merged_params, save_peft
 from lora_jax.models.bert import folder as bert_folder
@@ -38,7 +40,7 @@ class FinishedEncoder(NamedTuple):
     config: the run's config.
     base: the model that it adapted, with the initial head.
     trainable: the trained tree of the run's best step.
-    params: the base model's params with the trained tree merged.
+    params: the base model's params with the trained tree merged, if the method's can be.
   """
 
   config: GlueConfig
@@ -52,9 +54,13 @@ class FinishedEncoder(NamedTuple):
   def classify(self, texts: Sequence[tuple[str, str | None]]) -> Float[np.ndarray, "N L"]:
     """Returns the head's outputs for pairs of texts; the second of a single text is None."""
     records = [Record(first, second, None) for first, second in texts]
-    examples = encode(self.base.tokenizer, records, max(self.config.data.row_lengths))
+    examples = encode_records(self.config, self.base, records)
     batch = fill(examples, len(examples), max(len(example.tokens) for example in examples))
-    return np.asarray(jax.jit(classifier(self.base.module))(self.params, batch))
+    logits = classifier(self.base.module)
+    if find_method(self.config.method).merges:
+      return np.asarray(jax.jit(logits)(self.params, batch))
+    adapted = functools.partial(adapt(self.config)(logits).apply, lora_key=None)
+    return np.asarray(jax.jit(adapted)(self.params, self.trainable, batch))
 
   def save_adapter(
     self, folder: str | Path, base_model: str | None = None, for_server: bool = False
@@ -86,7 +92,14 @@ class FinishedEncoder(NamedTuple):
     Returns:
       The rounding error of each merged leaf, if the run has an adapter: the model then has the
       dtype of its base model's folder. Other weights are written as they are.
+    Raises:
+      ValueError: if the method's adapters cannot be merged.
     """
+    if not find_method(self.config.method).merges:
+      raise ValueError(
+        f"{self.config.workdir} is a run of {self.config.method}, which cannot be merged into a "
+        "model. Keep the run's folder: load_encoder(folder).classify(texts)"
+      )
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
     errors: dict[str, float] = {}
@@ -114,4 +127,6 @@ def load_encoder(folder: str | Path) -> FinishedEncoder:
   batch = fill([], batch_size=1, row_length=2, label_type=float if num_labels(config) == 1 else int)
   shapes = initial_shapes(adapted, base.params, batch)
   trained, _ = restore_trained(config, base.params, shapes, mesh, decays=decays)
-  return FinishedEncoder(config, base, trained, adapted.merge(base.params, trained))
+  merges = find_method(config.method).merges
+  params = adapted.merge(base.params, trained) if merges else base.params
+  return FinishedEncoder(config, base, trained, params)

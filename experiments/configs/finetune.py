@@ -43,6 +43,22 @@ def get_config() -> Config:
   config.lora.dropout = 0.0
   config.lora.target = ALL_LINEAR  # a pattern of paths; all-linear is short for this one
   config.lora.init = "kaiming_uniform"
+  # Tokens whose embeddings are trained, too: texts that are single tokens, or ids; by method=lora,
+  # dora, and trainable_tokens, which trains nothing else.
+  config.lora.tokens = ()
+
+  config.top_layers = ConfigDict()
+  config.top_layers.num_layers = 2  # k of method=top_layers; needs model.scan_layers=False
+
+  config.random_subspace = ConfigDict()
+  config.random_subspace.dim = 1000  # of method=random_subspace: its trained parameters
+  config.random_subspace.layer_scales = False  # True also trains one scale for each weight (SAID)
+
+  config.prefix = ConfigDict()
+  config.prefix.num_prefix = (
+    8  # trained vectors before a prompt, of methods with prefix in the name
+  )
+  config.prefix.num_infix = 8  # between it and the text
 
   config.data = ConfigDict()
   config.data.file = ""  # JSON lines

@@ -142,6 +142,17 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.lora.init = "kaiming_uniform"  # A random, B zero; see gpt2_e2e.py for the others
   config.lora.start = ""  # the folder of a finished run, whose A and B are the initial ones
 
+  config.top_layers = ConfigDict()
+  config.top_layers.num_layers = 2  # k of method=top_layers; needs model.scan_layers=False
+
+  config.random_subspace = ConfigDict()
+  config.random_subspace.dim = 1000  # of method=random_subspace: its trained parameters
+  config.random_subspace.layer_scales = False  # True also trains one scale for each weight (SAID)
+
+  config.prefix = ConfigDict()
+  config.prefix.num_prefix = 8  # trained vectors after [CLS], of methods with prefix in their name
+  config.prefix.num_infix = 8  # after the last token
+
   config.data = ConfigDict()
   config.data.suite = "glue" if task in glue.TASKS else "super_glue"
   config.data.task = task.removeprefix("super_")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax.fields import (
+  CountOrZero,
   LocalPath,
   NonEmptyPath,
   NonNegative,
@@ -83,6 +84,30 @@ class Lora:
   dropout: Share
   target: Annotated[Pattern, nonempty]
   init: Literal["kaiming_uniform", "gaussian", "original_code"]
+  tokens: tuple[CountOrZero | str, ...] = ()  # ids, or texts until a run starts
+
+
+@dataclasses.dataclass(frozen=True)
+class TopLayers:
+  num_layers: Annotated[int, Within("[1, 65_536]")] = 2  # defaults are for runs stored without it
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSubspace:
+  dim: Annotated[int, Within("[1, 16_777_216]")] = 1000
+  layer_scales: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  num_prefix: Annotated[int, Within("[0, 65_536]")] = 8
+  num_infix: Annotated[int, Within("[0, 65_536]")] = 8
+
+  def __post_init__(self):
+    if not self.num_prefix + self.num_infix:
+      raise ValueError(
+        "prefix.num_prefix=0 and prefix.num_infix=0 leave no slot; raise one of them"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +199,9 @@ class AdaptationConfig(TrainingConfig):
 
   method: str
   lora: Lora
+  top_layers: TopLayers = TopLayers()
+  random_subspace: RandomSubspace = RandomSubspace()
+  prefix: Prefix = Prefix()
 
   @property
   def head(self) -> str | tuple[str, ...]:

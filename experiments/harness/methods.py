@@ -21,11 +21,19 @@ import lora_jax as lj
 from experiments.harness.config import AdaptationConfig
 from lora_jax.files import read_json
 
+TOKENS = "lora.tokens"
+SETTINGS = ("top_layers", "random_subspace", "prefix", TOKENS)
+"""The sections and fields of a config that have an effect on those methods only that name them."""
+
 RANKS = "ranks.json"
 """In a run's folder: by path, the ranks that a method has chosen from data."""
 
 FROM_DATA = ("gpt2_e2e", "finetune")
 """The experiments that initialize adapters from data."""
+
+EMBEDDINGS = ("wte/embedding", "token_embedding/embedding")
+EMBEDDING = "|".join(EMBEDDINGS)
+"""The embedding of a language model's tokens, GPT-2's or another's."""
 
 Adapt = Callable[[Callable[..., Any]], lj.Adaptation]
 MakeSchedule = Callable[[int], optax.Schedule]
@@ -60,12 +68,15 @@ class Method:
     label: the name in tables and plots.
     make: returns, for a run's config, a function that adapts a function; None trains nothing.
     ignores: config fields, or whole sections, that have no effect on its runs.
+    settings: the sections and fields among `SETTINGS` that have one.
     owns_base: the trainable tree is the base model itself, whose arrays training donates.
+    merges: whether the trained tree can be merged into the base model's params.
     variant: the variant of LoRA; None is LoRA itself.
     target: the weights that it adapts, instead of `lora.target`.
     rules: settings of some of them.
-    exports_adapter: whether PEFT has a format for its adapters on the experiments' models, GPT-2's
-      fused layers included, or for the LoRA that they are.
+    extra: the leaves that it trains fully, where it adapts no weights and PEFT has it.
+    exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
+    has_conv1d: whether also for GPT-2's layers, which are not linear layers in `transformers`.
     has_servers: whether adapter servers such as vLLM read that format: plain LoRA.
     is_floor: whether its texts come from the data set, without a model.
     corrects_quantization: whether the adapter starts from the base model's quantization error.
@@ -82,11 +93,15 @@ class Method:
   label: str
   make: Callable[[AdaptationConfig], Adapt] | None
   ignores: tuple[str, ...] = ()
+  settings: tuple[str, ...] = ()
   owns_base: bool = False
+  merges: bool = True
   variant: lj.Variant | None = None
   target: str | None = None
   rules: tuple[lj.LoraRule, ...] = ()
+  extra: str | None = None
   exports_adapter: bool = False
+  has_conv1d: bool = True
   has_servers: bool = False
   is_floor: bool = False
   corrects_quantization: bool = False
@@ -116,23 +131,46 @@ class Method:
 
   def uses(self, field: str) -> bool:
     """Tells whether runs depend on a field of the config, or on a section, by dotted name."""
-    return not any(field == name or field.startswith(f"{name}.") for name in self.ignores)
+    for name in SETTINGS:
+      if _is_in(field, name):
+        return name in self.settings
+    return not any(_is_in(field, name) for name in self.ignores)
+
+  @property
+  def needs_tokens(self) -> bool:
+    """Whether `lora.tokens` are all that it trains."""
+    return self.target == EMBEDDING
+
+
+def _is_in(field: str, name: str) -> bool:
+  """Tells whether a field is the one of this dotted name, or in that section."""
+  return field == name or field.startswith(f"{name}.")
 
 
 def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
   """Returns the `LoraConfig` of a run, with its variant and its fully trained head.
 
   The ranks of a method that is initialized from data are those in the run's folder, if it has some.
+  The tokens of `lora.tokens` are ids; their rows are trained together with the target.
   """
   lora, method = config.lora, METHODS[config.method]
+  if method.extra is not None:
+    return lj.LoraConfig(1, 1.0, target=(), extra=(method.extra, *_head(config)))
   ranks = Path(config.workdir) / RANKS
+  target, rules = [method.target or lora.target], method.rules
+  if lora.tokens:
+    variant = lj.trainable_tokens_variant(lora.tokens)  # pyright: ignore[reportArgumentType]
+    target, rules = (
+      [*target, EMBEDDING],
+      (*rules, lj.LoraRule(EMBEDDING, dropout=0.0, variant=variant)),
+    )
   whole = lj.LoraConfig(
     lora.rank,
     lora.alpha,
-    target=method.target or lora.target,
+    target=target[0] if len(set(target)) == 1 else target,
     dropout=lora.dropout if method.uses("lora.dropout") else 0.0,
     init=lora.init,  # pyright: ignore[reportArgumentType]
-    rules=method.rules,
+    rules=rules,
     extra=config.head,
     variant=method.variant,
   )
@@ -145,6 +183,23 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     for path, rank in read_json(ranks).items()
   ]
   return dataclasses.replace(whole, target=[rule.pattern for rule in rules], rules=rules)
+
+
+def slots_of(config: AdaptationConfig) -> lj.Slots:
+  """Returns the slots around each prompt of a run; those of other methods are none."""
+  if not METHODS[config.method].uses("prefix"):
+    return lj.Slots()
+  return lj.Slots(config.prefix.num_prefix, config.prefix.num_infix)
+
+
+def needs_weights(config: AdaptationConfig) -> bool:
+  """Tells whether reading a run's adapter needs the base model's weights, not only their shapes."""
+  return METHODS[config.method].variant is not None or bool(config.lora.tokens)
+
+
+def has_servers(config: AdaptationConfig) -> bool:
+  """Tells whether adapter servers read a run's adapter: plain LoRA, and no trained tokens."""
+  return METHODS[config.method].has_servers and not config.lora.tokens
 
 
 def exported_adapter(
@@ -193,9 +248,65 @@ def _as_lora(label: str, variant: lj.Variant | None, **fields: Any) -> Method:
   return dataclasses.replace(row, **fields)
 
 
+def _of_linear(label: str, variant: lj.Variant) -> Method:
+  """Returns the row of a variant that PEFT has for linear layers, and not for GPT-2's."""
+  return Method(
+    label,
+    make=_low_rank,
+    ignores=("lora.init",),
+    variant=variant,
+    exports_adapter=True,
+    has_conv1d=False,
+  )
+
+
+def _head(config: AdaptationConfig) -> tuple[str, ...]:
+  return (config.head,) if isinstance(config.head, str) else config.head
+
+
 def _ln_tuning(config: AdaptationConfig) -> Adapt:
-  head = (config.head,) if isinstance(config.head, str) else config.head
-  return functools.partial(lj.ln_tuning, train=(lj.NORMS, *head))
+  return functools.partial(lj.ln_tuning, train=lora_config(config).extra)
+
+
+def _bitfit(config: AdaptationConfig) -> Adapt:
+  return functools.partial(lj.bitfit, train=(lj.BIASES, *_head(config)))
+
+
+def _top_layers(config: AdaptationConfig) -> Adapt:
+  num_layers = config.top_layers.num_layers
+  return functools.partial(lj.top_layers, num_layers=num_layers, extra=config.head)
+
+
+def _random_subspace(config: AdaptationConfig) -> Adapt:
+  fields = dataclasses.asdict(config.random_subspace)
+  return functools.partial(lj.random_subspace, **fields, extra=config.head)
+
+
+def _prefix(
+  method: Callable[..., lj.Adaptation], with_lora: bool, config: AdaptationConfig
+) -> Adapt:
+  """Returns prefix tuning, of the experiment's head too, or LoRA together with prefix tuning."""
+  prefix = functools.partial(method, num_slots=slots_of(config).count)
+  if with_lora:
+    return lambda fn: lj.compose(fn, _low_rank(config), prefix)
+  if not config.head:
+    return prefix
+  head = functools.partial(lj.partial_finetuning, train=config.head)
+  return lambda fn: lj.compose(fn, head, prefix)
+
+
+def _of_prefix(
+  label: str, method: Callable[..., lj.Adaptation], learning_rate: float, with_lora: bool = False
+) -> Method:
+  """Returns the row of a prefix method, alone or with LoRA."""
+  return Method(
+    label,
+    make=functools.partial(_prefix, method, with_lora),
+    ignores=() if with_lora else ("lora",),
+    settings=("prefix",),
+    merges=False,
+    learning_rate=learning_rate,
+  )
 
 
 def _lora_fa(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
@@ -256,8 +367,8 @@ def _chain_of_lora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.S
 
 
 METHODS: Mapping[str, Method] = {
-  "lora": _as_lora("LoRA", None),
-  "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True),
+  "lora": _as_lora("LoRA", None, settings=(TOKENS,)),
+  "dora": Method("DoRA", make=_low_rank, variant=lj.DORA, exports_adapter=True, settings=(TOKENS,)),
   "qa_lora": _as_lora("QA-LoRA", lj.QA_LORA, experiments=("gpt2_e2e", "finetune")),
   "pissa": _as_lora("PiSSA", lj.PISSA, ignores=("lora.init",)),
   "olora": _as_lora("OLoRA", lj.OLORA, ignores=("lora.init",)),
@@ -299,9 +410,9 @@ METHODS: Mapping[str, Method] = {
   "hira": Method(
     "HiRA", make=_low_rank, ignores=("lora.dropout",), variant=lj.HIRA, exports_adapter=True
   ),
-  "loha": Method("LoHa", make=_low_rank, ignores=("lora.init",), variant=lj.LOHA),
-  "lokr": Method("LoKr", make=_low_rank, ignores=("lora.init",), variant=lj.LOKR),
-  "miss": Method("MiSS", make=_low_rank, ignores=("lora.init",), variant=lj.MISS),
+  "loha": _of_linear("LoHa", lj.LOHA),
+  "lokr": _of_linear("LoKr", lj.LOKR),
+  "miss": _of_linear("MiSS", lj.MISS),
   "ia3": Method(
     "(IA)^3",
     make=_low_rank,
@@ -310,6 +421,15 @@ METHODS: Mapping[str, Method] = {
     target=r".*/(attn/(key|value)|mlp/(shared/)?down)/kernel",
     rules=(lj.LoraRule(r".*/mlp/(shared/)?down/kernel", variant=lj.IA3_FEEDFORWARD),),
     exports_adapter=True,
+  ),
+  "trainable_tokens": Method(
+    "trainable tokens",
+    make=_low_rank,
+    ignores=("lora",),
+    settings=(TOKENS,),
+    target=EMBEDDING,
+    exports_adapter=True,
+    experiments=("gpt2_e2e", "finetune"),
   ),
   "lora_fa": _as_lora("LoRA-FA", lj.LORA_FA, wrap=_lora_fa),
   "adalora": _as_lora("AdaLoRA", lj.ADALORA, ignores=("lora.init",), wrap=_adalora),
@@ -330,7 +450,35 @@ METHODS: Mapping[str, Method] = {
     schedule=_chain_of_lora_schedule,
   ),
   "dylora": _as_lora("DyLoRA", None, make=_dylora),
-  "ln_tuning": Method("LayerNorm tuning", make=_ln_tuning, ignores=("lora",)),
+  "ln_tuning": Method(
+    "LayerNorm tuning", make=_ln_tuning, ignores=("lora",), extra=lj.NORMS, exports_adapter=True
+  ),
+  "bitfit": Method(
+    "BitFit",
+    make=_bitfit,
+    ignores=("lora",),
+    learning_rate=8.0,  # Hu et al. 2021, Table 12: 1.6e-3, and 2e-4 for LoRA
+  ),
+  "top_layers": Method(
+    "FT-Top-k",
+    make=_top_layers,
+    ignores=("lora",),
+    settings=("top_layers",),
+    learning_rate=0.1,  # as full fine-tuning's
+    tried_learning_rates=(0.03, 0.1, 0.3),
+  ),
+  "random_subspace": Method(
+    "random subspace",
+    make=_random_subspace,
+    ignores=("lora",),
+    settings=("random_subspace",),
+    tried_learning_rates=(1.0, 10.0, 100.0),
+  ),
+  # The rates relative to LoRA's are those of Hu et al. 2021, Table 12.
+  "prefix_embedding": _of_prefix("PreEmbed", lj.prefix_embedding, learning_rate=2.5),
+  "prefix_layer": _of_prefix("PreLayer", lj.prefix_layer, learning_rate=0.5),
+  "lora_prefix_embedding": _of_prefix("LoRA+PE", lj.prefix_embedding, 1.0, with_lora=True),
+  "lora_prefix_layer": _of_prefix("LoRA+PL", lj.prefix_layer, 1.0, with_lora=True),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,

@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.harness.config import replace_fields
+from experiments.harness.methods import adapt, find_method, slots_of
 from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, FinetuneConfig, Prompt
 from experiments.nlg.pretraining import PRETRAINING
 from experiments.nlg.rounding import rounded
 from experiments.nlg.user_data import Text, load_text
-from lora_jax.decoding import CachedModel, from_linen
+from lora_jax.decoding import CachedModel, adapted, from_linen
 from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.checkpoints.stored import outline
@@ -31,7 +32,8 @@ class Base(NamedTuple):
     model: the model and its weights.
     text: the tokenizer, the end tokens, and for the format `chat` the chat template.
     prompt: the format of the examples.
-    decoder: the functions for decoding, created once so that each is compiled once.
+    decoder: the functions for decoding, created once so that each is compiled once; the adapted
+      model of a method that cannot be merged.
   """
 
   model: LanguageModel
@@ -79,7 +81,7 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
     "attention": config.model.attention,
   }
   model = plan_causal_lm(folder, **options)
-  config.check_positions(model.num_slots)
+  config.check_positions(model.num_slots - slots_of(config).count)
   text = load_text(model, chats=config.data.prompt == "chat")
   if config.model.start == "random":
     model = model._replace(params=random_params(model.module, mesh, jax.random.key(config.seed)))
@@ -87,6 +89,8 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
     model = load_causal_lm(folder, **options)
   model = model._replace(params=rounded(model.params, config.model.rounded_to))
   decoder = from_linen(model.module, model.init_cache, model.num_slots)
+  if not find_method(config.method).merges:
+    decoder = adapted(decoder, adapt(config))
   return Base(model, text, config.data.prompt, decoder)
 
 

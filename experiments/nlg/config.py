@@ -255,11 +255,14 @@ class E2EConfig(AdaptationConfig):
     """Raises ValueError if decoded texts are longer than the model's positions.
 
     Rows may be longer: positions restart with each example.
+
+    Args:
+      num_positions: the model's, without those of slots.
     """
     if self.decoding.num_inputs:
       length = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
       name = "1 + decoding.max_new_tokens"
-      check_at_most(name, length, "the model's positions", num_positions)
+      check_at_most(name, length, "the model's positions, without slots,", num_positions)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

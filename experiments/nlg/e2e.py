@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from experiments.harness.methods import adapt, find_method, slots_of
 from experiments.harness.workdir import examples_digest
 from experiments.nlg.base import Base
 from experiments.nlg.config import DecodedInputs, E2EConfig, Texts
@@ -75,21 +76,48 @@ def examples_of(
   records = _random_part(task.load(data, split), split, count)
   if data.shuffled_completions and split == "train":
     records = shuffled_completions(records, config.seed)
-  examples = encode(base, records, min(data.max_length, base.model.num_positions))
+  slots = slots_of(config)
+  limit = min(data.max_length, base.model.num_positions) - slots.count
+  if slots.count and limit < 2:
+    raise ValueError(
+      f"the {slots.count} slots of prefix.num_prefix and prefix.num_infix leave no room in "
+      f"data.max_length={data.max_length} and the model's {base.model.num_positions} positions. "
+      "Lower them"
+    )
+  examples = encode(base, records, limit)
   if task.permutation is None:
-    return examples
+    return text.with_slots(examples, slots)
   kept = {base.end_of_text, *base.text.end_ids}
   ids = task.permutation(data, base.tokenizer.get_vocab_size(), kept)
-  return [
+  permuted = [
     example._replace(tokens=ids[example.tokens], targets=ids[example.targets])
     for example in examples
   ]
+  return text.with_slots(permuted, slots)
 
 
-def validation_loss(base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:
-  """Returns the loss of params on the validation examples, in nats per token."""
-  step = make_eval_step(lj.full_finetuning(language_model_loss(base.module)))
-  return evaluate_loss(step, params, params, iter(data.valid), mesh)
+def served(config: E2EConfig, method: lj.Adaptation, params: PyTree, trained: PyTree) -> PyTree:
+  """Returns the params of `Base.decoder`: merged, or base model and adapter side by side.
+
+  Args:
+    config: of the run.
+    method: its method, applied to any function.
+    params: of the base model.
+    trained: the trained tree.
+  """
+  if not find_method(config.method).merges:
+    return {"base": params, "adapter": trained}
+  return method.merge(lj.dequantize(params), trained)
+
+
+def validation_loss(config: E2EConfig, base: Base, params: PyTree, data: Data, mesh: Mesh) -> float:
+  """Returns the loss of served params on the validation examples, in nats per token."""
+  loss = language_model_loss(base.module)
+  if find_method(config.method).merges:
+    step = make_eval_step(lj.full_finetuning(loss))
+    return evaluate_loss(step, params, params, iter(data.valid), mesh)
+  step = make_eval_step(adapt(config)(loss))
+  return evaluate_loss(step, params["base"], params["adapter"], iter(data.valid), mesh)
 
 
 def _random_part(records: Sequence[e2e.Record], split: str, count: int) -> list[e2e.Record]:
@@ -175,7 +203,7 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
 def generate(
   config: E2EConfig, base: Base, params: PyTree, contexts: Sequence[str], mesh: Mesh
 ) -> list[str]:
-  """Returns one text for each context, in one line, by beam search."""
+  """Returns one text for each context, in one line, by beam search; params as `served` returns."""
   decoding = config.decoding
   search = BeamConfig(
     eos_ids=end_ids(base),
@@ -186,13 +214,14 @@ def generate(
     pad_id=base.end_of_text,
     scoring=decoding.scoring,
   )
-  room = base.model.num_slots - decoding.max_new_tokens
+  slots = slots_of(config)
+  room = base.model.num_slots - decoding.max_new_tokens - slots.count
   prompts = encode_prompts(base, contexts, shots_of(config))
   room = room if decoding.num_shots else min(config.data.max_length - LONGEST_TEXT, room)
   hypotheses = beam_search(
     base.decoder,
     params,
-    [ids[-room:] for ids in prompts],
+    [slots.around(ids[-room:]) for ids in prompts],
     search,
     batch_size=decoding.batch_size,
     mesh=mesh,

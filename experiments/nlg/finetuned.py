@@ -11,7 +11,14 @@ from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.config import check_attention, replace_fields
-from experiments.harness.methods import adapt, find_method, lora_config
+from experiments.harness.methods import (
+  adapt,
+  find_method,
+  has_servers,
+  lora_config,
+  needs_weights,
+  slots_of,
+)
 from experiments.harness.model_card import BaseModel
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest, read_finished
@@ -27,7 +34,7 @@ from experiments.nlg.text_files import (
 )
 from experiments.nlg.user_data import Data, Text
 from lora_jax.adapters.delta import adapter_weights
-from lora_jax.decoding import CachedModel, SamplingConfig, generate
+from lora_jax.decoding import CachedModel, SamplingConfig, adapted, from_linen, generate
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
 from lora_jax.models.text.tokenizer import load_tokenizer
@@ -96,10 +103,26 @@ def check_weights(config: FinetuneConfig, folder: Path) -> None:
     )
 
 
+def exports_adapter(config: FinetuneConfig, model: LanguageModel) -> bool:
+  """Tells whether PEFT has a format for a run's adapter; if not, the run writes its whole model."""
+  method = find_method(config.method)
+  return method.exports_adapter and (method.has_conv1d or model.model_type != "gpt2")
+
+
 def export_folder(config: FinetuneConfig) -> Path:
-  """Returns the folder of a run's adapter in PEFT's format, or of its fully trained model."""
-  adapter = find_method(config.method).exports_adapter
-  return Path(config.workdir) / ("peft" if adapter else "model")
+  """Returns the folder that a finished run has written; see `has_model`."""
+  return Path(config.workdir) / ("model" if has_model(config) else "peft")
+
+
+def is_exported(config: FinetuneConfig) -> bool:
+  """Tells whether a finished run has written files for other packages: an adapter, or its model."""
+  method = find_method(config.method)
+  return method.merges or method.exports_adapter
+
+
+def has_model(config: FinetuneConfig) -> bool:
+  """Tells whether a finished run has written its whole model, and not an adapter for PEFT."""
+  return (Path(config.workdir) / "model").exists() or not find_method(config.method).exports_adapter
 
 
 def export(
@@ -111,7 +134,8 @@ def export(
 ) -> None:
   """Writes the trained adapter or model, with its tokenizer, chat template and end tokens.
 
-  A folder that exists is kept.
+  A folder that exists is kept. Nothing is written of an adapter that cannot be merged and that PEFT
+  has no format for.
 
   Args:
     config: the run's config.
@@ -120,13 +144,14 @@ def export(
     trained: the trained tree.
     result: the part of the run's result that is known, for the model card.
   """
-  folder = export_folder(config)
-  if folder.exists():
+  has_adapter = exports_adapter(config, model)
+  folder = Path(config.workdir) / ("peft" if has_adapter else "model")
+  if folder.exists() or not is_exported(config):
     return
   own_template = text.template.source if text.template and config.data.chat_template else None
   end_ids = (text.end_id, *text.end_ids)
   files = text_files(model.folder, text.tokenizer, end_ids, own_template)
-  if find_method(config.method).exports_adapter:
+  if has_adapter:
     base = BaseModel(config.model.folder, model.folder, result["weights"])
     run = RunAdapter(config, result, lora_config(config), trained, model, base, files)
     write_adapter(run, folder, _format(config, model, trained))
@@ -137,7 +162,7 @@ def export(
 
 def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree) -> None:
   """Raises ValueError if PEFT has no format for the adapter; call it before training."""
-  if find_method(config.method).exports_adapter:
+  if exports_adapter(config, model):
     with tempfile.TemporaryDirectory() as folder:
       base = BaseModel(config.model.folder, model.folder, {})
       run = RunAdapter(config, {}, lora_config(config), trainable, model, base, {})
@@ -146,9 +171,9 @@ def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree
 
 def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Format:
   """Returns the servers' format if they support the adapter, otherwise PEFT's."""
-  adapted = set(adapter_weights(adapter))
-  fused = any(tensor.is_parameter and adapted & set(tensor.paths) for tensor in model.stored)
-  return "server" if find_method(config.method).has_servers and not fused else "peft"
+  weights = set(adapter_weights(adapter))
+  fused = any(tensor.is_parameter and weights & set(tensor.paths) for tensor in model.stored)
+  return "server" if has_servers(config) and not fused else "peft"
 
 
 def trained_tree(config: FinetuneConfig, model: LanguageModel) -> PyTree:
@@ -166,14 +191,13 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
     FileNotFoundError, ValueError: if the run is not finished, has no adapter, its files are gone
       or damaged, or the base model's have changed.
   """
-  result, method = read_finished(config.workdir), find_method(config.method)
-  folder = export_folder(config)
-  if not method.exports_adapter:
+  result, folder = read_finished(config.workdir), export_folder(config)
+  if has_model(config):
     raise ValueError(
       f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
     )
   check_weights(config, model_folder(config))
-  model = (plan_causal_lm if method.variant is None else load_causal_lm)(config.model.folder)
+  model = (load_causal_lm if needs_weights(config) else plan_causal_lm)(config.model.folder)
   adapter = trained_tree(config, model)
   base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))
   files = exported_text_files(folder)
@@ -202,7 +226,8 @@ def samples(
   mesh: Mesh,
 ) -> list[dict[str, str]]:
   """Returns the adapted model's answers to held-out prompts, and the answers in the data."""
-  room = model.num_slots - config.samples.max_new_tokens
+  slots = slots_of(config)
+  room = model.num_slots - config.samples.max_new_tokens - slots.count
   if not data.prompts:
     return []
   base = find_method(config.method).remaining_base(model.params, trained)
@@ -213,7 +238,7 @@ def samples(
   answers = generate(
     cached_model(config, model),
     {"base": base, "adapter": trained},
-    prompts,
+    [slots.around(ids) for ids in prompts],
     search,
     batch_size=8 * mesh.shape["data"] * mesh.shape["fsdp"],
     mesh=mesh,
@@ -227,12 +252,5 @@ def samples(
 
 def cached_model(config: FinetuneConfig, model: LanguageModel) -> CachedModel:
   """Returns the adapted model for decoding, without merging or copying the base model."""
-
-  def adapted(name: str) -> Any:
-    def call(params: PyTree, *args: Any) -> Any:
-      return model.module.apply({"params": params}, *args, method=name)
-
-    apply = adapt(config)(call).apply
-    return lambda params, *args: apply(params["base"], params["adapter"], *args, lora_key=None)
-
-  return CachedModel(adapted("extend"), adapted("logits"), model.init_cache, model.num_slots)
+  base = from_linen(model.module, model.init_cache, model.num_slots)
+  return adapted(base, adapt(config))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from experiments.harness.config import Rows, Seed, replace_fields
-from experiments.harness.methods import find_method
+from experiments.harness.methods import find_method, slots_of
 from experiments.harness.restore import restore_trained
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.config import E2EConfig, FinetuneConfig, NewTokens, PretrainConfig
@@ -142,7 +142,7 @@ def _load_e2e(folder: str | Path, chat: bool) -> Generator:
     run.params,
     run.base.tokenizer,
     end_ids(run.base),
-    lambda prompts: encode_inputs(run.base, prompts),
+    lambda prompts: [slots_of(run.config).around(ids) for ids in encode_inputs(run.base, prompts)],
     run.mesh,
   )
 
@@ -179,8 +179,10 @@ def _load_finetuned(folder: str | Path, chat: bool) -> Generator:
 
   def encode(prompts: Sequence[str]) -> list[list[int]]:
     if chat:
-      return chat_prompts(text, [[{"role": "user", "content": prompt}] for prompt in prompts])
-    return encode_prompts(text.tokenizer, list(prompts), text.end_id)
+      tokens = chat_prompts(text, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    else:
+      tokens = encode_prompts(text.tokenizer, list(prompts), text.end_id)
+    return [slots_of(config).around(ids) for ids in tokens]
 
   return Generator(decoder, params, text.tokenizer, text.end_ids, encode, mesh)
 

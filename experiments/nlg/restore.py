@@ -13,7 +13,7 @@ from experiments.harness.restore import check_base, initial_shapes, restore_trai
 from experiments.harness.workdir import read_finished, read_run
 from experiments.nlg.base import Base, load_base
 from experiments.nlg.config import Checkpoint, E2EConfig
-from experiments.nlg.e2e import generate
+from experiments.nlg.e2e import generate, served
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import fill
 from lora_jax.training.checkpoint import restore_adapter
@@ -27,7 +27,7 @@ class Finished(NamedTuple):
   Attributes:
     config: the run's config.
     base: the model that it adapted.
-    params: the base model's params with the adapter merged, or the fully trained ones.
+    params: as `served` returns them.
     mesh: the devices of the params.
   """
 
@@ -67,31 +67,31 @@ def check_has_model(config: E2EConfig) -> None:
 
 
 def restore_params(
-  config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh, served: PyTree | None = None
+  config: E2EConfig, checkpoint: Checkpoint, base: Base, mesh: Mesh, params: PyTree | None = None
 ) -> tuple[PyTree, float | None]:
-  """Returns a finished run's params, with its adapter merged, and its validation loss.
+  """Returns a finished run's params as they are served, and its validation loss.
 
   Args:
     config: the run's config; any method.
     checkpoint: best or last.
     base: the run's base model, as `load_base` returns it.
     mesh: the devices of the base model.
-    served: params into which the adapter is merged; None merges into the base model's own. The
-      loss is always that of the base model's own params.
+    params: of the base model that is served with the adapter; None is its own. The loss is always
+      that of the base model's own params.
   Raises:
     FileNotFoundError: if there is no adapter or no such checkpoint.
     ValueError: if they belong to another base model or another method.
   """
   result = read_finished(config.workdir)
-  served = lj.dequantize(base.params if served is None else served)
+  params = base.params if params is None else params
   if not find_method(config.method).trains:
-    return served, result["valid_loss"]
+    return lj.dequantize(params), result["valid_loss"]
   adaptation = _adaptation(config, base)
   shapes = trainable_shapes(adaptation, base.params)
   trained, loss = restore_trained(
     config, base.params, shapes, mesh, checkpoint=checkpoint, saved=config.fit.keep
   )
-  return adaptation.merge(served, trained), loss
+  return served(config, adaptation, params, trained), loss
 
 
 def load_adapter(config: E2EConfig, base: Base) -> PyTree:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.harness.methods import slots_of
 from experiments.harness.workdir import examples_digest
 from experiments.nlg.config import FinetuneConfig
 from lora_jax.data import batches as data_batches
@@ -23,7 +24,7 @@ from lora_jax.data.jsonl import (
   encode_rendered,
   read_jsonl,
 )
-from lora_jax.data.text import Example
+from lora_jax.data.text import Example, with_slots
 from lora_jax.files import read_text
 from lora_jax.models.text.chat import (
   ChatTemplate,
@@ -94,8 +95,16 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
     records, held_out = _hold_out(config, records)
   chats = isinstance(records[0], Conversation)
   text = load_text(model, chats, options.chat_template, options.today)
-  limit = options.row_length or model.num_positions
-  train, valid = (encode(text, part, limit, options.truncate) for part in (records, held_out))
+  slots = slots_of(config)
+  limit = (options.row_length or model.num_positions) - slots.count
+  if slots.count and limit < 2:
+    raise ValueError(
+      f"the {slots.count} slots of prefix.num_prefix and prefix.num_infix leave no room in rows of "
+      f"{limit + slots.count} tokens. Lower them, or raise data.row_length"
+    )
+  train, valid = (
+    with_slots(encode(text, part, limit, options.truncate), slots) for part in (records, held_out)
+  )
   longest = max(len(example.tokens) for example in (*train, *valid))
   row_length = options.row_length or min(-(-longest // 64) * 64, model.num_positions)
 

@@ -4,6 +4,7 @@
 {"lora_added": {...}}                 arrays that are in no leaf's place: they add to the model
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import PyTree
@@ -19,6 +20,15 @@ def is_added(path: str) -> bool:
 def join_parts(parts: Sequence[PyTree]) -> dict[str, PyTree]:
   """Returns the trainable tree of several methods from those of each."""
   return {f"part_{i}": part for i, part in enumerate(parts)}
+
+
+def path_in_part(path: str) -> str:
+  """Returns the path of a leaf within its method's part of the trainable tree.
+
+  >>> path_in_part("part_1/head/kernel"), path_in_part("head/kernel")
+  ('head/kernel', 'head/kernel')
+  """
+  return re.sub(r"^part_\d+/", "", path)
 
 
 def has_parts(trainable: PyTree) -> bool:
