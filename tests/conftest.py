@@ -7,6 +7,7 @@ FLAGS = [
   "--xla_force_host_platform_device_count=8",
   "--xla_backend_optimization_level=0",  # of LLVM: tests compile much and compute little
   "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_parallel_codegen_split_count=1",  # programs are small: 5 % of the time
 ]
 if version("jaxlib").startswith("0.10."):  # later ones have no other emitters
   FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time to compile
