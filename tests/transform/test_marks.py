@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 import lora_jax as lj
 from lora_jax.transform.errors import UnsupportedOperation
-from lora_jax.transform.marks import require_marks, trace_marks
+from lora_jax.transform.marks import count_layers, require_marks, trace_marks
 
 NAME = "lora_jax/mlp_output"
 X = jnp.arange(6.0).reshape(2, 3) / 7
@@ -72,6 +73,13 @@ def looped(params, x):
   return lax.fori_loop(0, 4, lambda i, x: layer(params["w"][0], x), x)
 
 
+def in_while(params, x):
+  def step(state):
+    return state[0] + 1, layer(params["w"][0], state[1])
+
+  return lax.while_loop(lambda state: state[0] < 4, step, (0, x))[1]
+
+
 def over_batches(params, x):
   """A scan that slices no weights."""
   return lax.scan(lambda _, row: (None, unrolled(params, row)), None, x[:, None])[1][:, 0]
@@ -112,25 +120,142 @@ STACKS = {
 }
 
 
+@functools.cache
+def value_and_gradients(fn):
+  """Returns a value of `fn(arrays, params, x)` and its gradients."""
+  direction = jnp.cos(jnp.arange(6.0)).reshape(2, 3)
+
+  def value(arrays, params, x):
+    return jnp.vdot(direction, fn(arrays, params, x))
+
+  return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(ARRAYS, PARAMS, X)
+
+
+def each_layer(arrays, params, x):
+  return by_hand(params, x, arrays)
+
+
+def first_layer(arrays, params, x):
+  return by_hand(params, x, arrays, same=True)
+
+
+def assert_close(got, expected):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), got, expected)
+
+
 @pytest.mark.parametrize("fn", STACKS, ids=lambda fn: fn.__name__)
 def test_values_and_gradients_are_those_of_a_function_by_hand(fn):
   marks = trace_marks(fn, [NAME], PARAMS, (X,), {}).marks
   assert [mark.layers for mark in marks] == STACKS[fn]
   assert [mark.number for mark in marks] == list(range(len(marks)))
+  got = value_and_gradients(lambda arrays, params, x: evaluate(fn, arrays, params, x))
+  assert_close(got, value_and_gradients(first_layer if fn is looped else each_layer))
 
-  direction = jnp.cos(jnp.arange(6.0)).reshape(2, 3)
 
-  def value(fn, arrays, params, x):
-    return jnp.vdot(direction, fn(arrays, params, x))
+def test_a_while_loop_has_no_stack():
+  assert_close(
+    jax.jit(functools.partial(evaluate, in_while))(ARRAYS), first_layer(ARRAYS, PARAMS, X)
+  )
+
+
+@pytest.mark.parametrize("fn", [scanned, unrolled], ids=lambda fn: fn.__name__)
+def test_a_mark_without_arrays_changes_nothing(fn):
+  call = trace_marks(fn, [NAME], PARAMS, (X,), {})
+  np.testing.assert_array_equal(call.evaluate(visit, {}), fn(PARAMS, X))
+  assert trace_marks(fn, ["another"], PARAMS, (X,), {}).marks == ()
+
+
+def test_marks_and_name_stacks_stay():
+  def fn(params, x):
+    with jax.named_scope("model"):
+      return scanned(params, x)
+
+  def replaced(params, x):
+    call = trace_marks(fn, [NAME], params, (x,), {})
+    with jax.named_scope("outer"):
+      return call.evaluate(visit, split(call.marks, ARRAYS))
+
+  (mark,) = trace_marks(replaced, [NAME], PARAMS, (X,), {}).marks
+  assert (mark.layers, mark.scope, mark.shape) == ((4,), "outer/model", (2, 3))
+  twice = trace_marks(replaced, [NAME], PARAMS, (X,), {}).evaluate(visit, {mark: ARRAYS})
+  x = X
+  for i in range(4):
+    x = visit(None, visit(None, jnp.tanh(x @ PARAMS["w"][i]), ARRAYS[i]), ARRAYS[i])
+  np.testing.assert_allclose(twice, x, rtol=1e-5)
+
+
+def test_a_quantized_stack_is_dequantized_layer_by_layer():
+  wide = jax.random.normal(jax.random.key(0), (4, 64, 64)) / 8
+  x = jax.random.normal(jax.random.key(1), (2, 64))
+  params = lj.quantize({"w": wide}, "int8", "w")
+  arrays = jnp.linspace(0.1, 0.7, 256).reshape(4, 64)
+  call = trace_marks(scanned, [NAME], params, (x,), {})
+  got = call.evaluate(visit, {call.marks[0]: arrays})
+  np.testing.assert_allclose(got, by_hand(lj.dequantize(params), x, arrays), rtol=1e-4, atol=1e-5)
+
+
+def test_a_visit_may_close_over_arrays():
+  """As prefix tuning does over the places of its slots; differentiated through scan."""
 
   def replaced(arrays, params, x):
-    return evaluate(fn, arrays, params, x)
+    call = trace_marks(scanned, [NAME], params, (x,), {})
+    factor = jnp.sin(x)
+
+    def visit(mark, x, arrays):
+      return x + factor * arrays[None]
+
+    return call.evaluate(visit, {call.marks[0]: arrays})
 
   def hand(arrays, params, x):
-    return by_hand(params, x, arrays, same=fn is looped)
+    factor = jnp.sin(x)
+    for i in range(4):
+      x = jnp.tanh(x @ params["w"][i]) + factor * arrays[i][None]
+    return x
 
-  results = [
-    jax.jit(jax.value_and_grad(functools.partial(value, f), (0, 1, 2)))(ARRAYS, PARAMS, X)
-    for f in (replaced, hand)
-  ]
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), *results)
+  assert_close(value_and_gradients(replaced), value_and_gradients(hand))
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+
+def custom(params, x):
+  function = jax.custom_vjp(layer)
+  function.defvjp(lambda w, x: (layer(w, x), (w, x)), lambda saved, g: saved)
+  return function(params["w"][0], x)
+
+
+def sharded(params, x):
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+  return jax.shard_map(lambda x: layer(params["w"][0], x), mesh=mesh, **specs)(x)
+
+
+@pytest.mark.parametrize(("fn", "name"), [(custom, "custom_vjp_call"), (sharded, "shard_map")])
+def test_a_mark_inside_a_call_that_cannot_be_emitted_is_refused(fn, name):
+  message = f"lora_jax/mlp_output 0 is inside '{name}' at .*test_marks.py.*Mark the value outside"
+  with pytest.raises(UnsupportedOperation, match=message):
+    trace_marks(fn, [NAME], PARAMS, (X,), {})
+  assert trace_marks(fn, ["another"], PARAMS, (X,), {}).marks == ()
+
+
+def test_a_layer_that_is_evaluated_twice_is_refused():
+  def model(params, x):
+    with jax.named_scope("h_0"):
+      return layer(params["w"][0], x)
+
+  with pytest.raises(ValueError, match=r"'lora_jax/mlp_output' twice in h_0, at .*Call it once"):
+    trace_marks(lambda params, x: model(params, model(params, x)), [NAME], PARAMS, (X,), {})
+
+
+def test_bad_arrays_and_values_are_refused():
+  call = trace_marks(scanned, [NAME], PARAMS, (X,), {})
+  (mark,) = call.marks
+  with pytest.raises(ValueError, match=r"mlp_output 0: expected arrays with the layers \(4,\) as"):
+    call.evaluate(visit, {mark: ARRAYS[:3]})
+  with pytest.raises(ValueError, match=r"expected float32 of shape \(2, 3\) .* got float32 of sh"):
+    call.evaluate(lambda mark, x, arrays: x[0], {mark: ARRAYS})
+  with pytest.raises(ValueError, match=r"method needs marked values, .*'lora_jax/layer_output'"):
+    require_marks(call, [NAME, "lora_jax/layer_output"], "method")
+  marks = trace_marks(grouped, [NAME], PARAMS, (X,), {}).marks
+  with pytest.raises(ValueError, match=r"layers in one stack, .*in stacks of \(2, 2\)"):
+    count_layers(marks)
