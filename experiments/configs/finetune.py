@@ -55,10 +55,12 @@ def get_config() -> Config:
   config.random_subspace.layer_scales = False  # True also trains one scale for each weight (SAID)
 
   config.prefix = ConfigDict()
-  config.prefix.num_prefix = (
-    8  # trained vectors before a prompt, of methods with prefix in the name
-  )
+  config.prefix.num_prefix = 8  # trained vectors before a prompt, of methods named prefix
   config.prefix.num_infix = 8  # between it and the text
+
+  config.bottleneck = ConfigDict()
+  config.bottleneck.width = 16  # r of adapter_h, adapter_l, adapter_p and adapter_d
+  config.bottleneck.num_dropped = 1  # layers without adapters, the first ones, of adapter_d
 
   config.data = ConfigDict()
   config.data.file = ""  # JSON lines

@@ -81,7 +81,7 @@ def load_base(config: E2EConfig, mesh: Mesh) -> Base:
     "attention": config.model.attention,
   }
   model = plan_causal_lm(folder, **options)
-  config.check_positions(model.num_slots - slots_of(config).count)
+  config.check_positions(model.num_slots, slots_of(config).count)
   text = load_text(model, chats=config.data.prompt == "chat")
   if config.model.start == "random":
     model = model._replace(params=random_params(model.module, mesh, jax.random.key(config.seed)))

@@ -251,18 +251,20 @@ class E2EConfig(AdaptationConfig):
     if self.fit.num_train_steps:
       self.check_warmup(self.fit.num_train_steps)
 
-  def check_positions(self, num_positions: int) -> None:
+  def check_positions(self, num_positions: int, num_reserved: int = 0) -> None:
     """Raises ValueError if decoded texts are longer than the model's positions.
 
     Rows may be longer: positions restart with each example.
 
     Args:
-      num_positions: the model's, without those of slots.
+      num_positions: the model's.
+      num_reserved: the positions of the slots of prefix methods.
     """
     if self.decoding.num_inputs:
       length = self.decoding.max_new_tokens + 1  # after a prompt of at least one token
       name = "1 + decoding.max_new_tokens"
-      check_at_most(name, length, "the model's positions, without slots,", num_positions)
+      limit = "the model's positions" + (f" but {num_reserved} slots" if num_reserved else "")
+      check_at_most(name, length, limit, num_positions - num_reserved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -176,7 +176,7 @@ def test_losses_by_input_add_up_to_the_validation_loss(tmp_path, caplog):
   losses = losses_by_input(base, base.params, examples)
   assert len(losses) == len(examples) == 9
   tokens = sum(len(example.targets) for example in examples)
-  whole = validation_loss(base, base.params, load_data(config, base), mesh)
+  whole = validation_loss(config, base, base.params, load_data(config, base), mesh)
   assert losses.sum() / tokens == pytest.approx(whole, rel=1e-5)
   assert np.argmax(losses) == max(range(9), key=lambda i: len(examples[i].targets))  # their order
   with jax.log_compiles(), caplog.at_level("WARNING"):
