@@ -153,6 +153,10 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.prefix.num_prefix = 8  # trained vectors after [CLS], of methods with prefix in their name
   config.prefix.num_infix = 8  # after the last token
 
+  config.bottleneck = ConfigDict()
+  config.bottleneck.width = 16  # r of adapter_h, adapter_l, adapter_p and adapter_d
+  config.bottleneck.num_dropped = 1  # layers without adapters, the first ones, of adapter_d
+
   config.data = ConfigDict()
   config.data.suite = "glue" if task in glue.TASKS else "super_glue"
   config.data.task = task.removeprefix("super_")

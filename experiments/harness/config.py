@@ -111,6 +111,12 @@ class Prefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bottleneck:
+  width: Annotated[int, Within("[1, 65_536]")] = 16
+  num_dropped: Annotated[int, Within("[0, 65_536]")] = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
   learning_rate: Positive
   weight_decay: NonNegative
@@ -202,6 +208,7 @@ class AdaptationConfig(TrainingConfig):
   top_layers: TopLayers = TopLayers()
   random_subspace: RandomSubspace = RandomSubspace()
   prefix: Prefix = Prefix()
+  bottleneck: Bottleneck = Bottleneck()
 
   @property
   def head(self) -> str | tuple[str, ...]:

@@ -22,7 +22,8 @@ from experiments.harness.config import AdaptationConfig
 from lora_jax.files import read_json
 
 TOKENS = "lora.tokens"
-SETTINGS = ("top_layers", "random_subspace", "prefix", TOKENS)
+WIDTH, DROPPED = "bottleneck.width", "bottleneck.num_dropped"
+SETTINGS = ("top_layers", "random_subspace", "prefix", WIDTH, DROPPED, TOKENS)
 """The sections and fields of a config that have an effect on those methods only that name them."""
 
 RANKS = "ranks.json"
@@ -309,6 +310,30 @@ def _of_prefix(
   )
 
 
+def _adapter(make: Callable[..., lj.BottleneckConfig], config: AdaptationConfig) -> Adapt:
+  adapter = make(config.bottleneck.width, extra=config.head)
+  return functools.partial(lj.bottleneck_adapter, config=adapter)
+
+
+def _adapter_drop(config: AdaptationConfig) -> Adapt:
+  num_dropped = config.bottleneck.num_dropped
+  return _adapter(functools.partial(lj.adapter_drop_config, num_dropped=num_dropped), config)
+
+
+def _of_adapter(
+  label: str, make: Callable[[AdaptationConfig], Adapt], settings: tuple[str, ...] = (WIDTH,)
+) -> Method:
+  """Returns the row of a bottleneck adapter."""
+  return Method(
+    label,
+    make=make,
+    ignores=("lora",),
+    settings=settings,
+    merges=False,
+    learning_rate=0.5,  # Hu et al. 2021, Table 12: 1e-4 for Adapter_H, and 2e-4 for LoRA
+  )
+
+
 def _lora_fa(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
   return lj.lora_fa_optimizer(optimizer, lora_config(run.config), run.trainable, run.params)
 
@@ -479,6 +504,10 @@ METHODS: Mapping[str, Method] = {
   "prefix_layer": _of_prefix("PreLayer", lj.prefix_layer, learning_rate=0.5),
   "lora_prefix_embedding": _of_prefix("LoRA+PE", lj.prefix_embedding, 1.0, with_lora=True),
   "lora_prefix_layer": _of_prefix("LoRA+PL", lj.prefix_layer, 1.0, with_lora=True),
+  "adapter_h": _of_adapter("Adapter_H", functools.partial(_adapter, lj.houlsby_config)),
+  "adapter_l": _of_adapter("Adapter_L", functools.partial(_adapter, lj.lin_config)),
+  "adapter_p": _of_adapter("Adapter_P", functools.partial(_adapter, lj.pfeiffer_config)),
+  "adapter_d": _of_adapter("Adapter_D", _adapter_drop, (WIDTH, DROPPED)),
   "full_finetuning": Method(
     "full fine-tuning",
     make=lambda config: lj.full_finetuning,
