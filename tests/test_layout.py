@@ -28,7 +28,10 @@ EXPERIMENT_LAYERS = [
   {"(runnable)"},
 ]
 EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
-MAY_RUN = {"experiments/variants.py": {"gpt2_e2e"}}  # commands that are many runs of another one
+MAY_RUN = {  # commands that are many runs of another one
+  "experiments/subspaces.py": {"gpt2_e2e"},
+  "experiments/variants.py": {"gpt2_e2e"},
+}
 
 
 def modules(package):

@@ -1,0 +1,1 @@
+"""The parts of `experiments/subspaces.py`: runs, figures and tables."""
