@@ -38,6 +38,7 @@ from lora_jax.methods.ln_tuning import ln_tuning as ln_tuning
 from lora_jax.methods.partial import partial_finetuning as partial_finetuning
 from lora_jax.methods.prefix import prefix_embedding as prefix_embedding
 from lora_jax.methods.prefix import prefix_layer as prefix_layer
+from lora_jax.methods.random_subspace import random_subspace as random_subspace
 from lora_jax.methods.top_layers import top_layers as top_layers
 from lora_jax.optimizer import freeze as freeze
 from lora_jax.quantization.leaf import Quantized as Quantized

@@ -108,8 +108,8 @@ class Factored:
 
   @property
   def is_plain(self) -> bool:
-    """Whether it is a weight that is not adapted: a quantized one."""
-    return not self.terms and self.gain is None and isinstance(self.base, Deferred)
+    """Whether it is a weight without terms: a quantized one, or one that an update moves."""
+    return not self.terms and self.gain is None
 
   @property
   def probing(self) -> bool:
