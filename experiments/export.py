@@ -34,6 +34,7 @@ import lora_jax as lj
 from experiments.classification.config import GlueConfig
 from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
+from experiments.harness.config import AdaptationConfig
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.methods import find_method, lora_config, needs_weights
 from experiments.harness.model_card import CARD, BaseModel, model_card
@@ -179,7 +180,20 @@ def _config_of(folder: str | Path) -> E2EConfig | GlueConfig | FinetuneConfig:
   experiment = stored_config(folder)["experiment"]
   if experiment not in EXPORTED:
     raise ValueError(f"{folder} is a run of {experiment!r}, expected one of {', '.join(EXPORTED)}")
-  return read_run(EXPORTED[experiment], folder)
+  config = read_run(EXPORTED[experiment], folder)
+  method = find_method(config.method)
+  if not (method.merges or method.exports_adapter):
+    raise ValueError(
+      f"{folder} is a run of {config.method}: its adapter cannot be merged, and there is no format "
+      f"for it in other packages. Use it here: {_use_here(config)}"
+    )
+  return config
+
+
+def _use_here(config: AdaptationConfig) -> str:
+  if isinstance(config, GlueConfig):
+    return "experiments.classification.restore.load_encoder(folder).classify(texts)"
+  return f'python -m experiments.generate {config.workdir} "PROMPT"'
 
 
 def _written_already(config: FinetuneConfig) -> str:

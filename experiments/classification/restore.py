@@ -92,14 +92,8 @@ class FinishedEncoder(NamedTuple):
     Returns:
       The rounding error of each merged leaf, if the run has an adapter: the model then has the
       dtype of its base model's folder. Other weights are written as they are.
-    Raises:
-      ValueError: if the method's adapters cannot be merged.
     """
-    if not find_method(self.config.method).merges:
-      raise ValueError(
-        f"{self.config.workdir} is a run of {self.config.method}, which cannot be merged into a "
-        "model. Keep the run's folder: load_encoder(folder).classify(texts)"
-      )
+    assert find_method(self.config.method).merges, "export refuses others"
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
     errors: dict[str, float] = {}
