@@ -8,7 +8,7 @@
     python -m experiments.variants --report                     # the page of the runs so far
     python -m experiments.variants --lines=FILE --out=page      # the page of published runs
 
-Time: 15 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 4 minutes.
+Time: 16 hours on 2 CPU cores (`--plan`); `--tiny` with two arms 4 minutes.
 Expect: not run yet (docs/variants_comparison.md).
 
 rates -> seeds -> effort on the embedded base model, then smollm2_rates -> smollm2; each run is one

@@ -33,7 +33,7 @@ from experiments.configs.variants import (
 )
 from experiments.harness.config import read_config
 from experiments.harness.launch import RATE, apply
-from experiments.harness.methods import METHODS, default_learning_rate, find_method
+from experiments.harness.methods import default_learning_rate, find_method
 from experiments.harness.table import aligned
 from experiments.nlg.config import E2EConfig
 
@@ -85,21 +85,16 @@ class Planned(NamedTuple):
     return f"{self.arm},rate={self.rate:g},seed={self.changes['seed']}"
 
 
-def present(arms: Iterable[str]) -> list[str]:
-  """Returns those arms that have a row in the table of methods."""
-  return [arm for arm in arms if ARMS[arm].method in METHODS]
-
-
 def arms_of(stage: str, chosen: Sequence[str] = ()) -> list[str]:
   """Returns the arms of a stage, or those that were chosen of them; always with the control.
 
   Raises:
-    ValueError: if a chosen arm does not exist, or its method has no row.
+    ValueError: if a chosen arm does not exist.
   """
   for arm in chosen:
-    if arm not in present(ARMS):
-      raise ValueError(f"the arms must be of {', '.join(present(ARMS))}, got {arm!r}")
-  arms = present(ARMS if STAGES[stage] == "embedded" else BEST_KNOWN)
+    if arm not in ARMS:
+      raise ValueError(f"the arms must be of {', '.join(ARMS)}, got {arm!r}")
+  arms = ARMS if STAGES[stage] == "embedded" else BEST_KNOWN
   return [arm for arm in arms if not chosen or arm in (CONTROL, *chosen)]
 
 
@@ -322,7 +317,7 @@ class Row(NamedTuple):
 
 
 def planned_rows(sizes: Sizes, chosen: Sequence[str] = ()) -> list[Row]:
-  """Returns the rows of the plan, with arms whose methods have no row yet."""
+  """Returns the rows of the plan."""
   rows = []
   for stage, base in STAGES.items():
     if base == "smollm2" and not sizes.smollm2:
@@ -362,9 +357,6 @@ def plan(sizes: Sizes, chosen: Sequence[str] = ()) -> str:
   parts = [stage_table(sizes, chosen)]
   for base in dict.fromkeys(STAGES[row.stage] for row in planned_rows(sizes, chosen)):
     parts += [f"Sizes on {base}:", size_table(base, chosen)]
-  missing = [arm for arm in ARMS if arm not in present(ARMS)]
-  if missing:
-    parts.append(f"No row in experiments/harness/methods.py yet: {', '.join(missing)}.")
   return "\n\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Finds the rank at which an arm has as many trained parameters as the control."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +60,8 @@ def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first
   Size(rank=4, parameters=400, is_matched=True, reason='')
 
   Args:
-    count: from a rank to the number of parameters, which grows with it, or stays as it is from some
-      rank on; ValueError if the rank is too large for a weight.
+    count: from a rank to the number of parameters, which grows or shrinks with it, or stays as it
+      is from some rank on; ValueError if the rank is too large for a weight.
     wanted: the control's number of parameters.
     tolerance: the largest difference, as a share of `wanted`.
     first: the rank to try first.
@@ -77,22 +78,24 @@ def match_rank(count: Callable[[int], int], wanted: int, tolerance: float, first
         counts[rank] = None
     return counts[rank]
 
-  def is_small(rank: int) -> bool:
-    value = number(rank)
-    return value is not None and value <= wanted
-
   value = number(first)
   if value is not None and abs(value / wanted - 1) <= tolerance:
     return Size(first, value, True)
   low, high = 1, 2
-  while is_small(high):
+  shrinks = (number(high) or math.inf) < (number(low) or 0)
+
+  def is_low(rank: int) -> bool:
+    value = number(rank)
+    return value is not None and (value >= wanted if shrinks else value <= wanted)
+
+  while is_low(high):
     if number(high) == number(low):
       high = low  # it grows no more
       break
     low, high = high, 2 * high
   while high - low > 1:
     middle = (low + high) // 2
-    low, high = (middle, high) if is_small(middle) else (low, middle)
+    low, high = (middle, high) if is_low(middle) else (low, middle)
   known = {rank: value for rank in (low, high) if (value := number(rank)) is not None}
   rank = min(known, key=lambda rank: abs(known[rank] - wanted))
   if abs(known[rank] / wanted - 1) <= tolerance:

@@ -46,8 +46,13 @@ class Arm:
 
 MATCHED = (
   *("lora", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa", "lora_xs"),
-  *("loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora"),
+  *("loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora", "dylora", "rand_lora"),
 )
+# Of E2E's inputs on the embedded base model: the signs and words of the slots, the end of texts.
+TOKENS = {
+  **{"<|endoftext|>": 0, ":": 26, "|": 92, " family": 1196, " area": 1206, " near": 1322},
+  **{" food": 3173, " price": 6790, " rating": 7191},
+}
 ARMS: dict[str, Arm] = {
   arm.name or arm.method: arm
   for arm in (
@@ -55,7 +60,9 @@ ARMS: dict[str, Arm] = {
     Arm("vera", changes={"lora.rank": 128}, is_matched=False),
     Arm("ia3", is_matched=False),
     Arm("ln_tuning", is_matched=False),
-    Arm("trainable_tokens", is_matched=False),
+    Arm("trainable_tokens", changes={"lora.tokens": tuple(TOKENS.values())}, is_matched=False),
+    Arm("uni_lora", changes={"lora.rank": RANK}, is_matched=False),
+    Arm("tiny_lora", changes={"lora.rank": 2}, is_matched=False),
     Arm(
       "lora",
       changes={"lora.rank": 1, "lora.target": ONE_PROJECTION},

@@ -1,5 +1,6 @@
 """Exported runs compute the same as the run's own model, and have its tokenizer and end token."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,15 +18,17 @@ from experiments import export, gpt2_e2e
 from experiments.configs.finetune import get_config
 from experiments.harness.config import read_config
 from experiments.harness.launch import apply
-from experiments.harness.methods import lora_config
+from experiments.harness.methods import adapt, lora_config
 from experiments.harness.model_card import BaseModel
-from experiments.harness.workdir import file_digest, read_run
+from experiments.harness.workdir import file_digest, read_run, write_json
 from experiments.nlg import usage
 from experiments.nlg.adapters import write_adapter
-from experiments.nlg.config import FinetuneConfig
+from experiments.nlg.base import load_base
+from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import load_exported, weights_digests
-from experiments.nlg.restore import load_run
+from experiments.nlg.restore import load_run, trainable_shapes
 from experiments.nlg.text_files import text_files, write_with
+from experiments.nlg.tokens import with_token_ids
 from lora_jax.interop import load_gguf_adapter, load_peft, save_peft
 from lora_jax.models.checkpoints.gguf import write_gguf
 from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
@@ -35,10 +38,12 @@ from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
 
 from tests.gguf_files import write_model
 from tests.tiny_e2e import EMBEDDED, tiny_config, tiny_folder
-from tests.toy_models import relative_difference
+from tests.toy_models import randomized, relative_difference
 
 TOKENS = jnp.asarray([[5, 17, 300, 4000, 2, 9]])
 
@@ -68,6 +73,53 @@ def check_text_files(folder):
 @pytest.mark.parametrize(("name", "flags"), [("lora", []), ("lora", ["--server"]), ("dora", [])])
 def test_an_adapter_for_peft(runs, name, flags, tmp_path, capsys):
   check_adapter(runs / name, flags, tmp_path, capsys, rank=4)
+
+
+METHODS = {  # of GPT-2's layers, with PEFT's method
+  "hira": ("HIRA", {}),
+  "ia3": ("IA3", {}),
+  "ln_tuning": ("LN_TUNING", {}),
+  "trainable_tokens": ("TRAINABLE_TOKENS", {"lora.tokens": ("<|endoftext|>", 17)}),
+  "lora": ("LORA", {"lora.tokens": (17,), "lora.rank": 2}),
+}
+
+
+@pytest.mark.parametrize(
+  "method", [m if m == "lora" else pytest.param(m, marks=pytest.mark.long) for m in METHODS]
+)
+def test_the_adapter_of_another_method_for_peft(method, tmp_path):
+  kind, fields = METHODS[method]
+  base, expected = untrained_run(tmp_path / "run", {"method": method, **fields})
+  export.main([str(tmp_path / "run"), str(tmp_path / "new")])
+  assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["peft_type"] == kind
+  lora, trainable = load_peft(tmp_path / "new", base.model.stored, base.params)
+  merged = lj.lora(base.model.call, lora).merge(base.params, trainable)
+  assert relative_difference(merged, expected) < 1e-5
+  assert relative_difference(base.params, expected) > 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merged_model_of_another_method(method, tmp_path):
+  _, expected = untrained_run(tmp_path / "run", {"method": method, **METHODS[method][1]})
+  export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-5
+
+
+def untrained_run(folder, changes):
+  """Makes the folder of a finished run of a random adapter; returns its base and merged params."""
+  settings = with_token_ids(read_config(E2EConfig, apply(tiny_config(folder), changes)))
+  base = load_base(settings, make_mesh())
+  loss = adapt(settings)(language_model_loss(base.module))
+  shapes = trainable_shapes(loss, base.params)
+  ids = {"token_ids": jnp.asarray(settings.lora.tokens, "float32")}
+  trained = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: ids.get(str(path[-1]).strip("."), leaf), randomized(shapes)
+  )
+  save_adapter(folder / "adapter", trained)
+  write_json(folder / "config.json", dataclasses.asdict(settings))
+  write_json(folder / "result.json", {"base": fingerprint(base.params), "valid_loss": 1.5})
+  return base, loss.merge(base.params, trained)
 
 
 @pytest.mark.long

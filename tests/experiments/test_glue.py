@@ -248,21 +248,35 @@ def test_a_finished_run_in_other_packages_formats(finished, tmp_path, monkeypatc
     export.main([str(tmp_path / "begun"), str(tmp_path / "new"), "--merged"])
 
 
-@pytest.mark.long
-def test_an_adapter_that_is_plain_lora_is_exported_as_that(finished, tmp_path):
+def several(methods, few):
+  """Returns the parameters of a test, of which only a few run in CI."""
+  return [name if name in few else pytest.param(name, marks=pytest.mark.long) for name in methods]
+
+
+PEFT_TYPES = {
+  **{"vera": "LORA", "hira": "HIRA", "ia3": "IA3", "loha": "LOHA", "lokr": "LOKR"},
+  **{"miss": "MISS", "ln_tuning": "LN_TUNING"},
+}
+
+
+@pytest.mark.parametrize("method", several(PEFT_TYPES, ("ln_tuning",)))
+def test_adapters_of_other_methods_in_pefts_format(method, finished, tmp_path):
   run = load_encoder(finished[0])
-  config = replace_fields(run.config, {"method": "vera"})
+  config = replace_fields(run.config, {"method": method})
   batch = load_data(config, run.base).train[0]
   adapted = adapt(config)(classification_loss(run.base.module))
   trained = randomized(adapted.init(jax.random.key(0), run.base.params, batch))
   run._replace(config=config, trainable=trained).save_adapter(tmp_path / "peft")
   fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-  assert (fields["peft_type"], fields["r"]) == ("LORA", config.lora.rank)
+  assert fields["peft_type"] == PEFT_TYPES[method]
+  assert fields["task_type"] == "SEQ_CLS"
   stored = stored_tensors(run.base.module.config)
   lora, trainable = load_peft(tmp_path / "peft", stored, run.base.params)
   merged = lj.lora(lambda params: params, lora).merge(run.base.params, trainable)
   expected = adapted.merge(run.base.params, trained)
-  assert relative_difference(merged["layers_0"], expected["layers_0"]) < 1e-5
+  for name in ("layers_0", "head"):
+    assert relative_difference(merged[name], expected[name]) < 1e-5
+    assert relative_difference(merged[name], run.base.params[name]) > 1e-2
 
 
 @pytest.mark.long

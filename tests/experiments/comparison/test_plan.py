@@ -35,8 +35,10 @@ from experiments.configs.variants import (
   WITH_BLEU,
 )
 from experiments.harness.config import read_config
+from experiments.harness.launch import apply
 from experiments.harness.methods import find_method
 from experiments.nlg.config import E2EConfig
+from experiments.nlg.tokens import with_token_ids
 
 from tests.docs.pages import page
 from tests.tiny_e2e import tiny_folder
@@ -98,12 +100,24 @@ def test_sizes_are_those_of_lora_of_rank_4():
     (lambda rank: 36 * rank**2, 110_592, Size(55, 108_900, True)),  # LoRA-XS
     (lambda rank: 200 * rank, 100, Size(1, 200, False, "no rank fits: rank 1 has +100.0 %, ...")),
     (lambda rank: 30 + 10 * rank, 100, Size(7, 100, True)),
+    (lambda rank: 12 + 480 // rank, 100, Size(5, 108, False, "no rank fits: rank 5")),  # shrinks
+    (lambda rank: 1200 // rank, 103, Size(12, 100, True)),
   ],
 )
 def test_the_rank_with_the_wanted_parameters(parameters, wanted, expected):
   size = match_rank(parameters, wanted, 0.05)
   assert size[:3] == expected[:3]
   assert size.reason[:20] == expected.reason[:20]
+
+
+def test_the_tokens_are_those_of_the_embedded_model():
+  config = apply(variants.get_config(), {"method": "lora", "lora.tokens": tuple(variants.TOKENS)})
+  ids = with_token_ids(read_config(E2EConfig, config)).lora.tokens
+  assert ids == tuple(variants.TOKENS.values())
+
+
+def test_the_size_of_trained_tokens_is_their_own():
+  assert size_of("trainable_tokens", "embedded") == Size(None, 9 * WIDTH, False, "its own size")
 
 
 def test_a_rank_too_large_for_the_model_ends_the_search():
