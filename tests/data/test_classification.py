@@ -7,8 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from lora_jax.data.batches import as_grain
-from lora_jax.data.classification import Example, bucketed_batches, encode, fill
+from lora_jax.data.classification import Example, bucketed_batches, encode, fill, with_slots
 from lora_jax.data.sets.glue import Record
+from lora_jax.slots import FIRST_SLOT, Slots
 
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -183,3 +184,12 @@ def test_bad_settings_are_refused():
     batches(data, shard_count=3)
   with pytest.raises(ValueError, match=r"shard_index must be in 0\.\.1, got 2"):
     batches(data, shard_index=2, shard_count=2)
+
+
+def test_slots_leave_the_first_token_the_first():
+  pair = Example(np.array([2, 7, 3, 8, 3]), np.array([0, 0, 0, 1, 1]), 1)
+  (example,) = with_slots([pair], Slots(2, 1))
+  first = FIRST_SLOT
+  assert example.tokens.tolist() == [2, first, first + 1, 7, 3, 8, 3, first + 2]
+  assert example.token_types.tolist() == [0, 0, 0, 0, 0, 1, 1, 0]
+  assert example.label == 1

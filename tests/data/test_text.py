@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from lora_jax.data import batches, text
 from lora_jax.data.sets import e2e
+from lora_jax.slots import FIRST_SLOT, Slots
 
 EOS = 0
 
@@ -92,3 +93,23 @@ def test_tokenizers_that_change_lengths_and_unknown_ends_are_refused(tokenizer):
     text.encode(padding, e2e.read("test")[:2], EOS, 512)
   with pytest.raises(ValueError, match="eos_id below the tokenizer's 8192 tokens, got 50256"):
     text.encode(tokenizer, e2e.read("test")[:2], 50256, 512)
+
+
+def test_slots_are_around_the_prompt():
+  words = text.Example(*(np.array(x, np.int32) for x in ([5, 6, 7, 8], [7, 8, 9], [1, 2, 3])))
+  (example,) = text.with_slots([words], Slots(2, 1))
+  first = FIRST_SLOT
+  assert example.tokens.tolist() == [first, first + 1, 5, 6, first + 2, 7, 8]
+  assert example.target_index.tolist() == [4, 5, 6]  # the infix predicts the first target
+  assert example.targets is words.targets
+  assert {array.dtype for array in example} == {np.dtype(np.int32)}
+  (same,) = text.with_slots([words], Slots())
+  assert [array.tolist() for array in same] == [array.tolist() for array in words]
+
+
+def test_infix_slots_need_one_answer():
+  answers = text.Example(*(np.array(x, np.int32) for x in ([5, 6, 7, 8], [6, 9], [0, 3])))
+  (example,) = text.with_slots([answers], Slots(2))
+  assert example.tokens.tolist() == [FIRST_SLOT, FIRST_SLOT + 1, 5, 6, 7, 8]
+  with pytest.raises(ValueError, match="example 0 has several answers, and 1 infix slots"):
+    text.with_slots([answers], Slots(2, 1))

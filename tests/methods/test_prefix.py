@@ -27,6 +27,7 @@ from lora_jax.slots import FIRST_SLOT, Slots
 from lora_jax.training.loss import language_model_loss
 from lora_jax.transform.marks import trace_marks
 
+from tests.docs.pages import code_blocks, page
 from tests.make_peft_golden import inputs_of, is_encoder, tokens_of
 from tests.make_prefix_golden import GOLDEN, MODELS, NUM_SLOTS, PAST, PROMPT
 
@@ -332,3 +333,12 @@ def test_other_trees_functions_and_tables_are_refused(model, params):
     lj.prefix_layer(fn, 0)
   with pytest.raises(ValueError, match="25 tokens a row, but the model has 24 positions"):
     EMBEDDING(fn).init(key, params, np.array([Slots(2, 1).around([1] * 22)]))
+
+
+@pytest.mark.long
+def test_the_page_on_prefix_tuning_runs():
+  (block,) = [block for block in code_blocks(page("prefix")) if "import" in block]
+  names: dict[str, Any] = {}
+  exec(block, names)
+  assert names["out"].shape == (1, 8, 31)
+  assert len(names["answer"]) <= 4
