@@ -80,7 +80,7 @@ def train(config: GlueConfig, base: Base, data: Data, mesh: Mesh) -> dict[str, A
   """Adapts the base model and trains the head; returns the fields of the result."""
   loss, method = adapt(config)(classification_loss(base.module)), find_method(config.method)
   trainable = initialize(config, loss, base.params, data.train[0])
-  if config.lora.start and method.uses("lora"):
+  if config.lora.start and method.uses("lora.start"):
     trainable = start_from(config, trainable)
   head_parameters = _head_parameters(config, trainable)
   evaluator = Evaluator(config, base, data, mesh)

@@ -303,7 +303,7 @@ def _of_prefix(
   return Method(
     label,
     make=functools.partial(_prefix, method, with_lora),
-    ignores=() if with_lora else ("lora",),
+    ignores=("lora.start",) if with_lora else ("lora",),
     settings=("prefix",),
     merges=False,
     learning_rate=learning_rate,

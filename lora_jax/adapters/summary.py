@@ -14,6 +14,7 @@ from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.config import LoraConfig
 from lora_jax.adapters.copies import is_float, wide_dtype
 from lora_jax.adapters.delta import adapter_extra, adapter_weights, shared_arrays
+from lora_jax.adapters.parts import has_parts, path_in_part
 from lora_jax.adapters.targets import find_leaves
 from lora_jax.transform.tracing import is_array
 from lora_jax.trees import leaves_with_path, weights_with_path
@@ -33,7 +34,7 @@ def summary(
   """Returns a table of the trained parameters: path, shapes, rank, scaling, count and share.
 
   Fully trained leaves follow the adapted weights and are counted separately, as the paper counts
-  heads. Shares are of the base model's parameters.
+  heads. Shares are of the base model's parameters. Each part of `lora_jax.compose` has a table.
 
   >>> import jax, jax.numpy as jnp, lora_jax
   >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((64, 32))}
@@ -54,6 +55,9 @@ def summary(
   Raises:
     ValueError: if `trainable` has a weight that `params` lacks.
   """
+  if has_parts(trainable):  # of several methods: a table for each
+    tables = (summary(params, part, config, by_kind) for part in trainable.values())
+    return "\n\n".join(tables)
   base = {path: leaf for path, leaf in weights_with_path(params) if hasattr(leaf, "shape")}
   total = sum(_size(leaf) for leaf in base.values())
   targets, _ = find_leaves(config, params) if config is not None else ({}, {})
@@ -131,7 +135,7 @@ def merge_error(adaptation: Adaptation, params: PyTree, trainable: PyTree) -> di
   wide = jax.tree.map(_widened, params)
   exact = dict(leaves_with_path(adaptation.merge(wide, trainable)))
   errors = {}
-  for path in adapter_weights(trainable):
+  for path in map(path_in_part, adapter_weights(trainable)):
     difference = jnp.max(jnp.abs(merged[path].astype(exact[path].dtype) - exact[path]))
     size = jnp.max(jnp.abs(exact[path]))
     errors[path] = jnp.where(difference == 0, 0.0, difference / size)

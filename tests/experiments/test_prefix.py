@@ -63,10 +63,10 @@ def test_a_finished_run_is_restored_generates_and_is_evaluated(finished, capsys)
 
 
 @pytest.mark.long
-def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path):
   workdir, result = finished
   config = apply(tiny_config(tmp_path), {"method": "lora_prefix_layer", **SLOTS, **SHORT})
-  with interrupted_at(2, monkeypatch):
+  with interrupted_at(2):
     gpt2_e2e.run(config)
   resumed = gpt2_e2e.run(config)
   assert resumed["valid_loss"] == result["valid_loss"]

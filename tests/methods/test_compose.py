@@ -110,6 +110,15 @@ def test_each_part_is_sharded_like_its_weights():
   assert parts["part_1"]["head"] == PartitionSpec("tensor")
 
 
+def test_the_summary_has_a_table_for_each_part():
+  method = lj.compose(fn, lora(), HEAD)
+  tune = trained(method)
+  first, second = lj.summary(PARAMS, tune, lora().keywords["config"]).split("\n\n")
+  assert [line.split()[0] for line in first.splitlines()] == ["path", "body", "adapter", "base"]
+  assert [line.split()[0] for line in second.splitlines()] == ["path", "head", "fully", "base"]
+  assert set(lj.merge_error(method, PARAMS, tune)) == {"body"}
+
+
 def test_parts_are_stored_and_read():
   tune = trained(lj.compose(fn, lora(), HEAD))
   for like in (tune, None):
