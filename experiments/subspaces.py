@@ -37,7 +37,8 @@ def report(folders: Sequence[str | Path], out: Path) -> str:
   """
   study = arrange(load_runs(folders))
   make_folder(out)
-  text = markdown(study, draw_figures(study, out, status_of(study)), status_of(study))
+  status = status_of(study)
+  text = markdown(study, draw_figures(study, out, status), status)
   (out / "subspaces.md").write_text(f"{text}\n", "utf-8")
   return text
 

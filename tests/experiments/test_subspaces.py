@@ -9,7 +9,7 @@ import pytest
 import lora_jax as lj
 from experiments import subspaces as command
 from experiments.analysis.subspaces import figures, plan, runs
-from experiments.analysis.subspaces.page import PAPER_7, markdown
+from experiments.analysis.subspaces.page import PAPER_7, markdown, status_of
 from experiments.analysis.subspaces.plan import config_of, planned_runs
 from experiments.analysis.subspaces.runs import Trained, arrange, load_runs, pattern_of
 from experiments.configs import subspaces as configs
@@ -18,7 +18,7 @@ from experiments.harness.config import read_config, replace_fields
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import shuffled_completions
 from lora_jax.adapters.delta import LoraWeight
-from lora_jax.analysis import subspaces
+from lora_jax.analysis import similarity, subspaces
 from lora_jax.axes import LoraAxes
 from lora_jax.data.sets.e2e import Record
 
@@ -123,6 +123,11 @@ def test_every_figure_has_its_panels(all_runs):
   assert shapes["7"] == [[square] * LAYERS] * 2
   first = 4  # a tenth of 32 directions, rounded up
   assert shapes["8"] == [[(first, 2), (first, 8), (first, 2), (first, 8), (first, 8), (first, 8)]]
+  (row,) = figures.FIGURES["8"][1](study)
+  assert [panel.title for panel in row[2:4]] == [f"shuffled completions, r = {r}" for r in (2, 8)]
+  first_directions = np.linalg.svd(study.high.weights("query")[1]).U[:, :first]
+  expected = similarity(first_directions, all_runs[4].subspaces["query"].inputs[1])
+  assert row[3].phi == pytest.approx(expected)
   (row,) = figures.FIGURES["3"][1](study)
   assert [panel.title for panel in row[:3]] == ["query, h_1", "value, h_1", "query, h_1, j ≤ 2"]
   expected = row[0].phi - np.maximum(*np.ogrid[1:3, 1:9]) / DIM
@@ -139,8 +144,10 @@ def test_a_figure_is_written_and_those_without_runs_are_not(all_runs, tmp_path):
 
 
 def test_the_page_has_every_table_with_its_status(all_runs):
-  text = markdown(arrange(all_runs), {"3": Path("figure_3.png")}, "embedded GPT-2")
-  assert text.startswith("Status of all values and figures of these runs: *another base*, embedded")
+  study = arrange(all_runs)
+  text = markdown(study, {"3": Path("figure_3.png")}, status_of(study))
+  status = "another base, embedded GPT-2 (6.9 M parameters)."
+  assert text.startswith(f"Status of all values and figures of these runs: {status}\n")
   for line in (
     "| trained,rank=8,seed=2  |              trained |    8 |    2 |",
     "| r = 2 and r = 8, one seed |  query |              A |",

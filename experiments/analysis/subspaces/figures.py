@@ -40,7 +40,7 @@ def draw_figures(study: Study, folder: Path, status: str) -> dict[str, Path]:
   Args:
     study: the runs.
     folder: of the files.
-    status: the base model, for the titles.
+    status: of their values, for the titles.
   """
   written = {}
   for name, (title, make) in FIGURES.items():
@@ -177,6 +177,7 @@ def _heat_map(axes: Axes, values: Phi, style: Mapping[str, Any]) -> AxesImage:
   edges = (0.5, columns + 0.5, rows + 0.5, 0.5)
   image = axes.imshow(values, extent=edges, aspect="auto", interpolation="nearest", **style)
   for axis, count in ((axes.xaxis, columns), (axes.yaxis, rows)):
-    axis.set_ticks(sorted({round(x) for x in np.linspace(1, count, 5)}))
+    step = ceil(count / 5)
+    axis.set_ticks(sorted({1, *range(step, count + 1, step)}))
   axes.set_xlabel("j")
   return image

@@ -39,7 +39,7 @@ class Comparison(NamedTuple):
 
 def markdown(study: Study, figures: Mapping[str, Path], status: str) -> str:
   """Returns the page: runs, similarities, Table 7, noise floor, and what is missing."""
-  parts = [f"Status of all values and figures of these runs: *another base*, {status}."]
+  parts = [f"Status of all values and figures of these runs: {status}."]
   parts += [_runs(study), *_similarities(study), *_amplifications(study), *_noise(study)]
   parts += [f"![Figure {name}]({path.name})" for name, path in figures.items()]
   parts.append("\n".join(_missing(study, figures)))
@@ -52,10 +52,10 @@ def markdown(study: Study, figures: Mapping[str, Path], status: str) -> str:
 
 
 def status_of(study: Study) -> str:
-  """Returns the base model of the runs in words."""
-  model = study.high.config.model.folder or "embedded GPT-2"
+  """Returns the status of all values: another base model than the paper's, and which."""
+  model = Path(study.high.config.model.folder or "embedded GPT-2").name
   size = study.high.result["base_parameters"]
-  return f"{model} ({size / 1e6:.1f} M parameters) on E2E"
+  return f"another base, {model} ({size / 1e6:.1f} M parameters)"
 
 
 def _runs(study: Study) -> str:
