@@ -62,6 +62,7 @@ class StoredTensor(NamedTuple):
       (out, in, height, width) of a convolution, where ours are (height, width, in, out); the
       experts' axis stays first.
     is_embedding: whether its rows are looked up.
+    is_scaled: whether the model multiplies these rows by a constant, as Gemma.
     expert: the index into leaves with stacked experts; None if it holds all of them.
     is_parameter: whether its module in `transformers` has it as a plain parameter instead of a
       common layer: fused experts, a router.
@@ -79,6 +80,7 @@ class StoredTensor(NamedTuple):
   is_parameter: bool = False
   heads: int | None = None
   offset: float = 0.0
+  is_scaled: bool = False
 
   @property
   def module(self) -> str:

@@ -135,7 +135,8 @@ def stored_tensors(config: LlamaConfig, *, published: bool = False) -> list[Stor
   """
   shapes = jax.tree_util.tree_leaves_with_path(params_shapes(config))
   paths = {jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in shapes}
-  stored = [StoredTensor(EMBEDDING, ("token_embedding/embedding",), is_embedding=True)]
+  embedding = StoredTensor(EMBEDDING, ("token_embedding/embedding",), is_embedding=True)
+  stored = [embedding._replace(is_scaled=config.scale_embedding)]
   for i in range(config.num_layers):
     layer, stack = (i, "layers") if config.scan_layers else (None, f"layers_{i}")
     layer_tensors = [

@@ -1,5 +1,6 @@
 """Bad adapters of PEFT's methods other than LoRA, and adapters that PEFT has no format for."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,6 +14,7 @@ from lora_jax.adapters.delta import LoraWeight, Site
 from lora_jax.adapters.initializers import kaiming_uniform
 from lora_jax.axes import LoraAxes
 from lora_jax.interop import load_peft, save_peft
+from lora_jax.models.llama.folder import stored_tensors
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.trees import nest, weights_with_path
 
@@ -57,6 +59,27 @@ def of_other_inputs(folder):
   leaves[DOWN] = jax.ShapeDtypeStruct((inputs + 8, outputs), "float32")
   params = nest((tuple(path.split("/")), leaf) for path, leaf in leaves.items())
   return load_peft(folder / "new", loaded.stored, params)
+
+
+def of_gemma(action):
+  """Reads or writes HiRA of Gemma's embedding, with a head of its own."""
+
+  def call(folder):
+    loaded = base("llama/gemma")
+    config = dataclasses.replace(loaded.module.config, tie_head=False)
+    rows = loaded.params["token_embedding"]["embedding"]
+    params = {**loaded.params, "lm_head": {"kernel": rows.T}}
+    if action == "save":
+      node = zeros("token_embedding/embedding", rows, lj.HIRA, 2)
+      lora = lj.LoraConfig(2, 2.0, target=".*embedding", variant=lj.HIRA)
+      tree = {"token_embedding": {"embedding": node}}
+      return save_peft(folder / "new", lora, tree, stored_tensors(config), params)
+    fields = {"peft_type": "HIRA", "r": 2, "target_modules": ["embed_tokens"]}
+    (folder / CONFIG).write_text(json.dumps(fields))
+    return load_peft(folder, stored_tensors(config), params)
+
+  words = ("model.embed_tokens: the model multiplies", "until it is merged", "LoRA")
+  return BadInput(f"{action}: HiRA of Gemma's embedding", call, words)
 
 
 def without(name):
@@ -153,6 +176,8 @@ FILES = [
     of_other_inputs,
     ("layers.0.mlp.down_proj is for 56 x 32", "has 64 x 32", "Load the base model"),
   ),
+  of_gemma("load"),
+  of_gemma("save"),
   of_file("a mode of MiSS", ("init_weights", "'bad'"), "miss", init_weights="bad"),
   of_file("no projections", ("save_projection=False", "merge"), "vera", save_projection=False),
   of_file("a projection", ("base_model.vera_A", "(6, 56)"), "vera", without("base_model.vera_A")),

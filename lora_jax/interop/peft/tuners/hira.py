@@ -6,7 +6,8 @@
     base_model.model.model.embed_tokens.hira_embedding_B       (D, rank)
 
 A scaling is multiplied into B. PEFT 0.21 gives all modules the rank `r`, whatever `rank_pattern`
-says: lower ranks are padded with zeros.
+says: lower ranks are padded with zeros. It adds an embedding's rows without the factor by which
+Gemma multiplies them, and with it once they are merged: such an embedding is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,16 @@ from lora_jax.variants.hira import HIRA, weight
 
 
 def _names(module: Module) -> tuple[str, str]:
+  """Returns the names of A and B in the file.
+
+  Raises:
+    ValueError: if the module is an embedding that the model scales.
+  """
+  if module.stored.is_scaled:
+    raise ValueError(
+      f"{module.name}: the model multiplies these rows by a constant, which PEFT's HiRA leaves out "
+      "until it is merged. Leave the embedding out, or adapt it by LoRA"
+    )
   kind = "hira_embedding" if module.stored.is_embedding else "hira"
   return key(module, f"{kind}_A"), key(module, f"{kind}_B")
 
