@@ -13,9 +13,11 @@ from experiments.generate import main as generate
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply
 from experiments.harness.methods import check_used, slots_of
+from experiments.nlg import e2e as nlg_e2e
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import examples_of, inputs_of
+from experiments.nlg.prompts import encode_prompts
 from experiments.nlg.restore import load_run
 from lora_jax.data.sets.e2e_tfds import load
 from lora_jax.slots import FIRST_SLOT, Slots
@@ -44,9 +46,7 @@ def test_a_run_trains_and_decodes(finished):
   assert len((workdir / "predictions.txt").read_text().splitlines()) == 2
   assert "LoRA+PL" in gpt2_e2e.report(workdir, result)
   for flags in ([], ["--merged"]):
-    with pytest.raises(
-      SystemExit, match="a run of lora_prefix_layer: .* cannot be merged"
-    ):
+    with pytest.raises(SystemExit, match=r"of lora_prefix_layer: .* cannot be merged"):
       export.main([str(workdir), str(workdir.parent / "out"), *flags])
 
 
@@ -89,6 +89,25 @@ def test_slots_are_around_each_prompt_and_count_as_tokens(tmp_path):
     assert example.tokens[example.target_index[0]] == FIRST_SLOT + 2
     np.testing.assert_array_equal(example.tokens[example.tokens < FIRST_SLOT], other.tokens)
     np.testing.assert_array_equal(example.target_index, other.target_index + 3)
+
+
+def test_slots_are_around_each_decoded_prompt(tmp_path, monkeypatch):
+  changes = {"method": "prefix_embedding", "prefix.num_prefix": 240, "prefix.num_infix": 1}
+  config = read_config(E2EConfig, apply(tiny_config(tmp_path), changes))
+  base, decoded = load_base(config, config.mesh.make()), []
+
+  def search(decoder, params, prompts, *_, **__):
+    decoded.extend(prompts)
+    raise StopIteration
+
+  monkeypatch.setattr(nlg_e2e, "beam_search", search)
+  with pytest.raises(StopIteration):
+    nlg_e2e.generate(config, base, {}, ["name : Blue Spice | Type : pub"], config.mesh.make())
+  (prompt,) = decoded
+  assert len(prompt) == 256 - 8  # the context is cut in front, and no slot is
+  words = prompt[240:-1]
+  assert prompt == Slots(240, 1).around(words)
+  assert words == encode_prompts(base, ["name : Blue Spice | Type : pub"])[0][-7:]
 
 
 @pytest.mark.long

@@ -196,6 +196,18 @@ def test_prefix_layer_replaces_the_slots_of_each_layer_and_nothing_else(model, p
     assert np.abs(logits(only, nowhere) - plain)[row, column].max() > 1e-3
 
 
+def test_an_adapted_table_has_finite_gradients(model, params):
+  """The ids of slots are in no table: their rows must not reach the derivative."""
+  table = functools.partial(lj.lora, config=lj.LoraConfig(2, 4.0, target="wte/embedding"))
+  method = lj.compose(call(model), table, EMBEDDING)
+  tune = method.init(jax.random.key(1), params, TOKENS)
+  tune = jax.tree.map(lambda leaf: leaf + 0.1, tune)
+  gradient = jax.jit(jax.grad(lambda tune: jnp.sum(method.apply(params, tune, TOKENS) ** 2)))(tune)
+  for leaf in jax.tree.leaves(gradient):
+    assert np.isfinite(leaf).all()
+    assert np.abs(leaf).max() > 0
+
+
 def test_vectors_start_as_embeddings_of_distinct_tokens_or_normal(model, params):
   fn = call(model)
   vectors = EMBEDDING(fn).init(jax.random.key(1), params, TOKENS)["lora_added"]["prefix_embedding"]
