@@ -185,7 +185,8 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
     texts = predictions.read_text("utf-8").split("\n")
     groups = inputs_of(config)
     for i in range(0, len(groups), max(1, len(groups) // 3)):
-      lines += ["", f"input      {groups[i].context}", f"generated  {texts[i]}"]
+      context = " ".join(groups[i].context.split())
+      lines += ["", f"input      {context}", f"generated  {texts[i]}"]
       lines += [f"reference  {groups[i].references[0]}"]
   lines.append("")
   if result["valid_loss"] is not None:

@@ -28,9 +28,11 @@ EXPERIMENT_LAYERS = [
   {"(runnable)"},
 ]
 EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
-MAY_RUN = {  # commands that are many runs of another one
+DATA_SETS = ("webnlg", "dart", "wikisql", "samsum", "mnli_text", "e2e_reversed", "addition", "dial")
+MAY_RUN = {  # commands that are many runs of another one, or runs on another data set
   "experiments/subspaces.py": {"gpt2_e2e"},
   "experiments/variants.py": {"gpt2_e2e"},
+  **{f"experiments/{name}.py": {"gpt2_e2e"} for name in DATA_SETS},
 }
 
 

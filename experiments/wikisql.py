@@ -1,0 +1,16 @@
+"""WikiSQL with rebuilt columns: questions to queries, by logical-form accuracy.
+
+    python -m experiments.wikisql [--config=experiments/configs/wikisql.py:VARIANT]
+
+It trains, decodes and scores one row of a table.
+The files are in data/wikisql, or in `--config.data.source=FOLDER` (docs/data_sets.md).
+
+Time: not run.
+Expect: not run.
+"""
+
+from experiments.gpt2_e2e import run
+from experiments.harness.launch import launch
+
+if __name__ == "__main__":
+  launch(run, "wikisql.py")
