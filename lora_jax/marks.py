@@ -13,6 +13,7 @@ LAYER_OUTPUT = "lora_jax/layer_output"
 LAYER_INPUT = "lora_jax/layer_input"
 TOKENS = "lora_jax/tokens"
 TOKEN_EMBEDDINGS = "lora_jax/token_embeddings"
+HEAD_INPUT = "lora_jax/head_input"
 
 PLACES = {
   ATTENTION_OUTPUT: "the attention's output, after dropout and before it is added to its input",
@@ -21,6 +22,7 @@ PLACES = {
   LAYER_INPUT: "the input of each layer, as large as the tokens",
   TOKENS: "the ids of the tokens whose embeddings are looked up",
   TOKEN_EMBEDDINGS: "their embeddings, before positions are added or a norm is applied",
+  HEAD_INPUT: "the hidden states from which a language model's head computes logits",
 }
 """Where a model has each mark. A sublayer's is where Houlsby et al. 2019 (arXiv 1902.00751) insert
 an adapter: in their code after the dropout of BERT's sublayers."""

@@ -10,7 +10,18 @@ import pytest
 from tests.paths import ROOT
 
 LAYERS = [  # each may import from those before it
-  {"patterns", "trees", "axes", "placement", "extras", "fields", "files", "marks", "quantization", "slots"},
+  {
+    "patterns",
+    "trees",
+    "axes",
+    "placement",
+    "extras",
+    "fields",
+    "files",
+    "marks",
+    "quantization",
+    "slots",
+  },
   {"adaptation", "transform"},
   {"adapters", "optimizer", "flax_nnx"},
   {"variants", "methods"},
@@ -22,7 +33,7 @@ MAY_IMPORT_BESIDE = {"interop": {"models"}}  # other packages' names for the ten
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 EXPERIMENT_LAYERS = [
   {"harness"},
-  {"nlg", "classification"},
+  {"nlg", "classification", "plan"},
   {"comparison"},
   {"analysis"},
   {"(runnable)"},
@@ -30,6 +41,7 @@ EXPERIMENT_LAYERS = [
 EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
 DATA_SETS = ("webnlg", "dart", "wikisql", "samsum", "mnli_text", "e2e_reversed", "addition", "dial")
 MAY_RUN = {  # commands that are many runs of another one, or runs on another data set
+  "experiments/intrinsic_dimension.py": {"gpt2_e2e"},
   "experiments/subspaces.py": {"gpt2_e2e"},
   "experiments/variants.py": {"gpt2_e2e"},
   **{f"experiments/{name}.py": {"gpt2_e2e"} for name in DATA_SETS},

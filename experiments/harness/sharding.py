@@ -10,14 +10,15 @@ from lora_jax.training.mesh import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, matches
 
 SHARDING: Rules = (  # for all models of the zoo: their leaves have the same names
-  (r".*/(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
-  (r".*/(query|key|value|gate|up)/bias", P("tensor")),
+  (r".*/(query|key|value|position_query|position_key|gate|up)/kernel", P("fsdp", "tensor")),
+  (r".*/(query|key|value|position_query|position_key|gate|up)/bias", P("tensor")),
   (r".*/(attn/out|down)/kernel", P("tensor", "fsdp")),
   (r".*/experts/(gate|up)", P("fsdp", "tensor")),
   (r".*/experts/down", P("tensor", "fsdp")),
-  (r".*embedding|wte/.*|wpe/.*", P(None, ("fsdp", "tensor"))),
-  (r"lm_head/kernel", P("fsdp", "tensor")),
-  (r".*", P()),
+  (r".*embedding|wte/.*|wpe/.*", P(None, ("tensor", "fsdp"))),
+  (r"(lm_head|pooler|head/dense|conv)/kernel", P("fsdp", "tensor")),
+  (r".*/(router|shared_gate)/kernel|head/out/kernel", P()),  # a few columns
+  (r".*(bias|scale)", P()),  # of norms, and of the linear layers above that split their inputs
 )
 
 

@@ -4,6 +4,8 @@ Batches are split over `data` and `fsdp`, the base params by rules over `fsdp` a
 adapters, gradients and optimizer state inherit the base params' shardings (`lora_jax.shardings`).
 """
 
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +16,33 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from lora_jax.fields import Count, read_value
-from lora_jax.marks import ATTENTION_OUTPUT, LAYER_INPUT, LAYER_OUTPUT, MLP_OUTPUT
+from lora_jax.marks import (
+  ATTENTION_OUTPUT,
+  HEAD_INPUT,
+  LAYER_INPUT,
+  LAYER_OUTPUT,
+  MLP_OUTPUT,
+  TOKEN_EMBEDDINGS,
+)
 from lora_jax.placement import place
-from lora_jax.transform.marks import trace_marks
+from lora_jax.transform.marks import Mark, trace_marks
 from lora_jax.trees import closest_names, leaves_with_path, matches, select
 
 Rules = Sequence[tuple[str, P]]
 BATCH = ("data", "fsdp")
-ACTIVATIONS = (LAYER_INPUT, ATTENTION_OUTPUT, MLP_OUTPUT, LAYER_OUTPUT)
+BY_ROW, BY_TOKEN = P(BATCH, None, None), P(BATCH, "tensor", None)
+BY_FEATURE = P(BATCH, None, "tensor")
+ACTIVATIONS = {
+  TOKEN_EMBEDDINGS: (BY_FEATURE,),
+  LAYER_INPUT: (BY_TOKEN, BY_ROW),
+  ATTENTION_OUTPUT: (BY_ROW,),
+  MLP_OUTPUT: (BY_ROW,),
+  LAYER_OUTPUT: (BY_TOKEN,),
+  HEAD_INPUT: (BY_FEATURE,),
+}
+"""The axes (B, T, D) of marked activations, and the next ones. A device of `tensor` keeps a part of
+the tokens of a layer's input for the backward pass, and computes a part of the layer's features for
+all tokens. Embedding and head are split by D: no device gathers more of their tables than that."""
 
 
 def make_mesh(
@@ -80,12 +101,11 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
       raise ValueError(f"no sharding rule for {path}; did you mean {patterns}?")
     full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
     for size, axis in zip(leaf.shape, full, strict=True):
-      names = (axis,) if isinstance(axis, str) else axis or ()
-      parts = int(np.prod([mesh.shape[name] for name in names]))
-      if size % parts:
+      if size % (parts := num_parts(mesh, axis)):
+        names = axis if isinstance(axis, str) else ", ".join(axis)
         raise ValueError(
           f"{path} {leaf.shape}: an axis of {size} cannot be split over {parts} devices "
-          f"({', '.join(names)}). Choose another mesh"
+          f"({names}). Choose another mesh"
         )
     return NamedSharding(mesh, P(*full))
 
@@ -94,29 +114,38 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
 
 def num_row_parts(mesh: Mesh) -> int:
   """Returns the number of parts that the rows of a batch are split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return num_parts(mesh, BATCH)
+
+
+def num_parts(mesh: Mesh, names: str | Sequence[str] | None) -> int:
+  """Returns the number of parts of an axis that is split over some of the mesh's axes."""
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-  """Returns a function with its marked activations split by row, as the batch is.
+  """Returns a function whose marked activations are split by row, as the batch is, and by token.
 
   Without this, XLA derives the shardings of activations from those of the weights: with the axis
   `fsdp` in both, it may split the hidden states' last axis and give every device all rows.
 
   Args:
     fn: any function `fn(params, *args, **kwargs)`; `lora_jax.marks` names the marks.
-    mesh: as `make_mesh` returns it. Rows that it does not divide are left to XLA.
+    mesh: as `make_mesh` returns it. Activations that it does not divide are left to XLA.
   """
   if mesh.size == 1:
     return fn
-  by_row = NamedSharding(mesh, P(BATCH))
 
-  def split(mark: Any, x: jax.Array, arrays: None) -> jax.Array:
-    del mark, arrays
-    return x if x.shape[0] % num_row_parts(mesh) else place(x, by_row)
+  def split(mark: Mark, x: jax.Array, arrays: None) -> jax.Array:
+    del arrays
+    for spec in ACTIVATIONS[mark.name]:
+      parts = [num_parts(mesh, names) for names in spec]
+      if len(x.shape) == len(parts) and not any(map(operator.mod, x.shape, parts)):
+        x = place(x, NamedSharding(mesh, spec))
+    return x
 
   def sharded(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-    call = trace_marks(fn, ACTIVATIONS, params, args, kwargs)
+    call = trace_marks(fn, tuple(ACTIVATIONS), params, args, kwargs)
     return call.evaluate(split, dict.fromkeys(call.marks))
 
   return sharded

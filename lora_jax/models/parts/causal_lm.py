@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lora_jax.marks import TOKEN_EMBEDDINGS, TOKENS
+from lora_jax.marks import HEAD_INPUT, TOKEN_EMBEDDINGS, TOKENS
 from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
@@ -350,7 +350,7 @@ def head(
 
   It computes over one axis of tokens, for the reason given in `dense`.
   """
-  tokens = hidden.reshape(-1, hidden.shape[-1])
+  tokens = checkpoint_name(hidden, HEAD_INPUT).reshape(-1, hidden.shape[-1])
   if lm_head is not None:
     logits = lm_head(tokens)
   else:

@@ -1,0 +1,37 @@
+"""The config of a plan, with its bounds."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from experiments.harness.config import Devices, Length, Lora, Remat, RunConfig
+from lora_jax.fields import Within, nonempty
+
+RowsOrAuto = Annotated[int, Within("[0, 1_048_576]")]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanMesh:
+  data: Devices
+  tensor: Devices
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanData:
+  batch_size: RowsOrAuto
+  row_length: Length
+  loss_chunk: Annotated[int, Within("[0, 1_048_576]")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+  """The config of a plan."""
+
+  NAME = "gpt3_plan"
+  topology: Annotated[str, nonempty]
+  model: Annotated[str, nonempty]
+  base: Literal["bfloat16", "float32", "int8", "nf4"]
+  remat: Remat
+  methods: tuple[Literal["lora", "full_finetuning"], ...]
+  lora: Lora
+  data: PlanData
+  mesh: PlanMesh
