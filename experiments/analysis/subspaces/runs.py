@@ -1,9 +1,6 @@
-"""Does the planned runs, and reads the adapters of finished ones."""
+"""Reads the adapters of finished runs, and finds out what they are compared for."""
 
-import contextlib
-import io
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +8,6 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 import lora_jax as lj
-from experiments.analysis.subspaces.plan import Planned, config_of
-from experiments.configs import Config
 from experiments.configs.subspaces import ROUNDING
 from experiments.harness.methods import METHODS, find_method, lora_config
 from experiments.harness.workdir import read_finished, read_run
@@ -27,31 +22,6 @@ from lora_jax.trees import matches
 KINDS = ("query", "value", "out")  # of weights; figures show the first two, as the paper does
 TRAINED, SHUFFLED, RANDOM_BASE = "trained", "shuffled completions", "random base"
 Matrices = Float[np.ndarray, "layers d_in d_out"]
-
-
-def do_runs(
-  runs: Iterable[Planned], base: str, root: Path, run: Callable[[Config], Mapping[str, Any]]
-) -> list[str]:
-  """Does the runs that are not finished, each in its folder; returns the names of those that fail.
-
-  Args:
-    runs: planned runs.
-    base: their base model, embedded or smollm2.
-    root: the folder of their folders.
-    run: `experiments.gpt2_e2e.run`, which resumes an interrupted run and repeats no finished one.
-  """
-  failed = []
-  for planned in runs:
-    folder = root / planned.name
-    print(folder, flush=True)
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):
-        result = run(config_of(planned, base, str(folder)))
-      print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
-    except Exception:  # the others are still worth doing
-      failed.append(planned.name)
-      print(f"  {traceback.format_exc()}", flush=True)
-  return failed
 
 
 class Trained(NamedTuple):
