@@ -79,13 +79,18 @@ def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:
   def drawn(keys: Any, x: Any) -> Any:
     if any(isinstance(key, FrozenKey) for key in keys):
       return x
-    return jnp.asarray(scale * draw.standard_normal(x.shape), x.dtype)
+    return jnp.asarray(np.asarray(scale * draw.standard_normal(x.shape), x.dtype))
 
   return jax.tree_util.tree_map_with_path(drawn, trainable)
 
 
 def relative_difference(got: Any, expected: Any) -> float:
-  """Returns max|difference| / max|expected| over all leaves: this project's relative error."""
-  pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True))
-  difference = max(float(jnp.abs(a - b).max()) for a, b in pairs)
-  return difference / max(float(jnp.abs(b).max()) for _, b in pairs)
+  """Returns max|difference| / max|expected| over all leaves: this project's relative error.
+
+  In NumPy: JAX would compile a program for each shape.
+  """
+  leaves = ([np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (got, expected))
+  pairs = list(zip(*leaves, strict=True))
+  assert all(a.shape == b.shape for a, b in pairs), "trees of equal shapes"
+  difference = max(np.abs(a - b).max() for a, b in pairs)
+  return float(difference / max(np.abs(b).max() for _, b in pairs))
