@@ -148,12 +148,13 @@ def floor(config: E2EConfig, workdir: Path) -> dict[str, Any]:
     ValueError: if the data set has no such texts, or no inputs are decoded.
   """
   start = time.perf_counter()
-  task, groups = TASKS[config.data.name], inputs_of(config)
+  task = TASKS[config.data.name]
   if task.floor is None:
     names = [name for name, other in TASKS.items() if other.floor]
     raise ValueError(
       f"data.name={config.data.name} has no method=floor; expected one of {', '.join(names)}"
     )
+  groups = inputs_of(config)
   if not groups:
     raise ValueError("method=floor scores texts, and decoding.num_inputs is 0; expected 1 or more")
   texts = task.floor([group.context for group in groups], task.load(config.data, "train"))

@@ -13,11 +13,13 @@ from experiments import e2e_template, evaluate, export, generate, glue_report
 from experiments import report as reports
 from experiments.classification.config import GlueConfig
 from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
+from experiments.gpt2_e2e import floor
 from experiments.harness import launch
 from experiments.harness.config import check_attention, read_config, replace_fields
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig, TemplateConfig, Texts
-from experiments.nlg.e2e import decoded_inputs
+from experiments.nlg.e2e import decoded_inputs, measure_parts
 from experiments.nlg.finetuned import loading_options
+from experiments.nlg.tasks.table import TASKS
 from experiments.nlg.text_files import write_with
 from lora_jax.training.mesh import make_mesh
 
@@ -197,6 +199,67 @@ DATA = [
   ),
 ]
 
+
+def in_files(name: str, split: Any, count: int, *words: str, error: Any = ValueError) -> BadInput:
+  """Returns the row of decoded inputs from an empty folder, or of a data set without files."""
+
+  def call(folder: Path) -> None:
+    source = "embedded" if name in ("addition", "dial") else str(folder)
+    decoded_inputs(Texts("reference", source, name), split, count)  # pyright: ignore
+
+  return BadInput(f"{name}: {count} inputs of {split}", call, words, error)
+
+
+def without_floor(changes: dict[str, Any], *words: str) -> BadInput:
+  return BadInput(
+    f"floor: {changes}",
+    lambda folder: floor(replace_fields(config_of("e2e"), changes), folder),
+    words,
+  )
+
+
+DATA_SETS = [
+  field("e2e", "data.name", "webnlg2", "one of e2e, webnlg, dart", "got 'webnlg2'"),
+  field("e2e", "data.name", "webnlg", "data.source=embedded", "do not come with lora_jax"),
+  field("e2e", "data.any_size", True, "has no effect with data.name=e2e"),
+  field("e2e", "data.percent", 5.0, "data.percent=5", "data.name is e2e"),
+  field("e2e", "data.percent", 101.0, "finite number in [0, 100]", "got 101.0"),
+  field("e2e", "data.max_length", 100, "an integer in [128, 1_048_576]", "got 100"),
+  fields("e2e", {"data.name": "addition", "data.form": "official"}, "data.name is addition"),
+  fields("e2e", {"data.name": "addition", "data.source": "x"}, "reads no files"),
+  fields("e2e", {"data.name": "addition", "data.prompt": "chat"}, "for data.name=e2e"),
+  fields("e2e", {"data.name": "addition", "decoding.tokenize": True}, "decoding.tokenize=True"),
+  fields("e2e", {"data.name": "dial"}, "decoding.num_inputs=630", "decodes nothing"),
+  fields(
+    "e2e",
+    {"data.name": "dial", "decoding.num_inputs": 0, "data.shuffled_completions": True},
+    "data.shuffled_completions=True has no effect",
+  ),
+  in_files(
+    "samsum", "test", 1, "the SAMSum file test.csv", "there is none", error=FileNotFoundError
+  ),
+  in_files("dart_dev", "train", 1, "DART 1.1.1", "dev.jsonl", error=FileNotFoundError),
+  in_files("mnli_text", "test", 1, "the MNLI, subset", "dev.json", error=FileNotFoundError),
+  in_files("e2e_reversed", "test", 1, "the E2E file test.txt", error=FileNotFoundError),
+  in_files("addition", "test", 1001, "=1001 must be at most the 1000 distinct inputs"),
+  in_files("addition", "dev", 1, "split must be one of train, valid, test", "'dev'"),
+  BadInput(
+    "dial: a folder without text files",
+    lambda folder: TASKS["dial"].load(Texts("reference", str(folder), "dial"), "train"),
+    ("expected text files (*.txt",),
+    FileNotFoundError,
+  ),
+  BadInput(
+    "dial: texts to score",
+    lambda folder: measure_parts([["a"]], [], Texts("reference", "embedded", "dial"), "test"),
+    ("Wikipedia, permuted vocabulary is measured by its validation loss",),
+  ),
+  without_floor({"method": "floor"}, "data.name=e2e has no method=floor", "webnlg, dart"),
+  without_floor(
+    {"data.name": "e2e_reversed", "decoding.num_inputs": 0}, "decoding.num_inputs is 0"
+  ),
+]
+
 FIT = [
   field("e2e", "fit.num_train_steps", -1, "[0, ", "got -1"),
   field("e2e", "fit.eval_every_steps", 0, "[1, ", "got 0"),
@@ -333,6 +396,15 @@ EVALUATE += [
 ]
 
 
+EVALUATE.append(
+  BadInput(
+    "evaluate: a floor",
+    lambda folder: evaluate.evaluate_run(finished(folder, method="floor"), {}),
+    ("is a run of floor, which has no model",),
+  )
+)
+
+
 def reported(out: str, *words: str, error: type[Exception] = ValueError) -> BadInput:
   return BadInput(
     f"report: --out={shown(out)}",
@@ -449,6 +521,7 @@ GENERATE = [
   generated(
     "a classifier", ("Hi",), "is a run of glue, which generates no text", experiment="glue"
   ),
+  generated("a floor", ("Hi",), "is a run of floor, which has no model", method="floor"),
   generated("no experiment", ("Hi",), "is a run of [1]", experiment=[1]),
   BadInput(
     "generate: an empty folder",
@@ -534,6 +607,7 @@ ROWS = [
   *LORA,
   *MODEL,
   *DATA,
+  *DATA_SETS,
   *FIT,
   *RUN,
   *DECODING,
