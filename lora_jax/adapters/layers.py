@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.axes import LoraAxes
+from lora_jax.quantization.leaf import is_quantized
 from lora_jax.transform.deferred import Base, Deferred, evaluate
 from lora_jax.transform.factors import Factor, Term
-from lora_jax.transform.formed import Formed, is_formed
+from lora_jax.transform.formed import Formed, is_formed, is_sliceable
 
 
 def stored_shape(
@@ -68,24 +69,56 @@ def spread_update(base: Base, dim: int, layers: tuple[int, ...], count: int) -> 
 
 
 def sum_with_weight(
-  w: jax.Array, factor: Factor, labels: Sequence[int], dim: int | None, layers: tuple[int, ...]
+  w: Base, factor: Factor, labels: Sequence[int], dim: int | None, layers: tuple[int, ...]
 ) -> Factor:
   """Returns a factor of the adapted layers times the weight, summed over `labels`; in float32.
 
-  The factor is padded with zeros and the result is sliced: no layer of the weight is copied.
+  The factor is padded with zeros and the result is sliced: no layer of the weight is copied. A
+  quantized stack is dequantized one layer at a time.
 
   Args:
-    w: the whole weight; dequantized here if it is quantized.
+    w: the whole weight.
     factor: of the adapted layers; it is cast to the weight's dtype.
     labels: the summed dimensions, which both have.
     dim: the layer axis; None if all layers are adapted.
     layers: the adapted layers.
   """
   dtype = w.dtype if w.dtype.itemsize > 1 else jnp.bfloat16  # JAX does not promote float8
-  base = Factor(evaluate(w).astype(dtype), tuple(range(w.ndim)), frozen=True)
   factor = dataclasses.replace(factor, array=factor.array.astype(dtype))
+  stack = _quantized_stack(w)
+  if stack is not None and 0 in factor.labels and 0 not in labels:
+    return _sum_by_layer(stack, factor, labels, range(w.shape[0]) if dim is None else layers)
+  base = Factor(evaluate(w).astype(dtype), tuple(range(w.ndim)), frozen=True)
   if dim is None:
     return factor.sum_over(base, labels)
   whole = spread_layers(factor, dim, layers, w.shape[dim], 0.0).sum_over(base, labels)
   part = jnp.take(whole.array, jnp.asarray(layers), axis=whole.axis(dim))
   return dataclasses.replace(whole, array=part)
+
+
+def _quantized_stack(w: Base) -> Deferred | None:
+  """Returns a weight if it is quantized layers, whose codes can be sliced; otherwise None."""
+  if not isinstance(w, Deferred):
+    return None
+  leaf = w.pointwise_leaf
+  is_stack = is_quantized(leaf) and leaf.explicit_sharding is None and is_sliceable(leaf, 0)
+  return w if is_stack else None
+
+
+def _sum_by_layer(
+  w: Deferred, factor: Factor, labels: Sequence[int], layers: Sequence[int]
+) -> Factor:
+  """Returns `sum_with_weight` of some layers of a quantized stack, in a loop over these."""
+  rest = tuple(label for label in factor.labels if label != 0)
+  order = tuple(sorted({*rest, *range(1, w.ndim)} - set(labels)))
+
+  @jax.checkpoint
+  def of_layer(x: tuple[jax.Array, jax.Array]) -> jax.Array:
+    i, part = x
+    leaf = jax.tree.map(lambda codes: lax.dynamic_index_in_dim(codes, i, keepdims=False), w)
+    base = Factor(evaluate(leaf).astype(part.dtype), tuple(range(1, w.ndim)), frozen=True)
+    return Factor(part, rest).sum_over(base, labels).along(order)
+
+  parts = jnp.moveaxis(factor.array, factor.axis(0), 0)
+  arrays = lax.map(of_layer, (jnp.asarray(layers), parts))
+  return dataclasses.replace(factor, array=arrays, labels=(0, *order))

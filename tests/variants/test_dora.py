@@ -357,6 +357,22 @@ def test_the_norm_reads_the_weight_once_and_by_matmuls(fn, uses):
   assert all(dot.params["dimension_numbers"][1] == ((), ()) for dot in dots)  # XLA is slow at these
 
 
+def test_the_norm_of_a_quantized_stack_dequantizes_one_layer_at_a_time():
+  def fn(params, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+  draw = np.random.default_rng(0).standard_normal
+  params = {"w": jnp.asarray(draw((3, 32, 32)), jnp.float32)}
+  quantized, x = lj.quantize(params, "int8", target="w"), jnp.asarray(draw((2, 32)), jnp.float32)
+  dora = lj.dora(fn, dataclasses.replace(CONFIG, stacked_layers=(0, 2)))
+  trainable = moved(dora.init(KEY, quantized, x))
+  outputs = [dora.apply(p, trainable, x) for p in (quantized, lj.dequantize(quantized))]
+  assert relative_difference(*outputs) < 1e-5
+  jaxpr = jax.make_jaxpr(dora.apply)(quantized, trainable, x)
+  assert count_of_sizes(jaxpr, {32**2}) > 0
+  assert count_of_sizes(jaxpr, {2 * 32**2, 3 * 32**2}) == 0
+
+
 def test_dora_of_a_config_of_another_variant():
   config = lj.LoraConfig(rank=3, alpha=6.0, target="w", variant=toys.GAIN_OUT)
   with pytest.raises(ValueError, match="DoRA got a config of another variant, gain over batch out"):
