@@ -8,25 +8,31 @@ nothing but the method, which replaces its embedding, has to know of it. The ids
 every vocabulary, so that a model that is not adapted by a prefix method returns NaN for them.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterable
+
+from lora_jax.fields import CountOrZero, check_fields
 
 FIRST_SLOT = 2**30
 """The id of slot 0; slot i has the id FIRST_SLOT + i."""
 
 
-class Slots(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Slots:
   """The numbers of slots before a prompt and between it and its completion."""
 
-  num_prefix: int = 0
-  num_infix: int = 0
+  num_prefix: CountOrZero = 0
+  num_infix: CountOrZero = 0
+
+  def __post_init__(self):
+    check_fields(self)
 
   @property
   def count(self) -> int:
     """The number of slots; each takes a position of the model."""
     return self.num_prefix + self.num_infix
 
-  def around(self, prompt: Sequence[int]) -> list[int]:
+  def around(self, prompt: Iterable[int]) -> list[int]:
     """Returns a prompt between its slots.
 
     >>> [token - FIRST_SLOT if token >= FIRST_SLOT else "word" for token in Slots(2, 1).around([7])]

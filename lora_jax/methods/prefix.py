@@ -11,12 +11,14 @@ the embeddings and the outputs of all layers but the last. After the last one no
 but the head at the last infix slot, which has to depend on the prompt.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from lora_jax.adaptation import Adaptation
@@ -166,26 +168,25 @@ def _marks(call: MarkedCall, name: str) -> list[Mark]:
 
 def _num_layers(marks: list[Mark]) -> int:
   """Returns the number of layers, one for each mark or all in one stack."""
-  stacked = [mark for mark in marks if mark.layers]
-  if not stacked:
+  if not any(mark.layers for mark in marks):
     return len(marks)
   if len(marks) > 1 or len(marks[0].layers) > 1:
     described = ", ".join(f"{mark} of {mark.layers or 'one'}" for mark in marks)
     raise ValueError(
       f"{PREFIX_LAYER} takes layers in one stack, or none of them stacked; got {described}"
     )
-  return marks[0].layers[0]
+  return math.prod(marks[0].layers)
 
 
 def _vectors(
   trainable: PyTree, name: str, num_slots: int, marks: list[Mark]
-) -> dict[Mark, Float[Array, "slots D"] | Float[Array, "layers slots D"]]:
+) -> Mapping[Mark, Float[Array, "*layers slots D"]]:
   """Returns the trained vectors of each mark, those of a stack with its axis first.
 
   Raises:
     ValueError: if the trainable tree is of another method, number of slots or model.
   """
-  leaves = dict(leaves_with_path(trainable))
+  leaves: dict[str, Any] = dict(leaves_with_path(trainable))
   path = f"{ADDED}/{name}"
   if set(leaves) != {path}:
     raise ValueError(
@@ -228,7 +229,7 @@ def _table(params: PyTree, pattern: str, width: int) -> Float[Array, "V D"]:
 def _check_slots(inputs: PyTree, num_slots: int) -> None:
   """Raises ValueError unless the slots among known tokens are 0 to `num_slots - 1`."""
   leaves = [leaf for leaf in jax.tree.leaves(inputs) if is_array(leaf)]
-  if any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
+  if any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves):
     return
   ids = [np.ravel(leaf) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.integer)]
   slots = np.unique(np.concatenate(ids)) - FIRST_SLOT if ids else np.zeros(0, int)

@@ -39,6 +39,7 @@ def finished(tmp_path_factory):
   return workdir, gpt2_e2e.run(apply(tiny_config(workdir), changes))
 
 
+@pytest.mark.long
 def test_a_run_trains_and_decodes(finished):
   workdir, result = finished
   lora = 2 * (4 * 4 * (32 + 32) + 2 * 4 * (32 + 128))  # attention's four weights, and the MLP's two
@@ -60,6 +61,15 @@ def test_a_finished_run_is_restored_generates_and_is_evaluated(finished, capsys)
   assert capsys.readouterr().out.strip()
   served = evaluate_run(workdir, {"rounded_to": "Q4_0"})
   assert 0 < abs(served["valid_loss"] - result["valid_loss"]) < 0.2
+
+
+@pytest.mark.long
+def test_a_mesh_changes_nothing(finished, tmp_path):
+  _, result = finished
+  mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "decoding.num_inputs": 0}
+  changes = {"method": "lora_prefix_layer", **SLOTS, **SHORT, **mesh}
+  other = gpt2_e2e.run(apply(tiny_config(tmp_path), changes))
+  assert other["valid_loss"] == pytest.approx(result["valid_loss"], rel=1e-4)
 
 
 @pytest.mark.long

@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.data.batches import packed_batches, padded_batches
 from lora_jax.data.text import Example, with_slots
 from lora_jax.decoding import BeamConfig, SamplingConfig, adapted, beam_search, from_linen, generate
-from lora_jax.marks import LAYER_OUTPUT
+from lora_jax.marks import LAYER_OUTPUT, TOKEN_EMBEDDINGS
+from lora_jax.marks import TOKENS as TOKENS_MARK
 from lora_jax.models.bert.folder import load_bert
 from lora_jax.models.bert.model import Bert
 from lora_jax.models.gpt2 import GPT2, GPT2Config
+from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import Context, init_cache
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.slots import FIRST_SLOT, Slots
@@ -99,6 +102,14 @@ def test_prefix_layer_is_prefix_tuning_of_peft_with_the_keys_of_these_activation
 
 
 SHAPE = GPT2Config(vocab_size=31, num_positions=24, embed_dim=16, num_layers=2, num_heads=2)
+LLAMA = LlamaConfig(
+  **{name: getattr(SHAPE, name) for name in ("vocab_size", "num_positions", "embed_dim")},
+  num_layers=2,
+  num_heads=2,
+  num_kv_heads=1,
+  mlp_dim=32,
+  scan_layers=True,
+)
 TOKENS = np.array([[FIRST_SLOT, FIRST_SLOT + 1, 3, 4, FIRST_SLOT + 2, 5, 6, 7]] * 2, np.int32)
 TOKENS[1, 5:] = 9, 8, 1
 
@@ -142,7 +153,7 @@ def by_hand(model, params, name, vectors):
   return bound.logits(bound.norm(x))
 
 
-@pytest.mark.parametrize("method", [EMBEDDING, LAYER], ids=["embedding", "layer"])
+@pytest.mark.parametrize("method", [pytest.param(EMBEDDING, marks=LONG), LAYER])
 def test_gradients_are_those_of_a_hand_written_model_and_do_not_depend_on_scan(
   method, model, params
 ):
@@ -196,16 +207,33 @@ def test_prefix_layer_replaces_the_slots_of_each_layer_and_nothing_else(model, p
     assert np.abs(logits(only, nowhere) - plain)[row, column].max() > 1e-3
 
 
-def test_an_adapted_table_has_finite_gradients(model, params):
-  """The ids of slots are in no table: their rows must not reach the derivative."""
-  table = functools.partial(lj.lora, config=lj.LoraConfig(2, 4.0, target="wte/embedding"))
-  method = lj.compose(call(model), table, EMBEDDING)
-  tune = method.init(jax.random.key(1), params, TOKENS)
-  tune = jax.tree.map(lambda leaf: leaf + 0.1, tune)
-  gradient = jax.jit(jax.grad(lambda tune: jnp.sum(method.apply(params, tune, TOKENS) ** 2)))(tune)
-  for leaf in jax.tree.leaves(gradient):
-    assert np.isfinite(leaf).all()
-    assert np.abs(leaf).max() > 0
+def test_what_is_computed_of_a_slots_id_reaches_no_gradient():
+  """The table has no row for it: the lookup would give NaN, and so would the scale's gradient."""
+
+  def fn(params, tokens):
+    tokens = checkpoint_name(tokens, TOKENS_MARK)
+    rows = params["table"].at[tokens].get(mode="fill", fill_value=jnp.nan)
+    return checkpoint_name(rows * params["scale"], TOKEN_EMBEDDINGS)
+
+  params = {"table": jnp.ones((12, 4)), "scale": jnp.array(2.0)}
+  scale = functools.partial(lj.partial_finetuning, train="scale")
+  method = lj.compose(fn, scale, functools.partial(EMBEDDING, table="table"))
+  tune = method.init(jax.random.key(0), params, TOKENS)
+  gradient = jax.grad(lambda tune: method.apply(params, tune, TOKENS).sum())(tune)
+  assert gradient["part_0"]["scale"] == 4 * np.sum(TOKENS < FIRST_SLOT)
+  np.testing.assert_array_equal(gradient["part_1"]["lora_added"]["prefix_embedding"], 2.0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", [EMBEDDING, LAYER], ids=["embedding", "layer"])
+def test_a_quantized_base_has_the_outputs_of_its_floats(method, model, params):
+  quantized = lj.quantize(params, "int8")
+  fn = method(call(model))
+  tune = fn.init(jax.random.key(1), quantized, TOKENS)
+  outputs = [
+    jax.jit(fn.apply)(base, tune, TOKENS) for base in (quantized, lj.dequantize(quantized))
+  ]
+  np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_start_as_embeddings_of_distinct_tokens_or_normal(model, params):
@@ -251,14 +279,26 @@ def test_packed_and_padded_rows_have_one_loss(method, model, params):
   np.testing.assert_allclose(of_packed.total, of_padded.total, rtol=1e-5)
 
 
+GREEDY = SamplingConfig(eos_ids=(0,), temperature=0.0, max_new_tokens=4)
+BEAMS = BeamConfig(eos_ids=(0,), num_beams=3, max_new_tokens=4, length_penalty=1.0)
 LORA = functools.partial(
   lj.lora, config=lj.LoraConfig(2, 8.0, target=r".*/attn/(query|value)/kernel")
 )
 
 
-@pytest.mark.parametrize("search", ["beams", pytest.param("greedy", marks=LONG)])
-def test_decoding_with_a_cache_is_decoding_without_one(search, model, params):
+@pytest.mark.parametrize(
+  ("family", "search"),
+  [
+    ("gpt2", "beams"),
+    pytest.param("gpt2", "greedy", marks=LONG),
+    pytest.param("llama", "beams", marks=LONG),
+  ],
+)
+def test_decoding_with_a_cache_is_decoding_without_one(family, search, model, params):
   """LoRA+PL, with prompts of different lengths."""
+  if family == "llama":
+    model = Llama(LLAMA)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
   def method(fn):
     return lj.compose(fn, LORA, LAYER)
@@ -266,15 +306,12 @@ def test_decoding_with_a_cache_is_decoding_without_one(search, model, params):
   prompts = [SLOTS.around(prompt) for prompt in ([3, 4, 5, 6], [7], [8, 9])]
   tune = method(call(model)).init(jax.random.key(1), params, np.array(prompts[:1]))
   tune = jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size)).reshape(x.shape), tune)
-  plain = from_linen(model, functools.partial(init_cache, SHAPE), SHAPE.num_positions)
-  inputs: Any = adapted(plain, method), {"base": params, "adapter": tune}, prompts
+  plain = from_linen(model, functools.partial(init_cache, model.config), 24)
+  decoder, both = adapted(plain, method), {"base": params, "adapter": tune}
   if search == "greedy":
-    options: Any = {"temperature": 0.0, "max_new_tokens": 4}
-    outputs, scores = generate(*inputs, SamplingConfig(eos_ids=(0,), **options)), None
+    outputs, scores = generate(decoder, both, prompts, GREEDY), None
   else:
-    beams = beam_search(
-      *inputs, BeamConfig(eos_ids=(0,), num_beams=3, max_new_tokens=4, length_penalty=1.0)
-    )
+    beams = beam_search(decoder, both, prompts, BEAMS)
     outputs = [ids[:n] for ids, n in zip(beams.tokens[:, 0], beams.lengths[:, 0], strict=True)]
     scores = beams.scores[:, 0]
 
