@@ -40,4 +40,5 @@ def get_config(variant: str = "mini") -> Config:
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields the changed fields of each run: a method's."""
   read_config(E2EConfig, config)
-  yield from ({"method": method} for method in METHODS)
+  for method in METHODS:
+    yield {"method": method}

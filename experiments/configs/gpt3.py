@@ -33,4 +33,5 @@ def base_config(variant: str, variants: tuple[str, ...]) -> Config:
 def methods(config: Config, names: tuple[str, ...]) -> Iterator[dict[str, object]]:
   """Yields the changed fields of each run of a sweep: a method's."""
   read_config(E2EConfig, config)
-  yield from ({"method": name} for name in names)
+  for name in names:
+    yield {"method": name}

@@ -16,7 +16,7 @@ from experiments.configs import Config, gpt2_e2e
 from experiments.harness.config import read_config
 from experiments.nlg.config import E2EConfig
 
-METHODS = ("lora", "full_finetuning", "prefix_layer", "frozen_base", "floor")
+METHODS = ("lora", "full_finetuning", "adapter_l", "prefix_layer", "frozen_base", "floor")
 
 
 def get_config(variant: str = "mini") -> Config:
@@ -39,4 +39,5 @@ def get_config(variant: str = "mini") -> Config:
 def sweep(config: Config) -> Iterator[dict[str, object]]:
   """Yields the changed fields of each run: a method's."""
   read_config(E2EConfig, config)
-  yield from ({"method": method} for method in METHODS)
+  for method in METHODS:
+    yield {"method": method}

@@ -12,7 +12,7 @@ import pytest
 from experiments import evaluate, gpt2_e2e
 from experiments.configs import gpt2_e2e as e2e_configs
 from experiments.harness.config import read_config, replace_fields
-from experiments.harness.launch import apply, single_run
+from experiments.harness.launch import apply, single_run, sweep_runs
 from experiments.harness.runs import read_runs
 from experiments.harness.workdir import write_json
 from experiments.nlg import e2e as nlg_e2e
@@ -106,8 +106,8 @@ def test_the_config_file_of_a_data_set(name):
     assert config.data.name == read_config(E2EConfig, config).data.name == name
     run = single_run(config, config, ())
     assert run.workdir == f"runs/{name}/{variant}"
-    for changes in module.sweep(config):
-      read_config(E2EConfig, apply(config, changes))
+    for swept in sweep_runs(module, config, config, ()):
+      assert read_config(E2EConfig, swept).workdir.startswith(f"runs/{name}/sweep/")
   with pytest.raises(ValueError, match=r"variant must be one of .*smollm2"):
     module.get_config("huge")
 
