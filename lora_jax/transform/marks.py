@@ -116,10 +116,11 @@ def count_layers(marks: Sequence[Mark]) -> int:
   """
   if not any(mark.layers for mark in marks):
     return len(marks)
-  if len(marks) > 1 or len(marks[0].layers) > 1:
+  layers = marks[0].layers
+  if len(marks) > 1 or len(layers) != 1:
     described = ", ".join(f"{mark} in stacks of {mark.layers}" for mark in marks)
     raise ValueError(f"expected layers in one stack, or none of them stacked; got {described}")
-  return marks[0].layers[0]
+  return layers[0]
 
 
 class _Search:
