@@ -34,7 +34,7 @@ FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 EXPERIMENT_LAYERS = [
   {"harness"},
   {"nlg", "classification", "plan"},
-  {"comparison"},
+  {"comparison", "shapes"},
   {"analysis"},
   {"(runnable)"},
 ]

@@ -1,0 +1,60 @@
+"""The paper's parameter counts, checkpoints, memory and operations, at its models' real shapes.
+
+    python -m experiments.paper_shapes
+    python -m experiments.paper_shapes --steps all            # compiles the train steps, too
+    python -m experiments.paper_shapes --steps gpt-2_m roberta_base
+
+It prints docs/paper_shapes.md, and writes it or the file that `--out` names. Nothing of a model's
+size is allocated, and nothing is trained.
+
+Time: half a minute; with --steps, 10 to 20 seconds more for each model and method on a CPU core.
+Expect: the counts of docs/paper_shapes.md, which equal the paper's formulae.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.harness.config import read_output
+from experiments.harness.launch import explained, make_parser
+from experiments.shapes.models import MODELS
+from experiments.shapes.page import RANKS, page
+from experiments.shapes.steps import METHODS, step_cost
+
+PAGE = Path(__file__).parents[1] / "docs" / "paper_shapes.md"
+NAMES = {model.lower().replace(" ", "_"): model for model in MODELS}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command line."""
+  parser = make_parser("paper_shapes", __doc__)
+  parser.add_argument(
+    "--steps", nargs="+", default=[], choices=["all", *NAMES], help="models whose steps to compile"
+  )
+  parser.add_argument("--batch", type=int, default=1, help="rows of a compiled step")
+  parser.add_argument("--length", type=int, default=128, help="tokens of its rows")
+  parser.add_argument("--out", default=str(PAGE), help="the file to write")
+  options = parser.parse_args(arguments)
+  with explained():
+    out = read_output("--out", options.out)
+    chosen = NAMES if "all" in options.steps else options.steps
+    costs = {}
+    for model in (NAMES[name] for name in chosen):
+      print(f"compiling the steps of {model}", flush=True)
+      costs[model] = {
+        method: step_cost(model, method, RANKS[model], options.batch, options.length)
+        for method in METHODS
+      }
+    flags = ["--steps", *options.steps] if options.steps else []
+    flags += [
+      f"--{name}={getattr(options, name)}"
+      for name in ("batch", "length")
+      if getattr(options, name) != parser.get_default(name)
+    ]
+    command = " ".join(["python -m experiments.paper_shapes", *flags])
+    text = page(command, costs, f"{options.batch} x {options.length} tokens")
+    print(text, end="")
+    out.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+  main()
