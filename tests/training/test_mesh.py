@@ -7,14 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.harness.sharding import sharding_of
+from lora_jax.marks import (
+  HEAD_INPUT,
+  LAYER_INPUT,
+  LAYER_OUTPUT,
+  MLP_OUTPUT,
+  TOKEN_EMBEDDINGS,
+)
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss
-from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
+from lora_jax.training.mesh import (
+  make_mesh,
+  params_shardings,
+  place_batch,
+  shard_activations,
+)
 from lora_jax.training.step import make_train_step, start
 
 from tests.tiny_training import batches, fresh_params, method, model
@@ -88,13 +101,36 @@ def test_shapes_and_arrays_have_the_same_initial_state(name):
     trainable_shapes = params_shapes
 
   def initial(params, trainable):
-    state, _, _ = start(params, trainable, optax.adamw(1e-2), jax.random.key(0), mesh)
-    return state.part, state.opt_state
+    return start(params, trainable, optax.adamw(1e-2), jax.random.key(0), mesh)[0]
 
   run, plan = initial(params, trainable), initial(params_shapes, trainable_shapes)
   assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(plan))
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding == b.sharding, True), run, plan)
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), run, plan)
+
+
+def test_marked_activations_are_split_by_row_token_and_feature():
+  def fn(params, x):
+    for name in (TOKEN_EMBEDDINGS, LAYER_INPUT, MLP_OUTPUT, LAYER_OUTPUT, HEAD_INPUT):
+      x = checkpoint_name(x * params, name)
+    return x
+
+  def specs(mesh, shape):
+    sharded = shard_activations(fn, mesh)
+    jaxpr = jax.make_jaxpr(sharded)(jnp.ones(()), jnp.ones(shape)).jaxpr
+    constraints = [e for e in jaxpr.eqns if e.primitive.name == "sharding_constraint"]
+    return [e.params["sharding"].spec for e in constraints]
+
+  mesh, rows = make_mesh(2, 2, 2), ("data", "fsdp")
+  by_row, by_token, by_feature = (
+    P(rows, None, None),
+    P(rows, "tensor", None),
+    P(rows, None, "tensor"),
+  )
+  assert specs(mesh, (4, 6, 2)) == [by_feature, by_token, by_row, by_row, by_token, by_feature]
+  assert specs(mesh, (4, 5, 3)) == [by_row, by_row]  # tokens and features are not even
+  assert specs(mesh, (3, 6, 2)) == specs(mesh, (4, 6)) == []
+  assert shard_activations(fn, make_mesh()) is fn
 
 
 def test_a_fingerprint_does_not_depend_on_the_mesh():
