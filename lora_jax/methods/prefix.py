@@ -186,7 +186,7 @@ def _vectors(
   Raises:
     ValueError: if the trainable tree is of another method, number of slots or model.
   """
-  leaves: dict[str, Any] = dict(leaves_with_path(trainable))
+  leaves = dict(leaves_with_path(trainable))
   path = f"{ADDED}/{name}"
   if set(leaves) != {path}:
     raise ValueError(
@@ -205,7 +205,8 @@ def _vectors(
     )
   if name == PREFIX_LAYER and not marks[0].layers:
     return {mark: vectors[mark.number] for mark in marks}
-  return dict.fromkeys(marks, vectors)
+  same: dict[Mark, Any] = dict.fromkeys(marks, vectors)
+  return same
 
 
 def _table(params: PyTree, pattern: str, width: int) -> Float[Array, "V D"]:
