@@ -8,20 +8,16 @@
 prepared once; a record is read when it is accessed.
 """
 
-import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
-from lora_jax.data.sets import e2e
-from lora_jax.files import cache_folder, local_path
+from lora_jax.data.sets import e2e, prepared
+from lora_jax.data.sets.prepared import PreparedBuilder
 
 DOWNLOAD = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/"
 
@@ -36,7 +32,7 @@ CITATION = """@inproceedings{novikova2017e2e,
 }"""
 
 
-class E2E(tfds.core.GeneratorBasedBuilder):
+class E2E(PreparedBuilder):
   """Records of `context`, `completion` and `input_id`, the number of the distinct input.
 
   The configs are the two formats of `e2e.py`, `reference` and `official`; the splits are `train`,
@@ -53,9 +49,6 @@ class E2E(tfds.core.GeneratorBasedBuilder):
   """
 
   name = "e2e"
-  code_path = epath.Path(__file__)  # finding it needs a package that TFDS does not require
-  pkg_dir_path = code_path.parent
-  VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS = [  # noqa: RUF012 (the form that TFDS prescribes)
     tfds.core.BuilderConfig(name="reference", description="The lines of Hu et al.'s code."),
     tfds.core.BuilderConfig(name="official", description="The challenge's CSV files."),
@@ -69,7 +62,6 @@ class E2E(tfds.core.GeneratorBasedBuilder):
     config: Any = None,
     version: Any = None,
   ):
-    root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
     form = getattr(config, "name", config) or "reference"
     if form not in e2e.FILES:
       raise ValueError(f"config must be one of {', '.join(e2e.FILES)}, got {form!r}")
@@ -77,18 +69,7 @@ class E2E(tfds.core.GeneratorBasedBuilder):
       raise ValueError("only the official format can be downloaded; the reference one is embedded")
     self._source = source
     self._form: e2e.Form = form
-    super().__init__(
-      data_dir=root / _folder_of(source, form),
-      config=config,
-      version=version,
-      file_format="array_record",
-    )
-    self._original_state = {
-      "source": source,
-      "data_dir": root,
-      "config": config,
-      "version": version,
-    }
+    super().__init__(_folder_of(source, form), data_dir, config, version, source=source)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -121,13 +102,6 @@ class E2E(tfds.core.GeneratorBasedBuilder):
       yield i, {**record._asdict(), "input_id": number}
 
 
-def default_data_dir() -> Path:
-  """Returns `$TFDS_DATA_DIR`, or `lora_jax/tfds` in the user's folder for cached files."""
-  if "TFDS_DATA_DIR" in os.environ:
-    return local_path(os.environ["TFDS_DATA_DIR"])
-  return cache_folder() / "tfds"
-
-
 def _folder_of(source: str | os.PathLike[str], form: e2e.Form) -> str:
   """Returns a name for the source's content, so that changed files are never read as prepared."""
   if source in ("embedded", "download"):
@@ -155,23 +129,11 @@ def prepare(
   source: str | os.PathLike[str] = "embedded",
   data_dir: str | os.PathLike[str] | None = None,
 ) -> E2E:
-  """Returns the builder with its files in place; several processes may call it at once.
+  """Returns the builder with its files in place, as `prepared.prepare`.
 
   The arguments are those of `E2E`.
   """
-  builder = E2E(config=form, source=source, data_dir=data_dir)
-  config = tfds.download.DownloadConfig(try_download_gcs=False)
-  silence = io.StringIO()  # TFDS prints its progress, of about 3 seconds
-  try:
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-      builder.download_and_prepare(download_config=config)
-  except OSError:
-    # TFDS writes to a folder of its own and renames it. The rename fails if another process was
-    # the first, whose files are as good.
-    if not builder.data_path.exists():
-      raise
-    builder = E2E(config=form, source=source, data_dir=data_dir)
-  return builder
+  return prepared.prepare(E2E(config=form, source=source, data_dir=data_dir))
 
 
 def load(

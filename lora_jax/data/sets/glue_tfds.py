@@ -8,9 +8,7 @@
 own builders `glue` and `super_glue` have prepared: the rows are the same.
 """
 
-import contextlib
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from lora_jax.data.sets import glue, superglue
-from lora_jax.data.sets.e2e_tfds import default_data_dir
 from lora_jax.data.sets.glue import Record, Row
+from lora_jax.data.sets.prepared import PreparedBuilder, default_data_dir, prepare
 from lora_jax.files import local_path
 
 Suite = Literal["glue", "super_glue"]
@@ -32,7 +29,7 @@ DESCRIPTIONS: dict[Suite, str] = {
 }
 
 
-class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _FromFiles(PreparedBuilder, skip_registration=True):
   """Rows of a benchmark's task, from the folder of its original files, in their order.
 
   Args:
@@ -44,9 +41,6 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     version: as in any TFDS builder.
   """
 
-  code_path = epath.Path(__file__)  # finding it needs a package that TFDS does not require
-  pkg_dir_path = code_path.parent
-  VERSION = tfds.core.Version("1.0.0")
   SUITE: Suite
 
   def __init__(
@@ -59,20 +53,12 @@ class _FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     any_size: bool = False,
     version: Any = None,
   ):
-    root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
     self._task = getattr(config, "name", config)
     self._source = local_path(os.fspath(source))
     self._options = (skip_malformed, any_size)
-    super().__init__(
-      data_dir=root / _folder_of(self.SUITE, self._task, self._source, self._options),
-      config=config,
-      version=version,
-      file_format="array_record",
-    )
-    self._original_state = {
-      **{"source": source, "config": config, "data_dir": root, "version": version},
-      **{"skip_malformed": skip_malformed, "any_size": any_size},
-    }
+    folder = _folder_of(self.SUITE, self._task, self._source, self._options)
+    options = {"skip_malformed": skip_malformed, "any_size": any_size}
+    super().__init__(folder, data_dir, config, version, source=source, **options)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -174,23 +160,6 @@ def _folder_of(suite: Suite, name: str, source: Path, options: tuple[bool, bool]
       digest.update(f"{split}/{path.name}".encode())
       digest.update(hashlib.sha256(path.read_bytes()).digest())
   return f"folder-{digest.hexdigest()[:16]}"
-
-
-def prepare(builder: Any) -> Any:
-  """Returns the builder with its files in place; several processes may call it at once."""
-  silence = io.StringIO()  # TFDS prints its progress
-  try:
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-      builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-      )
-  except OSError:
-    # TFDS renames a folder of its own. That fails if another process was the first, whose files
-    # are as good.
-    if not builder.data_path.exists():
-      raise
-    builder = type(builder)(**builder._original_state)
-  return builder
 
 
 def load(

@@ -8,12 +8,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
-from etils import epath
 
 from lora_jax.data.sets import originals
 from lora_jax.data.sets.e2e import Record, input_ids
-from lora_jax.data.sets.e2e_tfds import Records, default_data_dir
-from lora_jax.data.sets.glue_tfds import prepare
+from lora_jax.data.sets.e2e_tfds import Records
+from lora_jax.data.sets.prepared import PreparedBuilder, prepare
 from lora_jax.files import local_path
 
 
@@ -28,7 +27,7 @@ class Reader(Protocol):
   def read(split: str, folder: Path, *, any_size: bool = False) -> list[Record]: ...
 
 
-class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class FromOriginals(PreparedBuilder, skip_registration=True):
   """Records of `context`, `completion` and `input_id`, the number of the distinct input.
 
   The splits are those of the data set whose files are in the folder, each in its file's order.
@@ -41,9 +40,6 @@ class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     version: as in any TFDS builder.
   """
 
-  code_path = epath.Path(__file__)  # finding it needs a package that TFDS does not require
-  pkg_dir_path = code_path.parent
-  VERSION = tfds.core.Version("1.0.0")
   READER: ClassVar[Any]
   ABOUT: ClassVar[dict[str, str]]
 
@@ -56,19 +52,10 @@ class FromOriginals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     config: Any = None,
     version: Any = None,
   ):
-    root = default_data_dir() if data_dir is None else local_path(os.fspath(data_dir))
     self._source = local_path(os.fspath(source))
     self._any_size = any_size
-    super().__init__(
-      data_dir=root / _folder_of(self.READER, self._source, any_size),
-      config=config,
-      version=version,
-      file_format="array_record",
-    )
-    self._original_state = {
-      **{"source": source, "data_dir": root, "any_size": any_size},
-      **{"config": config, "version": version},
-    }
+    folder = _folder_of(self.READER, self._source, any_size)
+    super().__init__(folder, data_dir, config, version, source=source, any_size=any_size)
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(

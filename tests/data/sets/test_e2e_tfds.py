@@ -14,7 +14,7 @@ from lora_jax.data.sets import e2e
 
 pytest.importorskip("tensorflow_datasets", reason="needs tensorflow-datasets")
 
-from lora_jax.data.sets import e2e_tfds
+from lora_jax.data.sets import e2e_tfds, prepared
 
 LINES = {
   "train": "name : A||It is A .\nname : Café||It is Café .\nname : A||This is A .\n",
@@ -102,9 +102,9 @@ def test_a_pickled_builder_finds_its_files(folder, tmp_path):
 def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
   monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert e2e_tfds.default_data_dir() == tmp_path / "lora_jax" / "tfds"
+  assert prepared.default_data_dir() == tmp_path / "lora_jax" / "tfds"
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "other"))
-  assert e2e_tfds.default_data_dir() == tmp_path / "other"
+  assert prepared.default_data_dir() == tmp_path / "other"
 
 
 @pytest.mark.long
