@@ -4,17 +4,22 @@ One iteration, which leaves the base model's codes as others have them; so the a
 and served on that model. `lora_jax.loftq` has more iterations, which change the codes.
 """
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.fit import initialize
 from experiments.harness.methods import find_method, lora_config
+from experiments.harness.workdir import has_trained
 from experiments.nlg.config import E2EConfig, E2EModel, FinetuneConfig
-from experiments.nlg.from_data import read_start
+from experiments.nlg.from_data import FOLDER, read_start
 from lora_jax.models.checkpoints.loaded_weights import QUANTIZED
+from lora_jax.training.checkpoint import restore_adapter, save_adapter
 
 
 def check_quantized(config: E2EConfig | FinetuneConfig) -> None:
@@ -41,6 +46,8 @@ def initial_adapter(
 ) -> PyTree:
   """Returns a run's initial trainable tree, by LoftQ or from data if its method says so.
 
+  That of LoftQ is written to the run's folder, from which a resumed run reads it.
+
   Args:
     config: the run's config.
     loss: the method applied to the loss.
@@ -51,6 +58,9 @@ def initial_adapter(
   trainable = read_start(config, initialize(config, loss, params, batch))
   if not find_method(config.method).corrects_quantization:
     return trainable
+  folder = Path(config.workdir) / FOLDER
+  if has_trained(Path(config.workdir)) and folder.exists():
+    return restore_adapter(folder, trainable)
   trainable, errors = lj.loftq_adapter(lora_config(config), trainable, load_floats(), params)
   before, after = (sum(x) / len(errors) for x in zip(*errors.values(), strict=True))
   print(
@@ -58,4 +68,7 @@ def initial_adapter(
     f"{after:.2%}",
     flush=True,
   )
+  if jax.process_count() == 1:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted before its training
+    save_adapter(folder, trainable)
   return trainable

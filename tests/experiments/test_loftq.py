@@ -2,12 +2,22 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import lora_jax as lj
 from experiments import finetune, gpt2_e2e
 from experiments.configs import finetune as finetune_configs
+from experiments.harness.config import read_config
 from experiments.harness.launch import apply
+from experiments.harness.methods import adapt
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.loftq import initial_adapter
 from experiments.nlg.restore import load_run
+from lora_jax.adapters.delta import adapter_weights
+from lora_jax.trees import nest
 
 from tests.tiny_e2e import tiny_config
 from tests.tiny_training import interrupted_at
@@ -21,6 +31,20 @@ def test_a_base_that_is_not_quantized_is_refused(tmp_path):
   changes = {"method": "loftq", "model.folder": "any", "model.param_dtype": "stored"}
   with pytest.raises(ValueError, match=r"param_dtype=stored has no .*=int8 or nf4; or choose"):
     finetune.run(apply(finetune_configs.get_config(), changes))
+
+
+@pytest.mark.long
+def test_a_resumed_run_reads_its_initial_adapter(tmp_path):
+  config = apply(tiny_config(tmp_path), {"method": "loftq", "model.param_dtype": "int8"})
+  settings, path = read_config(E2EConfig, config), "h_0/attn/query/kernel"
+  params = nest([(tuple(path.split("/")), jax.random.normal(jax.random.key(0), (8, 8)))])
+  loss = adapt(settings)(lambda params, x: x @ params["h_0"]["attn"]["query"]["kernel"])
+  arguments = settings, loss, lj.quantize(params, "int8", path), jnp.ones((1, 8))
+  first = initial_adapter(*arguments, lambda: params)
+  (tmp_path / "checkpoints").mkdir()
+  second = initial_adapter(*arguments, lambda: pytest.fail("loaded again"))
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  assert adapter_weights(first)[path].lora_b.any()
 
 
 @pytest.mark.long
