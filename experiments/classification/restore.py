@@ -92,8 +92,14 @@ class FinishedEncoder(NamedTuple):
     Returns:
       The rounding error of each merged leaf, if the run has an adapter: the model then has the
       dtype of its base model's folder. Other weights are written as they are.
+    Raises:
+      ValueError: if the method's adapters cannot be merged.
     """
-    assert find_method(self.config.method).merges, "export refuses others"
+    if not find_method(self.config.method).merges:
+      raise ValueError(
+        f"a run of {self.config.method} cannot be merged: its adapter is no change of weights. Use "
+        "classify"
+      )
     module, params = self.base.module, self.params
     source, labels = model_folder(self.config), label_names(self.config)
     errors: dict[str, float] = {}

@@ -164,6 +164,8 @@ def test_a_classifier_is_trained_with_its_head(method, tmp_path):
   assert_predicts(run, tmp_path / "run")
   with pytest.raises(SystemExit, match=r"cannot be merged, .*load_encoder\(folder\)"):
     export.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--merged"])
+  with pytest.raises(ValueError, match=f"a run of {method} cannot be merged"):
+    run.save_merged(tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
