@@ -101,9 +101,10 @@ def make_ways(
     case: the shape of the tokens, and the widths of the adapters.
     tokens: the input.
   """
+  plain = jax.jit(fn).lower(params, tokens).compile()  # a merged model is the same program
   ways: dict[str, Callable[[], Any]] = {
-    BASE: _compiled(fn, params, tokens),
-    MERGED: _compiled(fn, merged, tokens),
+    BASE: functools.partial(plain, params, tokens),
+    MERGED: functools.partial(plain, merged, tokens),
     UNMERGED: _compiled(lj.lora(fn, LORA).apply, params, low_rank, tokens),
   }
   configs = {LIN: lj.lin_config(case.lin_width), HOULSBY: lj.houlsby_config(case.houlsby_width)}

@@ -43,6 +43,11 @@ def scanned_views(params, x):
   return lax.scan(lambda x, w: (layer(w, x), None), x, weights)[0]
 
 
+def scanned_views_of_a_call(params, x):
+  weights = jax.jit(lambda w: 1.0 * w)(params["w"])
+  return lax.scan(lambda x, w: (layer(w, x), None), x, weights)[0]
+
+
 def checkpointed(params, x):
   step = jax.checkpoint(lambda x, w: (layer(w, x), None))
   return lax.scan(step, x, params["w"])[0]
@@ -111,6 +116,7 @@ STACKS = {
   unrolled: [()] * 4,
   scanned: [(4,)],
   scanned_views: [(4,)],
+  scanned_views_of_a_call: [(4,)],
   checkpointed: [(4,)],
   grouped: [(2, 2)],
   jitted: [()] * 4,
@@ -184,12 +190,19 @@ def test_marks_and_name_stacks_stay():
   np.testing.assert_allclose(twice, x, rtol=1e-5)
 
 
-def test_a_quantized_stack_is_dequantized_layer_by_layer():
+def test_a_quantized_stack_with_loops_over_rows_in_its_layers():
+  def fn(params, x):
+    def layer(x, w):
+      rows = lax.scan(lambda _, row: (None, row @ w), None, x)[1]
+      return checkpoint_name(jnp.tanh(rows), NAME), None
+
+    return lax.scan(layer, x, params["w"])[0]
+
   wide = jax.random.normal(jax.random.key(0), (4, 64, 64)) / 8
   x = jax.random.normal(jax.random.key(1), (2, 64))
   params = lj.quantize({"w": wide}, "int8", "w")
   arrays = jnp.linspace(0.1, 0.7, 256).reshape(4, 64)
-  call = trace_marks(scanned, [NAME], params, (x,), {})
+  call = trace_marks(fn, [NAME], params, (x,), {})
   got = call.evaluate(visit, {call.marks[0]: arrays})
   np.testing.assert_allclose(got, by_hand(lj.dequantize(params), x, arrays), rtol=1e-4, atol=1e-5)
 
