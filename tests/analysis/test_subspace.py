@@ -14,7 +14,11 @@ from lora_jax.analysis import (
   similarity,
   subspaces,
 )
+from lora_jax.models.zoo import plan_causal_lm
 
+from tests import make_llama_golden
+
+MISTRAL = make_llama_golden.GOLDEN / "mistral"
 QUERY = r".*/attn/query/kernel"
 CONFIG = lj.LoraConfig(4, 8.0, r".*/(attn/query|mlp/up)/kernel")
 DIM, WIDE = 32, 128
@@ -96,6 +100,33 @@ def test_the_weights_of_some_layers_of_a_stack_in_order():
   assert matrix == pytest.approx(params["h"]["attn"]["query"]["kernel"][1])
   rounded = adapted_matrices(lj.quantize(params, "Q8_0", QUERY), adapter, QUERY)
   assert 0 < np.abs(rounded - matrix).max() < 0.02
+
+
+@pytest.mark.parametrize("scan_layers", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_model_of_the_zoo_with_narrow_keys_and_values(scan_layers):
+  """By shapes: Mistral's query has 4 heads and its value 2."""
+  model = plan_causal_lm(MISTRAL, scan_layers=scan_layers)
+  target = r".*/attn/(query|value|out)/kernel"
+  config = lj.LoraConfig(2, 4.0, target)
+  lora = lj.lora(lambda p, x: model.module.apply({"params": p}, x), config)
+  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  shapes = jax.eval_shape(lora.init, jax.random.key(0), model.params, tokens)
+  draw = np.random.default_rng(0)
+  params, adapter = (
+    jax.tree.map(lambda s: jnp.asarray(draw.normal(size=s.shape), jnp.float32), tree)
+    for tree in (model.params, shapes)
+  )
+  merged = lora.merge(params, adapter)
+  for kind in ("query", "value", "out"):
+    pattern = rf".*/attn/{kind}/kernel"
+    result = subspaces(config, adapter, params, pattern)
+    change = adapted_matrices(merged, adapter, pattern) - adapted_matrices(params, adapter, pattern)
+    inner = result.inputs.mT @ change @ result.outputs
+    assert inner == pytest.approx(result.values[..., None] * np.eye(2), abs=1e-3)
+    assert result.norm == pytest.approx(np.linalg.norm(change, axis=(1, 2)), rel=1e-5)
+    assert len({*result.names}) == len(result.names) == 2
+  with pytest.raises(ValueError, match="several shapes"):
+    subspaces(config, adapter, params, r".*/attn/(query|value)/kernel")
 
 
 def test_factors_of_another_basis_have_the_same_delta_and_only_rotations_keep_all_of_a():
