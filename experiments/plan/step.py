@@ -14,7 +14,6 @@ from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.config import Lora
-from experiments.harness.fit import count
 from experiments.harness.flops import compiled_flops
 from experiments.harness.sharding import sharding_of
 from experiments.plan.collectives import collective_bytes
@@ -91,7 +90,7 @@ def plan_step(step: Step) -> Costs:
   with tempfile.TemporaryDirectory() as folder:
     compiled = compile_step(step.lowered, Path(folder))
   return Costs(
-    trained_parameters=count(step.state.part),
+    trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(step.state.part)),
     weights=bytes_of((step.state.part, step.frozen)),
     optimizer=bytes_of(step.state.opt_state),
     gradients=bytes_of(step.state.part),

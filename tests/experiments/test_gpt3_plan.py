@@ -79,11 +79,13 @@ def test_what_does_not_fit_is_said_with_what_may(changes, cost, words):
 
 
 @pytest.mark.long
-def test_a_small_plan_from_its_config(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_a_small_plan_from_its_config(base, monkeypatch, tmp_path, capsys):
   monkeypatch.setitem(MODELS, "small", (GPT2, SMALL))
   config = get_config()
   config.topology, config.model, config.workdir = "cpu:4", "small", str(tmp_path)
   config.methods, config.data.row_length, config.mesh.tensor = ("lora",), 8, 2
+  config.base = base
   result = gpt3_plan.run(config)
   costs = result["methods"]["lora"]
   assert result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}

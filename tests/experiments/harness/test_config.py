@@ -6,16 +6,18 @@ import json
 import pytest
 
 from experiments.classification.config import GlueConfig
-from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain
+from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain, gpt3_plan
 from experiments.harness.config import flat, read_config, replace_fields
 from experiments.harness.workdir import open_workdir, read_run
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig
+from experiments.plan.config import PlanConfig
 
 KINDS = {
   E2EConfig: gpt2_e2e.get_config(),
   FinetuneConfig: finetune.get_config(),
   GlueConfig: glue.get_config("roberta_base,mrpc"),
   PretrainConfig: gpt2_pretrain.get_config(),
+  PlanConfig: gpt3_plan.get_config(),
 }
 
 
