@@ -73,6 +73,10 @@ def test_the_plan_is_printed_and_is_that_of_the_page(tmp_path, capsys):
   for model in ("embedded", "smollm2"):
     table = plan.plan(model, FULL)
     assert table in page("subspaces"), "paste the output of python -m experiments.subspaces --plan"
+    runs = [read_config(E2EConfig, config_of(r, model, "a")) for r in planned_runs(model, FULL)]
+    assert {run.lora.alpha / run.lora.rank for run in runs} == {2.0}
+    assert sum(run.data.shuffled_completions for run in runs) == 2
+    assert sum(run.model.start == "random" for run in runs) == 2
   assert plan.plan("embedded", FULL) in printed
 
 
@@ -96,7 +100,19 @@ def test_the_runs_find_their_places_in_any_order(all_runs):
     *((8, kind) for kind in ("trained", "random base", "shuffled completions")),
   ]
   only = arrange([high])
-  assert (only.low, only.second, only.nulls) == (None, None, [])
+  assert (only.low, only.second, only.nulls, only.unused) == (None, None, [], [])
+  assert study.unused == []
+
+
+def test_a_run_without_a_place_is_named(all_runs):
+  _, high, second, *_ = all_runs
+  third = second._replace(
+    config=replace_fields(second.config, {"seed": 3}), folder=Path("runs/third")
+  )
+  study = arrange([third, high, second])
+  assert study.second is second
+  assert study.unused == [third]
+  assert "- Not compared: runs/third." in markdown(study, {}, "")
 
 
 def test_runs_that_cannot_be_compared_are_refused(all_runs):

@@ -210,5 +210,7 @@ def _missing(study: Study, figures: Mapping[str, Path]) -> Iterator[str]:
   kinds = {run.kind for run in study.nulls}
   if len(kinds) < 2:
     yield f"- Nulls: {', '.join(sorted(kinds)) or 'none'}, of two kinds."
+  if study.unused:
+    yield f"- Not compared: {', '.join(str(run.folder) for run in study.unused)}."
   if absent:
     yield f"- Not drawn: {', '.join(absent)}."

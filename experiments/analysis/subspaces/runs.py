@@ -114,12 +114,14 @@ class Study(NamedTuple):
     low: of the smallest rank and the same seed.
     second: of the largest rank and another seed.
     nulls: with shuffled completions, and on random weights.
+    unused: the others.
   """
 
   high: Trained
   low: Trained | None
   second: Trained | None
   nulls: list[Trained]
+  unused: list[Trained]
 
   @property
   def rows(self) -> list[Trained]:
@@ -155,9 +157,7 @@ def arrange(runs: Sequence[Trained]) -> Study:
       raise ValueError(f"{high.folder} and {run.folder} adapt different base models; expected one")
   seed = high.config.seed
   smaller = [run for run in real if run.rank < high.rank and run.config.seed == seed]
-  return Study(
-    high,
-    smaller[-1] if smaller else None,
-    next((run for run in real[1:] if run.rank == high.rank), None),
-    [run for run in runs if run.kind != TRAINED],
-  )
+  low = smaller[-1] if smaller else None
+  second = next((run for run in real[1:] if run.rank == high.rank), None)
+  unused = [run for run in real if not any(run is place for place in (high, low, second))]
+  return Study(high, low, second, [run for run in runs if run.kind != TRAINED], unused)
