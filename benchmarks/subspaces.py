@@ -3,7 +3,8 @@
     python -m benchmarks.subspaces                # SmolLM2's shape: 30 layers of 576 x 576
     python -m benchmarks.subspaces --layers=96 --dim=12288    # GPT-3's
 
-Decomposes random factors of ranks 8 and 64, and compares their subspaces for all i and j.
+Decomposes random factors of ranks 8 and 64, and compares their subspaces for all i and j. Set
+OPENBLAS_NUM_THREADS=1 where other work shares the cores (docs/subspaces.md).
 """
 
 import argparse
