@@ -35,13 +35,14 @@ from experiments.nlg.groups import (
 )
 from experiments.nlg.paper_rows import PAPER, TABLES, PaperTable
 from experiments.nlg.report_csv import write_csv
-from experiments.nlg.scores import LOWER_IS_BETTER, digits, header, metric_of, number
+from experiments.nlg.scores import LOWER_IS_BETTER, digits, header, metric_of, model_label, number
 from experiments.nlg.tasks.table import TASKS, title
 from experiments.nlg.tasks.task import by_name
 from lora_jax.data.sets.e2e import Split
 from lora_jax.fields import NonEmptyPath, read_value
 from lora_jax.metrics import Difference, differences
 
+PAPER_MODELS = {"GPT-2 medium", "GPT-2 large"}
 FLOOR = "⌊"  # marks scores that do not exceed the floor's
 
 
@@ -98,7 +99,7 @@ def _section(
   if any(group.first.is_decoded for group in groups):
     printed = _paper_table(texts_of(runs[0]))
     parts += [_over_inputs(groups), _compared(groups, runs, against)]
-    parts.append(_paper(printed) if printed else "")
+    parts.append(_paper(printed, runs) if printed else "")
   parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
   parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
   draw(Path(plot), groups, _metrics(runs[0]), rates, sweeps, budgets, bits)
@@ -204,8 +205,8 @@ def _over_inputs(groups: Sequence[Group]) -> str:
     note += "".join(f"; the references have {rate:.2f}" for rate in sorted(rates)) + "."
   if floor is not None:
     note += (
-      f" The floor needs no model: {floor.result['floor_texts']}. {FLOOR} marks intervals that reach it: "
-      "such a score shows nothing that was learned, and has no rank."
+      f" The floor needs no model: {floor.result['floor_texts']}. {FLOOR} marks intervals that "
+      "reach it: such a score shows nothing that was learned, and has no rank."
     )
   return f"## Over the inputs\n\n{table.aligned([head, *rows])}\n\n{note}"
 
@@ -305,17 +306,24 @@ def _difference(name: str, difference: Difference | None) -> str:
   return f"{value} [{low}, {high}]" + ("°" if difference.low <= 0 <= difference.high else "")
 
 
-def _paper(printed: PaperTable) -> str:
+def _paper(printed: PaperTable, runs: Sequence[Run]) -> str:
   head = ["the paper's models", "trainable", *map(header, printed.metrics)]
   rows = [
     [row.label, row.trainable, *(_printed(name, row.scores[name]) for name in printed.metrics)]
     for row in printed.rows
   ]
-  note = (
-    f"{printed.name} of the paper ({PAPER}): {printed.about}. "
-    "These are other models than those above."
-  )
+  note = f"{printed.name} of the paper ({PAPER}): {printed.about}. {_models(runs)}"
   return f"## The paper's {printed.name}\n\n{table.aligned([head, *rows])}\n\n{note}"
+
+
+def _models(runs: Sequence[Run]) -> str:
+  """Returns a sentence on the base models of runs, compared with the paper's."""
+  labels = {model_label(run.result["variant"]) for run in runs if run.result.get("variant")}
+  if same := sorted(labels & PAPER_MODELS):
+    return f"The runs of {' and '.join(same)} above adapt one of these models, the others do not."
+  if not labels:
+    return "No run above adapts one of these models."
+  return f"These are other models than those above: {', '.join(sorted(labels))}."
 
 
 def _printed(name: str, value: paper_tables.Value) -> str:

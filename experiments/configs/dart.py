@@ -31,7 +31,7 @@ def get_config(variant: str = "mini") -> Config:
   config.decoding.update({"length_penalty": 0.8, "official_references": False})
   if variant in ("mini", "smollm2"):
     config.data.update({"row_length": 256, "loss_length": 120})
-    config.decoding.update({"num_inputs": 630, "max_new_tokens": 96})
+    config.decoding.update({"num_inputs": 630, "max_new_tokens": 80})
   else:
     config.decoding.num_inputs = 4159
   return config

@@ -27,10 +27,10 @@ def get_config(variant: str = "mini") -> Config:
   config.decoding.update({"length_penalty": 0.8, "official_references": False})
   if variant == "mini":
     config.data.update({"row_length": 256, "loss_length": 112})
-    config.decoding.update({"num_inputs": 1862, "max_new_tokens": 96})
+    config.decoding.update({"num_inputs": 1862, "max_new_tokens": 80})
   elif variant == "smollm2":
     config.data.update({"row_length": 320, "loss_length": 144, "batch_size": 4})
-    config.decoding.update({"num_inputs": 630, "max_new_tokens": 96})
+    config.decoding.update({"num_inputs": 630, "max_new_tokens": 80})
   else:
     config.decoding.num_inputs = 1862
   return config

@@ -221,13 +221,20 @@ def generate(
   hypotheses = beam_search(
     base.decoder,
     params,
-    [slots.around(ids[-room:]) for ids in prompts],
+    [slots.around(ids) for ids in last_tokens(prompts, room)],
     search,
     batch_size=decoding.batch_size,
     mesh=mesh,
   )
   texts = [as_line(base, base.tokenizer.decode(ids)) for ids in hypotheses.best()]
   return [tokenized(line) for line in texts] if decoding.tokenize else texts
+
+
+def last_tokens(prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+  """Returns the last tokens of each prompt, at most `room`; prints how many prompts are cut."""
+  if cut := sum(len(ids) > room for ids in prompts):
+    print(f"{cut} of {len(prompts)} prompts are longer than {room} tokens, and lose their start")
+  return [ids[-room:] for ids in prompts]
 
 
 def score(

@@ -18,7 +18,7 @@ from experiments.harness.workdir import write_json
 from experiments.nlg import e2e as nlg_e2e
 from experiments.nlg.base import Base
 from experiments.nlg.config import DataSet, E2EConfig, Texts
-from experiments.nlg.e2e import decoded_inputs, examples_of
+from experiments.nlg.e2e import decoded_inputs, examples_of, last_tokens
 from experiments.nlg.generation import load_generator
 from experiments.nlg.groups import group_runs
 from experiments.nlg.tasks.dial import WORDS
@@ -144,6 +144,11 @@ def test_inputs_are_in_a_fixed_random_order_and_e2es_in_the_files(sources):
   assert whole != in_file
   of_e2e = decoded_inputs(Texts("reference", sources["e2e_reversed"]), "test", 3)
   assert [(group.context, *group.references) for group in of_e2e] == list(REVERSED)
+
+
+def test_prompts_that_are_too_long_lose_their_start_and_are_counted(capsys):
+  assert last_tokens([[1, 2, 3], [4]], 2) == [[2, 3], [4]]
+  assert "1 of 2 prompts are longer than 2 tokens, and lose their start" in capsys.readouterr().out
 
 
 def test_splits_that_are_parts_of_one_file_have_nothing_in_common(sources):

@@ -61,7 +61,8 @@ def test_a_run_writes_its_results(finished):
 def test_the_report_shows_row_samples_and_paths(finished):
   workdir, result = finished
   text = gpt2_e2e.report(workdir, result)
-  head, _, row = text.splitlines()[:3]
+  title, _, head, _, row = text.splitlines()[:5]
+  assert title == result["data"] == "E2E NLG Challenge"
   assert all(name in head for name in ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr", "examples"))
   assert f"{result['trainable_parameters']:,}" in row
   assert text.count("\ninput ") == text.count("\ngenerated ") == 4

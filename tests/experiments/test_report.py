@@ -133,7 +133,9 @@ def test_the_papers_values_are_separate(runs, tmp_path):
   assert paper["GPT-2 M, LoRA"]["CIDEr"] == "2.53 ± 0.02"
   assert paper["GPT-2 M, FT*"]["ROUGE-L"] == "71.0"
   assert not set(paper) & set(rows(text, "Results"))
-  assert "These are other models than those above" in text
+  assert "These are other models than those above: GPT-2 mini." in text
+  medium = changed(runs / "lora1", tmp_path / "m", {"variant": "medium"}, {"variant": "medium"})
+  assert "The runs of GPT-2 medium above adapt one of these" in report([medium], tmp_path / "r")
 
 
 def test_differences_are_the_paired_bootstraps(runs, tmp_path):
