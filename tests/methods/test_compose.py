@@ -77,14 +77,26 @@ def test_gradients_are_those_of_the_nested_function():
   )
 
 
-def test_two_parts_drop_different_inputs():
-  single, twice = lj.lora(fn, lora(0.5).keywords["config"]), lj.compose(fn, lora(0.5), lora(0.5))
-  tune = trained(single)
-  both, key = {"part_0": tune, "part_1": tune}, jax.random.key(4)
-  same = single.apply(PARAMS, tune, X, lora_key=key, scaling=4.0)  # twice the term, one mask
-  assert np.abs(twice.apply(PARAMS, both, X, lora_key=key) - same).max() > 1e-3
+def test_each_part_has_a_key_of_its_own():
+  keys = []
+
+  def keyed(fn):
+    def apply(params, trainable, *args, lora_key, **kwargs):
+      del trainable
+      keys.append(lora_key)
+      return fn(params, *args, **kwargs)
+
+    return lj.full_finetuning(fn)._replace(apply=apply)
+
+  parts = {"part_0": {}, "part_1": {}}
+  lj.compose(fn, keyed, keyed).apply(PARAMS, parts, X, lora_key=jax.random.key(4))
+  data = [jax.random.key_data(key).tolist() for key in (*keys, jax.random.key(4))]
+  assert len({str(words) for words in data}) == 3
+  lj.compose(fn, keyed, keyed).apply(PARAMS, parts, X, lora_key=None)
+  assert keys[2:] == [None, None]
+  drops = lj.compose(fn, lora(0.5), HEAD)
   with pytest.raises(ValueError, match="lora_key"):
-    twice.apply(PARAMS, both, X)
+    drops.apply(PARAMS, trained(drops), X)
 
 
 def test_scaling_goes_to_every_part():
