@@ -6,7 +6,7 @@ examples.json    the digest of the examples   peft/, base/    exports for other 
 metrics.jsonl    losses by step               model/          the fully trained model
 tensorboard/     the same, for TensorBoard    predictions.txt one text for each input
 ranks.json       ranks chosen from data       result.json     written last: the run is finished
-                                              adapter_initial/ the start, if made from data
+                                              adapter_initial/ the start, of LoftQ or from data
 """
 
 import contextlib
