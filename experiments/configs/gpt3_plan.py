@@ -24,7 +24,6 @@ def get_config() -> Config:
   config.lora.alpha = 32.0
   config.lora.dropout = 0.0
   config.lora.target = r".*/attn/(query|value)/kernel"  # or all-linear
-  config.lora.init = "kaiming_uniform"
 
   config.data = ConfigDict()
   config.data.batch_size = 0  # rows; 0 is one for each part of the mesh's data x fsdp

@@ -45,7 +45,7 @@ QUIET = {  # libtpu asks neither the cloud nor the user about the machine
 }
 
 
-def find_devices(topology: str) -> tuple[Sequence[jax.Device], Chip | None]:
+def find_devices(topology: str) -> tuple[Sequence[Any], Chip | None]:
   """Returns the devices of a topology, for which programs can be compiled, and their kind.
 
   Args:
@@ -76,7 +76,7 @@ def find_devices(topology: str) -> tuple[Sequence[jax.Device], Chip | None]:
   return _described(topology), CHIPS[kind]
 
 
-def _emulated(size: str) -> Sequence[jax.Device]:
+def _emulated(size: str) -> Sequence[Any]:
   devices, count = jax.devices("cpu"), int(size) if size.isdigit() else 0
   if not 1 <= count <= len(devices):
     raise ValueError(
@@ -86,7 +86,7 @@ def _emulated(size: str) -> Sequence[jax.Device]:
   return devices[:count]
 
 
-def _described(topology: str) -> Sequence[jax.Device]:
+def _described(topology: str) -> Sequence[Any]:
   from jax.experimental import topologies
 
   for name, value in QUIET.items():

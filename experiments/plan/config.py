@@ -3,10 +3,18 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from experiments.harness.config import Devices, Length, Lora, Remat, RunConfig
-from lora_jax.fields import Within, nonempty
+from experiments.harness.config import Devices, Length, Remat, RunConfig
+from lora_jax.fields import Pattern, Positive, Share, Within, nonempty
 
 RowsOrAuto = Annotated[int, Within("[0, 1_048_576]")]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanLora:
+  rank: Annotated[int, Within("[1, 1_048_576]")]
+  alpha: Positive
+  dropout: Share
+  target: Annotated[Pattern, nonempty]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,6 @@ class PlanConfig(RunConfig):
   base: Literal["bfloat16", "float32", "int8", "nf4"]
   remat: Remat
   methods: tuple[Literal["lora", "full_finetuning"], ...]
-  lora: Lora
+  lora: PlanLora
   data: PlanData
   mesh: PlanMesh

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import lora_jax as lj
-from experiments.harness.config import Lora
 from experiments.harness.flops import compiled_flops
 from experiments.harness.sharding import sharding_of
 from experiments.plan.collectives import collective_bytes
+from experiments.plan.config import PlanLora
 from experiments.plan.models import Planned
 from lora_jax.models.checkpoints.loaded_weights import with_shardings
 from lora_jax.training.step import TrainState, make_train_step, start
@@ -107,7 +108,7 @@ def lower_step(
   model: Planned,
   method: str,
   base: str,
-  lora: Lora,
+  lora: PlanLora,
   batch_size: int,
   row_length: int,
   mesh: Mesh,
@@ -129,12 +130,7 @@ def lower_step(
     trainable = params
   else:
     config = lj.LoraConfig(
-      lora.rank,
-      lora.alpha,
-      target=lora.target,
-      dropout=lora.dropout,
-      init=lora.init,  # pyright: ignore[reportArgumentType]
-      extra=model.head,
+      lora.rank, lora.alpha, target=lora.target, dropout=lora.dropout, extra=model.head
     )
     loss, params = lj.lora(model.loss, config), params_shapes(model, base, mesh)
     trainable = jax.eval_shape(loss.init, jax.random.key(0), params, batch)
@@ -162,7 +158,7 @@ def bytes_of(tree: PyTree) -> float:
 
 def _bytes_of_leaf(leaf: Any) -> float:
   size = jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).size
-  is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return size * (8 if is_key else jax.dtypes.itemsize_bits(leaf.dtype) / 8)
 
 

@@ -46,7 +46,7 @@ all tokens. Embedding and head are split by D: no device gathers more of their t
 
 
 def make_mesh(
-  data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """Returns a mesh over the first data * fsdp * tensor devices, of all processes.
 
@@ -102,7 +102,7 @@ def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
     full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
     for size, axis in zip(leaf.shape, full, strict=True):
       if size % (parts := num_parts(mesh, axis)):
-        names = axis if isinstance(axis, str) else ", ".join(axis)
+        names = axis if isinstance(axis, str) else ", ".join(axis or ())
         raise ValueError(
           f"{path} {leaf.shape}: an axis of {size} cannot be split over {parts} devices "
           f"({names}). Choose another mesh"

@@ -212,7 +212,8 @@ def make_train_step(
       whose gradients are summed; the result is that of the whole batch at once.
   """
   fold = jax.random.fold_in
-  apply = shard_activations(loss.apply, state.step.sharding.mesh)
+  placement: Any = state.step.sharding
+  apply = shard_activations(loss.apply, placement.mesh)
 
   def gradients(part: PyTree, frozen: PyTree, batch: Batch, key: PRNGKeyArray):
     def total(part: PyTree) -> tuple[Array, LossSum]:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from experiments.harness.config import Lora
+from experiments.plan.config import PlanLora
 from experiments.plan.models import TARGETS, TOKEN_INPUTS, Planned
 from experiments.plan.step import bytes_of, compile_step, lower_step
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
@@ -18,7 +18,7 @@ from lora_jax.training.mesh import make_mesh
 
 LAYERS, D, MLP, ROWS, TOKENS, RANK, FSDP, TENSOR = 3, 64, 320, 8, 24, 2, 4, 2
 KERNELS = {(D, D), (D, MLP), (MLP, D)}
-LORA = Lora(RANK, 4.0, 0.0, r".*/attn/(query|value)/kernel", "kaiming_uniform")
+LORA = PlanLora(RANK, 4.0, 0.0, r".*/attn/(query|value)/kernel")
 ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 
 
