@@ -207,6 +207,7 @@ def test_a_quantized_stack_with_loops_over_rows_in_its_layers():
   np.testing.assert_allclose(got, by_hand(lj.dequantize(params), x, arrays), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long  # in CI prefix tuning does so
 def test_a_visit_may_close_over_arrays():
   """As prefix tuning does over the places of its slots; differentiated through scan."""
 
