@@ -238,6 +238,7 @@ DATA_SETS = [
   in_files(
     "samsum", "test", 1, "the SAMSum file test.csv", "there is none", error=FileNotFoundError
   ),
+  in_files("dart", "train", 1, "train.jsonl", "data.name=dart_dev", error=FileNotFoundError),
   in_files("dart_dev", "train", 1, "DART 1.1.1", "dev.jsonl", error=FileNotFoundError),
   in_files("mnli_text", "test", 1, "the MNLI, subset", "dev.json", error=FileNotFoundError),
   in_files("e2e_reversed", "test", 1, "the E2E file test.txt", error=FileNotFoundError),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, gpt2_e2e
+from experiments import report as reports
 from experiments.configs import gpt2_e2e as e2e_configs
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply, single_run, sweep_runs
@@ -297,6 +298,16 @@ def test_scores_that_reach_the_floor_are_marked(stored, tmp_path):
   assert "| floor " in against
   with pytest.raises(ValueError, match="must be one of the runs that decoded texts"):
     report([stored["poor"]], tmp_path / "r", against=stored["good"])
+
+
+def test_a_smaller_error_rate_is_above_the_floor(stored):
+  (floor,), _ = read_runs([stored["webnlg"]])
+  level = floor.result["scores"]["mean_ter_seen"]
+  for interval, reaches in (([0.0, level - 1], False), ([level - 2, level + 1], True)):
+    run = floor._replace(result=floor.result | {"intervals": {"mean_ter_seen": interval}})
+    assert reports._reaches(run, "mean_ter_seen", floor) is reaches
+  other = run._replace(settings=run.settings | {"decoding.num_inputs": 2})
+  assert not reports._reaches(other, "mean_ter_seen", floor)  # it has other inputs
 
 
 def test_the_papers_table_is_that_of_the_data_set(stored, tmp_path):

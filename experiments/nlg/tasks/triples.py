@@ -37,6 +37,17 @@ def _parts(texts: Texts, split: Split) -> Parts:
   }
 
 
+def _load_dart(texts: Texts, split: Split) -> Sequence[Record]:
+  try:
+    return dart_tfds.load(split, texts.source, any_size=texts.any_size)
+  except FileNotFoundError as error:
+    if split != "train":
+      raise
+    raise FileNotFoundError(
+      f"{error}; or choose data.name=dart_dev, which trains on a part of the development set"
+    ) from error
+
+
 WEBNLG = Task(
   webnlg.TITLE,
   from_files(webnlg_tfds.load),
@@ -48,7 +59,7 @@ WEBNLG = Task(
 )
 DART = Task(
   dart.TITLE,
-  from_files(dart_tfds.load),
+  _load_dart,
   data_to_text.measure,
   data_to_text.METRICS,
   floor=copied,
