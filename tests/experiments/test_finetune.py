@@ -406,6 +406,39 @@ def test_too_few_examples(chat_model, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+  ("method", "fields", "written"),
+  [
+    ("trainable_tokens", {"lora.tokens": ("<|endoftext|>", " food")}, "peft"),
+    ("lora", {"lora.tokens": (0,)}, "peft"),
+    ("ln_tuning", {}, "peft"),
+    ("loha", {}, "model"),  # PEFT has none for GPT-2
+  ],
+)
+def test_other_methods_are_written_for_peft_if_it_has_them(
+  method, fields, written, chat_model, tmp_path, capsys
+):
+  data = write_lines(tmp_path / "mine.jsonl", count=20)
+  config = apply(config_of(chat_model, data, tmp_path / "run"), {"method": method, **fields})
+  finetune.plan(config)
+  finetune.run(config)
+  out, names = capsys.readouterr().out, {}
+  assert {"peft", "model"} & {path.name for path in (tmp_path / "run").iterdir()} == {written}
+  assert "vllm" not in out
+  exec(out.split("# here\n")[1].split("# in ")[0], names)
+  if written == "model":
+    with pytest.raises(SystemExit, match=r"has written it already: .*/model"):
+      export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+    return
+  base = names["base"]
+  expected = names["adapted"].apply(base.params, names["adapter"], TOKENS)
+  assert relative_difference(base.call(base.params, TOKENS), expected) > 1e-4
+  export.main([config.workdir, str(tmp_path / "merged"), "--merged"])
+  merged = load_causal_lm(tmp_path / "merged")
+  assert relative_difference(merged.call(merged.params, TOKENS), expected) < 1e-5
+
+
+@pytest.mark.long
 def test_full_finetuning_leaves_a_model(chat_model, tmp_path, capsys):
   data = write_lines(tmp_path / "mine.jsonl", count=20)
   changes = {"method": "full_finetuning", "optimizer.learning_rate": 3e-3, "samples.count": 1}
