@@ -70,7 +70,7 @@ def prefix_embedding(
   def start(key: Array, params: PyTree, call: MarkedCall) -> Float[Array, "slots D"]:
     (mark,) = _marks(call, TOKEN_EMBEDDINGS)
     if std is not None:
-      return std * jax.random.normal(key, (num_slots, mark.shape[-1]))
+      return std * jax.random.normal(key, (num_slots, mark.shape[-1]), jnp.float32)
     rows = _table(params, table, mark.shape[-1])
     few = rows.shape[0] < num_slots
     chosen = jax.random.choice(key, rows.shape[0], (num_slots,), replace=few)
@@ -100,7 +100,7 @@ def prefix_layer(fn: Callable[..., Any], num_slots: int, *, std: float = 0.02) -
     del params
     marks = _marks(call, LAYER_INPUT)
     shape = _num_layers(marks), num_slots, marks[0].shape[-1]
-    return std * jax.random.normal(key, shape)
+    return std * jax.random.normal(key, shape, jnp.float32)
 
   return _prefix(fn, PREFIX_LAYER, LAYER_INPUT, num_slots, start)
 
