@@ -25,6 +25,7 @@ from lora_jax.models.gpt2.model import (
 )
 from lora_jax.models.parts.causal_lm import make_layers, shapes_of
 
+from tests.docs.pages import code_blocks, page
 from tests.experiments.harness.test_methods import MODELS
 from tests.toy_models import randomized, relative_difference
 
@@ -288,6 +289,15 @@ def test_a_head_is_fully_trained():
   np.testing.assert_allclose(method.apply(PARAMS, doubled, X), 2 * fn(PARAMS, X), rtol=1e-6)
   with pytest.raises(ValueError, match="extra 'heads' matches none of the 3 leaves"):
     lj.bottleneck_adapter(fn, lj.pfeiffer_config(3, extra="heads")).init(KEY, PARAMS, X)
+
+
+@pytest.mark.long
+def test_the_code_on_the_page_runs():
+  (block,) = code_blocks(page("bottleneck"))
+  names = {}
+  exec(block, names)
+  plain = names["logits"](names["params"], names["tokens"])
+  np.testing.assert_array_equal(names["out"], plain)
 
 
 # ---- in the zoo's models ---------------------------------------------------------------------
