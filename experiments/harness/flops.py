@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from experiments.harness.hlo import numbers, total_cost
 
-MATMUL = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$-]+)")
+MATMUL = re.compile(r" (?:dot|custom-call)\((?:\w+\[\S* )?%?([\w.$#-]+)")
 CONTRACTED = re.compile(r"lhs_contracting_dim\w*\"?[=:][{\[]([\d,\"]*)[}\]]")
 
 

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-NAME = r"%?([\w.$-]+)"
+NAME = r"%?([\w.$#-]+)"
 COMPUTATION = re.compile(rf"^(ENTRY )?{NAME} \(.*\{{$")
-INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = \(?\w+\[([\d,]*)\]")
+INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = (\(.*?\)|\w+\[\S*) [\w-]+\(")
+ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={NAME}|branch_computations=\{{([^}}]*)\}}")
 WHILE = re.compile(rf" while\(.*condition={NAME}.* body={NAME}")
 TRIPS = re.compile(r"known_trip_count\":\{\"n\":\"(\d+)\"")
@@ -40,7 +41,12 @@ class Counting(NamedTuple):
     return float(operands[0]) if operation == "constant" else math.nan
 
   def place(self, name: str) -> str:
-    """Returns the place of a value in the tuple of the loop's values, or ""."""
+    """Returns the place of a value in the tuple of the loop's values, or "".
+
+    Newer versions of XLA write an element of a tuple as `%tuple#1`, without an instruction.
+    """
+    if "#" in name:
+      return f"index={name.rpartition('#')[2]}"
     operation, _, attributes = self.operations.get(name, ("", [], ""))
     return attributes if operation == "get-tuple-element" else ""
 
@@ -78,10 +84,12 @@ def total_cost(text: str, cost: Cost, label: str) -> float:
     if not name:
       continue
     if instruction := INSTRUCTION.match(line):
-      shapes[instruction[1]] = numbers(instruction[2])
+      elements = [numbers(sizes) for sizes in ARRAY.findall(instruction[2])]
+      shapes[instruction[1]] = elements[0] if elements else []
+      shapes.update({f"{instruction[1]}#{i}": shape for i, shape in enumerate(elements)})
       direct[name] += cost(line, shapes[instruction[1]], shapes)
     if counter := COUNTER.match(line):
-      operands = re.findall(r"[\w.$-]+", counter[3])
+      operands = re.findall(r"[\w.$#-]+", counter[3])
       place = re.match(r", (index=\d+|direction=\w+)", counter[4])
       counting[name].operations[counter[1]] = (counter[2], operands, place[1] if place else "")
     elif root := ROOT_TUPLE.match(line):

@@ -43,6 +43,13 @@ def test_the_trips_of_a_loop_are_its_limit_over_its_step():
   assert collective_bytes(LOOP) == {"all-reduce": 5 * 64 * 2 / 2}
 
 
+def test_an_element_of_a_tuple_may_have_no_instruction_of_its_own():
+  lines = [line for line in LOOP.splitlines() if "get-tuple-element" not in line]
+  for element, operand in (("%i.2", "%p.2#0"), ("%i", "%p.1#0"), ("%x", "%p.1#1")):
+    lines = [line.replace(element, operand) for line in lines]
+  assert compiled_flops("\n".join(lines)) == compiled_flops(LOOP)
+
+
 @pytest.mark.parametrize(
   ("written", "other"),
   [
