@@ -7,7 +7,7 @@
 It prints docs/paper_shapes.md, and writes it or the file that `--out` names. Nothing of a model's
 size is allocated, and nothing is trained.
 
-Time: half a minute; with --steps, 10 to 20 seconds more for each model and method on a CPU core.
+Time: 15 seconds of a CPU core; with `--steps all` one and a half minutes.
 Expect: the counts of docs/paper_shapes.md, which equal the paper's formulae.
 """
 
