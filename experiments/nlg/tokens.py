@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from experiments.harness.config import replace_fields
-from experiments.harness.methods import EMBEDDINGS, find_method
+from experiments.harness.methods import EMBEDDINGS, TOKENS, check_used, find_method
 from experiments.nlg.base import model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from lora_jax.models.text.tokenizer import load_tokenizer
@@ -24,10 +24,12 @@ def with_token_ids(config: Config) -> Config:
   """Returns a run's config with ids for the texts in `lora.tokens`.
 
   Raises:
-    ValueError: if the method needs tokens and there are none, `lora.target` has the embedding too,
-      a text is not a single token, or a token is given twice.
+    ValueError: if the method trains no tokens and there are some, or needs some and there are none,
+      `lora.target` has the embedding too, a text is not a single token, or a token is given twice.
   """
   tokens = config.lora.tokens
+  if tokens:
+    check_used(config.method, {TOKENS: tokens}, config.NAME)
   if find_method(config.method).needs_tokens and not tokens:
     raise ValueError(
       f"method={config.method} trains the embeddings of lora.tokens, which is empty. Give texts or "
