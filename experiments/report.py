@@ -466,7 +466,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   with explained():
     print(report(options.folders, options.out, options.against))
-  print(f"wrote {options.out}.md and {options.out}.csv, and each data set's plot: {options.out}*.png")
+  print(
+    f"wrote {options.out}.md and {options.out}.csv, and each data set's plot: {options.out}*.png"
+  )
 
 
 if __name__ == "__main__":
