@@ -1,0 +1,1 @@
+"""Plans: train steps compiled for devices that are not here."""
