@@ -2,7 +2,7 @@
 
     python -m experiments.webnlg [--config=experiments/configs/webnlg.py:VARIANT]
 
-It trains, decodes the test set once, and scores all inputs, and those of seen and unseen categories.
+It trains, decodes the test set once, and scores all inputs, and seen and unseen categories.
 The files are in data/webnlg, or in `--config.data.source=FOLDER` (docs/data_sets.md).
 
 Time: not run.

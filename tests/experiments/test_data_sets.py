@@ -379,7 +379,7 @@ def test_a_run_on_a_data_set(sources, tmp_path, name):
 
 
 def test_a_base_model_is_decoded_and_scored(sources, tmp_path, monkeypatch):
-  """The right query counts whatever its order of conditions; the search is not tested here."""
+  """A query counts whatever the case of its keywords; the search is not tested here."""
   config = task_config(
     sources, "wikisql", tmp_path / "run", **{"method": "frozen_base", "decoding.num_inputs": 8}
   )
@@ -388,7 +388,7 @@ def test_a_base_model_is_decoded_and_scored(sources, tmp_path, monkeypatch):
     nlg_e2e,
     "generate",
     lambda config, base, params, contexts, mesh: [
-      answers[context].replace("select", "SELECT") if i else "SELECT"
+      answers[context].replace("SELECT", "select") if i else "SELECT"
       for i, context in enumerate(contexts)
     ],
   )
