@@ -36,12 +36,14 @@ EXPERIMENT_LAYERS = [
   {"nlg", "classification", "plan"},
   {"comparison", "shapes"},
   {"analysis"},
+  {"reproduction"},
   {"(runnable)"},
 ]
 EXPERIMENT_FLOOR = {name: floor for floor, names in enumerate(EXPERIMENT_LAYERS) for name in names}
 DATA_SETS = ("webnlg", "dart", "wikisql", "samsum", "mnli_text", "e2e_reversed", "addition", "dial")
 MAY_RUN = {  # commands that are many runs of another one, or runs on another data set
   "experiments/intrinsic_dimension.py": {"gpt2_e2e"},
+  "experiments/paper.py": {"glue", "gpt2_e2e", "intrinsic_dimension", "subspaces"},
   "experiments/subspaces.py": {"gpt2_e2e"},
   "experiments/variants.py": {"gpt2_e2e"},
   **{f"experiments/{name}.py": {"gpt2_e2e"} for name in DATA_SETS},

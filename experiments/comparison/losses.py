@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 import lora_jax as lj
+from experiments.harness.methods import adapt, find_method
 from experiments.nlg.base import Base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import examples_of
@@ -20,10 +21,11 @@ from lora_jax.data.batches import padded_batches
 from lora_jax.data.text import Example
 from lora_jax.models.parts.causal_lm import CausalLM
 from lora_jax.training.loop import evaluate_loss
-from lora_jax.training.loss import language_model_loss
+from lora_jax.training.loss import LossSum, language_model_loss
 from lora_jax.training.mesh import make_mesh
 from lora_jax.training.step import EvalStep, make_eval_step
 
+LossFunction = Callable[[PyTree, PyTree], LossSum]
 ROWS, ROW_LENGTH = 8, 256  # of the Wikipedia text
 LENGTHS = 32  # tokens: rows of examples are padded to multiples of it
 
@@ -39,7 +41,7 @@ def measure_losses(folder: str | Path) -> dict[str, Any]:
   """
   run = load_run(folder)
   examples = examples_of(run.config, run.base, "valid")
-  losses = losses_by_input(run.base, run.params, examples)
+  losses = losses_by_input(run.base, run.params, examples, run.config)
   return {
     "input_losses": [round(float(loss), 4) for loss in losses],
     "input_tokens": [len(example.targets) for example in examples],
@@ -48,10 +50,20 @@ def measure_losses(folder: str | Path) -> dict[str, Any]:
 
 
 def losses_by_input(
-  base: Base, params: PyTree, examples: list[Example]
+  base: Base, params: PyTree, examples: list[Example], config: E2EConfig
 ) -> Float[np.ndarray, " inputs"]:
-  """Returns the sum of each example's token losses, nats."""
-  of_rows = _row_losses(base.module)  # pyright: ignore[reportArgumentType]  Flax gives it a hash
+  """Returns the sum of each example's token losses, nats.
+
+  Args:
+    base: the base model of a run.
+    params: as `served` returns them.
+    examples: any, at least one.
+    config: of the run.
+  """
+  if find_method(config.method).merges:
+    of_rows = _row_losses(base.module)  # pyright: ignore[reportArgumentType]  Flax gives it a hash
+  else:
+    of_rows = _jitted_row_losses(_with_adapter(config, base))
   order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
   longest = max(len(example.tokens) for example in examples)
   batches = padded_batches(
@@ -70,8 +82,20 @@ def losses_by_input(
 @functools.cache  # compiled once for all runs of a model
 def _row_losses(module: CausalLM) -> Callable[[PyTree, PyTree], jax.Array]:
   """Returns the jitted function from params and a batch to the sums of its rows' losses, nats."""
-  loss = language_model_loss(module)
+  return _jitted_row_losses(language_model_loss(module))
 
+
+def _with_adapter(config: E2EConfig, base: Base) -> LossFunction:
+  """Returns the loss of a run whose adapter cannot be merged, from its served params."""
+  adapted = adapt(config)(language_model_loss(base.module))
+
+  def loss(params: PyTree, batch: PyTree) -> LossSum:
+    return adapted.apply(params["base"], params["adapter"], batch)
+
+  return loss
+
+
+def _jitted_row_losses(loss: LossFunction) -> Callable[[PyTree, PyTree], jax.Array]:
   @jax.jit
   def of_rows(params: PyTree, batch: PyTree) -> jax.Array:
     def of_row(row: PyTree) -> jax.Array:

@@ -173,14 +173,14 @@ def test_losses_by_input_add_up_to_the_validation_loss(tmp_path, caplog):
   mesh = config.mesh.make()
   base = load_base(config, mesh)
   examples = examples_of(config, base, "valid")
-  losses = losses_by_input(base, base.params, examples)
+  losses = losses_by_input(base, base.params, examples, config)
   assert len(losses) == len(examples) == 9
   tokens = sum(len(example.targets) for example in examples)
   whole = validation_loss(config, base, base.params, load_data(config, base), mesh)
   assert losses.sum() / tokens == pytest.approx(whole, rel=1e-5)
   assert np.argmax(losses) == max(range(9), key=lambda i: len(examples[i].targets))  # their order
   with jax.log_compiles(), caplog.at_level("WARNING"):
-    again = losses_by_input(load_base(config, mesh), base.params, examples)
+    again = losses_by_input(load_base(config, mesh), base.params, examples, config)
     assert "of_rows" not in caplog.text  # the next run of the model compiles nothing
     jax.jit(lambda of_rows: of_rows + 1)(1.0)
   assert "Compiling" in caplog.text  # the log can tell

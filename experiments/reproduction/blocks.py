@@ -1,0 +1,103 @@
+"""The parts of a report, as Markdown and as one HTML file without links to anything else."""
+
+import base64
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.harness.table import aligned
+
+Rows = Sequence[Sequence[str]]
+
+
+class Heading(NamedTuple):
+  text: str
+  level: int
+
+
+class Text(NamedTuple):
+  text: str
+
+
+class Table(NamedTuple):
+  """A table whose first row is its header."""
+
+  rows: Rows
+
+
+class Image(NamedTuple):
+  """A PNG file's content, and what it shows."""
+
+  content: bytes
+  caption: str
+
+
+Block = Heading | Text | Table | Image
+
+
+def markdown(parts: Sequence[Block]) -> str:
+  """Returns the report as Markdown."""
+  return "\n\n".join(map(_markdown, parts)) + "\n"
+
+
+def _markdown(block: Block) -> str:
+  match block:
+    case Heading(text, level):
+      return f"{'#' * level} {text}"
+    case Text(text):
+      return text
+    case Table(rows):
+      return aligned([[cell.replace("|", "\\|") for cell in row] for row in rows])
+    case Image():
+      return f"![{block.caption}]({_data_uri(block)})"
+
+
+def _data_uri(image: Image) -> str:
+  return f"data:image/png;base64,{base64.b64encode(image.content).decode()}"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem;
+  color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; font-size: 0.85rem }
+th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left;
+  vertical-align: top }
+.scroll { overflow-x: auto; margin: 1rem 0 }
+img { max-width: 100%; height: auto }
+"""
+
+
+def page(parts: Sequence[Block], title: str) -> str:
+  """Returns the report as HTML."""
+  body = "\n".join(map(_html, parts))
+  head = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    f"<title>{html.escape(title)}</title>"
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f"<style>{STYLE}</style></head>"
+  )
+  return f"{head}<body><main>\n{body}\n</main></body></html>\n"
+
+
+def _html(block: Block) -> str:
+  match block:
+    case Heading(text, level):
+      return f"<h{level}>{html.escape(text)}</h{level}>"
+    case Text(text):
+      return f"<p>{html.escape(text)}</p>"
+    case Table(rows):
+      return _html_table(rows)
+    case Image():
+      caption = html.escape(block.caption)
+      image = f'<img src="{_data_uri(block)}" alt="{caption}">'
+      return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _html_table(rows: Rows) -> str:
+  head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in rows[0])
+  lines = []
+  for name, *cells in rows[1:]:
+    values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+    lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{values}</tr>')
+  table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+  return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
