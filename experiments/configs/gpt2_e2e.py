@@ -57,6 +57,7 @@ def get_config(variant: str = "mini") -> Config:
   config.lora.target = GPT2_LINEAR  # a pattern of paths, or all-linear
   # kaiming_uniform: A random, B zero (paper, today's code); gaussian: A ~ N(0, 0.02^2), B zero;
   # original_code: A and B ~ N(0, 0.02^2), as in the branch with the paper's own code.
+  # copied_blocks: as kaiming_uniform, with one A for all layers (today's code; method=lora).
   config.lora.init = "kaiming_uniform"
   # Tokens whose embeddings are trained, too: texts that are single tokens, or ids; by method=lora,
   # dora, and trainable_tokens, which trains nothing else.

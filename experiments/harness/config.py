@@ -83,7 +83,7 @@ class Lora:
   alpha: Positive
   dropout: Share
   target: Annotated[Pattern, nonempty]
-  init: Literal["kaiming_uniform", "gaussian", "original_code"]
+  init: Literal["kaiming_uniform", "gaussian", "original_code", "copied_blocks"]
   tokens: tuple[CountOrZero | str, ...] = ()  # ids, or texts until a run starts
 
 

@@ -19,6 +19,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 import lora_jax as lj
 from experiments.harness.config import AdaptationConfig
+from lora_jax.adapters.start import fold_path
 from lora_jax.files import read_json
 
 TOKENS = "lora.tokens"
@@ -28,6 +29,9 @@ SETTINGS = ("top_layers", "random_subspace", "prefix", WIDTH, DROPPED, TOKENS)
 
 RANKS = "ranks.json"
 """In a run's folder: by path, the ranks that a method has chosen from data."""
+
+COPIED = "copied_blocks"
+"""The value of `lora.init` by which all layers start with the same A."""
 
 FROM_DATA = ("gpt2_e2e", "finetune")
 """The experiments that initialize adapters from data."""
@@ -153,8 +157,15 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
 
   The ranks of a method that is initialized from data are those in the run's folder, if it has some.
   The tokens of `lora.tokens` are ids; their rows are trained together with the target.
+
+  Raises:
+    ValueError: if `lora.init` is not for the run's method.
   """
   lora, method = config.lora, METHODS[config.method]
+  if lora.init == COPIED and config.method != "lora":
+    raise ValueError(
+      f"lora.init={COPIED} is for method=lora, and method is {config.method}. Choose another init"
+    )
   if method.extra is not None:
     return lj.LoraConfig(1, 1.0, target=(), extra=(method.extra, *_head(config)))
   ranks = Path(config.workdir) / RANKS
@@ -170,7 +181,7 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     lora.alpha,
     target=target[0] if len(set(target)) == 1 else target,
     dropout=lora.dropout if method.uses("lora.dropout") else 0.0,
-    init=lora.init,  # pyright: ignore[reportArgumentType]
+    init="kaiming_uniform" if lora.init == COPIED else lora.init,  # pyright: ignore[reportArgumentType]
     rules=rules,
     extra=config.head,
     variant=method.variant,
@@ -236,7 +247,29 @@ def _without_data(variant: lj.Variant) -> lj.Variant:
 
 
 def _low_rank(config: AdaptationConfig) -> Adapt:
-  return functools.partial(lj.lora, config=lora_config(config))
+  lora = lora_config(config)
+  if config.lora.init == COPIED:
+    lora = dataclasses.replace(lora, variant=_copied_blocks(config.seed))
+  return functools.partial(lj.lora, config=lora)
+
+
+@functools.cache
+def _copied_blocks(seed: int) -> lj.Variant:
+  """Returns LoRA with one initial A for all layers, as in today's code of Hu et al. 2021.
+
+  It builds a model's layers by `copy.deepcopy` of one, whose A is drawn before.
+  """
+
+  def start(key: PRNGKeyArray, site: lj.Site) -> dict[str, jax.Array]:
+    del key  # it depends on the layer
+    path = re.sub(r"_\d+/", "_/", site.path)
+    arrays = lj.LORA.start(fold_path(jax.random.key(seed), path), site)
+    if site.axes.batch:  # of scanned layers
+      a = arrays["lora_a"]
+      arrays["lora_a"] = jnp.broadcast_to(a[:1], a.shape)
+    return arrays
+
+  return lj.LORA._replace(start=start)
 
 
 def _dylora(config: AdaptationConfig) -> Adapt:

@@ -315,3 +315,40 @@ def test_adapters_that_are_plain_lora_are_exported_as_that(method, is_plain):
   lora, exported = exported_adapter(config, trained, params)
   assert (lora.variant is None) == is_plain
   assert list(exported) == ["kernel"] if is_plain else exported is trained
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_copied_blocks_start_with_one_a_for_all_layers(tmp_path, scan_layers):
+  config = read_config(E2EConfig, tiny_config(tmp_path))
+  model = GPT2Config(embed_dim=8, num_layers=2, num_heads=2, vocab_size=11, num_positions=4)
+  module = GPT2(dataclasses.replace(model, scan_layers=scan_layers))
+  params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), "int32"))["params"]
+
+  def factors(init):
+    chosen = replace_fields(
+      config, {"lora.init": init, "lora.target": ".*/query/kernel", "lora.rank": 2}
+    )
+    tokens = jax.ShapeDtypeStruct((1, 2), "int32")
+
+    def logits(params, tokens):
+      return module.apply({"params": params}, tokens)
+
+    tree = adapt(chosen)(logits).init(jax.random.key(0), params, tokens)
+    leaves = dict(leaves_with_path(tree))
+    a, b = ([leaf for path, leaf in leaves.items() if path.endswith(name)] for name in ("_a", "_b"))
+    return (a[0], b[0]) if scan_layers else (jnp.stack(a), jnp.stack(b))
+
+  a, b = factors("copied_blocks")
+  assert len(a) == 2
+  assert jnp.all(a == a[:1])
+  assert jnp.std(a) > 0
+  assert not jnp.any(b)
+  other, _ = factors("kaiming_uniform")
+  assert not jnp.any(jnp.all(other == other[:1], axis=(-2, -1))[1:])
+
+
+def test_copied_blocks_are_for_lora_only(tmp_path):
+  config = read_config(E2EConfig, tiny_config(tmp_path))
+  config = replace_fields(config, {"lora.init": "copied_blocks", "method": "dora"})
+  with pytest.raises(ValueError, match=r"lora\.init=copied_blocks is for method=lora, and"):
+    adapt(config)
