@@ -7,8 +7,8 @@ the optimizer is AdamW, all numbers are float32.
 import dataclasses
 from typing import Any, NamedTuple
 
-from experiments.harness.config import Lora
 from experiments.harness.flops import compiled_flops
+from experiments.plan.config import PlanLora
 from experiments.plan.models import LABELS, PAIR_INPUTS, TARGETS, TOKEN_INPUTS, Planned
 from experiments.plan.step import lower_step
 from experiments.shapes.models import MODELS, make_module
@@ -46,7 +46,7 @@ def step_cost(model: str, method: str, rank: int, batch_size: int, length: int) 
     batch_size: rows.
     length: tokens of a row, with a loss at every one for language models.
   """
-  lora = Lora(rank, float(rank), 0.0, target_of("qv"), "kaiming_uniform")
+  lora = PlanLora(rank, float(rank), 0.0, target_of("qv"))
   step = lower_step(
     *(plan(model), METHODS[method], "float32", lora, batch_size, length, make_mesh())
   )
