@@ -131,7 +131,8 @@ def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
   Args:
     fn: any function `fn(params, *args, **kwargs)`; `lora_jax.marks` names the marks.
-    mesh: as `make_mesh` returns it. Activations that it does not divide are left to XLA.
+    mesh: as `make_mesh` returns it. Activations that it does not divide are left to XLA, and so
+      are those inside functions with custom derivatives.
   """
   if mesh.size == 1:
     return fn
@@ -145,7 +146,7 @@ def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return x
 
   def sharded(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-    call = trace_marks(fn, tuple(ACTIVATIONS), params, args, kwargs)
+    call = trace_marks(fn, tuple(ACTIVATIONS), params, args, kwargs, strict=False)
     return call.evaluate(split, dict.fromkeys(call.marks))
 
   return sharded

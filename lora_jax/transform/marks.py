@@ -74,6 +74,8 @@ def trace_marks(
   params: PyTree,
   args: Sequence[Any],
   kwargs: Mapping[str, Any],
+  *,
+  strict: bool = True,
 ) -> MarkedCall:
   """Traces `fn(params, *args, **kwargs)` and finds its marks.
 
@@ -85,6 +87,8 @@ def trace_marks(
     params: arrays, quantized weights or `ShapeDtypeStruct`s.
     args: positional arguments, as in `trace_call`.
     kwargs: keyword arguments.
+    strict: whether to raise these errors. Otherwise marks that cannot be replaced are left out, and
+      each evaluation of a layer has marks of its own: for values without trained arrays.
   Raises:
     UnsupportedOperation: if a mark is inside a function with custom derivatives or a `shard_map`.
     ValueError: if two marks of one name have one name stack: a layer that is evaluated twice.
@@ -92,7 +96,7 @@ def trace_marks(
   traced = trace_call(fn, params, args, kwargs)
   weights = set(traced.position.values())
   flags = [i in weights for i in range(len(traced.leaves))]
-  search = _Search(names)
+  search = _Search(names, strict)
   plan, _ = search.plan(traced.jaxpr, flags, (), "")
   return MarkedCall(tuple(search.marks), traced, plan)
 
@@ -124,10 +128,10 @@ def count_layers(marks: Sequence[Mark]) -> int:
 
 
 class _Search:
-  """Finds the marks of some names in a jaxpr."""
+  """Finds the marks of some names in a jaxpr; arguments as in `trace_marks`."""
 
-  def __init__(self, names: Sequence[str]):
-    self.names = names
+  def __init__(self, names: Sequence[str], strict: bool):
+    self.names, self.strict = names, strict
     self.marks: list[Mark] = []
     self.counts: Counter[str] = Counter()
     self.places: set[tuple[str, str]] = set()
@@ -153,7 +157,7 @@ class _Search:
       name = equation.primitive.name
       if name == "name" and equation.params["name"] in self.names:
         plan[number] = self._mark(equation, layers, inside)
-      elif bodies := _bodies(equation, is_weight):
+      elif bodies := self._bodies(equation, is_weight):
         first = len(self.marks)
         length = _stack_length(equation, is_weight)
         around = layers if length is None else (*layers, length)
@@ -173,9 +177,13 @@ class _Search:
     outputs = [not isinstance(v, Literal) and v in weights for v in jaxpr.outvars]
     return plan, outputs
 
+  def _bodies(self, equation: Any, is_weight: list[bool]) -> Bodies:
+    """Returns the inner jaxprs of an equation in which marks are searched."""
+    return _bodies(equation, is_weight) if self.strict or _is_emitted(equation) else []
+
   def _mark(self, equation: Any, layers: tuple[int, ...], scope: str) -> Mark:
     name, aval = equation.params["name"], equation.outvars[0].aval
-    if scope and (name, scope) in self.places:
+    if self.strict and scope and (name, scope) in self.places:
       raise ValueError(
         f"the function marks {name!r} twice in {scope}, at {_compat.source_line(equation)}: does "
         "it call the model twice? Call it once, on a longer batch; or give each layer a name by "
@@ -219,10 +227,15 @@ def _stack_length(equation: Any, is_weight: list[bool]) -> int | None:
   return equation.params["length"] if any(is_weight[first_slice:]) else None
 
 
+def _is_emitted(equation: Any) -> bool:
+  """Tells whether an equation keeps its meaning when it is emitted again."""
+  return equation.primitive.name in (*PLAIN_CALLS, "scan", "while", "cond")
+
+
 def _check_emitted(equation: Any, marks: Sequence[Mark]) -> None:
   """Raises UnsupportedOperation if marks are in an equation that would change its meaning."""
-  name = equation.primitive.name
-  if name not in (*PLAIN_CALLS, "scan", "while", "cond"):
+  if not _is_emitted(equation):
+    name = equation.primitive.name
     raise UnsupportedOperation(
       f"{marks[0]} is inside {name!r} at {_compat.source_line(equation)}, which cannot be emitted "
       "again without losing its derivatives or its sharding. Mark the value outside of it"

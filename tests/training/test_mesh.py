@@ -133,6 +133,26 @@ def test_marked_activations_are_split_by_row_token_and_feature():
   assert shard_activations(fn, make_mesh()) is fn
 
 
+def test_losses_with_two_calls_of_a_model_or_derivatives_of_their_own_are_left_to_work():
+  """As a distance between two batches' outputs, or a loss whose gradients are written by hand."""
+
+  def layer(params, x):
+    with jax.named_scope("h_0"):
+      return checkpoint_name(x * params, MLP_OUTPUT)
+
+  custom = jax.custom_vjp(layer)
+  custom.defvjp(lambda params, x: (layer(params, x), None), lambda saved, g: (g.sum(), g))
+
+  def fn(params, x):
+    return layer(params, custom(params, layer(params, x)))
+
+  sharded = shard_activations(fn, make_mesh(2))
+  x = jnp.ones((2, 4, 2))
+  jaxpr = jax.make_jaxpr(sharded)(jnp.ones(()), x).jaxpr
+  assert [e.primitive.name for e in jaxpr.eqns].count("sharding_constraint") == 2
+  np.testing.assert_array_equal(sharded(jnp.full((), 2.0), x), 8 * x)
+
+
 def test_a_fingerprint_does_not_depend_on_the_mesh():
   params = fresh_params()
   expected = fingerprint(params)
