@@ -147,9 +147,10 @@ def bottleneck_adapter(fn: Callable[..., Any], config: BottleneckConfig) -> Adap
 
   def apply(params, trainable, *args, lora_key=None, scaling=None, dropout_rate=None, **kwargs):
     del lora_key, scaling, dropout_rate
-    if not isinstance(trainable, Mapping) or ADDED not in trainable:
+    added = trainable.get(ADDED) if isinstance(trainable, Mapping) else None
+    if not isinstance(added, Mapping) or set(added) != {NAME}:
       raise ValueError(
-        f"expected a trainable tree with adapters under {ADDED!r}, as init returns it, got "
+        f"expected a trainable tree with adapters under '{ADDED}/{NAME}', as init returns it, got "
         f"{trainable!r:.100}"
       )
     rest = {name: part for name, part in trainable.items() if name != ADDED}
@@ -157,7 +158,7 @@ def bottleneck_adapter(fn: Callable[..., Any], config: BottleneckConfig) -> Adap
     call = trace(params, dict(leaves_with_path(rest)), args, kwargs)
     if call.marks:  # a function of the head, for instance, has none
       _check_shapes(trainable, _shapes(config, call))
-    arrays = _arrays(config, call, trainable[ADDED][NAME])
+    arrays = _arrays(config, call, added[NAME])
 
     def visit(mark: Mark, x: Array, p: PyTree) -> Array:
       del mark
@@ -240,7 +241,8 @@ def _start(key: PRNGKeyArray, path: str, shape: tuple[int, ...]) -> Array:
   """Returns initial values: `down` as LoRA's A, the identity as norm, zeros otherwise."""
   if path.endswith("/down/kernel"):
     return kaiming_uniform(fold_path(key, path), shape, (), shape[-2])[0]
-  return jnp.ones(shape) if path.endswith("/norm/scale") else jnp.zeros(shape)
+  fill = 1.0 if path.endswith("/norm/scale") else 0.0
+  return jnp.full(shape, fill, jnp.float32)
 
 
 def _check_shapes(trainable: Mapping[str, PyTree], expected: Mapping[str, tuple[int, ...]]) -> None:

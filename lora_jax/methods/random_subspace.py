@@ -107,9 +107,10 @@ def random_subspace(
     del args, kwargs
     moved, whole = chosen(params)
     seed = jax.random.bits(key, (2,), jnp.uint16).astype(jnp.float32)
-    arrays = {"z": jnp.zeros(dim), "seed": seed}
+    arrays = {"z": jnp.zeros(dim, jnp.float32), "seed": seed}
     if layer_scales:
-      arrays["layer_scales"] = jnp.ones(sum(_num_slices(leaf.shape) for _, leaf in moved.values()))
+      count = sum(_num_slices(leaf.shape) for _, leaf in moved.values())
+      arrays["layer_scales"] = jnp.ones(count, jnp.float32)
     node = LoraWeight.from_arrays(arrays, table, SHARED_AXES, None)
     copies = ((keys, trained_copy(path, leaf)) for path, (keys, leaf) in whole.items())
     return nest([((SHARED, name), node), *copies])
@@ -295,7 +296,7 @@ def fastfood(
     num_rows: the length of the result.
   """
   size = len(order)
-  bits = jax.random.bits(key, (-(-num_rows // size), size))
+  bits = jax.random.bits(key, (-(-num_rows // size), size), jnp.uint32)
   signs = 1 - 2 * (bits & 1).astype(jnp.float32)
   uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2**-22 - 1  # above -1, below 1
   normal = math.sqrt(2) * jax.lax.erf_inv(uniform)

@@ -281,6 +281,12 @@ def test_bfloat16_computes_in_it_and_trains_float32():
   assert dtypes == {jnp.dtype("float32")}
 
 
+def test_with_64_bits_it_trains_float32():
+  with jax.enable_x64(True):
+    shapes = jax.eval_shape(lj.bottleneck_adapter(fn, lj.lin_config(3)).init, KEY, PARAMS, X)
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
 def test_a_head_is_fully_trained():
   method = lj.bottleneck_adapter(fn, lj.pfeiffer_config(3, extra="head"))
   start = method.init(KEY, PARAMS, X)
@@ -447,8 +453,9 @@ def test_a_tree_of_another_model_or_config_is_refused():
   with pytest.raises(ValueError, match="num_dropped=2 leaves no adapter"):
     lj.bottleneck_adapter(fn, lj.adapter_drop_config(3, 2)).init(KEY, PARAMS, X)
   method, tune = trained(CONFIGS["P"])
-  with pytest.raises(ValueError, match="a trainable tree with adapters under 'lora_added'"):
-    method.apply(PARAMS, {}, X)
+  for other in ({}, {"lora_added": {"prefix_layer": jnp.ones((2, 1, 64))}}):
+    with pytest.raises(ValueError, match="adapters under 'lora_added/bottleneck', as init"):
+      method.apply(PARAMS, other, X)
   for config, message in (
     (
       lj.pfeiffer_config(4),

@@ -143,6 +143,15 @@ def test_a_target_a_head_and_a_quantized_or_bfloat16_base():
   np.testing.assert_allclose(out, 1e-3 * change, rtol=0.2)
 
 
+def test_with_64_bits_it_is_the_same_subspace():
+  z = jnp.ones(DIM)
+  expected = fastfood(KEY, jnp.arange(8), z, 100)
+  with jax.enable_x64(True):
+    start = SAID.init(KEY, PARAMS, X)
+    np.testing.assert_allclose(fastfood(KEY, jnp.arange(8), z, 100), expected, rtol=1e-5)
+  assert {leaf.dtype for leaf in jax.tree.leaves(start)} == {jnp.dtype("float32")}
+
+
 def test_wrong_settings_and_trees_are_refused():
   with pytest.raises(ValueError, match=r"dim must be an integer in \[1, 16777216\], got 0"):
     lj.random_subspace(fn, 0)
