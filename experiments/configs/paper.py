@@ -173,6 +173,7 @@ def _glue(task: str) -> Config:
 
 _THOUSAND: Changes = {"data.num_train_records": 1000, "decoding.num_inputs": 0}
 _FEW: Changes = {"data.num_train_records": 500, "decoding.num_inputs": 0}
+_FOUR_THOUSAND: Changes = {**_THOUSAND, "data.num_train_records": 4000}
 _NO_DECODING: Changes = {"decoding.num_inputs": 0}
 _KNOWN = Arm(other("full_finetuning"), BEST["full"])  # docs/smollm2.md: seed 0, bracketed
 
@@ -193,7 +194,7 @@ def _low_data() -> dict[str, Arm]:
   arms = {}
   for examples, epochs in ((100, 40), (1000, 10), (10_000, 2), (0, 1)):
     fields: Changes = {"data.num_train_records": examples, "data.num_epochs": epochs}
-    few = None if examples in (100, 1000) else {**_THOUSAND, "data.num_train_records": 4000}
+    few = None if examples in (100, 1000) else _FOUR_THOUSAND
     few_methods = [("full", FULL.changes), ("lora_r4", lora(4))]
     few_methods += [(name, other(name)) for name in ("prefix_embedding", "prefix_layer")]
     for name, changes in few_methods:
@@ -255,7 +256,7 @@ STUDIES: dict[str, Study] = {
     *("6, 18", "Rank, 4-digit addition, embedded base model", "embedded"),
     partial(_task, addition.get_config, "mini"),
     {**_ranks(1, 4, 16, 64, 256), "full": FULL, "frozen": FROZEN},
-    *("full", 14.0, {**_THOUSAND, "data.num_train_records": 4000}),
+    *("full", 14.0, _FOUR_THOUSAND),
     metrics=("exact",),
     by_size=True,
   ),

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,13 +85,19 @@ def _html(block: Block) -> str:
     case Heading(text, level):
       return f"<h{level}>{html.escape(text)}</h{level}>"
     case Text(text):
-      return f"<p>{html.escape(text)}</p>"
+      return f"<p>{_marked(html.escape(text))}</p>"
     case Table(rows):
       return _html_table(rows)
     case Image():
       caption = html.escape(block.caption)
       image = f'<img src="{_data_uri(block)}" alt="{caption}">'
       return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _marked(text: str) -> str:
+  """Returns a text whose Markdown for emphasis and code is HTML."""
+  text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+  return re.sub(r"(?<!\w)\*([^*]+)\*(?!\w)", r"<em>\1</em>", text)
 
 
 def _html_table(rows: Rows) -> str:

@@ -173,8 +173,11 @@ def decide_by_metric(
   outcome = unfit(runs, (control, *arms), _counts(study))
   if outcome is not None:
     return outcome
-  floor = floor_of(runs, metric)
-  low = [arm for arm in (control, *arms) if any(at_floor(r, metric, floor) for r in runs[arm])]
+  names = (control, *arms)
+  absent = [arm for arm in names if any(metric not in run["rows"] for run in runs[arm])]
+  if absent:
+    return Outcome("cannot be told", f"without {metric}: {', '.join(absent)}")
+  low = [arm for arm in names if at_any_floor(runs, arm, metric)]
   if low:
     return Outcome("cannot be told", f"at the floor: {', '.join(low)}")
   return _outcome(metric_differences(runs, metric, control, arms), higher, metric)
@@ -222,3 +225,10 @@ def at_floor(record: Record, metric: str, floor: float) -> bool:
   interval = record["intervals"].get(metric)
   low = record["scores"].get(metric) if interval is None else interval[0]
   return low is None or low <= floor
+
+
+def at_any_floor(runs: Reported, arm: str, metric: str) -> bool:
+  """Tells whether a run of an arm reaches the floor of its study."""
+  floor = floor_of(runs, metric)
+  known = [r for r in runs.get(arm, ()) if r.get("scores", {}).get(metric) is not None]
+  return any(at_floor(record, metric, floor) for record in known)

@@ -23,7 +23,6 @@ from experiments.configs.variants import Changes
 from experiments.harness.config import flat
 from experiments.harness.launch import RATE, apply
 from experiments.harness.methods import default_learning_rate, find_method
-from experiments.nlg.config import E2EConfig
 
 LINE_TOKENS = {"embedded": 80.0, "smollm2": 55.0}  # of E2E, for which PER_LINE was measured
 TRAINING_LINES = {"e2e": 42_061, "e2e_reversed": 42_061, "dial": 94}  # where 0 is all
@@ -198,7 +197,3 @@ def losses_of(records: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict
       loss = record["valid_loss"] if record["status"] == "finished" else math.inf
       losses.setdefault(record["arm"], {})[record["rate"]] = loss
   return losses
-
-
-EXPERIMENTS = {"minilm": "glue", "embedded": E2EConfig.NAME, "smollm2": E2EConfig.NAME}
-"""The experiment of the runs on a base model."""

@@ -18,8 +18,7 @@ from experiments.reproduction.blocks import Block, Heading, Image, Table, Text, 
 from experiments.reproduction.claims import Decided, Evidence, decide_all
 from experiments.reproduction.decisions import (
   Reported,
-  at_floor,
-  floor_of,
+  at_any_floor,
   in_words,
   loss_differences,
   metric_differences,
@@ -75,7 +74,9 @@ def blocks(evidence: Evidence) -> Iterator[Block]:
 
 def _section(study: Study) -> str:
   number = study.tables
-  return f"{'' if number.startswith('after') else 'Table '}{number}: {study.title}"
+  if not number[0].isdigit():
+    return f"{number.capitalize()}: {study.title}"
+  return f"Table{'s' if ',' in number else ''} {number}: {study.title}"
 
 
 # ---- claims ------------------------------------------------------------------------------
@@ -109,7 +110,8 @@ def study_blocks(name: str, records: Sequence[Record]) -> Iterator[Block]:
   yield Table(_rows(study, runs))
   if any(_losses(of_arm) or _scores(of_arm, study.metrics) for of_arm in runs.values()):
     yield Image(_plot(study, runs), f"{study.title}: another base, {BASES[study.base]}")
-  rates = losses_of(records, name)
+  known = losses_of(records, name)
+  rates = {arm: known[arm] for arm in study.arms if arm in known}
   if rates:
     yield Text("Learning rates, by one seed that is not reported:")
     unit = "score, reversed" if study.base == "minilm" else "nats/token"
@@ -135,6 +137,7 @@ def _rows(study: Study, runs: Reported) -> list[list[str]]:
   for metric in study.metrics:
     head += [column_header(metric), f"{metric}, against {study.control}"]
   head += ["Wikipedia, nats/token"] if study.forgetting else []
+  differences = {metric: _differences(study, runs, metric) for metric in ("", *study.metrics)}
   rows = [[*head, "status"]]
   for name, arm in study.arms.items():
     of_arm = runs.get(name, [])
@@ -143,11 +146,11 @@ def _rows(study: Study, runs: Reported) -> list[list[str]]:
     cells += [NOT_RUN if not of_arm else "" if rate is None else f"{rate:g}"]
     cells += [NOT_RUN if not of_arm else f"{of_arm[0].get('parameters', 0):,}"]
     if losses:
-      cells += [_spread(_losses(of_arm), 4, of_arm), _difference(study, runs, name, "")]
+      cells += [_spread(_losses(of_arm), 4, of_arm), differences[""].get(name, "")]
     for metric in study.metrics:
-      mark = _floor_mark(runs, of_arm, metric)
+      mark = f" {FLOOR}" if at_any_floor(runs, name, metric) else ""
       cells += [_spread(_scores(of_arm, [metric]), 2, of_arm) + mark]
-      cells += ["" if mark else _difference(study, runs, name, metric)]
+      cells += [differences[metric].get(name, "")]
     if study.forgetting:
       values = [r["wikipedia_loss"] for r in of_arm if "wikipedia_loss" in r]
       cells.append(_spread(values, 3, of_arm))
@@ -183,28 +186,32 @@ def _spread(values: Sequence[float], digits: int, of_arm: Sequence[Record]) -> s
   return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _floor_mark(runs: Reported, of_arm: Sequence[Record], metric: str) -> str:
-  known = [record for record in of_arm if record.get("scores", {}).get(metric) is not None]
-  floor = floor_of(runs, metric)
-  return f" {FLOOR}" if any(at_floor(record, metric, floor) for record in known) else ""
+def _differences(study: Study, runs: Reported, metric: str = "") -> dict[str, str]:
+  """Returns the differences to the control, in words, of the arms that can be compared with it.
 
+  Args:
+    study: of the runs.
+    runs: reported ones.
+    metric: of the task; "" is the validation loss.
+  """
 
-def _difference(study: Study, runs: Reported, name: str, metric: str) -> str:
-  """Returns an arm's difference to the control with its interval; "" if they cannot be compared."""
-  names = (study.control, name)
-  counts = {arm: num_seeds(study, study.arms[arm]) for arm in names}
-  if name == study.control or unfit(runs, names, counts) is not None:
-    return ""
-  records = [record for arm in names for record in runs[arm]]
+  def can_be_compared(arm: str) -> bool:
+    if unfit(runs, (study.control, arm), counts) is not None:
+      return False
+    of_arm = runs[arm]
+    if not metric:
+      return all("input_losses" in record for record in of_arm)
+    return all(metric in r.get("rows", {}) for r in of_arm) and not at_any_floor(runs, arm, metric)
+
+  counts = {name: num_seeds(study, arm) for name, arm in study.arms.items()}
+  arms = [arm for arm in study.arms if arm != study.control and can_be_compared(arm)]
+  if not arms or not can_be_compared(study.control):
+    return {}
   if metric:
-    if any(metric not in record.get("rows", {}) for record in records):
-      return ""
-    if any(_floor_mark(runs, runs[arm], metric) for arm in names):
-      return ""
-    return in_words(metric_differences(runs, metric, study.control, [name])[name], 2)
-  if any("input_losses" not in record for record in records):
-    return ""
-  return in_words(loss_differences(runs, study.control, [name])[name], 4)
+    differences = metric_differences(runs, metric, study.control, arms)
+  else:
+    differences = loss_differences(runs, study.control, arms)
+  return {arm: in_words(x, 2 if metric else 4) for arm, x in differences.items()}
 
 
 def _plot(study: Study, runs: Reported) -> bytes:
@@ -224,8 +231,8 @@ def _plot(study: Study, runs: Reported) -> bytes:
       if size:
         axes.plot([size] * len(values), values, "o")
         axes.annotate(arm, (size, values[0]), fontsize="x-small")
-      else:
-        axes.axhline(values[0], linestyle="--", color="gray", label=arm)
+      else:  # of no size; its loss would set the scale
+        axes.plot([], [], " ", label=f"{arm}: {values[0]:.3f}")
         axes.legend()
     axes.set(xlabel="trained parameters", ylabel=label, xscale="log")
   else:

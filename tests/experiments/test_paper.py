@@ -9,6 +9,7 @@ from experiments import paper
 from experiments.configs.paper import STUDIES
 from experiments.reproduction.runs import collect
 
+from tests.docs.pages import page
 from tests.experiments.reproduction.studies import patched, small
 from tests.tiny_e2e import tiny_folder
 
@@ -26,6 +27,10 @@ def test_the_plan_has_every_stage_and_at_most_40_hours(tmp_path, capsys, monkeyp
   assert re.search(r"^\| rank +\|.* 1 \|$", printed, re.MULTILINE)
   assert printed.count("not run") == len(paper.STAGES) - 1
   assert sum(hours(stage).hours for stage in paper.STAGES) < 40
+  rows = [row for row in paper.plan(tmp_path / "without runs").splitlines()[2:] if row[:1] == "|"]
+  assert len(rows) == len(paper.STAGES) + 1
+  for row in rows:
+    assert row in page("paper")
 
 
 def test_a_stage_without_its_files_is_left_out_and_named(tmp_path, monkeypatch):

@@ -120,6 +120,8 @@ def test_a_score_decides_above_the_floor_only():
   outcome = decide_by_metric([*records, floor], "sizes", "exact", "lora_r4", ["adapter_h_16"])
   assert outcome == Outcome("cannot be told", "at the floor: lora_r4")
   assert not at_floor(records[-1], "exact", 30.0)
+  outcome = decide_by_metric(records, "sizes", "slots", "lora_r4", ["adapter_h_16"])
+  assert outcome == Outcome("cannot be told", "without slots: lora_r4, adapter_h_16")
 
 
 def test_forgetting_is_decided_over_seeds():
