@@ -264,10 +264,10 @@ def _copied_blocks(seed: int) -> lj.Variant:
     del key  # it depends on the layer
     path = re.sub(r"_\d+/", "_/", site.path)
     arrays = lj.LORA.start(fold_path(jax.random.key(seed), path), site)
+    a = arrays["lora_a"]
     if site.axes.batch:  # of scanned layers
-      a = arrays["lora_a"]
-      arrays["lora_a"] = jnp.broadcast_to(a[:1], a.shape)
-    return arrays
+      a = jnp.broadcast_to(a[:1], a.shape)
+    return {**arrays, "lora_a": a}
 
   return lj.LORA._replace(start=start)
 
