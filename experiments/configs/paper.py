@@ -284,7 +284,7 @@ STUDIES: dict[str, Study] = {
     *("qv", 80.0, _THOUSAND),
   ),
   "sizes": Study(
-    *("15, Figure 2", "Accuracy by trained parameters, E2E reversed, embedded", "embedded"),
+    *("15; Figure 2", "Accuracy by trained parameters, E2E reversed, embedded", "embedded"),
     partial(_task, e2e_reversed.get_config, "mini"),
     {
       **_ranks(1, 4, 16, 64),

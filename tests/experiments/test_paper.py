@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 
@@ -85,3 +86,12 @@ def test_a_stage_from_its_learning_rates_to_the_verdicts(tmp_path, monkeypatch, 
   before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.json")}
   paper.main(flags)  # nothing is repeated
   assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/*.json")} == before
+
+
+def test_stages_that_are_other_commands_run_in_the_root(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(paper.subspaces, "main", calls.append)
+  monkeypatch.setattr(paper.intrinsic_dimension, "main", lambda flags: sys.exit("error: x"))
+  assert paper.do_stage("subspaces_smollm2", tmp_path, tiny=True) == []
+  assert calls == [[f"--root={tmp_path}/subspaces", "--tiny", "--model=smollm2"]]
+  assert paper.do_stage("intrinsic", tmp_path, tiny=False) == ["intrinsic: error: x"]

@@ -172,3 +172,11 @@ def test_every_condition_names_arms_that_its_study_has(tmp_path):
     for condition in claim.conditions:
       outcome = condition.decide(Evidence([], tmp_path))
       assert outcome.word == ("holds" if condition.stage == "paper_shapes" else "not run")
+
+
+@pytest.mark.parametrize(("true", "word"), [(0.1, "fails"), (-0.1, "holds"), (0.0, "holds")])
+def test_scores_of_glue_are_compared_over_seeds(true, word):
+  records = runs("glue_cola", {"full": -0.5, "lora_r8": -0.5 + true}, spread=0.001)
+  outcome = decide(records, "glue_cola", "full", ["lora_r8"], on_par_or_better)
+  assert outcome.word == word
+  assert "over seeds only" in outcome.interval

@@ -1,0 +1,76 @@
+"""Decisions on the results of other commands: subspaces and the intrinsic dimension."""
+
+import pytest
+
+from experiments.analysis.intrinsic import Curve
+from experiments.analysis.subspaces.plan import planned_runs
+from experiments.analysis.subspaces.runs import RANDOM_BASE, SHUFFLED, arrange
+from experiments.configs.subspaces import TINY
+from experiments.reproduction import claims
+from experiments.reproduction.claims import Evidence, amplifies, dimension_falls, first_directions
+
+from tests.experiments.test_subspaces import made
+
+EVIDENCE = Evidence([], None)
+
+
+@pytest.fixture(scope="module")
+def study():
+  """Runs of random factors, which share nothing."""
+  return arrange([made(run) for run in planned_runs("embedded", TINY)])
+
+
+def test_random_directions_are_not_shared(study, monkeypatch):
+  monkeypatch.setattr(claims, "_study", lambda *_: study)
+  assert first_directions(EVIDENCE, "embedded", seeds=False).word == "fails"
+
+
+def test_equal_directions_are_shared(study, monkeypatch):
+  same = study._replace(low=study.high, second=study.high)
+  monkeypatch.setattr(claims, "_study", lambda *_: same)
+  outcome = first_directions(EVIDENCE, "embedded", seeds=False)
+  assert outcome.word == "holds"
+  assert "query: mean over 2 layers 1 [1, 1], limit 0.5" in outcome.interval
+  assert "limit 0.0312" in first_directions(EVIDENCE, "embedded", seeds=True).interval  # 1 / 32
+  assert first_directions(EVIDENCE, "embedded", seeds=True).word == "holds"
+
+
+@pytest.mark.parametrize(("factor", "word"), [(0.1, "holds"), (10.0, "fails")])
+def test_amplification_is_compared_with_each_null(study, monkeypatch, factor, word):
+  """The null is the trained run on larger or smaller weights, which its directions then meet."""
+  params = study.low.base.params
+  scaled = {
+    name: {"attn": {kind: {"kernel": leaf["kernel"] / factor} for kind, leaf in of["attn"].items()}}
+    for name, of in params.items()
+  }
+  base = type(study.low.base)(params=scaled)
+  null = study.low._replace(base=base)
+  nulls = [run for run in study.nulls if (run.kind, run.rank) != (SHUFFLED, study.low.rank)]
+  (of_kind,) = [run for run in study.nulls if (run.kind, run.rank) == (SHUFFLED, study.low.rank)]
+  nulls.append(null._replace(config=of_kind.config))
+  monkeypatch.setattr(claims, "_study", lambda *_: study._replace(nulls=nulls))
+  outcome = amplifies(EVIDENCE, "embedded", SHUFFLED)
+  assert outcome.word == word
+  assert "log of the ratio" in outcome.interval
+  assert amplifies(EVIDENCE, "embedded", RANDOM_BASE).word in ("holds", "fails", "cannot be told")
+
+
+def curve(base, d90):
+  """Returns a curve that reaches 90 % of the gain at a dimension."""
+  losses = {dim: {1.0: 1.0 if dim >= d90 else 2.0} for dim in (100, 300, 1000, 3000)}
+  return Curve(base, 3.0, 1.0, losses)
+
+
+@pytest.mark.parametrize(
+  ("shortest", "longest", "word"),
+  [(3000, 300, "holds"), (300, 3000, "fails"), (1000, 1000, "cannot be told")],
+)
+def test_brackets_of_d90_decide(monkeypatch, tmp_path, shortest, longest, word):
+  bases = ("0.2 M tokens", "2 M tokens", "20 M tokens")
+  curves = [curve(base, d) for base, d in zip(bases, (shortest, 1000, longest), strict=True)]
+  monkeypatch.setattr(claims, "read_curves", lambda *_: (curves, []))
+  outcome = dimension_falls(Evidence([], tmp_path))
+  assert outcome.word == word
+  assert "one seed" in outcome.interval
+  monkeypatch.setattr(claims, "read_curves", lambda *_: (curves, ["- 20 M tokens: 1 run"]))
+  assert dimension_falls(Evidence([], tmp_path)).word == "not run"
