@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from experiments.harness.config import read_config
 from experiments.harness.launch import launch
+from experiments.harness.methods import find_method
 from experiments.harness.table import aligned
 from experiments.harness.workdir import provenance, run_once
 from experiments.plan.advice import advice
@@ -32,8 +33,6 @@ from experiments.plan.config import PlanConfig
 from experiments.plan.models import find_model
 from experiments.plan.step import Costs, lower_step, plan_step
 from lora_jax.training.mesh import make_mesh, num_row_parts
-
-LABELS = {"lora": "LoRA", "full_finetuning": "full fine-tuning"}
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -68,7 +67,9 @@ def _run(config: PlanConfig) -> dict[str, Any]:
   )
   methods = {}
   for method in config.methods:
-    print(f"compiling a step of {LABELS[method]} for {len(devices)} devices ...", flush=True)
+    print(
+      f"compiling a step of {find_method(method).label} for {len(devices)} devices ...", flush=True
+    )
     step = lower_step(
       model, method, config.base, config.lora, batch_size, config.data.row_length, mesh
     )
@@ -89,7 +90,7 @@ def report(config: PlanConfig, result: Mapping[str, Any]) -> str:
   costs = {method: Costs(**fields) for method, fields in result["methods"].items()}
   kinds = [kind for kind in KINDS if any(kind in cost.sent for cost in costs.values())]
   columns = [_cells(config, cost, kinds, chip, result) for cost in costs.values()]
-  rows = [["per chip", *(LABELS[method] for method in costs)]]
+  rows = [["per chip", *(find_method(method).label for method in costs)]]
   rows += [[name, *(column[name] for column in columns)] for name in columns[0]]
   lines = [
     f"## {config.model} on {config.topology}: {mesh}, {result['batch_size']} rows of "
@@ -100,7 +101,7 @@ def report(config: PlanConfig, result: Mapping[str, Any]) -> str:
     ratio = costs["lora"].peak / costs["full_finetuning"].peak
     lines.append(f"peak memory of LoRA: {ratio:.3f} of that of full fine-tuning")
   lines += [
-    f"{LABELS[method]}: {advice(config, cost, chip, result)}"
+    f"{find_method(method).label}: {advice(config, cost, chip, result)}"
     for method, cost in costs.items()
     if chip is not None and (cost.peak > chip.memory or not cost.fits)
   ]

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax.fields import (
-  CountOrZero,
   LocalPath,
   NonEmptyPath,
   NonNegative,
@@ -84,7 +83,11 @@ class Lora:
   dropout: Share
   target: Annotated[Pattern, nonempty]
   init: Literal["kaiming_uniform", "gaussian", "original_code", "copied_blocks"]
-  tokens: tuple[CountOrZero | str, ...] = ()  # ids, or texts until a run starts
+
+  @property
+  def token_ids(self) -> tuple[int, ...]:
+    """The tokens whose embeddings are trained, too."""
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)

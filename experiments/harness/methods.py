@@ -170,8 +170,8 @@ def lora_config(config: AdaptationConfig) -> lj.LoraConfig:
     return lj.LoraConfig(1, 1.0, target=(), extra=(method.extra, *_head(config)))
   ranks = Path(config.workdir) / RANKS
   target, rules = [method.target or lora.target], method.rules
-  if lora.tokens:
-    variant = lj.trainable_tokens_variant(lora.tokens)  # pyright: ignore[reportArgumentType]
+  if lora.token_ids:
+    variant = lj.trainable_tokens_variant(lora.token_ids)
     target, rules = (
       [*target, EMBEDDING],
       (*rules, lj.LoraRule(EMBEDDING, dropout=0.0, variant=variant)),
@@ -206,12 +206,12 @@ def slots_of(config: AdaptationConfig) -> lj.Slots:
 
 def needs_weights(config: AdaptationConfig) -> bool:
   """Tells whether reading a run's adapter needs the base model's weights, not only their shapes."""
-  return METHODS[config.method].variant is not None or bool(config.lora.tokens)
+  return METHODS[config.method].variant is not None or bool(config.lora.token_ids)
 
 
 def has_servers(config: AdaptationConfig) -> bool:
   """Tells whether adapter servers read a run's adapter: plain LoRA, and no trained tokens."""
-  return METHODS[config.method].has_servers and not config.lora.tokens
+  return METHODS[config.method].has_servers and not config.lora.token_ids
 
 
 def exported_adapter(

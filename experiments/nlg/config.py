@@ -13,6 +13,7 @@ from experiments.harness.config import (
   Fit,
   Length,
   LengthOrZero,
+  Lora,
   Optimizer,
   ParamDtype,
   ParamDtypeOrAuto,
@@ -27,7 +28,7 @@ from experiments.harness.config import (
   check_at_most,
 )
 from lora_jax.data.sets.e2e import Form, Split
-from lora_jax.fields import LocalPath, NonEmptyPath, Share, Within
+from lora_jax.fields import CountOrZero, LocalPath, NonEmptyPath, Share, Within
 from lora_jax.models.checkpoints.loaded_weights import weights_format
 
 Checkpoint = Literal["best", "last"]
@@ -65,6 +66,15 @@ def check_chunk(chunk: int, name: str, length: int) -> None:
   """Raises ValueError if `fit.loss_chunk` does not divide a row's target tokens; 0 is all."""
   if chunk and (chunk > length or length % chunk):
     raise ValueError(f"fit.loss_chunk={chunk} must divide {name}={length}, or be 0, which is all")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLora(Lora):
+  tokens: tuple[CountOrZero | str, ...] = ()  # ids, or texts until a run starts
+
+  @property
+  def token_ids(self) -> tuple[int, ...]:
+    return tuple(map(int, self.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +230,7 @@ class E2EConfig(AdaptationConfig):
   NAME: ClassVar[str] = "gpt2_e2e"
   AFTER_TRAINING: ClassVar[tuple[str, ...]] = ("decoding",)
   model: E2EModel
+  lora: TextLora
   data: E2EData
   optimizer: E2EOptimizer
   fit: E2EFit
@@ -310,6 +321,7 @@ class FinetuneConfig(AdaptationConfig):
   AFTER_TRAINING: ClassVar[tuple[str, ...]] = ("samples",)
   method: str = "lora"  # the method of runs that were stored before there was a choice
   model: LanguageModel
+  lora: TextLora
   data: UserData
   fit: KeepingFit
   samples: Samples

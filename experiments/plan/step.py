@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 import lora_jax as lj
 from experiments.harness.flops import compiled_flops
+from experiments.harness.methods import find_method
 from experiments.harness.sharding import sharding_of
 from experiments.plan.collectives import collective_bytes
 from experiments.plan.config import PlanLora
@@ -125,7 +126,7 @@ def lower_step(
     mesh: of any devices.
   """
   batch = model.batch(batch_size, row_length, mesh)
-  if method == "full_finetuning":
+  if find_method(method).owns_base:
     loss, params = lj.full_finetuning(model.loss), params_shapes(model, "float32", mesh)
     trainable = params
   else:

@@ -46,7 +46,7 @@ def test_a_config_keeps_every_field_and_its_format_on_disk(kind, tmp_path):
     ({"lora.alpha": "much"}, r"lora\.alpha must be a number, got 'much'"),
     ({"lora.rnk": 4}, r"no field 'lora\.rnk'; did you mean lora\.rank"),
     ({"sed": 4}, "no field 'sed'; did you mean seed"),
-    ({"lora": 4}, r"lora must be of type Lora, got 4"),
+    ({"lora": 4}, r"lora must be of type TextLora, got 4"),
     ({"fit.keep": "first"}, r"fit\.keep must be one of best, last, got 'first'"),
     ({"data.packing": 1}, r"data\.packing must be true or false, got 1"),
     ({"experiment": "glue"}, "a config of 'glue', and the experiment is 'gpt2_e2e'. Start it with"),

@@ -258,7 +258,7 @@ def test_sweeps_try_each_methods_own_learning_rates():
 def test_the_config_of_lora_is_the_sections():
   config = read_config(GlueConfig, glue_configs.get_config())
   expected = dataclasses.asdict(config.lora)
-  del expected["start"], expected["tokens"]
+  del expected["start"]
   assert lora_config(config) == lj.LoraConfig(**expected, extra=r"(pooler|head)/.*")
   dora = replace_fields(config, {"method": "dora"})
   assert lora_config(dora) == dataclasses.replace(lora_config(config), variant=lj.DORA)

@@ -1,4 +1,4 @@
-"""Every leaf of every family of the zoo has a sharding rule, and every matrix of a layer is split."""
+"""Each leaf of each family of the zoo has a sharding rule, and each matrix of a layer is split."""
 
 import dataclasses
 
