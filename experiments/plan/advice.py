@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.plan.chips import CHIPS, GIB, Chip
 from experiments.plan.config import PlanConfig
+from experiments.plan.models import has_logits_of_tokens
 from experiments.plan.step import Costs
 
 
@@ -35,7 +36,7 @@ def advice(config: PlanConfig, cost: Costs, chip: Chip, result: Mapping[str, Any
     rows = result["batch_size"] // (mesh["data"] * mesh["fsdp"])
     if rows > 1:
       changes.append(f"give a chip fewer rows than {rows}, --config.data.batch_size")
-    if not config.data.loss_chunk:
+    if has_logits_of_tokens(config.model) and not config.data.loss_chunk:
       changes.append("compute the logits of some tokens at once, --config.data.loss_chunk=64")
     changes.append(f"split layers further, --config.mesh.tensor={2 * mesh['tensor']}")
   return f"{problem} What may fit: {'; or '.join(changes)}"

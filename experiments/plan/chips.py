@@ -63,7 +63,7 @@ def find_devices(topology: str) -> tuple[Sequence[Any], Chip | None]:
     )
   with contextlib.suppress(RuntimeError):  # JAX has devices already, in tests
     jax.config.update("jax_platforms", "cpu")
-    if kind == "cpu":
+    if kind == "cpu" and size.isdigit():
       jax.config.update("jax_num_cpu_devices", int(size))
   if kind == "cpu":
     return _emulated(size), None
@@ -77,11 +77,13 @@ def find_devices(topology: str) -> tuple[Sequence[Any], Chip | None]:
 
 
 def _emulated(size: str) -> Sequence[Any]:
-  devices, count = jax.devices("cpu"), int(size) if size.isdigit() else 0
-  if not 1 <= count <= len(devices):
+  if not size.isdigit():
+    raise ValueError(f"topology cpu:N must have a number N of devices, such as 8, got {size!r}")
+  devices, count = jax.devices("cpu"), int(size)
+  if count > len(devices):
     raise ValueError(
       f"topology cpu:N must have a number N of at most {len(devices)} devices, got {size!r}. "
-      f"XLA_FLAGS=--xla_force_host_platform_device_count={count or 8} emulates more"
+      f"XLA_FLAGS=--xla_force_host_platform_device_count={count} emulates more"
     )
   return devices[:count]
 

@@ -96,16 +96,33 @@ def find_model(name: str, loss_chunk: int | None, **computation: Any) -> Planned
 
   def module(param_dtype: str) -> nn.Module:
     if name not in MODELS:
-      return plan_causal_lm(name, param_dtype=param_dtype, **computation).module
+      return _module_of_folder(name, param_dtype=param_dtype, **computation)
     make, config = MODELS[name]
     return make(dataclasses.replace(config, param_dtype=param_dtype, **computation))
 
   def shapes(param_dtype: str) -> PyTree:
     return shapes_of(module(param_dtype))
 
+  if loss_chunk and not has_logits_of_tokens(name):
+    raise ValueError(
+      f"data.loss_chunk={loss_chunk} has no effect on {name}, whose logits are of rows, not of "
+      "tokens. Leave it out"
+    )
   model: Any = module("float32")
   limit = model.config.num_positions
   if isinstance(model, Deberta):
     return Planned(shapes, classification_loss(model), ("head/.*",), limit, PAIR_INPUTS, LABELS)
   loss = language_model_loss(model, chunk_size=loss_chunk)
   return Planned(shapes, loss, (), limit, TOKEN_INPUTS | TARGETS, {})
+
+
+def has_logits_of_tokens(name: str) -> bool:
+  """Tells whether a model has logits for each token of a row, not for the row."""
+  return name not in MODELS or MODELS[name][0] is not Deberta
+
+
+def _module_of_folder(name: str, **computation: Any) -> nn.Module:
+  try:
+    return plan_causal_lm(name, **computation).module
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f"{error}. Shapes without a folder: {', '.join(MODELS)}") from error

@@ -171,17 +171,23 @@ def compile_step(lowered: Any, folder: Path) -> Compiled:
     "xla_dump_hlo_pass_re": ".*spmd-partitioning.*",
   }
   try:
-    memory = lowered.compile(compiler_options=options).memory_analysis()
+    compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if not (needed := NEEDED.search(str(error))):
       raise
     return Compiled(0.0, float(needed[1]) * UNITS[needed[2]], False, _partitioned(folder))
+  memory = compiled.memory_analysis()
   arguments = memory.argument_size_in_bytes
   outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
   peak = memory.peak_memory_in_bytes
-  if peak <= arguments + outputs:  # on CPUs, it has no temporaries
+  if _is_for_cpus(compiled):  # whose peak leaves out nearly all temporaries
     peak = arguments + outputs + memory.temp_size_in_bytes
   return Compiled(arguments, peak, True, _partitioned(folder))
+
+
+def _is_for_cpus(compiled: Any) -> bool:
+  sharding = jax.tree.leaves(compiled.output_shardings)[0]
+  return any(device.platform == "cpu" for device in sharding.device_set)
 
 
 def _partitioned(folder: Path) -> str:

@@ -78,6 +78,12 @@ def test_what_does_not_fit_is_said_with_what_may(changes, cost, words):
   assert all(word in text for word in words), text
 
 
+def test_logits_in_chunks_are_no_advice_for_a_classifier():
+  text = gpt3_plan.report(replace_fields(CONFIG, {"model": "deberta_xxl"}), result_of(lora=FULL))
+  assert "fewer rows than 2" in text
+  assert "loss_chunk" not in text
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("base", ["bfloat16", "int8"])
 def test_a_small_plan_from_its_config(base, monkeypatch, tmp_path, capsys):
@@ -113,12 +119,17 @@ def test_bad_topologies_meshes_and_batches_are_refused(monkeypatch):
       find_devices(topology)
   with pytest.raises(ValueError, match="at most 8 devices, got '16'"):
     find_devices("cpu:16")
+  with pytest.raises(ValueError, match="a number N of devices, such as 8, got '4x2'"):
+    find_devices("cpu:4x2")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(RuntimeError, match=r"pip install 'lora-jax\[tpu-plan\]'"):
     find_devices("v5p:4x4x4")
   for changes, message in (
     ({"mesh.tensor": 3}, r"mesh.data=1 x mesh.tensor=3 must divide the 8 chips of cpu:8"),
     ({"data.batch_size": 3}, "data.batch_size=3 must be a multiple of the 2 parts"),
+    ({"methods": ()}, "methods must be some of lora, full_finetuning, each once, got"),
+    ({"methods": ("lora", "lora")}, "methods must be some of lora, full_finetuning, each once"),
+    ({"model": "deberta_xxl", "data.loss_chunk": 8}, "data.loss_chunk=8 has no effect on deb"),
     (
       {"data.row_length": 10_000},
       "data.row_length=10000 must be at most the model's 2048 positions",
@@ -126,6 +137,11 @@ def test_bad_topologies_meshes_and_batches_are_refused(monkeypatch):
   ):
     with pytest.raises(ValueError, match=message):
       gpt3_plan._run(replace_fields(CONFIG, {"topology": "cpu:8"} | changes))
+
+
+def test_an_unknown_model_is_refused_with_the_names_of_shapes():
+  with pytest.raises(FileNotFoundError, match=r"/llama3-70b .*folder: gpt3, gpt2_medium, "):
+    find_model("./llama3-70b", None)
 
 
 def test_the_chips_of_the_page_are_those_of_the_table():
