@@ -25,10 +25,10 @@ def join_parts(parts: Sequence[PyTree]) -> dict[str, PyTree]:
 def path_in_part(path: str) -> str:
   """Returns the path of a leaf within its method's part of the trainable tree.
 
-  >>> path_in_part("part_1/head/kernel"), path_in_part("head/kernel")
+  >>> path_in_part("part_1/head/kernel"), path_in_part("part_0/part_1/head/kernel")
   ('head/kernel', 'head/kernel')
   """
-  return re.sub(r"^part_\d+/", "", path)
+  return re.sub(r"^(part_\d+/)+", "", path)
 
 
 def has_parts(trainable: PyTree) -> bool:

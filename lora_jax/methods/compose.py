@@ -15,7 +15,8 @@ from jaxtyping import PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.delta import adapter_extra
-from lora_jax.adapters.parts import join_parts, split_parts
+from lora_jax.adapters.parts import ADDED, is_added, join_parts, path_in_part, split_parts
+from lora_jax.methods.prefix import PREFIX_EMBEDDING, PREFIX_LAYER
 
 OPTIONS = ("lora_key", "scaling", "dropout_rate")
 
@@ -30,7 +31,7 @@ def compose(
       lj.compose(
         fn,
         functools.partial(lj.lora, config=config),
-        functools.partial(lj.prefix_embedding, slots=lj.Slots(8, 4)),
+        functools.partial(lj.prefix_embedding, num_slots=lj.Slots(8, 4).count),
       )
 
   `merge` merges the parts in turn, and raises the error of the first that cannot be merged.
@@ -40,8 +41,8 @@ def compose(
     fn: any JAX function of a parameter tree and further arguments.
     methods: functions that adapt a function; the first one adapts `fn` itself.
   Raises:
-    ValueError: if there are fewer than two methods; by `init`, if one owns the base model or two
-      train the same leaf.
+    ValueError: if there are fewer than two methods; by `init`, if one owns the base model, two
+      train the same leaf, or two replace slots.
 
   >>> import jax.numpy as jnp
   >>> import lora_jax as lj
@@ -76,7 +77,7 @@ def compose(
           "can share. Use lora_jax.partial_finetuning(fn, '.*'), which trains copies"
         )
       parts.append(part)
-    _check_trained_once(parts)
+    _check_parts(parts)
     return join_parts(parts)
 
   def apply(params, trainable, *args, **kwargs):
@@ -106,12 +107,17 @@ def _options(options: Mapping[str, Any], number: int) -> dict[str, Any]:
   return dict(options) if key is None else {**options, "lora_key": jax.random.fold_in(key, number)}
 
 
-def _check_trained_once(parts: list[PyTree]) -> None:
-  """Raises ValueError if two parts fully train the same leaf: only one of them has an effect."""
+def _check_parts(parts: list[PyTree]) -> None:
+  """Raises ValueError if two parts train the same leaf or slots: only one of them has an effect."""
+  slots = [f"{ADDED}/{name}" for name in (PREFIX_EMBEDDING, PREFIX_LAYER)]
   owners: dict[str, int] = {}
   for i, part in enumerate(parts):
-    for path in adapter_extra(part):
-      if owners.setdefault(path, i) != i:
+    for path in map(path_in_part, adapter_extra(part)):
+      if is_added(path) and path not in slots:  # bottleneck adapters, which follow each other
+        continue
+      trained = "the vectors of slots" if path in slots else repr(path)
+      if owners.setdefault(trained, i) != i:
         raise ValueError(
-          f"methods {owners[path]} and {i} of compose both train {path!r}; leave it out of one"
+          f"methods {owners[trained]} and {i} of compose both train {trained}, and only one of "
+          "them would have an effect; leave it out of one"
         )

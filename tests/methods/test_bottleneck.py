@@ -270,6 +270,17 @@ def test_a_quantized_base_and_lora_with_adapters():
     assert relative_difference(both.apply(PARAMS, parts, X), expected) < 1e-5
 
 
+def test_two_adapters_at_one_place_follow_each_other():
+  method, tune = trained(lj.pfeiffer_config(3))
+  single = functools.partial(lj.bottleneck_adapter, config=lj.pfeiffer_config(3))
+  both = lj.compose(fn, single, single)
+  start = both.init(KEY, PARAMS, X)
+  expected = method.apply(PARAMS, tune, X)
+  for name in start:
+    got = both.apply(PARAMS, start | {name: tune}, X)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_bfloat16_computes_in_it_and_trains_float32():
   method, tune = trained(lj.lin_config(3))
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (PARAMS, X))

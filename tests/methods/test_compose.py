@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 import lora_jax as lj
+from lora_jax import marks
 
 PARAMS = {
   "body": jax.random.normal(jax.random.key(0), (6, 5)),
@@ -25,6 +27,7 @@ def lora(dropout=0.0, target="body"):
   return functools.partial(lj.lora, config=lj.LoraConfig(2, 4.0, target=target, dropout=dropout))
 
 
+PREFIXES = lj.prefix_embedding, lj.prefix_layer
 HEAD = functools.partial(lj.partial_finetuning, train="head")
 DORA = functools.partial(lj.dora, config=lj.LoraConfig(2, 4.0, target="body"))
 
@@ -139,19 +142,37 @@ def test_parts_are_stored_and_read():
     jax.tree.map(np.testing.assert_array_equal, read, tune)
 
 
+def nested(fn):
+  return lj.compose(fn, lora(), HEAD)
+
+
 @pytest.mark.parametrize(
   ("methods", "message"),
   [
     ((lora(),), "two or more methods, got 1"),
     ((lora(), lj.full_finetuning), "method 1 of compose fully trains the base model"),
     ((HEAD, lora(), HEAD), "methods 0 and 2 of compose both train 'head'"),
+    ((nested, HEAD), "0 and 1 of compose both train 'head'"),
     ((functools.partial(lj.partial_finetuning, train="body"), lora()), "never used"),
   ],
-  ids=["one", "full", "same leaf", "weight replaced"],
+  ids=["one", "full", "same leaf", "same leaf in parts", "weight replaced"],
 )
 def test_methods_that_do_not_compose_are_refused(methods, message):
   with pytest.raises(ValueError, match=message):
     lj.compose(fn, *methods).init(jax.random.key(0), PARAMS, X)
+
+
+def test_two_prefixes_are_refused():
+  """The first one replaces the ids of slots, so that the other would find none."""
+
+  def marking(params, tokens):
+    x = params["table"][checkpoint_name(tokens, marks.TOKENS)]
+    return checkpoint_name(checkpoint_name(x, marks.TOKEN_EMBEDDINGS), marks.LAYER_INPUT)
+
+  methods = [functools.partial(f, num_slots=1, std=1.0) for f in PREFIXES]
+  args = {"table": jnp.ones((3, 2))}, jnp.array([lj.Slots(1).around([1])])
+  with pytest.raises(ValueError, match="methods 0 and 1 of compose both train the vectors of slo"):
+    lj.compose(marking, *methods).init(jax.random.key(0), *args)
 
 
 def test_the_tree_of_other_methods_is_refused():
