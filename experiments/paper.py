@@ -7,7 +7,7 @@
     python -m experiments.paper --report            # of the runs so far
     python -m experiments.paper --tiny --stage=rank # all parts in minutes
 
-Time: 37 hours on 2 CPU cores (`--plan`); `--tiny --stage=rank` 5 minutes.
+Time: 35 hours on 2 CPU cores (`--plan`); `--tiny` has not been timed.
 Expect: not run yet (docs/paper.md).
 
 The studies are those of configs/paper.py: runs of `experiments.gpt2_e2e` and `experiments.glue` in

@@ -291,7 +291,7 @@ STUDIES: dict[str, Study] = {
       **_sizes("adapter_h", "bottleneck.width", (1, 16, 64)),
       **_sizes("prefix_layer", "prefix.num_prefix", (2, 16)),
       **_sizes("prefix_embedding", "prefix.num_prefix", (8, 32)),
-      **methods("bitfit"),
+      **methods("bitfit", "lora_prefix_embedding", "lora_prefix_layer"),
       **{"full": FULL, "frozen": FROZEN},
       **FLOOR,
     },

@@ -40,18 +40,19 @@ class Outcome:
 # ---- rules on losses, where smaller is better --------------------------------------------
 
 
-def _by(holds: Sequence[Verdict], fails: Sequence[Verdict]) -> Rule:
+def _by(name: str, holds: Sequence[Verdict], fails: Sequence[Verdict]) -> Rule:
   def rule(difference: Difference) -> Word:
     verdict = difference.verdict(MARGIN)
     return "holds" if verdict in holds else "fails" if verdict in fails else "cannot be told"
 
+  rule.__name__ = name  # the report has it
   return rule
 
 
-on_par_or_better = _by(["equivalent", "better"], ["worse"])
-equivalent = _by(["equivalent"], ["better", "worse"])
-better = _by(["better"], ["equivalent", "worse"])
-worse = _by(["worse"], ["equivalent", "better"])
+on_par_or_better = _by("on_par_or_better", ["equivalent", "better"], ["worse"])
+equivalent = _by("equivalent", ["equivalent"], ["better", "worse"])
+better = _by("better", ["better"], ["equivalent", "worse"])
+worse = _by("worse", ["worse"], ["equivalent", "better"])
 
 
 def higher(difference: Difference) -> Word:

@@ -51,13 +51,14 @@ def test_a_stage_without_its_model_is_left_out_and_named(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_stage_from_its_learning_rates_to_the_verdicts(tmp_path, monkeypatch, capsys):
+  sizes = STUDIES["sizes"]
+
   def make():
-    config = STUDY.make()
+    config = sizes.make()
     config.model.folder = str(tiny_folder())
     return config
 
-  STUDY = STUDIES["sizes"]
-  study = small(STUDY, ("lora_r4", "prefix_layer_2", "frozen", "floor"), make=make, rate_points=1)
+  study = small(sizes, ("lora_r4", "prefix_layer_2", "frozen", "floor"), make=make, rate_points=1)
   once = dataclasses.replace(study.arms["prefix_layer_2"], seeds=1)
   patched(
     monkeypatch,

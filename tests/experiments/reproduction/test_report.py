@@ -123,17 +123,16 @@ def test_a_finished_run_is_not_repeated_and_keeps_its_settings(root, monkeypatch
   done = planned(rate=1e-2, seed=1)
   assert (root / "rank" / done.name / PLANNED).exists()
   assert carry_out([done], root, refuse) == []
-  changed = small(STUDIES["rank"], LOSSES, make=lambda: _other(STUDIES_BEFORE))
-  STUDIES_BEFORE = STUDIES["rank"]
-  monkeypatch.setitem(STUDIES, "rank", changed)
+  study = STUDIES["rank"]
+
+  def fewer():
+    config = study.make()
+    config.data.num_train_records = 7
+    return config
+
+  monkeypatch.setitem(STUDIES, "rank", small(study, LOSSES, make=fewer))
   with pytest.raises(ValueError, match="other settings than the study has now"):
     carry_out([done], root, refuse)
-
-
-def _other(study):
-  config = study.make()
-  config.data.num_train_records = 7
-  return config
 
 
 def test_a_run_that_breaks_is_named_and_the_others_go_on(tmp_path, monkeypatch):
