@@ -132,9 +132,9 @@ def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   Args:
     fn: any function `fn(params, *args, **kwargs)`; `lora_jax.marks` names the marks.
     mesh: as `make_mesh` returns it. Activations that it does not divide are left to XLA, and so
-      are those inside functions with custom derivatives.
+      are those inside functions with custom derivatives, and all on a mesh with other axes.
   """
-  if mesh.size == 1:
+  if mesh.size == 1 or not mesh.are_all_axes_auto or set(mesh.axis_names) != {*BATCH, "tensor"}:
     return fn
 
   def split(mark: Mark, x: jax.Array, arrays: None) -> jax.Array:

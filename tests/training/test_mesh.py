@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
@@ -131,6 +132,21 @@ def test_marked_activations_are_split_by_row_token_and_feature():
   assert specs(mesh, (4, 5, 3)) == [by_row, by_row]  # tokens and features are not even
   assert specs(mesh, (3, 6, 2)) == specs(mesh, (4, 6)) == []
   assert shard_activations(fn, make_mesh()) is fn
+
+
+@pytest.mark.parametrize(
+  ("names", "kind"),
+  [(("rows",), AxisType.Auto), (("data", "fsdp", "tensor"), AxisType.Explicit)],
+)
+def test_activations_on_a_mesh_of_your_own_are_left_to_xla(names, kind):
+  shape = (2, *(1 for _ in names[1:]))
+  mesh = jax.make_mesh(shape, names, (kind,) * len(names), devices=jax.devices()[:2])
+
+  def fn(params, x):
+    return x + checkpoint_name(x * params, LAYER_OUTPUT)
+
+  x = jax.device_put(jnp.ones((4, 2, 2)), NamedSharding(mesh, P(names[0])))
+  np.testing.assert_array_equal(shard_activations(fn, mesh)(jnp.full((), 2.0), x), 3 * x)
 
 
 def test_losses_with_two_calls_of_a_model_or_derivatives_of_their_own_are_left_to_work():
