@@ -174,6 +174,7 @@ def _glue(task: str) -> Config:
 _THOUSAND: Changes = {"data.num_train_records": 1000, "decoding.num_inputs": 0}
 _FEW: Changes = {"data.num_train_records": 500, "decoding.num_inputs": 0}
 _FOUR_THOUSAND: Changes = {**_THOUSAND, "data.num_train_records": 4000}
+_FEW_EPOCHS: Changes = {"data.num_epochs": 10}
 _NO_DECODING: Changes = {"decoding.num_inputs": 0}
 _KNOWN = Arm(other("full_finetuning"), BEST["full"])  # docs/smollm2.md: seed 0, bracketed
 
@@ -264,7 +265,7 @@ STUDIES: dict[str, Study] = {
     *("6, 18", "Rank, Wikipedia with the whole vocabulary permuted, embedded", "embedded"),
     partial(_dial, 100.0),
     {**_ranks(1, 4, 16, 64, 256), "full": FULL, "frozen": FROZEN},
-    *("full", 160.0, {"data.num_epochs": 10}),
+    *("full", 160.0, _FEW_EPOCHS),
     by_size=True,
   ),
   "rank_smollm2": Study(
