@@ -11,7 +11,6 @@ the embeddings and the outputs of all layers but the last. After the last one no
 but the head at the last infix slot, which has to depend on the prompt.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ from lora_jax.fields import Count, NonNegative, read_value
 from lora_jax.marks import LAYER_INPUT, TOKEN_EMBEDDINGS, TOKENS
 from lora_jax.quantization.leaf import is_quantized
 from lora_jax.slots import FIRST_SLOT
-from lora_jax.transform.marks import Mark, MarkedCall, require_marks, trace_marks
+from lora_jax.transform.marks import Mark, MarkedCall, count_layers, require_marks, trace_marks
 from lora_jax.transform.tracing import is_array
 from lora_jax.trees import as_patterns, leaves_with_path
 
@@ -99,7 +98,7 @@ def prefix_layer(fn: Callable[..., Any], num_slots: int, *, std: float = 0.02) -
   def start(key: Array, params: PyTree, call: MarkedCall) -> Float[Array, "layers slots D"]:
     del params
     marks = _marks(call, LAYER_INPUT)
-    shape = _num_layers(marks), num_slots, marks[0].shape[-1]
+    shape = count_layers(marks), num_slots, marks[0].shape[-1]
     return std * jax.random.normal(key, shape, jnp.float32)
 
   return _prefix(fn, PREFIX_LAYER, LAYER_INPUT, num_slots, start)
@@ -128,6 +127,8 @@ def _prefix(
     del lora_key, scaling, dropout_rate
     call = trace_marks(fn, (TOKENS, marked), params, args, kwargs)
     vectors = _vectors(trainable, name, num_slots, _marks(call, marked))
+    if vectors:
+      require_marks(call, (TOKENS,), f"lora_jax.{name}")
     slots: list[Array] = []
 
     def visit(mark: Mark, x: Array, rows: PyTree) -> Array:
@@ -136,7 +137,14 @@ def _prefix(
         return jnp.where(x < FIRST_SLOT, x, 0)
       return _replaced(x, rows, slots[-1])
 
-    return call.evaluate(visit, {**dict.fromkeys(_marks(call, TOKENS), ()), **vectors})
+    try:
+      return call.evaluate(visit, {**dict.fromkeys(_marks(call, TOKENS), ()), **vectors})
+    except jax.errors.UnexpectedTracerError as error:
+      raise ValueError(
+        f"{name} reads the slots where the function marks its tokens, and layers outside of that "
+        "jit, checkpoint or loop cannot see them. Mark the tokens before it: "
+        f"tokens = jax.ad_checkpoint.checkpoint_name(tokens, {TOKENS!r})"
+      ) from error
 
   def merge(params, trainable):
     del params, trainable
@@ -166,18 +174,6 @@ def _marks(call: MarkedCall, name: str) -> list[Mark]:
   return [mark for mark in call.marks if mark.name == name]
 
 
-def _num_layers(marks: list[Mark]) -> int:
-  """Returns the number of layers, one for each mark or all in one stack."""
-  if not any(mark.layers for mark in marks):
-    return len(marks)
-  if len(marks) > 1 or len(marks[0].layers) > 1:
-    described = ", ".join(f"{mark} of {mark.layers or 'one'}" for mark in marks)
-    raise ValueError(
-      f"{PREFIX_LAYER} takes layers in one stack, or none of them stacked; got {described}"
-    )
-  return math.prod(marks[0].layers)
-
-
 def _vectors(
   trainable: PyTree, name: str, num_slots: int, marks: list[Mark]
 ) -> Mapping[Mark, Float[Array, "*layers slots D"]]:
@@ -198,7 +194,7 @@ def _vectors(
     return {}
   shape = (num_slots, marks[0].shape[-1])
   if name == PREFIX_LAYER:
-    shape = (_num_layers(marks), *shape)
+    shape = (count_layers(marks), *shape)
   if vectors.shape != shape or not jnp.issubdtype(vectors.dtype, jnp.floating):
     raise ValueError(
       f"{path} is {vectors.dtype} of shape {vectors.shape}, expected floats of shape {shape}"

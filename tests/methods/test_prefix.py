@@ -18,7 +18,7 @@ import lora_jax as lj
 from lora_jax.data.batches import packed_batches, padded_batches
 from lora_jax.data.text import Example, with_slots
 from lora_jax.decoding import BeamConfig, SamplingConfig, adapted, beam_search, from_linen, generate
-from lora_jax.marks import LAYER_OUTPUT, TOKEN_EMBEDDINGS
+from lora_jax.marks import LAYER_INPUT, LAYER_OUTPUT, TOKEN_EMBEDDINGS
 from lora_jax.marks import TOKENS as TOKENS_MARK
 from lora_jax.models.bert.folder import load_bert
 from lora_jax.models.bert.model import Bert
@@ -382,6 +382,23 @@ def test_other_trees_functions_and_tables_are_refused(model, params):
     lj.prefix_layer(fn, 0)
   with pytest.raises(ValueError, match="25 tokens a row, but the model has 24 positions"):
     EMBEDDING(fn).init(key, params, np.array([Slots(2, 1).around([1] * 22)]))
+
+
+def test_tokens_that_layers_cannot_see_are_named():
+  def look_up(params, tokens):
+    return params["table"][checkpoint_name(tokens, TOKENS_MARK)]
+
+  def layer(params, x):
+    return jnp.tanh(checkpoint_name(x, LAYER_INPUT))
+
+  method = functools.partial(lj.prefix_layer, num_slots=1)
+  args = {"table": jnp.ones((3, 2))}, jnp.array([Slots(1).around([1])])
+  apart = method(lambda params, tokens: layer(params, jax.jit(look_up)(params, tokens)))
+  tune = apart.init(jax.random.key(0), *args)
+  with pytest.raises(ValueError, match=r"outside of that jit, .* Mark the tokens before it: token"):
+    apart.apply(args[0], tune, args[1])
+  with pytest.raises(ValueError, match=r"lora_jax.prefix_layer needs marked values, .* the ids of"):
+    method(layer).apply(args[0], tune, jnp.ones((1, 2, 2)))
 
 
 @pytest.mark.long
