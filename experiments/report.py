@@ -19,7 +19,7 @@ from experiments.harness import table
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
-from experiments.nlg.config import Texts
+from experiments.nlg.config import E2EConfig, FinetuneConfig, TemplateConfig, Texts
 from experiments.nlg.e2e import decoded_inputs, measure_parts
 from experiments.nlg.figure import draw
 from experiments.nlg.groups import (
@@ -29,6 +29,7 @@ from experiments.nlg.groups import (
   by_budget,
   by_rank,
   by_rate,
+  data_name,
   group_runs,
   texts_of,
   unrounded,
@@ -58,8 +59,8 @@ def report(
       the smallest validation loss among LoRA and its variants.
   Raises:
     FileNotFoundError: if a folder is not the folder of a run.
-    ValueError: if no run is finished, two are the same, `against` is none of them, or the files
-      cannot be written.
+    ValueError: if no run is finished, one is of another experiment, two are the same, `against` is
+      none of them, or the files cannot be written.
   """
   out = read_output("--out", out, ".md", ".csv", ".png")
   for folder in folders:
@@ -69,13 +70,13 @@ def report(
   runs, unfinished = read_runs(folders)
   by_data: dict[str, list[Run]] = defaultdict(list)
   for run in runs:
-    by_data[title(texts_of(run))].append(run)
+    by_data[_title(run)].append(run)
   holder = _holder(by_data, against)
   parts, groups = [unfinished], []
   out.parent.mkdir(parents=True, exist_ok=True)
   for name, of_data in by_data.items():
     of_name = group_runs(of_data)
-    ending = "" if len(by_data) == 1 else f"-{_file_name(of_data[0])}"
+    ending = "" if len(by_data) == 1 else f"-{data_name(of_data[0])}"
     parts.append(
       _section(name, of_name, of_data, against if name == holder else None, f"{out}{ending}.png")
     )
@@ -84,7 +85,7 @@ def report(
   text = "\n\n".join(part for part in parts if part) + "\n"
   Path(f"{out}.md").write_text(text, "utf-8")
   metrics = dict.fromkeys(name for group in groups for name in _metrics(group.first))
-  whole = {texts.name for texts in map(texts_of, runs) if not texts.any_size}
+  whole = set(map(data_name, runs))
   write_csv(Path(f"{out}.csv"), groups, list(metrics), [name for name in TABLES if name in whole])
   return text
 
@@ -97,7 +98,7 @@ def _section(
   bits = by_bits(groups)
   parts = [f"# {name}: {len(runs)} runs in {len(groups)} groups", _results(groups)]
   if any(group.first.is_decoded for group in groups):
-    printed = _paper_table(texts_of(runs[0]))
+    printed = _paper_table(runs[0])
     parts += [_over_inputs(groups), _compared(groups, runs, against)]
     parts.append(_paper(printed, runs) if printed else "")
   parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
@@ -128,18 +129,28 @@ def _holder(by_data: Mapping[str, Sequence[Run]], against: str | Path | None) ->
   return decoded[Path(against).resolve()][0]
 
 
-def _file_name(run: Run) -> str:
-  texts = texts_of(run)
-  return f"{texts.name}-excerpt" if texts.any_size else texts.name
+def _title(run: Run) -> str:
+  """Returns the name of a run's results: its data set, or finetune.
+
+  Raises:
+    ValueError: if the run is of an experiment whose results are not compared here.
+  """
+  texts, name = texts_of(run), data_name(run)
+  if texts is None and name != FinetuneConfig.NAME:
+    known = ", ".join(kind.NAME for kind in (E2EConfig, TemplateConfig, FinetuneConfig))
+    raise ValueError(f"{run.folder} is a run of {name}; expected one of {known}")
+  return name if texts is None else title(texts)
 
 
 def _metrics(run: Run) -> tuple[str, ...]:
-  return TASKS[texts_of(run).name].metrics
+  texts = texts_of(run)
+  return () if texts is None else TASKS[texts.name].metrics
 
 
-def _paper_table(texts: Texts) -> PaperTable | None:
-  """Returns the paper's table of a data set; None for an excerpt of it."""
-  return None if texts.any_size else TABLES.get(texts.name)
+def _paper_table(run: Run) -> PaperTable | None:
+  """Returns the paper's table of a run's data set; None for an excerpt of it."""
+  texts = texts_of(run)
+  return None if texts is None or texts.any_size else TABLES.get(texts.name)
 
 
 def _results(groups: Sequence[Group]) -> str:
@@ -179,13 +190,13 @@ def _statistic(group: Group, name: str) -> str:
 def _over_inputs(groups: Sequence[Group]) -> str:
   metrics = _metrics(groups[0].first)
   head = ["run", "seed", "inputs", *map(header, metrics)]
-  floor = next((group.first for group in groups if group.method.is_floor), None)
+  floors = {_inputs(group.first): group.first for group in groups if group.method.is_floor}
   rows = [
     [
       group.label,
       str(group.first.seed),
       f"{group.first.result['num_inputs']:,}",
-      *(_interval(group.first, name, floor) for name in metrics),
+      *(_interval(group.first, name, floors.get(_inputs(group.first))) for name in metrics),
     ]
     for group in groups
     if group.first.is_decoded
@@ -203,11 +214,15 @@ def _over_inputs(groups: Sequence[Group]) -> str:
       if "reference_slot_error_rate" in run.result
     }
     note += "".join(f"; the references have {rate:.2f}" for rate in sorted(rates)) + "."
-  if floor is not None:
+  if floors:
+    (floor, *_) = floors.values()
     note += (
       f" The floor needs no model: {floor.result['floor_texts']}. {FLOOR} marks intervals that "
       "reach it: such a score shows nothing that was learned, and has no rank."
     )
+    without = [g.label for g in groups if g.first.is_decoded and _inputs(g.first) not in floors]
+    if without:
+      note += f" Without a floor on the same inputs: {'; '.join(without)}."
   return f"## Over the inputs\n\n{table.aligned([head, *rows])}\n\n{note}"
 
 
@@ -221,9 +236,9 @@ def _interval(run: Run, name: str, floor: Run | None) -> str:
 
 
 def _reaches(run: Run, name: str, floor: Run) -> bool:
-  """Tells whether a run's interval reaches the floor's score on the same inputs."""
+  """Tells whether a run's interval reaches the score of the floor on the same inputs."""
   level, interval = floor.value(name), run.interval(name)
-  if run is floor or level is None or interval is None or _inputs(run) != _inputs(floor):
+  if run is floor or level is None or interval is None:
     return False
   low, high = interval
   return high >= level if metric_of(name) in LOWER_IS_BETTER else low <= level
@@ -287,7 +302,10 @@ def _reference(decoded: Sequence[Group], against: str | Path | None) -> tuple[st
 
 
 def _inputs(run: Run) -> tuple[Texts, Split, int]:
-  return texts_of(run), run.settings["decoding.split"], run.settings["decoding.num_inputs"]
+  """Returns what a run has decoded: its data set, split, and the number of inputs."""
+  texts = texts_of(run)
+  assert texts is not None, "a run without a data set decodes none of its inputs"
+  return texts, run.settings["decoding.split"], run.settings["decoding.num_inputs"]
 
 
 def _texts(run: Run, count: int) -> list[str]:
@@ -348,7 +366,7 @@ def _rates(families: Mapping[str, Sequence[Group]]) -> str:
 def _ranks(sweep: Sequence[Group]) -> str:
   values = ("valid_loss", *_metrics(sweep[0].first))
   names = [name for name in values if any(group.statistic(name) for group in sweep)]
-  has_paper = texts_of(sweep[0].first).name == "e2e"
+  has_paper = data_name(sweep[0].first) == "e2e"
   sources = ("", " (paper)") if has_paper else ("",)
   head = ["rank", "trainable", "learning rate"]
   head += [f"{header(name)}{source}" for name in names for source in sources]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.harness import paper as paper_tables
-from experiments.nlg.groups import Group, texts_of, unrounded
+from experiments.nlg.groups import Group, data_name, unrounded
 from experiments.nlg.scores import header
 
 LOSS, SLOT_ERRORS = "validation loss, nats/token", "slot error rate, %"
@@ -92,7 +92,7 @@ def _by_rate(rates: Mapping[str, Sequence[Group]], figure: SubFigure) -> None:
 
 
 def _by_rank(sweep: Sequence[Group], metrics: Sequence[str], figure: SubFigure) -> None:
-  has_paper = texts_of(sweep[0].first).name == "e2e"
+  has_paper = data_name(sweep[0].first) == "e2e"
   beside = ", LoRA on the paper's GPT-2 medium, Table 18 (right axes)" if has_paper else ""
   figure.suptitle(f"By rank: {sweep[0].method.label} in these runs (left axes){beside}")
   ranks = [group.settings["lora.rank"] for group in sweep]

@@ -5,14 +5,14 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
 from experiments.harness.config import ALL_LINEAR
 from experiments.harness.methods import Method
 from experiments.harness.runs import Run
-from experiments.nlg.config import E2EConfig, E2EData, Texts
+from experiments.nlg.config import E2EConfig, TemplateConfig, Texts
 from experiments.nlg.rounding import bits_per_weight
 from experiments.nlg.scores import model_label
 from lora_jax.trees import matches
@@ -24,8 +24,10 @@ TRAINED_ON = "trained_on"  # of the result: an adapter was evaluated on other, r
 TOKENS = "pretraining_tokens"  # of the result: it names a base better than its folder does
 BASE = {"model.folder", "model.start"}
 NEWER = {  # fields that older runs were stored without
-  f"data.{field.name}": field.default
-  for field in dataclasses.fields(E2EData)
+  f"{section}.{field.name}": field.default
+  for section, kind in get_type_hints(E2EConfig).items()
+  if dataclasses.is_dataclass(kind)
+  for field in dataclasses.fields(kind)
   if field.default is not dataclasses.MISSING
 }
 HAVE_COLUMNS = {RATE, LINES, "decoding.num_inputs"}  # of the report: in a label only if it must be
@@ -33,11 +35,21 @@ LINEAR = ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/up", "mlp/dow
 SHORT = ("q", "k", "v", "o", "up", "down")
 
 
-def texts_of(run: Run) -> Texts:
-  """Returns the part of a run's config that names its data set."""
+def texts_of(run: Run) -> Texts | None:
+  """Returns the part of a run's config that names its data set; None for experiments without it."""
+  if run.settings.get("experiment") not in (E2EConfig.NAME, TemplateConfig.NAME):
+    return None
   names = [f"data.{field.name}" for field in dataclasses.fields(Texts)]
   stored = {**NEWER, **run.settings}
   return Texts(*(stored[name] for name in names))
+
+
+def data_name(run: Run) -> str:
+  """Returns the name of a run's data set in files, or of its experiment if it has none."""
+  texts = texts_of(run)
+  if texts is None:
+    return str(run.settings.get("experiment"))
+  return f"{texts.name}-excerpt" if texts.any_size else texts.name
 
 
 class Statistic(NamedTuple):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.harness import paper as paper_tables
 from experiments.nlg.config import DataSet
-from experiments.nlg.groups import RATE, Group, texts_of
+from experiments.nlg.groups import RATE, Group, data_name
 from experiments.nlg.paper_rows import TABLES
 
 LABELS = ("source", "data", "run", "trainable", "examples", "learning_rate", "rank", "seeds")
@@ -36,7 +36,7 @@ def write_csv(
 def _ours(group: Group, values: Sequence[str]) -> dict[str, object]:
   row: dict[str, object] = {
     "source": "runs",
-    "data": texts_of(group.first).name,
+    "data": data_name(group.first),
     "run": group.label,
     "trainable": group.first.result["trainable_parameters"],
     "examples": group.first.result["num_train_records"],

@@ -1,5 +1,6 @@
 """The data sets other than E2E: their records, scores and floors, and runs on tiny files."""
 
+import csv
 import dataclasses
 import importlib
 import importlib.util
@@ -304,14 +305,33 @@ def test_scores_that_reach_the_floor_are_marked(stored, tmp_path):
     report([stored["poor"]], tmp_path / "r", against=stored["good"])
 
 
+def test_a_floor_on_other_inputs_marks_nothing(stored, tmp_path):
+  for name in ("mnli_text", "poor"):
+    shutil.copytree(stored[name], tmp_path / name)
+  config = json.loads((tmp_path / "mnli_text" / "config.json").read_text())
+  fewer = config | {"decoding": config["decoding"] | {"num_inputs": 2}}
+  write_json(tmp_path / "mnli_text" / "config.json", fewer)
+  folders = [tmp_path / "mnli_text", tmp_path / "poor"]
+  text = report(folders, tmp_path / "r")
+  assert "[0.00, 60.00]⌊" not in text
+  assert "Without a floor on the same inputs: LoRA." in text
+  text = report([*folders, stored["mnli_text"]], tmp_path / "r")  # a floor that comes second
+  assert "[0.00, 60.00]⌊" in text
+  assert "Without a floor" not in text
+
+
+def test_excerpts_have_names_of_their_own_in_the_csv_file(stored, tmp_path):
+  report([stored["webnlg"], stored["e2e_reversed"]], tmp_path / "r")
+  rows = csv.DictReader((tmp_path / "r.csv").read_text().splitlines())
+  assert [row["data"] for row in rows] == ["webnlg-excerpt", "e2e_reversed"]
+
+
 def test_a_smaller_error_rate_is_above_the_floor(stored):
   (floor,), _ = read_runs([stored["webnlg"]])
   level = floor.result["scores"]["mean_ter_seen"]
   for interval, reaches in (([0.0, level - 1], False), ([level - 2, level + 1], True)):
     run = floor._replace(result=floor.result | {"intervals": {"mean_ter_seen": interval}})
     assert reports._reaches(run, "mean_ter_seen", floor) is reaches
-  other = run._replace(settings=run.settings | {"decoding.num_inputs": 2})
-  assert not reports._reaches(other, "mean_ter_seen", floor)  # it has other inputs
 
 
 def test_the_papers_table_is_that_of_the_data_set(stored, tmp_path):
@@ -327,14 +347,19 @@ def test_the_papers_table_is_that_of_the_data_set(stored, tmp_path):
   assert sum(line.startswith('"paper, Table 4"') for line in lines) == 8
 
 
-def test_a_run_stored_before_there_were_data_sets_is_one_of_e2e(stored, tmp_path):
+def test_a_run_stored_without_newer_fields_is_one_of_e2e_with_their_defaults(stored, tmp_path):
   config = json.loads((stored["poor"] / "config.json").read_text())
   names = [field.name for field in dataclasses.fields(Texts)]
   data = {name: value for name, value in config["data"].items() if name not in names}
   data |= {"form": "reference", "source": "embedded"}
-  for seed, more in ((1, {}), (2, {"name": "e2e", "any_size": False})):
+  new = config | {"data": data | {"name": "e2e", "any_size": False}}
+  old = config | {"data": data}
+  for section, name in (("lora", "tokens"), ("model", "rounded_to"), ("decoding", "num_shots")):
+    old[section] = {field: value for field, value in config[section].items() if field != name}
+    assert old[section] != config[section]
+  for seed, stored_config in ((1, old), (2, new)):
     shutil.copytree(stored["poor"], tmp_path / str(seed))
-    write_json(tmp_path / str(seed) / "config.json", config | {"data": data | more})
+    write_json(tmp_path / str(seed) / "config.json", stored_config)
     result = json.loads((stored["poor"] / "result.json").read_text())
     write_json(tmp_path / str(seed) / "result.json", result | {"seed": seed})
   (group,) = group_runs(read_runs([tmp_path / "1", tmp_path / "2"])[0])

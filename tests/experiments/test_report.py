@@ -9,7 +9,7 @@ import pytest
 
 from experiments import gpt2_e2e
 from experiments import report as reports
-from experiments.configs import e2e_budgets
+from experiments.configs import e2e_budgets, finetune
 from experiments.configs import gpt2_e2e as configs
 from experiments.e2e_template import describe
 from experiments.harness import paper as paper_tables
@@ -69,6 +69,23 @@ def without_java(monkeypatch):
 
 def folders(root, *names):
   return [root / name for name in names or NAMES]
+
+
+def test_runs_of_finetune_are_compared_by_their_loss(tmp_path):
+  config = json.loads(finetune.get_config().to_json())
+  fields = {"method": "lora", "variant": "", "trainable_parameters": 3, "num_train_records": 4}
+  for seed, loss in ((1, 1.0), (2, 2.0)):
+    (tmp_path / str(seed)).mkdir()
+    write_json(tmp_path / str(seed) / "config.json", config | {"seed": seed})
+    write_json(tmp_path / str(seed) / "result.json", fields | {"seed": seed, "valid_loss": loss})
+  folders = [tmp_path / "1", tmp_path / "2"]
+  text = report(folders, tmp_path / "r")
+  assert text.startswith("# finetune: 2 runs in 1 groups")
+  assert rows(text, "Results")["LoRA"]["valid loss"] == "1.500 ± 0.707"
+  assert (tmp_path / "r.png").exists()
+  write_json(tmp_path / "2" / "config.json", config | {"experiment": "glue"})
+  with pytest.raises(ValueError, match=r"2 is a run of glue; expected one of gpt2_e2e, .*finetune"):
+    report(folders, tmp_path / "r")
 
 
 def rows(text, title):
