@@ -9,6 +9,7 @@ compared for all i and j and all layers at once, from the factors: the product A
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ class Subspaces(NamedTuple):
   """Singular directions of adapters of one shape, as orthonormal columns, the largest ones first.
 
   Attributes:
-    names: of the layers: the weight's path; for a stacked weight with the indices of its layer and
-      expert, `h/attn/query/kernel[3]`.
+    names: of the layers, in the order of their numbers: the weight's path; for a stacked weight with
+      the indices of its layer and expert, `h/attn/query/kernel[3]`.
     a: directions of A alone, in the space of inputs, as in the paper's Figures 3 and 4.
     b: directions of B alone, in the space of outputs.
     inputs, outputs: directions of the delta, scaling * A B.
@@ -214,12 +215,13 @@ def _check_ranks(dim: int, rank1: int, rank2: int) -> None:
 
 
 def _chosen(weights: dict[str, LoraWeight], pattern: str) -> dict[str, LoraWeight]:
-  """Returns the adapted weights that a pattern selects.
+  """Returns the adapted weights that a pattern selects, `h_2` before `h_10`.
 
   Raises:
     ValueError: if it matches none, or the matrices of their layers have several shapes.
   """
-  chosen = {path: weights[path] for path in select(pattern, weights, "the pattern of weights")}
+  paths = sorted(select(pattern, weights, "the pattern of weights"), key=_by_number)
+  chosen = {path: weights[path] for path in paths}
   shapes: dict[tuple[int, ...], str] = {}
   for path, weight in chosen.items():
     (_, d_in, rank), (_, _, d_out) = (x.shape for x in _factors(weight))
@@ -231,6 +233,11 @@ def _chosen(weights: dict[str, LoraWeight], pattern: str) -> dict[str, LoraWeigh
       f"{listed}. Narrow it to weights of one shape"
     )
   return chosen
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+  """Returns the key by which paths are sorted: numbers as numbers, where JAX sorts their digits."""
+  return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def _factors(weight: LoraWeight) -> tuple[Layers, Layers]:

@@ -75,6 +75,17 @@ def test_all_directions_are_those_of_dense_decompositions():
   assert result.norm == pytest.approx(np.linalg.norm(result.values, axis=1))
 
 
+def test_layers_are_in_the_order_of_their_numbers():
+  params, adapter = random_adapter()
+  params, adapter = (
+    {f"h_{i}": tree[f"h_{i % 2}"] for i in (10, 1, 0, 2)} for tree in (params, adapter)
+  )
+  result = subspaces(CONFIG, adapter, params, QUERY)
+  assert [name.partition("/")[0] for name in result.names] == ["h_0", "h_1", "h_2", "h_10"]
+  expected = [params[name.partition("/")[0]]["attn"]["query"]["kernel"] for name in result.names]
+  assert np.array_equal(adapted_matrices(params, adapter, QUERY), expected)
+
+
 def test_a_scanned_model_gives_the_same_by_other_names():
   params, layerwise = random_adapter()
   stacked_params, stacked = random_adapter(scan_layers=True)
