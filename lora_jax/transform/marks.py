@@ -22,7 +22,7 @@ from jax.extend.core import Jaxpr, Literal
 from jaxtyping import PyTree
 
 from lora_jax.marks import PLACES
-from lora_jax.transform import _compat, rules
+from lora_jax.transform import _compat
 from lora_jax.transform.errors import UnsupportedOperation
 from lora_jax.transform.factored import as_values
 from lora_jax.transform.interpreter import Interpreter
@@ -141,14 +141,18 @@ class _Search:
   ) -> tuple[Plan, list[bool]]:
     """Returns where the marks of a jaxpr are, and whether each of its outputs is a weight.
 
+    What is computed from weights and numbers only is a weight, too: layers may be scanned after a
+    cast, a mask or a quantization by the function itself.
+
     Args:
       jaxpr: closed or open.
-      flags: whether each of its inputs is a weight, or a view of one.
+      flags: whether each of its inputs is a weight.
       layers: the lengths of the stacks of layers around it.
       scope: the name stack around it.
     """
     jaxpr, _ = _compat.open_jaxpr(jaxpr)
     weights = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+    constants: set[Any] = set()  # not what the function closes over, which may be data
     plan: dict[int, Mark | Body] = {}
     for number, equation in enumerate(jaxpr.eqns):
       inside = "/".join(filter(None, (scope, str(equation.source_info.name_stack))))
@@ -170,9 +174,11 @@ class _Search:
           plan[number] = Body(inner, () if length is None else tuple(marks))
         if name in PLAIN_CALLS:
           ((_, moved),) = plans.values()
-      elif name in rules.STRUCTURAL:
-        variables = [v for v in equation.invars if not isinstance(v, Literal)]
-        moved = [bool(variables) and all(v in weights for v in variables)] * len(moved)
+      variables = {v for v in equation.invars if not isinstance(v, Literal)}
+      if variables <= constants:
+        constants.update(equation.outvars)
+      elif variables <= weights | constants:
+        moved = [True] * len(moved)
       weights.update(v for v, flag in zip(equation.outvars, moved, strict=True) if flag)
     outputs = [not isinstance(v, Literal) and v in weights for v in jaxpr.outvars]
     return plan, outputs

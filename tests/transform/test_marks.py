@@ -48,6 +48,12 @@ def scanned_views_of_a_call(params, x):
   return lax.scan(lambda x, w: (layer(w, x), None), x, weights)[0]
 
 
+def scanned_masked_weights(params, x):
+  """The weights pass through an operation that no rule has, with a constant."""
+  weights = jnp.where(jnp.arange(4)[:, None, None] < 4, params["w"], 0.0)
+  return lax.scan(lambda x, w: (layer(w, x), None), x, weights)[0]
+
+
 def checkpointed(params, x):
   step = jax.checkpoint(lambda x, w: (layer(w, x), None))
   return lax.scan(step, x, params["w"])[0]
@@ -117,6 +123,7 @@ STACKS = {
   scanned: [(4,)],
   scanned_views: [(4,)],
   scanned_views_of_a_call: [(4,)],
+  scanned_masked_weights: [(4,)],
   checkpointed: [(4,)],
   grouped: [(2, 2)],
   jitted: [()] * 4,
