@@ -31,8 +31,8 @@ class Subspaces(NamedTuple):
   """Singular directions of adapters of one shape, as orthonormal columns, the largest ones first.
 
   Attributes:
-    names: of the layers, in the order of their numbers: the weight's path; for a stacked weight with
-      the indices of its layer and expert, `h/attn/query/kernel[3]`.
+    names: of the layers, by their numbers: the weight's path; for a stacked weight with the indices
+      of its layer and expert, `h/attn/query/kernel[3]`.
     a: directions of A alone, in the space of inputs, as in the paper's Figures 3 and 4.
     b: directions of B alone, in the space of outputs.
     inputs, outputs: directions of the delta, scaling * A B.

@@ -115,6 +115,16 @@ def test_a_run_without_a_place_is_named(all_runs):
   assert "- Not compared: runs/third." in markdown(study, {}, "")
 
 
+def test_a_null_of_another_seed_is_not_compared(all_runs):
+  """Tables would have two rows of one name, and count the layers of the last one only."""
+  _, high, _, shuffled, *_ = all_runs
+  other = shuffled._replace(
+    config=replace_fields(shuffled.config, {"seed": 3}), folder=Path("runs/other")
+  )
+  study = arrange([shuffled, other, high])
+  assert (study.nulls, study.unused) == ([shuffled], [other])
+
+
 def test_runs_that_cannot_be_compared_are_refused(all_runs):
   low, high, second, shuffled, *_ = all_runs
   with pytest.raises(ValueError, match="all runs are nulls"):

@@ -113,7 +113,7 @@ class Study(NamedTuple):
     high: the run of the largest rank and the first seed.
     low: of the smallest rank and the same seed.
     second: of the largest rank and another seed.
-    nulls: with shuffled completions, and on random weights.
+    nulls: of the first seed, with shuffled completions, and on random weights.
     unused: the others.
   """
 
@@ -159,5 +159,6 @@ def arrange(runs: Sequence[Trained]) -> Study:
   smaller = [run for run in real if run.rank < high.rank and run.config.seed == seed]
   low = smaller[-1] if smaller else None
   second = next((run for run in real[1:] if run.rank == high.rank), None)
-  unused = [run for run in real if not any(run is place for place in (high, low, second))]
-  return Study(high, low, second, [run for run in runs if run.kind != TRAINED], unused)
+  nulls = [run for run in runs if run.kind != TRAINED and run.config.seed == seed]
+  used = [high, low, second, *nulls]
+  return Study(high, low, second, nulls, [r for r in runs if not any(r is run for run in used)])
