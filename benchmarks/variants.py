@@ -58,7 +58,7 @@ def make_model(options: argparse.Namespace) -> CausalLM:
   scan_layers = not options.unrolled
   if options.model == "smollm2":
     return plan_causal_lm(find_folder("smollm2"), scan_layers=scan_layers).module
-  shape: dict[str, Any] = {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "vocab_size": 128}
+  shape: dict[str, Any] = {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "vocab_size": 8192}
   shape = shape if options.model == "tiny" else {}
   return GPT2(GPT2Config(**shape, scan_layers=scan_layers))
 

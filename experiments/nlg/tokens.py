@@ -40,10 +40,10 @@ def with_token_ids(config: Config) -> Config:
       f"lora.target={config.lora.target} has the embedding of lora.tokens, too. Leave it out, or "
       "give no tokens"
     )
-  if all(isinstance(token, int) for token in tokens):
-    return config
-  tokenizer = load_tokenizer(model_folder(config))
-  ids = [token if isinstance(token, int) else _id_of(tokenizer, token) for token in tokens]
+  ids = [token for token in tokens if isinstance(token, int)]
+  if len(ids) < len(tokens):
+    tokenizer = load_tokenizer(model_folder(config))
+    ids = [token if isinstance(token, int) else _id_of(tokenizer, token) for token in tokens]
   _check_different(tokens, ids)
   return replace_fields(config, {"lora.tokens": tuple(ids)})
 

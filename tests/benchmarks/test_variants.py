@@ -3,12 +3,18 @@
 import pytest
 
 from benchmarks import variants
+from experiments.configs.variants import ARMS
 from experiments.harness.methods import METHODS
 
 
 def test_it_has_every_method_that_trains_on_floats():
   left_out = {name for name, method in METHODS.items() if method.trains} - set(variants.ALL)
   assert left_out <= {*variants.LEFT_OUT, "head_only"}
+
+
+def test_the_tokens_of_the_comparison_are_in_every_model():
+  model = variants.make_model(variants.parse(["--model=tiny"]))
+  assert model.config.vocab_size > max(ARMS["trainable_tokens"].changes["lora.tokens"])
 
 
 @pytest.mark.long

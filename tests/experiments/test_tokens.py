@@ -34,6 +34,7 @@ def test_texts_are_the_ids_of_single_tokens():
     ("lora", (" friendly",), {}, "' friendly', .* not a single token .* ' friend' . 'ly'. Give"),
     ("lora", ("",), {}, "'', which is not a single token of the tokenizer, but none"),
     ("lora", (" food", 3173), {}, "' food' and 3173, which are both token 3173"),
+    ("lora", (3, 5, 3), {}, "lora.tokens has 3 and 3, which are both token 3; expected each once"),
     ("hira", (5,), {}, r"lora.tokens=\(5,\) has no effect with method=hira: .*: lora, dora, tra"),
     ("trainable_tokens", (), {}, "method=trainable_tokens trains the embeddings of lora.tokens, "),
     ("lora", (5,), {"lora.target": ".*embedding"}, "lora.target=.* has the embedding of"),
