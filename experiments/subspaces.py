@@ -11,7 +11,8 @@ Time: 0.2 hours on 2 CPU cores, 2.5 with `--model=smollm2` (`--plan`).
 Expect: not run yet (docs/subspaces.md).
 
 Each run is one of `experiments.gpt2_e2e`, in ROOT/<model>. Writes subspaces.md and figure_*.png
-there. All values are of another base model than the paper's, and are labelled so.
+there; of `--folders` in ROOT/folders. All values are of another base model than the paper's, and
+are labelled so.
 """
 
 from collections.abc import Sequence
@@ -53,12 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--plan", action="store_true", help="print the runs and hours, and stop")
   parser.add_argument("--report", action="store_true", help="of the runs so far; trains nothing")
   parser.add_argument("--folders", nargs="+", default=[], help="finished runs; trains nothing")
-  parser.add_argument("--out", default="", help="the folder of page and figures; ROOT/<model>")
+  parser.add_argument(
+    "--out", default="", help="the folder of page and figures; ROOT/<model>, or ROOT/folders"
+  )
   options = parser.parse_args(arguments)
   sizes = TINY if options.tiny else FULL
-  root = Path(options.root or f"runs/subspaces{'_tiny' if options.tiny else ''}") / options.model
-  out = Path(options.out or root)
+  root = Path(options.root or f"runs/subspaces{'_tiny' if options.tiny else ''}")
+  out = Path(options.out or root / ("folders" if options.folders else options.model))
+  root /= options.model
   with explained():
+    if options.folders and (options.plan or options.tiny or options.model != "embedded"):
+      raise ValueError("--folders takes finished runs; leave out --plan, --tiny and --model")
     folders, broken = list[str](options.folders), list[str]()
     if not folders:
       print(plan(options.model, sizes), flush=True)

@@ -230,12 +230,19 @@ def test_the_papers_amplifications_are_those_of_its_norms():
   [
     (["--report"], "has no finished runs yet; leave out --report"),
     (["--folders", "{root}/nothing"], "nothing is not the folder of a run"),
+    (["--folders", "{root}", "--tiny"], "--folders takes finished runs; leave out --plan, --tiny"),
   ],
 )
 def test_what_cannot_be_done_is_refused(flags, message, tmp_path):
   with pytest.raises(SystemExit) as exit:
     command.main([f"--root={tmp_path}", *(flag.format(root=tmp_path) for flag in flags)])
   assert message in str(exit.value)
+
+
+def test_the_page_of_other_folders_does_not_replace_the_studys(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(command, "report", lambda folders, out: f"{len(folders)} in {out}")
+  command.main(["--folders", "a", "b", f"--root={tmp_path}"])
+  assert f"2 in {tmp_path}/folders" in capsys.readouterr().out
 
 
 def test_runs_without_factors_are_refused(tmp_path, monkeypatch):
