@@ -3,24 +3,24 @@
     python -m experiments.paper_shapes
     python -m experiments.paper_shapes --steps all            # compiles the train steps, too
     python -m experiments.paper_shapes --steps gpt-2_m roberta_base
+    python -m experiments.paper_shapes --steps all --out=docs/paper_shapes.md
 
-It prints docs/paper_shapes.md, and writes it or the file that `--out` names. Nothing of a model's
-size is allocated, and nothing is trained.
+It prints the page, and writes it to the file that `--out` names. Nothing of a model's size is
+allocated, and nothing is trained.
 
 Time: 15 seconds of a CPU core; with `--steps all` one and a half minutes.
 Expect: the counts of docs/paper_shapes.md, which equal the paper's formulae.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.shapes.models import MODELS
 from experiments.shapes.page import RANKS, page
 from experiments.shapes.steps import METHODS, step_cost
+from lora_jax.fields import Count, read_value
 
-PAGE = Path(__file__).parents[1] / "docs" / "paper_shapes.md"
 NAMES = {model.lower().replace(" ", "_"): model for model in MODELS}
 
 
@@ -32,10 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   parser.add_argument("--batch", type=int, default=1, help="rows of a compiled step")
   parser.add_argument("--length", type=int, default=128, help="tokens of its rows")
-  parser.add_argument("--out", default=str(PAGE), help="the file to write")
+  parser.add_argument("--out", default="", help="the file to write; none if it is left out")
   options = parser.parse_args(arguments)
   with explained():
-    out = read_output("--out", options.out)
+    out = read_output("--out", options.out) if options.out else None
+    for name in ("batch", "length"):
+      read_value(Count, getattr(options, name), f"--{name}")
     chosen = NAMES if "all" in options.steps else options.steps
     costs = {}
     for model in (NAMES[name] for name in chosen):
@@ -53,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python -m experiments.paper_shapes", *flags])
     text = page(command, costs, f"{options.batch} x {options.length} tokens")
     print(text, end="")
-    out.write_text(text, "utf-8")
+    if out is not None:
+      out.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

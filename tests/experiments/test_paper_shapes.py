@@ -137,9 +137,13 @@ def test_the_page_has_the_tables_and_says_what_was_not_run(tmp_path, monkeypatch
   names = ("GPT-2 M, FT Top2", "GPT-3, FT")
   monkeypatch.setattr(page, "ROWS", [TABLE_ROWS[name] for name in names])
   monkeypatch.setattr(page, "MODELS", {"GPT-3": GPT3})
-  paper_shapes.main(["--out", str(tmp_path / "page.md")])
-  text = (tmp_path / "page.md").read_text()
-  assert text == capsys.readouterr().out
+  monkeypatch.chdir(tmp_path)
+  paper_shapes.main([])
+  text = capsys.readouterr().out
+  assert not list(tmp_path.iterdir())  # a page with compiled steps is not replaced unasked
+  monkeypatch.setattr(paper_shapes, "page", lambda *arguments: text)  # it takes a second
+  paper_shapes.main(["--out", "page.md"])
+  assert (tmp_path / "page.md").read_text() == text
   lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
   assert [cell.strip() for cell in lines["GPT-2 M, FT Top2"].split("|")[2:-1]] == [
     *("25,192,448", "2 (12 D^2 + 13 D)", "25.19M, 24M", "rounded, rounded, of 2^20"),
@@ -157,3 +161,5 @@ def test_a_step_of_an_unknown_model_is_refused(capsys):
   with pytest.raises(SystemExit):
     paper_shapes.main(["--steps", "gpt-4"])
   assert "invalid choice: 'gpt-4'" in capsys.readouterr().err
+  with pytest.raises(SystemExit, match="--batch must be"):
+    paper_shapes.main(["--steps", "gpt-2_m", "--batch=0"])
