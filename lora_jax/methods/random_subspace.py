@@ -72,7 +72,7 @@ def random_subspace(
 
   Args:
     fn: any JAX function of a parameter tree and further arguments.
-    dim: the number of trained parameters, of all weights together.
+    dim: the number of trained parameters, of all weights together; scales and `extra` come on top.
     target: regular expressions for whole paths: the weights that move.
     extra: the same for leaves that are fully trained instead, such as a head.
     layer_scales: whether a scale for each weight is trained as well.
