@@ -26,6 +26,7 @@ def get_config(variant: str = "mini") -> Config:
   config = gpt2_e2e.get_config(variant)
   config.workdir = "runs/e2e_reversed/{name}"  # {name}: the variant and what differs from this file
   config.data.update({"name": "e2e_reversed", "row_length": 192, "loss_length": 120})
+  config.optimizer.update({"warmup_steps": 0, "warmup_share": 0.1})  # 100 examples are 6 steps
   config.decoding.update({"num_inputs": 500, "num_beams": 1, "no_repeat_ngram_size": 0})
   config.decoding.update({"max_new_tokens": 96, "official_references": False})
   return config

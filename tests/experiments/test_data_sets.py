@@ -132,6 +132,14 @@ def test_the_papers_recipes():
   assert wikisql.optimizer.weight_decay == 0.1
 
 
+@pytest.mark.parametrize("variant", ["mini", "smollm2"])
+def test_a_warmup_fits_every_size_of_a_sweep(variant):
+  """A hundred examples are 6 steps: 20 of warmup would be all of them."""
+  config = importlib.import_module("experiments.configs.e2e_reversed").get_config(variant)
+  assert config.optimizer.warmup_steps == 0
+  assert 0 < config.optimizer.warmup_share < 1
+
+
 def test_titles_say_what_is_missing(sources):
   assert title(texts_of(sources, "webnlg")) == "WebNLG 2017, an excerpt"
   assert title(Texts("reference", "x", "dart_dev")) == "DART-dev"
