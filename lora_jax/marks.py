@@ -21,7 +21,7 @@ PLACES = {
   LAYER_OUTPUT: "the output of each layer, the hidden states that the next one gets",
   LAYER_INPUT: "the input of each layer, as large as the tokens",
   TOKENS: "the ids of the tokens whose embeddings are looked up",
-  TOKEN_EMBEDDINGS: "their embeddings, before positions are added or a norm is applied",
+  TOKEN_EMBEDDINGS: "the embeddings of the tokens, before positions are added or a norm is applied",
   HEAD_INPUT: "the hidden states from which a language model's head computes logits",
 }
 """Where a model has each mark. A sublayer's is where Houlsby et al. 2019 (arXiv 1902.00751) insert
