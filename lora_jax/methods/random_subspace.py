@@ -197,7 +197,8 @@ def _moved_weights(
   """
   shapes = {path: tuple(leaf.shape) for path, (_, leaf) in leaves.items()}
   order_key, parts = _parts(node, {path: _num_slices(shape) for path, shape in shapes.items()})
-  order = jax.random.permutation(order_key, _block_size(len(node.z)))
+  with jax.threefry_partitionable(True):  # as IMPL
+    order = jax.random.permutation(order_key, _block_size(len(node.z)))
   shared = Factor(node.z, (GROUPS,)), Factor(order, (IN1,), frozen=True)
   update = _Projection(sum(map(math.prod, shapes.values())))
   weights: dict[str, Factored] = {}
@@ -296,7 +297,8 @@ def fastfood(
     num_rows: the length of the result.
   """
   size = len(order)
-  bits = jax.random.bits(key, (-(-num_rows // size), size), jnp.uint32)
+  with jax.threefry_partitionable(True):  # as IMPL
+    bits = jax.random.bits(key, (-(-num_rows // size), size), jnp.uint32)
   signs = 1 - 2 * (bits & 1).astype(jnp.float32)
   uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2**-22 - 1  # above -1, below 1
   normal = math.sqrt(2) * jax.lax.erf_inv(uniform)

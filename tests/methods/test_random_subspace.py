@@ -154,6 +154,15 @@ def test_with_64_bits_it_is_the_same_subspace():
   assert drawn.outvars[0].aval.dtype == jnp.uint32
 
 
+def test_it_does_not_depend_on_how_jax_draws_numbers():
+  """An adapter may be merged elsewhere than it was trained."""
+  trainable = moved(START, z=jnp.ones(DIM))
+  expected = merge(PARAMS, trainable)
+  with jax.threefry_partitionable(False):
+    got = merge(PARAMS, trainable)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_wrong_settings_and_trees_are_refused():
   with pytest.raises(ValueError, match=r"dim must be an integer in \[1, 16777216\], got 0"):
     lj.random_subspace(fn, 0)
