@@ -19,7 +19,7 @@ def get_config(variant: str = "smollm2") -> Config:
   config = base_config(variant, ("smollm2", "medium"))
   config.workdir = "runs/wikisql/{name}"  # {name}: the variant and what differs from this file
   config.data.update({"name": "wikisql", "source": "data/wikisql", "max_length": 384})
-  config.data.update({"row_length": 384, "loss_length": 160})
+  config.data.update({"row_length": 384, "loss_length": 176})  # the longest query has 170 tokens
   config.decoding.max_new_tokens = 128
   if variant == "smollm2":
     config.data.batch_size = 4

@@ -130,6 +130,7 @@ def test_the_papers_recipes():
   wikisql = importlib.import_module("experiments.configs.wikisql").get_config("medium")
   assert (wikisql.data.batch_size, wikisql.data.num_epochs) == (128, 2)
   assert wikisql.optimizer.weight_decay == 0.1
+  assert wikisql.data.loss_length >= 170  # tokens of the longest query, which may not be cut
 
 
 @pytest.mark.parametrize("variant", ["mini", "smollm2"])
