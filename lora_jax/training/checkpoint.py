@@ -267,6 +267,10 @@ class Checkpoints:
   def restore(self, step: int, like: PyTree, base: str) -> Restored:
     """Reads the checkpoint of a step.
 
+    Args:
+      step: of the checkpoint.
+      like: a state, as `start` returns it, of arrays or `ShapeDtypeStruct`s.
+      base: the fingerprint of the base params.
     Raises:
       DamagedCheckpoint: if it differs from what was written.
       ValueError: if it belongs to other base params or another state, or a later version of
@@ -371,9 +375,12 @@ def _stored_path(path: str) -> str:
   return STORED_NAMES.get(field, field) + slash + rest
 
 
-def _plain(leaf: jax.Array) -> jax.Array:
-  is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  return jax.random.key_data(leaf) if is_key else leaf
+def _plain(leaf: Any) -> Any:
+  if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return leaf
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.eval_shape(jax.random.key_data, leaf).update(sharding=leaf.sharding)
+  return jax.random.key_data(leaf)
 
 
 def _like(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
@@ -382,7 +389,8 @@ def _like(arrays: dict[str, jax.Array], like: PyTree) -> PyTree:
   def restored(path: str, leaf: jax.Array) -> jax.Array:
     array = arrays[_stored_path(path)]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+      impl = jax.random.key_impl(jnp.empty((), leaf.dtype))  # also of a shape
+      return jax.random.wrap_key_data(array, impl=impl)
     return array
 
   leaves = [restored(*item) for item in leaves_with_path(like)]

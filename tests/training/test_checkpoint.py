@@ -42,6 +42,19 @@ def test_a_saved_checkpoint_is_restored(tmp_path):
   assert restored(tmp_path / "none") is None
 
 
+def test_the_shapes_of_a_state_are_enough_to_read_it(tmp_path):
+  """As of full fine-tuning, whose finished runs are read without initializing their training."""
+  saved(tmp_path, {3: 1.5})
+  shapes = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    for name, leaf in state().items()
+  }
+  with Checkpoints(tmp_path) as checkpoints:
+    got = checkpoints.restore(3, shapes, BASE).state
+  np.testing.assert_array_equal(got["w"], state(3)["w"])
+  assert got["key"] == jax.random.key(3)
+
+
 def test_the_last_two_and_the_best_are_kept_across_sessions(tmp_path):
   saved(tmp_path, {1: 3.0, 2: 1.0, 3: None, 4: 2.0})
   saved(tmp_path, {5: None, 6: 1.0, 7: None})
