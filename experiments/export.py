@@ -94,6 +94,11 @@ def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -
 
 def _e2e_adapter(config: E2EConfig) -> RunAdapter:
   """Returns the adapter of a run of `experiments.gpt2_e2e`."""
+  if not find_method(config.method).exports_adapter:
+    raise ValueError(
+      f"{config.workdir} is a run of {config.method}, which has no adapter that other packages "
+      "read. Export it --merged"
+    )
   if config.model.start == "random":
     raise ValueError(
       f"{config.workdir} adapts random weights, which no one else has. Export it --merged"

@@ -106,6 +106,13 @@ def test_the_merged_model_of_another_method(method, tmp_path):
   assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-5
 
 
+def test_an_adapter_that_no_package_reads_is_refused(tmp_path):
+  settings = read_config(E2EConfig, apply(tiny_config(tmp_path), {"method": "bitfit"}))
+  write_json(tmp_path / "config.json", dataclasses.asdict(settings))
+  with pytest.raises(ValueError, match=r"a run of bitfit, which has no adapter that .* --merged"):
+    export.export_adapter(tmp_path, tmp_path / "new")
+
+
 def untrained_run(folder, changes):
   """Makes the folder of a finished run of a random adapter; returns its base and merged params."""
   settings = with_token_ids(read_config(E2EConfig, apply(tiny_config(folder), changes)))
