@@ -97,6 +97,8 @@ def with_slots(examples: Sequence[Example], slots: Slots) -> list[Example]:
   The first token, whose output the head reads, stays the first: prefix slots follow it, and infix
   slots come after the last token.
   """
+  if not slots.count:
+    return list(examples)
   result = []
   for tokens, types, label in examples:
     tokens = [tokens[0], *slots.around(tokens[1:])]

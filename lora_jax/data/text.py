@@ -123,6 +123,8 @@ def with_slots(examples: Sequence[Example], slots: Slots) -> list[Example]:
     ValueError: if there are infix slots, and an example has several completions, as a conversation
       with several answers.
   """
+  if not slots.count:
+    return list(examples)
   result = []
   for i, example in enumerate(examples):
     if slots.num_infix and (np.diff(example.target_index) != 1).any():

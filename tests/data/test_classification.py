@@ -193,3 +193,4 @@ def test_slots_leave_the_first_token_the_first():
   assert example.tokens.tolist() == [2, first, first + 1, 7, 3, 8, 3, first + 2]
   assert example.token_types.tolist() == [0, 0, 0, 0, 0, 1, 1, 0]
   assert example.label == 1
+  assert with_slots([pair], Slots())[0] is pair
