@@ -1,5 +1,6 @@
 """The command: its plan, which runs it compares, its figures and tables, and what it refuses."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +134,14 @@ def test_runs_that_cannot_be_compared_are_refused(all_runs):
     arrange([high, high._replace(folder=Path("copy"))])
   with pytest.raises(ValueError, match="adapt different base models"):
     arrange([high, low._replace(result={"base": 1})])
+  space = low.subspaces["value"]
+  for names, message in (
+    (("h/attn/value/kernel[0]", "h/attn/value/kernel[1]"), None),
+    (("h_0/attn/value/kernel", "h_2/attn/value/kernel"), "adapt value in different layers"),
+  ):
+    other = low._replace(subspaces=low.subspaces | {"value": space._replace(names=names)})
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+      assert arrange([high, other]).low is other
   assert arrange([high, second]).low is None
 
 

@@ -1,5 +1,6 @@
 """Reads the adapters of finished runs, and finds out what they are compared for."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def arrange(runs: Sequence[Trained]) -> Study:
 
   Raises:
     ValueError: if none is trained on its own completions, two have one rank, seed and kind of
-      training, or they adapt different base models.
+      training, or they adapt different base models or layers.
   """
   places: dict[Any, Trained] = {}
   for run in runs:
@@ -155,6 +156,11 @@ def arrange(runs: Sequence[Trained]) -> Study:
   for run in runs:
     if run.kind != RANDOM_BASE and run.result["base"] != high.result["base"]:
       raise ValueError(f"{high.folder} and {run.folder} adapt different base models; expected one")
+    for kind in run.subspaces.keys() & high.subspaces.keys():
+      if _layers(run, kind) != _layers(high, kind):
+        raise ValueError(
+          f"{high.folder} and {run.folder} adapt {kind} in different layers; expected the same ones"
+        )
   seed = high.config.seed
   smaller = [run for run in real if run.rank < high.rank and run.config.seed == seed]
   low = smaller[-1] if smaller else None
@@ -162,3 +168,8 @@ def arrange(runs: Sequence[Trained]) -> Study:
   nulls = [run for run in runs if run.kind != TRAINED and run.config.seed == seed]
   used = [high, low, second, *nulls]
   return Study(high, low, second, nulls, [r for r in runs if not any(r is run for run in used)])
+
+
+def _layers(run: Trained, kind: str) -> list[list[str]]:
+  """Returns the numbers of the layers that a run adapts, scanned or not."""
+  return [re.findall(r"\d+", name) for name in run.subspaces[kind].names]
