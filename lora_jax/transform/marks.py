@@ -90,7 +90,8 @@ def trace_marks(
     strict: whether to raise these errors. Otherwise marks that cannot be replaced are left out, and
       each evaluation of a layer has marks of its own: for values without trained arrays.
   Raises:
-    UnsupportedOperation: if a mark is inside a function with custom derivatives or a `shard_map`.
+    UnsupportedOperation: if a mark is inside a function with custom derivatives, a `shard_map` or a
+      choice by platform.
     ValueError: if two marks of one name have one name stack: a layer that is evaluated twice.
   """
   traced = trace_call(fn, params, args, kwargs)
@@ -235,7 +236,8 @@ def _stack_length(equation: Any, is_weight: list[bool]) -> int | None:
 
 def _is_emitted(equation: Any) -> bool:
   """Tells whether an equation keeps its meaning when it is emitted again."""
-  return equation.primitive.name in (*PLAIN_CALLS, "scan", "while", "cond")
+  by_platform = equation.params.get("branches_platforms") is not None
+  return equation.primitive.name in (*PLAIN_CALLS, "scan", "while", "cond") and not by_platform
 
 
 def _check_emitted(equation: Any, marks: Sequence[Mark]) -> None:
@@ -244,5 +246,5 @@ def _check_emitted(equation: Any, marks: Sequence[Mark]) -> None:
     name = equation.primitive.name
     raise UnsupportedOperation(
       f"{marks[0]} is inside {name!r} at {_compat.source_line(equation)}, which cannot be emitted "
-      "again without losing its derivatives or its sharding. Mark the value outside of it"
+      "again without losing its derivatives, sharding or platforms. Mark the value outside of it"
     )

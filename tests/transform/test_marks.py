@@ -251,12 +251,23 @@ def sharded(params, x):
   return jax.shard_map(lambda x: layer(params["w"][0], x), mesh=mesh, **specs)(x)
 
 
-@pytest.mark.parametrize(("fn", "name"), [(custom, "custom_vjp_call"), (sharded, "shard_map")])
+def by_platform(params, x):
+  later = jax.jit(functools.partial(layer, params["w"][0]))
+  return lax.platform_dependent(x, cpu=later, default=lambda x: x)
+
+
+@pytest.mark.parametrize(
+  ("fn", "name"),
+  [(custom, "custom_vjp_call"), (sharded, "shard_map"), (by_platform, "cond")],
+)
 def test_a_mark_inside_a_call_that_cannot_be_emitted_is_refused(fn, name):
   message = f"lora_jax/mlp_output 0 is inside '{name}' at .*test_marks.py.*Mark the value outside"
   with pytest.raises(UnsupportedOperation, match=message):
     trace_marks(fn, [NAME], PARAMS, (X,), {})
   assert trace_marks(fn, ["another"], PARAMS, (X,), {}).marks == ()
+  lenient = trace_marks(fn, [NAME], PARAMS, (X,), {}, strict=False)
+  np.testing.assert_array_equal(lenient.evaluate(visit, {}), fn(PARAMS, X))
+  assert lenient.marks == ()
 
 
 def test_a_layer_that_is_evaluated_twice_is_refused():
