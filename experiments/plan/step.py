@@ -41,7 +41,7 @@ class Costs(NamedTuple):
       activations, gradients and gathered weights.
     flops: operations of matmuls, loops counted.
     sent: to other devices, by kind of collective, loops counted.
-    seconds: to trace and compile.
+    seconds: to compile.
     fits: whether the compiler could place it.
   """
 
