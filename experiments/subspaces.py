@@ -24,6 +24,7 @@ from experiments.analysis.subspaces.figures import draw_figures
 from experiments.analysis.subspaces.page import markdown, status_of
 from experiments.analysis.subspaces.plan import config_of, plan, planned_runs
 from experiments.analysis.subspaces.runs import arrange, load_runs
+from experiments.comparison.runs import check_config
 from experiments.configs.subspaces import FULL, TINY
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.workdir import read_result
@@ -70,12 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
       print(plan(options.model, sizes), flush=True)
       if options.plan:
         return
-      runs = {str(root / run.name): run for run in planned_runs(options.model, sizes)}
+      configs = [
+        config_of(run, options.model, str(root / run.name))
+        for run in planned_runs(options.model, sizes)
+      ]
       if not options.report:
         keep_freed_memory()
-        configs = (config_of(run, options.model, folder) for folder, run in runs.items())
         broken = do_runs(configs, gpt2_e2e.run)
-      folders = [folder for folder in runs if read_result(folder)]
+      finished = [config for config in configs if read_result(config.workdir)]
+      for config in finished:
+        check_config(Path(config.workdir), config)
+      folders = [config.workdir for config in finished]
       if not folders:
         raise ValueError(f"{root} has no finished runs yet; leave out --report")
     print(report(folders, out))

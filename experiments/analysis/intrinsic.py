@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.analysis.runs import has_failed
 from experiments.comparison.plan import FIXED, PER_LINE, PER_VALID_LINE
+from experiments.comparison.runs import check_config
 from experiments.configs import Config
 from experiments.configs.e2e_budgets import Changes
 from experiments.configs.intrinsic_dimension import (
@@ -123,11 +124,11 @@ def read_curves(sizes: Sizes, bases: Sequence[str], root: Path) -> tuple[list[Cu
 
   Raises:
     ValueError: if full fine-tuning has not lowered a base model's loss, so that shares of its gain
-      are not defined.
+      are not defined, or a run had other settings, such as fewer examples.
   """
   curves, missing = [], []
   for base in bases:
-    losses = _losses(root / base, sizes)
+    losses = _losses(planned_runs(sizes, [base], root)[base])
     absent = [name for name in _runs(base, sizes) if name not in losses]
     if absent:
       missing.append(f"- {base}: {len(absent)} runs are not finished, such as {absent[0]}.")
@@ -147,15 +148,17 @@ def read_curves(sizes: Sizes, bases: Sequence[str], root: Path) -> tuple[list[Cu
   return curves, missing
 
 
-def _losses(folder: Path, sizes: Sizes) -> dict[str, float]:
+def _losses(configs: Sequence[Config]) -> dict[str, float]:
   """Returns the losses of the runs that are done, by name; infinite if training failed."""
   losses = {}
-  for name in _runs(folder.name, sizes):
-    result = read_result(folder / name)
+  for config in configs:
+    folder = Path(config.workdir)
+    result = read_result(folder)
     if result is not None:
-      losses[name] = result["valid_loss"]
-    elif has_failed(folder / name):
-      losses[name] = math.inf
+      check_config(folder, config)
+      losses[folder.name] = result["valid_loss"]
+    elif has_failed(folder):
+      losses[folder.name] = math.inf
   return losses
 
 

@@ -66,7 +66,7 @@ def carry_out(
       folder = root / planned.stage / planned.name
       config = config_of(planned, sizes, str(folder))
       if (folder / PLANNED).exists():
-        _check_config(folder, config)
+        check_config(folder, config)
         continue
       with claimed(folder) as is_free:
         if not is_free:
@@ -113,11 +113,11 @@ def _do(
   return True
 
 
-def _check_config(folder: Path, config: Config) -> None:
+def check_config(folder: Path, config: Config) -> None:
   """Raises ValueError if a folder's run had another config, such as fewer examples."""
   if read_run(E2EConfig, folder) != read_config(E2EConfig, config):
     raise ValueError(
-      f"{folder} is a run with other settings than the comparison has now. Give another --root, or "
+      f"{folder} is a run with other settings than are planned now. Give another --root, or "
       "remove the folder to run it again"
     )
 

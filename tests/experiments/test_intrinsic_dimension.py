@@ -29,9 +29,11 @@ LOSSES = {  # nats per token; 90 % of the gain is 1.1
 
 
 def write(root, losses=LOSSES, base=BASE):
+  configs = {config.workdir: config for config in planned_runs(TINY, [base], root)[base]}
   for name, loss in losses.items():
     folder = root / base / name
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text(configs[str(folder)].to_json())
     file, content = ("failed.json", {}) if loss is None else ("result.json", {"valid_loss": loss})
     (folder / file).write_text(json.dumps(content))
 
@@ -60,6 +62,15 @@ def test_the_report_has_the_table_and_what_is_missing(tmp_path, capsys):
   assert "- 2 M tokens: 6 runs are not finished, such as frozen_base." in text
   assert "- 20 M tokens: the best learning rate is an end of those tried at 4, 16." in text
   assert (tmp_path / "intrinsic_dimension.png").stat().st_size > 1000
+
+
+def test_runs_with_other_settings_are_refused(tmp_path):
+  """Those of --tiny are no part of the study, although some have its names."""
+  write(tmp_path)
+  with pytest.raises(
+    ValueError, match=r"frozen_base is a run with other settings than are planned"
+  ):
+    read_curves(FULL, [BASE], tmp_path)
 
 
 def test_every_planned_run_is_a_valid_config(tmp_path):

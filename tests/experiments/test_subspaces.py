@@ -248,6 +248,19 @@ def test_what_cannot_be_done_is_refused(flags, message, tmp_path):
   assert message in str(exit.value)
 
 
+def test_runs_with_other_settings_are_refused(tmp_path):
+  """Those of --tiny are no part of the study, although one has its name."""
+  (planned,) = (
+    run for run in planned_runs("embedded", TINY) if run.name == "trained,rank=8,seed=1"
+  )
+  folder = tmp_path / "embedded" / planned.name
+  folder.mkdir(parents=True)
+  (folder / "config.json").write_text(config_of(planned, "embedded", str(folder)).to_json())
+  (folder / "result.json").write_text('{"valid_loss": 1.0}')
+  with pytest.raises(SystemExit, match="is a run with other settings than are planned now"):
+    command.main(["--report", f"--root={tmp_path}"])
+
+
 def test_the_page_of_other_folders_does_not_replace_the_studys(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(command, "report", lambda folders, out: f"{len(folders)} in {out}")
   command.main(["--folders", "a", "b", f"--root={tmp_path}"])
