@@ -1,15 +1,18 @@
 """Compiles a train step for a mesh, and reads from it what each of the devices needs."""
 
+import contextlib
 import functools
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -171,7 +174,8 @@ def compile_step(lowered: Any, folder: Path) -> Compiled:
     "xla_dump_hlo_pass_re": ".*spmd-partitioning.*",
   }
   try:
-    compiled = lowered.compile(compiler_options=options)
+    with _without_cache():
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if not (needed := NEEDED.search(str(error))):
       raise
@@ -183,6 +187,20 @@ def compile_step(lowered: Any, folder: Path) -> Compiled:
   if _is_for_cpus(compiled):  # whose peak leaves out nearly all temporaries
     peak = arguments + outputs + memory.temp_size_in_bytes
   return Compiled(arguments, peak, True, _partitioned(folder))
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+  """Turns JAX's persistent cache off: a program that is read from it leaves no module behind."""
+  name = "jax_enable_compilation_cache"
+  before = getattr(jax.config, name)
+  jax.config.update(name, False)
+  compilation_cache.reset_cache()  # JAX looks at its settings once
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()
 
 
 def _is_for_cpus(compiled: Any) -> bool:

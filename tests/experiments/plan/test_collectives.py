@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,6 +92,29 @@ def test_a_collective_without_groups_is_refused():
   text = "ENTRY %main (x: f32[4]) -> f32[4] {\n  %c = f32[4]{0} all-reduce(%x)\n}\n"
   with pytest.raises(ValueError, match="a collective without known groups"):
     collective_bytes(text)
+
+
+def test_a_program_that_was_compiled_before_is_read_too(tmp_path):
+  """JAX's persistent cache, which many machines have, would leave nothing to read."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path / "cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(make_mesh(4), P("data")))
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    texts = []
+    for folder in ("first", "second"):
+      texts.append(compile_step(jax.jit(lambda x: x @ x.T).lower(x), tmp_path / folder).text)
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+  assert compiled_flops(texts[0]) == compiled_flops(texts[1]) > 0
 
 
 def test_collectives_of_a_compiled_scan(tmp_path):
