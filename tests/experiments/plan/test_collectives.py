@@ -107,9 +107,10 @@ def test_a_program_that_was_compiled_before_is_read_too(tmp_path):
     for name, value in settings.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
-    texts = []
-    for folder in ("first", "second"):
-      texts.append(compile_step(jax.jit(lambda x: x @ x.T).lower(x), tmp_path / folder).text)
+    texts = [
+      compile_step(jax.jit(lambda x: x @ x.T).lower(x), tmp_path / folder).text
+      for folder in ("first", "second")
+    ]
   finally:
     for name, value in before.items():
       jax.config.update(name, value)
