@@ -264,7 +264,7 @@ def test_a_changed_field_that_the_method_ignores_is_an_error(launched):
   ]
   written = launched("--sweep", "--config=full.py", "--config.lora.rank=2", code=1)
   assert "error: lora.rank=2 has no effect with method=full_finetuning" in written
-  assert ", frozen_base, got 'dora_plus'" in launched("--config.method=dora_plus", code=1)
+  assert ", frozen_base, floor, got 'dora_plus'" in launched("--config.method=dora_plus", code=1)
 
 
 def test_apply_changes_a_copy():
