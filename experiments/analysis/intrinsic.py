@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments.analysis.runs import has_failed
 from experiments.comparison.plan import FIXED, PER_LINE, PER_VALID_LINE
 from experiments.comparison.runs import check_config
 from experiments.configs import Config
@@ -26,6 +25,7 @@ from experiments.configs.intrinsic_dimension import (
   Sizes,
   get_config,
 )
+from experiments.harness.attempt import has_failed
 from experiments.harness.launch import RATE, apply
 from experiments.harness.table import aligned
 from experiments.harness.workdir import read_result

@@ -1,15 +1,10 @@
 """Does runs of an experiment one after another, each in its folder."""
 
-import contextlib
-import io
-import traceback
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from experiments.comparison.runs import FAILED
 from experiments.configs import Config
-from experiments.harness.workdir import write_json
+from experiments.harness.attempt import attempt, has_failed
 
 
 def do_runs(configs: Iterable[Config], run: Callable[[Config], Mapping[str, Any]]) -> list[str]:
@@ -28,19 +23,10 @@ def do_runs(configs: Iterable[Config], run: Callable[[Config], Mapping[str, Any]
     if has_failed(config.workdir):
       print("  failed before", flush=True)
       continue
-    try:
-      with contextlib.redirect_stdout(io.StringIO()):
-        result = run(config)
-      print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
-    except FloatingPointError as error:
-      write_json(Path(config.workdir) / FAILED, {"reason": str(error)})
-      print(f"  failed: {error}", flush=True)
-    except Exception:  # the others are still worth doing
+    if not attempt(config.workdir, lambda config=config: _loss(run(config))):
       broken.append(config.workdir)
-      print(f"  {traceback.format_exc()}", flush=True)
   return broken
 
 
-def has_failed(folder: str | Path) -> bool:
-  """Tells whether a run's training was not finite."""
-  return (Path(folder) / FAILED).exists()
+def _loss(result: Mapping[str, Any]) -> str:
+  return f"loss {result['valid_loss']:.4f} nats/token"

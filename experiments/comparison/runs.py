@@ -9,12 +9,10 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
 
 import contextlib
 import fcntl
-import io
 import json
 import math
 import os
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
 from experiments.comparison.sizes import trained_at_once
 from experiments.configs import Config
 from experiments.configs.variants import Sizes
+from experiments.harness.attempt import FAILED, attempt
 from experiments.harness.config import flat, read_config
 from experiments.harness.workdir import read_result, read_run, stored_config, write_json
 from experiments.nlg.config import E2EConfig, Texts
@@ -32,7 +31,7 @@ from experiments.nlg.e2e import decoded_inputs
 from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
 
-PLANNED, FAILED, MEASURED = "planned.json", "failed.json", "measured.json"
+PLANNED, MEASURED = "planned.json", "measured.json"
 COSTS = "costs"  # a stage without runs
 WAIT = 2.0  # seconds, before looking for the runs of another process again
 Record = dict[str, Any]
@@ -97,17 +96,14 @@ def _do(
 ) -> bool:
   """Does a run; returns whether it could be done. If not, the others are still worth doing."""
   print(f"[{planned.stage}] {folder}", flush=True)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      result = run(config)
-    print(f"  loss {result['valid_loss']:.4f} nats/token", flush=True)
+
+  def do() -> str:
+    result = run(config)
     if _is_measured(planned):
       write_json(folder / MEASURED, measure_losses(folder))
-  except FloatingPointError as error:
-    write_json(folder / FAILED, {"reason": str(error)})
-    print(f"  failed: {error}", flush=True)
-  except Exception:
-    print(f"  {traceback.format_exc()}", flush=True)
+    return f"loss {result['valid_loss']:.4f} nats/token"
+
+  if not attempt(folder, do):
     return False
   write_json(folder / PLANNED, {"stage": planned.stage, "arm": planned.arm})
   return True

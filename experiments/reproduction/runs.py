@@ -7,19 +7,17 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
     planned.json    its study, arm and kind; written last
 """
 
-import contextlib
-import io
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.classification.config import GlueConfig
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
-from experiments.comparison.runs import FAILED, MEASURED, PLANNED, WAIT, claimed
+from experiments.comparison.runs import MEASURED, PLANNED, WAIT, claimed
 from experiments.configs import Config
 from experiments.configs.paper import STUDIES, Study
+from experiments.harness.attempt import FAILED, attempt
 from experiments.harness.config import read_config
 from experiments.harness.methods import find_method
 from experiments.harness.workdir import read_result, read_run, write_json
@@ -90,17 +88,14 @@ def _do(planned: Planned, config: Config, run: Run) -> bool:
   """Does a run; returns whether it could be done. If not, the others are still worth doing."""
   folder = Path(config.workdir)
   print(folder, flush=True)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      result = run(config)
-      if planned.kind == "reported" and STUDIES[planned.study].base != "minilm":
-        write_json(folder / MEASURED, measure(folder, STUDIES[planned.study]))
-    print(f"  {_summary(result)}", flush=True)
-  except FloatingPointError as error:
-    write_json(folder / FAILED, {"reason": str(error)})
-    print(f"  failed: {error}", flush=True)
-  except Exception:
-    print(f"  {traceback.format_exc()}", flush=True)
+
+  def do() -> str:
+    result = run(config)
+    if planned.kind == "reported" and STUDIES[planned.study].base != "minilm":
+      write_json(folder / MEASURED, measure(folder, STUDIES[planned.study]))
+    return _summary(result)
+
+  if not attempt(folder, do):
     return False
   write_json(folder / PLANNED, planned._asdict())
   return True
