@@ -29,10 +29,11 @@ from experiments.analysis.records import MEASURES, Planned, Record, carry_out, r
 from experiments.analysis.sharpness import measure_sharpness, plan_sharpness
 from experiments.analysis.summary import markdown, summarize
 from experiments.comparison.plan import arms_of
-from experiments.comparison.runs import WAIT, claimed, collect
+from experiments.comparison.runs import collect
 from experiments.configs.mechanism import FULL, TINY, Sizes
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
+from experiments.harness.sharing import WAIT, claimed
 from lora_jax.training.allocator import keep_freed_memory
 
 SEEDS = "python -m experiments.variants --stage=seeds makes them"

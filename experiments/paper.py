@@ -29,6 +29,7 @@ from experiments.configs import subspaces as subspace_configs
 from experiments.configs.paper import STUDIES, Study
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
+from experiments.harness.sharing import PLANNED
 from experiments.harness.table import aligned
 from experiments.harness.workdir import read_result
 from experiments.reproduction.claims import Evidence
@@ -42,7 +43,7 @@ from experiments.reproduction.plan import (
   trains,
 )
 from experiments.reproduction.report import write_report
-from experiments.reproduction.runs import PLANNED, carry_out, collect
+from experiments.reproduction.runs import carry_out, collect
 from lora_jax.models.checkpoints.pretrained import find_pretrained
 from lora_jax.training.allocator import keep_freed_memory
 

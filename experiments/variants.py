@@ -39,7 +39,6 @@ from experiments.comparison.plan import (
 )
 from experiments.comparison.runs import (
   carry_out,
-  claimed,
   collect,
   costs_file,
   rate_losses,
@@ -51,6 +50,7 @@ from experiments.comparison.summary import summarize
 from experiments.configs.variants import CONTROL, FULL, TINY, Sizes
 from experiments.harness.config import read_output
 from experiments.harness.launch import RATE, explained, make_parser
+from experiments.harness.sharing import claimed
 from experiments.harness.workdir import write_json
 from lora_jax.training.allocator import keep_freed_memory
 

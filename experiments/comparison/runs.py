@@ -7,14 +7,12 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
     planned.json    its stage and arm; written last
 """
 
-import contextlib
-import fcntl
+import functools
 import json
 import math
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,18 @@ from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
 from experiments.comparison.sizes import trained_at_once
 from experiments.configs import Config
 from experiments.configs.variants import Sizes
+from experiments.harness import sharing
 from experiments.harness.attempt import FAILED, attempt
 from experiments.harness.config import flat, read_config
+from experiments.harness.sharing import PLANNED, Task
 from experiments.harness.workdir import read_result, read_run, stored_config, write_json
 from experiments.nlg.config import E2EConfig, Texts
 from experiments.nlg.e2e import decoded_inputs
 from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
 
-PLANNED, MEASURED = "planned.json", "measured.json"
+MEASURED = "measured.json"
 COSTS = "costs"  # a stage without runs
-WAIT = 2.0  # seconds, before looking for the runs of another process again
 Record = dict[str, Any]
 SETTINGS = (  # of a record
   *("lora.rank", "lora.alpha", "lora.target", "optimizer.learning_rate"),
@@ -58,37 +57,14 @@ def carry_out(
   Raises:
     ValueError: if a folder has a run with another config.
   """
-  broken, left = [], list(runs)
-  while left:
-    taken = []
-    for planned in left:
-      folder = root / planned.stage / planned.name
-      config = config_of(planned, sizes, str(folder))
-      if (folder / PLANNED).exists():
-        check_config(folder, config)
-        continue
-      with claimed(folder) as is_free:
-        if not is_free:
-          taken.append(planned)
-        elif not ((folder / PLANNED).exists() or _do(planned, config, folder, run)):
-          broken.append(str(folder))
-    left = taken
-    if left:
-      time.sleep(WAIT)
-  return broken
 
+  def task(planned: Planned) -> Task:
+    folder = root / planned.stage / planned.name
+    config = config_of(planned, sizes, str(folder))
+    check = functools.partial(check_config, folder, config)
+    return Task(folder, check, lambda: _do(planned, config, folder, run))
 
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-  """Claims a folder for this process; tells whether no other process has."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / ".claim").open("a") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      is_free = True
-    except BlockingIOError:
-      is_free = False
-    yield is_free
+  return sharing.carry_out(map(task, runs))
 
 
 def _do(

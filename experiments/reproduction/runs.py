@@ -7,19 +7,21 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
     planned.json    its study, arm and kind; written last
 """
 
-import time
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.classification.config import GlueConfig
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
-from experiments.comparison.runs import MEASURED, PLANNED, WAIT, claimed
+from experiments.comparison.runs import MEASURED
 from experiments.configs import Config
 from experiments.configs.paper import STUDIES, Study
+from experiments.harness import sharing
 from experiments.harness.attempt import FAILED, attempt
 from experiments.harness.config import read_config
 from experiments.harness.methods import find_method
+from experiments.harness.sharing import PLANNED, Task
 from experiments.harness.workdir import read_result, read_run, write_json
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import decoded_inputs, examples_of, measure_parts
@@ -49,29 +51,14 @@ def carry_out(
   Raises:
     ValueError: if a folder has a run with another config.
   """
-  broken, left = list[str](), list(runs)
-  while left:
-    taken = []
-    for planned in left:
-      folder = root / planned.study / planned.name
-      config = config_of(planned, str(folder), tiny)
-      if is_done(folder):
-        _check_config(folder, config, STUDIES[planned.study])
-        continue
-      with claimed(folder) as is_free:
-        if not is_free:
-          taken.append(planned)
-        elif not (is_done(folder) or _do(planned, config, run_of(STUDIES[planned.study]))):
-          broken.append(str(folder))
-    left = taken
-    if left:
-      time.sleep(WAIT)
-  return broken
 
+  def task(planned: Planned) -> Task:
+    study, folder = STUDIES[planned.study], root / planned.study / planned.name
+    config = config_of(planned, str(folder), tiny)
+    check = functools.partial(_check_config, folder, config, study)
+    return Task(folder, check, lambda: _do(planned, config, run_of(study)))
 
-def is_done(folder: Path) -> bool:
-  """Tells whether a planned run is finished, or has failed."""
-  return (folder / PLANNED).exists()
+  return sharing.carry_out(map(task, runs))
 
 
 def _check_config(folder: Path, config: Config, study: Study) -> None:

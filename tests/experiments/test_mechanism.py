@@ -10,10 +10,11 @@ from experiments.analysis import capacity
 from experiments.analysis.records import read_records
 from experiments.comparison import plan
 from experiments.comparison.plan import Planned, changes_of
-from experiments.comparison.runs import carry_out, claimed
+from experiments.comparison.runs import carry_out
 from experiments.configs import variants
 from experiments.configs.variants import TINY
 from experiments.harness.launch import RATE
+from experiments.harness.sharing import claimed
 
 from tests.experiments.analysis.records import sharp
 from tests.tiny_e2e import tiny_folder

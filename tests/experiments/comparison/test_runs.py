@@ -9,12 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.comparison import runs
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
 from experiments.comparison.plan import FROZEN, Planned, config_of, frozen_run
 from experiments.comparison.runs import (
   carry_out,
-  claimed,
   collect,
   costs_file,
   rate_losses,
@@ -22,7 +20,9 @@ from experiments.comparison.runs import (
   write_lines,
 )
 from experiments.configs.variants import TINY
+from experiments.harness import sharing
 from experiments.harness.config import read_config, replace_fields
+from experiments.harness.sharing import claimed
 from experiments.harness.workdir import open_workdir, write_json
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
@@ -149,7 +149,7 @@ def test_a_run_of_another_process_is_waited_for(tmp_path, monkeypatch):
       write_json(folder / "planned.json", {"stage": "rates", "arm": "lora"})
       other.close()
 
-    monkeypatch.setattr(runs.time, "sleep", wait)
+    monkeypatch.setattr(sharing.time, "sleep", wait)
     assert carry_out([first, second], TINY, tmp_path, run) == []
   assert done == [second.rate]
   assert len(collect(tmp_path)) == 2
@@ -160,7 +160,7 @@ def test_a_run_that_another_process_gave_up_is_taken_over(rate, tmp_path, monkey
   given_up = planned(rate)
   with contextlib.ExitStack() as other:
     assert other.enter_context(claimed(tmp_path / "rates" / given_up.name))
-    monkeypatch.setattr(runs.time, "sleep", lambda seconds: other.close())
+    monkeypatch.setattr(sharing.time, "sleep", lambda seconds: other.close())
     broken = carry_out([given_up], TINY, tmp_path, fake_run)
   assert broken == ([str(tmp_path / "rates" / given_up.name)] if rate == 0.3 else [])
   assert len(collect(tmp_path)) == 1 - len(broken)

@@ -7,10 +7,11 @@ import shutil
 import pytest
 
 from experiments.configs.paper import STUDIES
+from experiments.harness.sharing import PLANNED
 from experiments.reproduction import plan, runs
 from experiments.reproduction.claims import Evidence
 from experiments.reproduction.report import FLOOR, blocks, study_blocks, write_report
-from experiments.reproduction.runs import PLANNED, carry_out, collect
+from experiments.reproduction.runs import carry_out, collect
 
 from tests.experiments.reproduction.studies import make_runs, patched, planned, small
 
