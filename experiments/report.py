@@ -20,7 +20,7 @@ from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.harness.runs import Run, joined_values, read_runs
 from experiments.nlg.config import E2EConfig, FinetuneConfig, TemplateConfig, Texts
-from experiments.nlg.e2e import decoded_inputs, measure_parts
+from experiments.nlg.e2e import decoded_inputs, measure_parts, read_predictions
 from experiments.nlg.figure import draw
 from experiments.nlg.groups import (
   ROUNDED,
@@ -280,7 +280,7 @@ def compare(runs: Sequence[Run], reference: Run) -> list[dict[str, Difference | 
   """Returns each run's scores minus those of another one, all decoded on the same inputs."""
   texts, split, count = _inputs(reference)
   inputs = decoded_inputs(texts, split, count)
-  systems = [_texts(run, len(inputs)) for run in (*runs, reference)]
+  systems = [read_predictions(run.folder, len(inputs)) for run in (*runs, reference)]
   *measured, last = measure_parts(systems, inputs, texts, split)
   return [
     by_name({part: differences(parts[part], last[part]) for part in parts}) for parts in measured
@@ -306,14 +306,6 @@ def _inputs(run: Run) -> tuple[Texts, Split, int]:
   texts = texts_of(run)
   assert texts is not None, "a run without a data set decodes none of its inputs"
   return texts, run.settings["decoding.split"], run.settings["decoding.num_inputs"]
-
-
-def _texts(run: Run, count: int) -> list[str]:
-  path = run.folder / "predictions.txt"
-  texts = path.read_text("utf-8").removesuffix("\n").split("\n")
-  if len(texts) != count:
-    raise ValueError(f"{path}: expected {count} lines, one per input, got {len(texts)}")
-  return texts
 
 
 def _difference(name: str, difference: Difference | None) -> str:

@@ -27,7 +27,7 @@ from experiments.harness.config import flat, read_config
 from experiments.harness.sharing import PLANNED, Task
 from experiments.harness.workdir import read_result, read_run, stored_config, write_json
 from experiments.nlg.config import E2EConfig, Texts
-from experiments.nlg.e2e import decoded_inputs
+from experiments.nlg.e2e import decoded_inputs, read_predictions
 from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
 
@@ -159,7 +159,7 @@ def _bleu_rows(folder: Path, settings: Mapping[str, Any]) -> list[list[int]]:
   """Returns BLEU's statistics of each input, as `lora_jax.metrics.ngrams.bleu`'s rows."""
   data = Texts(settings["data.form"], settings["data.source"])
   groups = decoded_inputs(data, settings["decoding.split"], settings["decoding.num_inputs"])
-  texts = (folder / "predictions.txt").read_text("utf-8").removesuffix("\n").split("\n")
+  texts = read_predictions(folder, len(groups))
   rows = ngrams.bleu(texts, [group.references for group in groups]).rows
   return rows.astype(int).tolist()
 

@@ -263,6 +263,19 @@ def score(
   return {**result, "score_seconds": time.perf_counter() - start}
 
 
+def read_predictions(folder: Path, count: int) -> list[str]:
+  """Returns the texts that `score` has written into a run's folder, one for each of its inputs.
+
+  Raises:
+    ValueError: if there are more or fewer.
+  """
+  path = folder / "predictions.txt"
+  texts = path.read_text("utf-8").removesuffix("\n").split("\n")
+  if len(texts) != count:
+    raise ValueError(f"{path}: expected {count} lines, one per input, got {len(texts)}")
+  return texts
+
+
 def measure_parts(
   systems: Sequence[Sequence[str]], groups: Sequence[e2e.Group], data: Texts, split: e2e.Split
 ) -> list[dict[str, Measured]]:

@@ -24,7 +24,7 @@ from experiments.harness.methods import find_method
 from experiments.harness.sharing import PLANNED, Task
 from experiments.harness.workdir import read_result, read_run, write_json
 from experiments.nlg.config import E2EConfig
-from experiments.nlg.e2e import decoded_inputs, examples_of, measure_parts
+from experiments.nlg.e2e import decoded_inputs, examples_of, measure_parts, read_predictions
 from experiments.nlg.restore import load_run
 from experiments.nlg.tasks.task import by_name
 from experiments.reproduction.plan import Planned, config_of
@@ -119,11 +119,11 @@ def measure(folder: str | Path, study: Study) -> dict[str, Any]:
 
 def _metric_rows(config: E2EConfig, metrics: Iterable[str]) -> dict[str, list[list[float]]]:
   """Returns the statistics of each decoded input, by metric."""
-  decoding, path = config.decoding, Path(config.workdir) / "predictions.txt"
+  decoding = config.decoding
   if not decoding.num_inputs or not metrics:
     return {}
   groups = decoded_inputs(config.data, decoding.split, decoding.num_inputs)
-  texts = path.read_text("utf-8").removesuffix("\n").split("\n")
+  texts = read_predictions(Path(config.workdir), len(groups))
   parts = measure_parts([texts], groups, config.data, decoding.split)[0]
   statistics = by_name({part: measured.statistics for part, measured in parts.items()})
   return {name: statistics[name].rows.tolist() for name in metrics if name in statistics}
