@@ -14,9 +14,9 @@ its code, `dagger` the rows of RoBERTa large with a dagger. docs/glue.md has the
 times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -311,25 +311,34 @@ def best_rates(config: Config) -> dict[str, float]:
   Raises:
     ValueError: if there are no runs, or as in `best_rate`.
   """
-  tuned = {run.method for run in map(_stored, _tuning_folders(config))}
+  runs = _tuning_runs(config)
+  tuned = {run.config.method for run in runs}
   left_out = [method for method in names("glue") if method not in tuned]
   if tuned and left_out:
     folder = config.optimizer.tuned_in
     print(f"{folder} has no tuning runs of {config.variant} by {', '.join(left_out)}: left out")
-  return {m: best_rate(config, m) for m in names("glue") if m in tuned or not tuned}
+  return {m: _best_rate(config, m, runs) for m in names("glue") if m in tuned or not tuned}
 
 
-def _tuning_folders(config: Config) -> list[Path]:
-  """Returns the folders of the tuning sweep's runs of a variant, finished or not."""
+class _TuningRun(NamedTuple):
+  """A run of the tuning sweep; its result is None if it is not finished."""
+
+  folder: Path
+  config: Config
+  result: dict[str, Any] | None
+
+
+def _tuning_runs(config: Config) -> list[_TuningRun]:
+  """Returns the tuning sweep's runs of a variant."""
   if not config.optimizer.tuned_in:
     return []
   folders = [path.parent for path in sorted(Path(config.optimizer.tuned_in).glob("*/config.json"))]
-  runs = [(folder, _stored(folder)) for folder in folders]
-  return [f for f, run in runs if run.variant == config.variant and run.data.tuning]
-
-
-def _stored(folder: Path) -> Config:
-  return ConfigDict(stored_config(folder))
+  runs = [(folder, ConfigDict(stored_config(folder))) for folder in folders]
+  return [
+    _TuningRun(folder, run, read_result(folder))
+    for folder, run in runs
+    if run.variant == config.variant and run.data.tuning
+  ]
 
 
 def best_rate(config: Config, method: str) -> float:
@@ -340,6 +349,10 @@ def best_rate(config: Config, method: str) -> float:
   Raises:
     ValueError: if a run is missing or not finished, or has another model or recipe.
   """
+  return _best_rate(config, method, _tuning_runs(config))
+
+
+def _best_rate(config: Config, method: str, runs: Iterable[_TuningRun]) -> float:
   if not config.optimizer.tuned_in:
     raise ValueError(
       "the learning rates are not tuned. First run --sweep --config.data.tuning=True "
@@ -347,8 +360,7 @@ def best_rate(config: Config, method: str) -> float:
     )
   folder = Path(config.optimizer.tuned_in)
   scores: dict[float, float] = {}
-  for path in _tuning_folders(config):
-    tuned, result = _stored(path), read_result(path)
+  for path, tuned, result in runs:
     if result and tuned.method == method:
       _check_same_recipe(config, tuned, path)
       scores[tuned.optimizer.learning_rate] = result["score"]

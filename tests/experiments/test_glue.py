@@ -570,16 +570,12 @@ def test_missing_settings_are_named(tmp_path, monkeypatch):
     glue.run(apply(config, {"model.folder": ""}))
 
 
-def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys, monkeypatch):
+def test_sweeps_tune_with_equal_effort_and_take_the_best(tmp_path, capsys):
   tuning = configs.get_config("minilm,cola")
   tuning.data.tuning = True
   runs = list(configs.sweep(tuning))
   tried = methods.names("glue")
   assert [run["method"] for run in runs] == [method for method in tried for _ in range(3)]
-  tried = ["lora", "dora", "full_finetuning", "head_only"]  # fewer folders
-  monkeypatch.setattr(configs, "names", lambda experiment: tried)
-  runs = [run for run in runs if run["method"] in tried]
-  tried.sort(key=[run["method"] for run in runs].index)
   config = configs.get_config("minilm,cola")
   config.optimizer.tuned_in = str(tmp_path)
   for i, changes in enumerate(runs):
