@@ -14,6 +14,7 @@ from lora_jax.models.deberta.model import Deberta, DebertaConfig
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
+from lora_jax.models.parts.encoder import Encoder
 from lora_jax.models.zoo import plan_causal_lm
 from lora_jax.training.classification import classification_loss
 from lora_jax.training.loss import LossSum, language_model_loss
@@ -31,14 +32,12 @@ LLAMA3_70B = LlamaConfig(
   mlp_dim=28672,
   rope_theta=500000.0,
 )
-DEBERTA_XXL = DebertaConfig(  # with the head for MNLI
-  embed_dim=1536, num_layers=48, num_heads=24, mlp_dim=6144, conv_size=3, num_labels=3
-)
+DEBERTA_XXL = DebertaConfig(embed_dim=1536, num_layers=48, num_heads=24, mlp_dim=6144, conv_size=3)
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
   "gpt3": (GPT2, GPT3),
   "gpt2_medium": (GPT2, GPT2_MEDIUM),
   "llama3_70b": (Llama, LLAMA3_70B),
-  "deberta_xxl": (Deberta, DEBERTA_XXL),
+  "deberta_xxl": (Deberta, dataclasses.replace(DEBERTA_XXL, num_labels=3)),  # for MNLI
 }
 TOKEN_INPUTS = {"tokens": "int32", "positions": "int32", "segment_ids": "int32"}
 TARGETS = {"target_index": "int32", "targets": "int32", "target_weights": "float32"}
@@ -108,9 +107,21 @@ def find_model(name: str, loss_chunk: int | None, **computation: Any) -> Planned
       f"data.loss_chunk={loss_chunk} has no effect on {name}, whose logits are of rows, not of "
       "tokens. Leave it out"
     )
-  model: Any = module("float32")
+  return make_plan(module("float32"), shapes, loss_chunk)
+
+
+def make_plan(
+  model: Any, shapes: Callable[[str], PyTree], loss_chunk: int | None = None
+) -> Planned:
+  """Returns a model with its loss and the arrays of its batches.
+
+  Args:
+    model: a language model, or an encoder with a head.
+    shapes: as in `Planned`.
+    loss_chunk: as in `language_model_loss`.
+  """
   limit = model.config.num_positions
-  if isinstance(model, Deberta):
+  if isinstance(model, Encoder):
     return Planned(shapes, classification_loss(model), ("head/.*",), limit, PAIR_INPUTS, LABELS)
   loss = language_model_loss(model, chunk_size=loss_chunk)
   return Planned(shapes, loss, (), limit, TOKEN_INPUTS | TARGETS, {})

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import PyTree
 
 from experiments.harness.fit import count_trained
+from experiments.plan import models
 from lora_jax.adaptation import Adaptation
 from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
@@ -23,16 +24,14 @@ ROBERTA: dict[str, Any] = {
   **{"kind": "roberta", "vocab_size": 50265, "num_positions": 514, "num_token_types": 1},
   **{"layer_norm_epsilon": 1e-5, "pad_id": 1, "pooler": False},
 }
-GPT2_MEDIUM = GPT2Config(embed_dim=1024, num_layers=24, num_heads=16, **SCAN)
+GPT2_MEDIUM = dataclasses.replace(models.GPT2_MEDIUM, **SCAN)
 GPT2_LARGE = GPT2Config(embed_dim=1280, num_layers=36, num_heads=20, **SCAN)
-GPT3 = GPT2Config(num_positions=2048, embed_dim=12288, num_layers=96, num_heads=96, **SCAN)
+GPT3 = dataclasses.replace(models.GPT3, **SCAN)
 ROBERTA_BASE = BertConfig(**ROBERTA, **SCAN)
 ROBERTA_LARGE = BertConfig(
   embed_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096, **ROBERTA, **SCAN
 )
-DEBERTA_XXL = DebertaConfig(
-  embed_dim=1536, num_layers=48, num_heads=24, mlp_dim=6144, conv_size=3, **SCAN
-)
+DEBERTA_XXL = dataclasses.replace(models.DEBERTA_XXL, **SCAN)
 MODELS: dict[str, Config] = {
   "GPT-2 M": GPT2_MEDIUM,
   "GPT-2 L": GPT2_LARGE,

@@ -5,18 +5,16 @@ the optimizer is AdamW, all numbers are float32.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.harness.flops import compiled_flops
 from experiments.plan.config import PlanLora
-from experiments.plan.models import LABELS, PAIR_INPUTS, TARGETS, TOKEN_INPUTS, Planned
+from experiments.plan.models import Planned, make_plan
 from experiments.plan.step import lower_step
 from experiments.shapes.models import MODELS, make_module
 from experiments.shapes.rows import target_of
 from lora_jax.models.gpt2.model import GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
-from lora_jax.training.classification import classification_loss
-from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh
 
 METHODS = {"FT": "full_finetuning", "LoRA": "lora"}
@@ -58,11 +56,8 @@ def step_cost(model: str, method: str, rank: int, batch_size: int, length: int) 
 
 def plan(model: str) -> Planned:
   """Returns a model with its loss and the arrays of its batches."""
-  config, remat = MODELS[model], "nothing_saveable"
-  if isinstance(config, GPT2Config):
-    module: Any = make_module(dataclasses.replace(config, remat=remat))
-    loss, head, arrays = language_model_loss(module), (), (TOKEN_INPUTS | TARGETS, {})
-  else:
-    module = make_module(dataclasses.replace(config, remat=remat, num_labels=2))
-    loss, head, arrays = classification_loss(module), ("head/.*",), (PAIR_INPUTS, LABELS)
-  return Planned(lambda dtype: shapes_of(module), loss, head, config.num_positions, *arrays)
+  config = dataclasses.replace(MODELS[model], remat="nothing_saveable")
+  if not isinstance(config, GPT2Config):
+    config = dataclasses.replace(config, num_labels=2)
+  module = make_module(config)
+  return make_plan(module, lambda dtype: shapes_of(module))
