@@ -333,7 +333,7 @@ def _tuning_runs(config: Config) -> list[_TuningRun]:
   if not config.optimizer.tuned_in:
     return []
   folders = [path.parent for path in sorted(Path(config.optimizer.tuned_in).glob("*/config.json"))]
-  runs = [(folder, ConfigDict(stored_config(folder))) for folder in folders]
+  runs: list[tuple[Path, Config]] = [(path, ConfigDict(stored_config(path))) for path in folders]
   return [
     _TuningRun(folder, run, read_result(folder))
     for folder, run in runs
