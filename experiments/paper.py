@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import glue, gpt2_e2e, intrinsic_dimension, subspaces
-from experiments.analysis.intrinsic import planned_runs as intrinsic_runs
+from experiments.analysis import intrinsic
 from experiments.analysis.subspaces import plan as subspace_plan
 from experiments.configs import Config
 from experiments.configs import intrinsic_dimension as intrinsic_configs
@@ -49,7 +49,6 @@ from lora_jax.training.allocator import keep_freed_memory
 
 COMMANDS = ("subspaces", "subspaces_smollm2", "intrinsic")
 STAGES = (*STUDIES, *COMMANDS)
-INTRINSIC_HOURS = 1.9  # of `python -m experiments.intrinsic_dimension --plan`
 
 
 def run_of(study: Study) -> Callable[[Config], Mapping[str, Any]]:
@@ -98,8 +97,7 @@ def do_command(stage: str, root: Path, tiny: bool) -> list[str]:
     if stage == "intrinsic":
       intrinsic_dimension.main([f"--root={root / 'intrinsic_dimension'}", *flags])
     else:
-      flags += [f"--model={'smollm2' if stage.endswith('smollm2') else 'embedded'}"]
-      subspaces.main([f"--root={root / 'subspaces'}", *flags])
+      subspaces.main([f"--root={root / 'subspaces'}", *flags, f"--model={_model(stage)}"])
   except (Exception, SystemExit) as error:  # the other stages are still worth doing
     return [f"{stage}: {error}"]
   return []
@@ -143,7 +141,8 @@ def stage_hours(stage: str) -> Hours:
   if stage in STUDIES:
     return expected(stage)
   if stage == "intrinsic":
-    return Hours(len(_intrinsic_folders(Path())), INTRINSIC_HOURS)
+    count = len(_intrinsic_folders(Path()))
+    return Hours(count, count * intrinsic.run_hours(intrinsic_configs.FULL))
   model, sizes = _model(stage), subspace_configs.FULL
   count = len(subspace_plan.planned_runs(model, sizes))
   return Hours(count, count * subspace_plan.run_hours(model, sizes))
@@ -165,7 +164,7 @@ def _model(stage: str) -> str:
 
 def _intrinsic_folders(root: Path) -> list[str]:
   sizes, bases = intrinsic_configs.FULL, list(intrinsic_configs.BASES)
-  configs = intrinsic_runs(sizes, bases, root / "intrinsic_dimension")
+  configs = intrinsic.planned_runs(sizes, bases, root / "intrinsic_dimension")
   return [config.workdir for of_base in configs.values() for config in of_base]
 
 

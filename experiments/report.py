@@ -36,7 +36,15 @@ from experiments.nlg.groups import (
 )
 from experiments.nlg.paper_rows import PAPER, TABLES, PaperTable
 from experiments.nlg.report_csv import write_csv
-from experiments.nlg.scores import LOWER_IS_BETTER, digits, header, metric_of, model_label, number
+from experiments.nlg.scores import (
+  FLOOR,
+  LOWER_IS_BETTER,
+  digits,
+  header,
+  metric_of,
+  model_label,
+  number,
+)
 from experiments.nlg.tasks.table import TASKS, title
 from experiments.nlg.tasks.task import by_name
 from lora_jax.data.sets.e2e import Split
@@ -44,7 +52,6 @@ from lora_jax.fields import NonEmptyPath, read_value
 from lora_jax.metrics import Difference, differences
 
 PAPER_MODELS = {"GPT-2 medium", "GPT-2 large"}
-FLOOR = "⌊"  # marks scores that do not exceed the floor's
 
 
 def report(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from experiments.comparison.plan import FIXED, PER_LINE, PER_VALID_LINE
+from experiments.comparison.plan import CPU_SECONDS, FIXED, PER_LINE, PER_VALID_LINE
 from experiments.comparison.runs import check_config
 from experiments.configs import Config
 from experiments.configs.e2e_budgets import Changes
@@ -31,7 +31,6 @@ from experiments.harness.table import aligned
 from experiments.harness.workdir import read_result
 
 SLOWER = 1.5  # than LoRA, for drawing the projection in both passes: an allowance, not measured
-CPU_SECONDS = 1.6  # of 2 cores in a second
 FROZEN, WHOLE = "frozen_base", "full_finetuning"
 
 
@@ -71,18 +70,21 @@ def _config(base: str, name: str, changes: Changes, sizes: Sizes, root: Path) ->
   return apply(get_config(), {**BASES[base], **changes, **fields})
 
 
-def plan(sizes: Sizes, bases: Sequence[str]) -> str:
-  """Returns the table of planned runs with their hours, in Markdown."""
+def run_hours(sizes: Sizes) -> float:
+  """Returns the hours of one run on 2 CPU cores with no other work; an estimate."""
   training = FIXED["embedded"] + PER_LINE["embedded"] * sizes.lines
   seconds = SLOWER * training + PER_VALID_LINE["embedded"] * sizes.valid_lines
-  table, hours = [["base model", "runs", "examples", "hours"]], 0.0
-  for base in bases:
-    count = len(_runs(base, sizes))
-    hours += count * seconds / CPU_SECONDS / 3600
-    cells = [f"{count}", f"{sizes.lines:,}", f"{count * seconds / CPU_SECONDS / 3600:.1f}"]
-    table.append([base, *cells])
-  total = sum(len(_runs(base, sizes)) for base in bases)
-  table.append(["all", f"{total}", "", f"{hours:.1f}"])
+  return seconds / CPU_SECONDS / 3600
+
+
+def plan(sizes: Sizes, bases: Sequence[str]) -> str:
+  """Returns the table of planned runs with their hours, in Markdown."""
+  counts, hours = {base: len(_runs(base, sizes)) for base in bases}, run_hours(sizes)
+  table = [["base model", "runs", "examples", "hours"]]
+  for base, count in counts.items():
+    table.append([base, f"{count}", f"{sizes.lines:,}", f"{count * hours:.1f}"])
+  total = sum(counts.values())
+  table.append(["all", f"{total}", "", f"{total * hours:.1f}"])
   return f"{aligned(table)}\n\nWith 2 CPU cores and no other work."
 
 

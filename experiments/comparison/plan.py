@@ -47,6 +47,7 @@ STAGES = {  # and their base models
 }
 
 CORES = 2  # each has a process
+CPU_SECONDS = 1.6  # of 2 cores in a second, where a single process does not fill both
 
 # CPU seconds. The embedded base: measured for LoRA's second run in a process, on a machine with
 # other work: 0.59 a step, of which 1,000 examples are 52, and 18 besides. SmolLM2: 277 tokens a

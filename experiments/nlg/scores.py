@@ -26,6 +26,8 @@ HEADS = {
 }
 THREE_DIGITS = ("valid_loss", "nist", "cider")
 LOWER_IS_BETTER = ("slot_error_rate", "ter", "mean_ter")
+FLOOR = "⌊"
+"""Marks scores whose interval reaches the floor, a score that needs no model."""
 
 
 def markdown(results: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from experiments.comparison.plan import best_rate, next_rate
 from experiments.configs.paper import MARGIN, STUDIES, WIDTH, Study
 from experiments.harness.methods import find_method
+from experiments.nlg.scores import FLOOR
 from experiments.reproduction.blocks import Block, Heading, Image, Table, Text, markdown, page
 from experiments.reproduction.claims import Decided, Evidence, decide_all
 from experiments.reproduction.decisions import (
@@ -36,7 +37,6 @@ BASES = {
 }
 NOT_RUN = "not run"
 TITLE = "The experiments of Hu et al. 2021"
-FLOOR = "⌊"
 
 
 NOTES = (

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from experiments.comparison.plan import FIXED, PER_LINE, PER_VALID_LINE
+from experiments.comparison.plan import CPU_SECONDS, FIXED, PER_LINE, PER_VALID_LINE
 from experiments.configs import Config
 from experiments.configs.subspaces import SCALING, SEEDS, Sizes, get_config, learning_rate
 from experiments.configs.variants import Changes
@@ -10,7 +10,6 @@ from experiments.harness.launch import RATE, apply
 from experiments.harness.table import aligned
 
 SLOWER = 1.2  # than LoRA of rank 4, for which seconds were measured: an allowance for rank 64
-CPU_SECONDS = 1.6  # of 2 cores in a second: a single process does not fill both
 SHUFFLED: Changes = {"data.shuffled_completions": True}
 RANDOM: Changes = {"model.start": "random"}
 
