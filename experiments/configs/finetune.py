@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from experiments.configs import Config
+from experiments.configs.method_settings import add_method_settings
 from experiments.harness.config import ALL_LINEAR, read_config
 from experiments.harness.methods import multiples
 from experiments.nlg.config import FinetuneConfig
@@ -47,20 +48,7 @@ def get_config() -> Config:
   # dora, and trainable_tokens, which trains nothing else.
   config.lora.tokens = ()
 
-  config.top_layers = ConfigDict()
-  config.top_layers.num_layers = 2  # k of method=top_layers; needs model.scan_layers=False
-
-  config.random_subspace = ConfigDict()
-  config.random_subspace.dim = 1000  # of method=random_subspace: its trained parameters
-  config.random_subspace.layer_scales = False  # True also trains one scale for each weight (SAID)
-
-  config.prefix = ConfigDict()
-  config.prefix.num_prefix = 8  # trained vectors before a prompt, of methods named prefix
-  config.prefix.num_infix = 8  # between it and the text
-
-  config.bottleneck = ConfigDict()
-  config.bottleneck.width = 16  # r of adapter_h, adapter_l, adapter_p and adapter_d
-  config.bottleneck.num_dropped = 1  # layers without adapters, the first ones, of adapter_d
+  add_method_settings(config)  # of methods other than LoRA: method_settings.py
 
   config.data = ConfigDict()
   config.data.file = ""  # JSON lines

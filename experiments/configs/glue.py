@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from experiments.classification.config import GlueConfig
 from experiments.configs import Config
+from experiments.configs.method_settings import add_method_settings
 from experiments.harness.config import read_config, with_pattern
 from experiments.harness.methods import METHODS, multiples, names
 from experiments.harness.workdir import read_result, stored_config
@@ -142,20 +143,7 @@ def get_config(variant: str = "minilm,cola") -> Config:
   config.lora.init = "kaiming_uniform"  # A random, B zero; see gpt2_e2e.py for the others
   config.lora.start = ""  # the folder of a finished run, whose A and B are the initial ones
 
-  config.top_layers = ConfigDict()
-  config.top_layers.num_layers = 2  # k of method=top_layers; needs model.scan_layers=False
-
-  config.random_subspace = ConfigDict()
-  config.random_subspace.dim = 1000  # of method=random_subspace: its trained parameters
-  config.random_subspace.layer_scales = False  # True also trains one scale for each weight (SAID)
-
-  config.prefix = ConfigDict()
-  config.prefix.num_prefix = 8  # trained vectors after [CLS], of methods with prefix in their name
-  config.prefix.num_infix = 8  # after the last token
-
-  config.bottleneck = ConfigDict()
-  config.bottleneck.width = 16  # r of adapter_h, adapter_l, adapter_p and adapter_d
-  config.bottleneck.num_dropped = 1  # layers without adapters, the first ones, of adapter_d
+  add_method_settings(config)  # of methods other than LoRA: method_settings.py
 
   config.data = ConfigDict()
   config.data.suite = "glue" if task in glue.TASKS else "super_glue"
