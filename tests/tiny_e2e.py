@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 import lora_jax
 from experiments.configs import gpt2_e2e
+from lora_jax.data.sets.e2e_tfds import load
 from lora_jax.models.gpt2.folder import save_gpt2
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 
@@ -33,6 +34,15 @@ def chat_folder(folder: Path, template: str) -> Path:
   config = {"eos_token": "<|endoftext|>", "chat_template": template}
   (folder / "tokenizer_config.json").write_text(json.dumps(config))
   return folder
+
+
+def write_pairs(path: Path, count: int) -> None:
+  """Writes about as many of E2E's examples as a user's file of prompts and completions."""
+  records = load("train")
+  with path.open("w") as file:
+    for record in records[:: len(records) // count]:
+      line = {"prompt": record.context + "\n", "completion": record.completion}
+      file.write(json.dumps(line) + "\n")
 
 
 def tiny_config(workdir: str | Path):

@@ -1,7 +1,5 @@
 """Runs of bottleneck adapters: rows and settings, decoding without merging, resuming."""
 
-import json
-
 import jax
 import pytest
 
@@ -16,13 +14,12 @@ from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import inputs_of
 from experiments.nlg.restore import load_run
 from lora_jax.data.batches import fill
-from lora_jax.data.sets.e2e_tfds import load
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.training.loss import language_model_loss
 
 from tests.experiments.test_glue import assert_predicts
-from tests.tiny_e2e import tiny_config, tiny_folder
+from tests.tiny_e2e import tiny_config, tiny_folder, write_pairs
 from tests.tiny_glue_run import tiny_config as tiny_glue
 from tests.tiny_training import interrupted_at
 
@@ -78,11 +75,7 @@ def test_an_interrupted_run_resumes_decodes_and_is_restored(tmp_path):
 
 @pytest.mark.long
 def test_finetune_answers_with_adapters(tmp_path, capsys):
-  records = load("train")
-  with (tmp_path / "data.jsonl").open("w") as file:
-    for record in records[:: len(records) // 40]:
-      line = {"prompt": record.context + "\n", "completion": record.completion}
-      file.write(json.dumps(line) + "\n")
+  write_pairs(tmp_path / "data.jsonl", 40)
   changes = {
     "workdir": str(tmp_path / "run"),
     "method": "adapter_d",

@@ -1,7 +1,5 @@
 """Runs of prefix methods: slots in the data, decoding without merging, and errors."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -19,11 +17,10 @@ from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import examples_of, inputs_of
 from experiments.nlg.prompts import encode_prompts
 from experiments.nlg.restore import load_run
-from lora_jax.data.sets.e2e_tfds import load
 from lora_jax.slots import FIRST_SLOT, Slots
 
 from tests.experiments.test_glue import assert_predicts
-from tests.tiny_e2e import tiny_config, tiny_folder
+from tests.tiny_e2e import tiny_config, tiny_folder, write_pairs
 from tests.tiny_glue_run import tiny_config as tiny_glue
 from tests.tiny_training import interrupted_at
 
@@ -123,11 +120,7 @@ def test_slots_are_around_each_decoded_prompt(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("num_infix", [0, 1])
 def test_finetune_answers_and_writes_no_merged_model(num_infix, tmp_path, capsys):
-  records = load("train")
-  with (tmp_path / "data.jsonl").open("w") as file:
-    for record in records[:: len(records) // 40]:
-      line = {"prompt": record.context + "\n", "completion": record.completion}
-      file.write(json.dumps(line) + "\n")
+  write_pairs(tmp_path / "data.jsonl", 40)
   changes = {
     "workdir": str(tmp_path / "run"),
     "method": "prefix_embedding",

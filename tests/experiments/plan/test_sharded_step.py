@@ -24,7 +24,7 @@ ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 
 def shapes(text):
   """Returns the shapes in a piece of HLO, without axes of size 1."""
-  sizes = ([int(n) for n in found.split(",") if n] for found in ARRAY.findall(text))
+  sizes = ([int(n) for n in axes.split(",") if n] for axes in ARRAY.findall(text))
   return [tuple(n for n in shape if n != 1) for shape in sizes]
 
 
@@ -77,13 +77,13 @@ def compiled(step, folder):
 @pytest.fixture(scope="module")
 def collectives(compiled):
   """Returns (kind, shapes of the results, whether in a loop) of each collective."""
-  found, in_entry = [], False
+  rows, in_entry = [], False
   for line in compiled.text.splitlines():
     if re.match(r"(ENTRY )?%?[\w.]+ \(", line):
       in_entry = line.startswith("ENTRY")
     if match := re.search(r" = (.*?) (all-\w+|reduce-scatter|collective-permute)\(", line):
-      found.append((match[2], shapes(match[1]), not in_entry))
-  return found
+      rows.append((match[2], shapes(match[1]), not in_entry))
+  return rows
 
 
 def test_a_frozen_weight_is_gathered_in_its_layer_only(collectives):
@@ -117,9 +117,9 @@ def test_the_base_is_neither_copied_nor_stacked_again(compiled, folder):
 
 def test_each_device_has_its_rows_and_its_tokens_of_what_layers_keep(compiled):
   kept = (LAYERS, ROWS // FSDP, TOKENS // TENSOR, D)
-  found = set(shapes(compiled.text))
-  assert kept in found
-  of_all_rows = {shape for shape in found if shape[:2] == (ROWS, TOKENS)}
+  present = set(shapes(compiled.text))
+  assert kept in present
+  of_all_rows = {shape for shape in present if shape[:2] == (ROWS, TOKENS)}
   assert of_all_rows <= {(ROWS, TOKENS), (ROWS, TOKENS, D // FSDP // TENSOR)}  # ids, and lookups
 
 
