@@ -1,5 +1,7 @@
-"""Adapters summed, truncated, converted to plain LoRA, and padded to one shape."""
+"""Adapters summed, truncated, converted to plain LoRA, padded to one shape, and stacked."""
 
+from lora_jax.arithmetic.bank import Bank as Bank
+from lora_jax.arithmetic.bank import bank as bank
 from lora_jax.arithmetic.combination import align as align
 from lora_jax.arithmetic.combination import weighted_sum as weighted_sum
 from lora_jax.arithmetic.conversion import convert as convert

@@ -107,7 +107,7 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
     rank = max(part.rank for part in parts_by_number.values())
     zeros = jax.tree.map(jnp.zeros_like, next(iter(parts_by_number.values())))
     for i, tree in enumerate(leaves):
-      tree[path] = _padded(parts_by_number.get(i) or zeros, rank)
+      tree[path] = pad_weight(parts_by_number.get(i) or zeros, rank)
   for path in dict.fromkeys(path for adapter in opened for path in adapter.extra):
     leaf = base_leaves[path]
     for adapter, tree in zip(opened, leaves, strict=True):
@@ -120,7 +120,7 @@ def align(adapters: Sequence[Adapter], params: PyTree) -> tuple[LoraConfig, list
   return closed[0][0], [trainable for _, trainable in closed]
 
 
-def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
+def pad_weight(weight: LoraWeight, rank: int) -> LoraWeight:
   """Returns the same delta, padded with zeros to a rank."""
   added, rank_axis = rank - weight.rank, len(weight.axes.batch)
   widths = [(0, 0)] * (weight.lora_b.ndim - 1)

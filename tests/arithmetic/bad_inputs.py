@@ -35,6 +35,17 @@ def truncated(rank: Any) -> Any:
   return lj.truncate_rank(*adapter(), PARAMS, rank)
 
 
+def banked(**options: Any) -> Any:
+  return lj.bank([adapter(), adapter()], PARAMS, **options)
+
+
+def dora() -> Any:
+  config = lj.LoraConfig(2, 4.0, "w", variant=lj.DORA)
+  return config, lj.lora(lambda p, x: x @ p["w"], config).init(
+    jax.random.key(0), PARAMS, jnp.ones((1, 4))
+  )
+
+
 def converted(**options: Any) -> Any:
   return lj.convert(*adapter(), PARAMS, **options)
 
@@ -56,6 +67,26 @@ ROWS = [
   row("align: no adapters", lambda: lj.align([], PARAMS), "a list of", "got []"),
   row("align: one adapter", lambda: lj.align(adapter(), PARAMS), "adapters[0] must be a pair"),
   row("align: other params", lambda: lj.align([adapter()], {"v": jnp.eye(4)}), "target 'w'"),
+  row("bank: no adapters", lambda: lj.bank([], PARAMS), "a list of", "got []"),
+  row("bank: too few slots", lambda: banked(slots=1), "slots=1", "number of adapters, 2"),
+  row("bank: slots 2.5", lambda: banked(slots=2.5), "slots", "an integer", "got 2.5"),
+  row("bank: rank 0", lambda: banked(rank=0), "rank", "[1, inf)", "got 0"),
+  row("bank: slot outside", lambda: banked().adapter(2), "slot 2", "slots 0 to 1"),
+  row("bank: slot -1", lambda: banked().adapter(-1), "slot", "[0, inf)", "got -1"),
+  row(
+    "bank: another variant",
+    lambda: banked().replace(0, dora(), PARAMS),
+    "w is adapted by DoRA",
+    "lora_jax.convert",
+  ),
+  row(
+    "bank: another weight",
+    lambda: banked().replace(
+      0, (lj.LoraConfig(2, 4.0, "v"), {"v": adapter()[1]["w"]}), {"w": jnp.eye(4), "v": jnp.eye(4)}
+    ),
+    "adapts v, which the bank does not",
+    "Create the bank with this adapter",
+  ),
   row("truncate: rank 0", lambda: truncated(0), "rank", "[1, inf)", "got 0"),
   row("truncate: rank 2.0", lambda: truncated(2.0), "rank", "an integer", "got 2.0"),
   row("truncate: rank True", lambda: truncated(True), "rank", "an integer", "got True"),
