@@ -5,9 +5,9 @@ A field that changes what an adapter computes and that is not known here is an e
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_jax.adapters.config import Alpha
 from lora_jax.fields import Count, CountOrZero, Pattern, read_section, read_value
@@ -28,7 +28,10 @@ OTHER_METHODS = {  # fields of other methods
   "monteclora_config": "MonteCLoRA",
   "ensure_weight_tying": "tied adapters",
 }
-PROMPT_METHODS = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+PROMPT_TUNING = "PROMPT_TUNING"
+PROMPT_METHODS = ("PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +148,40 @@ def parse(entries: Mapping[str, Any], path: Path) -> PeftConfig:
       out of bounds.
   """
   method = _method(entries, path)
-  kind = FIELDS[method]
-  known = {field.name for field in dataclasses.fields(kind)}
-  other_keys = {*COMMON, *IGNORED[method], *OTHER_METHODS}
-  for key in sorted(set(entries) - known - other_keys):
+  ignored = {*IGNORED[method], *OTHER_METHODS}  # of the other methods none is set
+  fields = read_fields(FIELDS[method], ignored, entries, path)
+  try:
+    config = _config(method, fields)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  _check_combinations(config, path)
+  return config
+
+
+def read_fields(
+  kind: type[T], ignored: Collection[str], entries: Mapping[str, Any], path: Path
+) -> T:
+  """Returns the checked fields of one method.
+
+  Args:
+    kind: the dataclass of those that are read.
+    ignored: the names of others that do not change what an adapter computes.
+    entries: the object of an `adapter_config.json`.
+    path: of its file, for messages.
+  Raises:
+    ValueError: if a field is unknown and set, misspelled, of another type or out of bounds.
+  """
+  known = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+  for key in sorted(set(entries) - known - {*COMMON, *ignored}):
     if entries[key] not in (None, False, [], {}):
       raise ValueError(
         f"{path}: unknown field {key[:100]}={repr(entries[key])[:100]}; did you mean "
         f"{', '.join(closest_names(key, known))}?"
       )
   try:
-    config = _config(
-      method, read_section(kind, {key: entries[key] for key in known & set(entries)})
-    )
+    return read_section(kind, {key: entries[key] for key in known & set(entries)})
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-  _check_combinations(config, path)
-  return config
 
 
 def _config(method: str, fields: Fields) -> PeftConfig:
@@ -220,6 +240,11 @@ def _method(entries: Mapping[str, Any], path: Path) -> str:
       "--de-quantize), and load the fused folder as a model"
     )
   expected = f"expected peft_type {', '.join(list(FIELDS)[:-1])} or {list(FIELDS)[-1]}"
+  if method == PROMPT_TUNING:
+    raise ValueError(
+      f"{path}: {expected}, got {method!r}, which trains virtual tokens and no weights. Read it by "
+      "lora_jax.interop.load_peft_prompt"
+    )
   if method in PROMPT_METHODS:
     raise ValueError(
       f"{path}: {expected}, got {method!r}, which trains virtual tokens and no weights. There is "

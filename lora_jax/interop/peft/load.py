@@ -16,7 +16,6 @@ from lora_jax.interop.peft.fully_trained import put_whole, read_whole, whole_sha
 from lora_jax.interop.peft.leaves import IN_FILE, Factors, Part, as_tree, place_parts
 from lora_jax.interop.peft.modules import (
   CONFIG,
-  WEIGHTS,
   Arrays,
   Module,
   check_called,
@@ -27,8 +26,13 @@ from lora_jax.interop.peft.modules import (
   magnitude_name,
   values_of,
 )
-from lora_jax.interop.peft.read import check_shapes, lora_shapes, read_arrays, which_base
-from lora_jax.interop.peft.recognize import describe_folder
+from lora_jax.interop.peft.read import (
+  check_folder,
+  check_shapes,
+  lora_shapes,
+  read_arrays,
+  which_base,
+)
 from lora_jax.interop.peft.tuners.norms import layer_name, norm_shapes, tuned_tensors
 from lora_jax.interop.peft.tuners.table import TUNERS
 from lora_jax.interop.peft.tuners.tokens import read_tokens, token_modules, token_shapes
@@ -57,13 +61,7 @@ def load_peft(
       the base model's values, if params are shapes.
   """
   folder = local_path(folder)
-  if not folder.is_dir():
-    raise FileNotFoundError(
-      f"{folder} is not a folder; expected one with {CONFIG} and {WEIGHTS}. Download an adapter "
-      "from the hub by huggingface_hub.snapshot_download"
-    )
-  if not (folder / CONFIG).exists() and (text := describe_folder(folder)):
-    raise FileNotFoundError(f"{folder / CONFIG} does not exist; {text}")
+  check_folder(folder)
   config = parse(read_json(folder / CONFIG), folder / CONFIG)
   leaves = dict(weights_with_path(params))
   if config.peft_type == "LN_TUNING":

@@ -47,6 +47,17 @@ ADAPTER_NAME = re.compile(
 NARROW = (jnp.bfloat16, np.float16)
 
 
+def check_folder(folder: Path) -> None:
+  """Raises FileNotFoundError unless a folder can be an adapter in PEFT's format."""
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f"{folder} is not a folder; expected one with {CONFIG} and {WEIGHTS}. Download an adapter "
+      "from the hub by huggingface_hub.snapshot_download"
+    )
+  if not (folder / CONFIG).exists() and (text := describe_folder(folder)):
+    raise FileNotFoundError(f"{folder / CONFIG} does not exist; {text}")
+
+
 def read_arrays(
   folder: Path,
   config: PeftConfig,

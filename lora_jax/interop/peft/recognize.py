@@ -33,7 +33,7 @@ _FORMATS = (  # names of tensors, and the format
   (r"\.(linear_in|linear_out)\.weight$|\.adapter_layer\.", "NeMo"),
 )
 _METHODS = (  # names of tensors, and their `peft_type`, or the method
-  (r"(^|\.)prompt_embeddings$|\.prompt_encoder\.", "prompt tuning or prefix tuning"),
+  (r"(^|\.)prompt_embeddings$|\.prompt_encoder\.", "PROMPT_TUNING or PREFIX_TUNING"),
   (r"\.ia3_l(\.|$)", "IA3"),
   (r"\.lora_E(\.|$)", "ADALORA"),
   (r"\.lora_[AB]\.weight$", "LORA"),

@@ -13,7 +13,9 @@ import lora_jax as lj
 from lora_jax.adapters.delta import LoraWeight, Site
 from lora_jax.adapters.initializers import kaiming_uniform
 from lora_jax.axes import LoraAxes
-from lora_jax.interop import load_peft, save_peft
+from lora_jax.interop import load_peft, load_peft_prompt, save_peft, save_peft_prompt
+from lora_jax.models.bert.folder import load_bert
+from lora_jax.models.bert.folder import stored_tensors as bert_tensors
 from lora_jax.models.llama.folder import stored_tensors
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.trees import nest, weights_with_path
@@ -21,6 +23,7 @@ from lora_jax.trees import nest, weights_with_path
 from tests.bad_inputs import BadInput
 from tests.make_peft_golden import MODELS
 from tests.make_peft_variants_golden import ADAPTERS, GOLDEN, GPT2, LLAMA
+from tests.make_prefix_golden import GOLDEN as PROMPTS
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "base_model.model.model.layers.0."
@@ -333,4 +336,75 @@ SAVES = [
     "only biases", ("LN tuning trains no biases",), GPT2, {}, extra=[".*/bias", "ln_f/scale"]
   ),
 ]
-ROWS = [*FILES, *SAVES]
+
+
+def of_prompt(name, words, model="gpt2/tied", change=dict, **fields):
+  """Returns the row of PEFT's prompt tuning of GPT-2 with other tensors or fields, or a model."""
+
+  def call(folder):
+    config = json.loads((PROMPTS / "gpt2" / CONFIG).read_text()) | fields
+    (folder / CONFIG).write_text(json.dumps(config))
+    save_file(change(load_file(PROMPTS / "gpt2" / FILE)), folder / FILE)
+    return load_peft_prompt(folder, *loaded_shapes(model))
+
+  return BadInput(f"prompt: {name}", call, words)
+
+
+def of_prompt_save(name, words, tree, model="gpt2/tied"):
+  """Returns the row of vectors that are written."""
+  return BadInput(
+    f"prompt: {name}",
+    lambda folder: save_peft_prompt(folder / "new", tree, *loaded_shapes(model)),
+    words,
+  )
+
+
+def loaded_shapes(name):
+  """Returns the tensors and params of a small model."""
+  if name.startswith("bert/"):
+    config, params = load_bert(MODELS / name)
+    return bert_tensors(config), params
+  return base(name).stored, base(name).params
+
+
+def of_slots(name, shape):
+  return {"lora_added": {name: np.zeros(shape, np.float32)}}
+
+
+ENCODER = "bert/bert_classifier"
+WITH_PROMPTS = [
+  of_prompt("a method of weights", ("expected peft_type", "'LORA'", "load_peft"), peft_type="LORA"),
+  of_prompt("an unknown field", ("unknown field r=8",), r=8),
+  of_prompt("no number", ("num_virtual_tokens", "None"), num_virtual_tokens=None),
+  of_prompt(
+    "another number",
+    ("prompt_embeddings has shape (3, 32), expected (4, 32)",),
+    num_virtual_tokens=4,
+  ),
+  of_prompt("another width", ("token_dim is 64", "32 dimensions", "golden/gpt2"), token_dim=64),
+  of_prompt("a decoder too", ("num_transformer_submodules", "2"), num_transformer_submodules=2),
+  of_prompt("a saved head", ("modules_to_save=['lm_head']",), modules_to_save=["lm_head"]),
+  of_prompt("an encoder", ("is an encoder", "[CLS]", "LoRA"), ENCODER),
+  of_prompt(
+    "not finite",
+    ("prompt_embeddings has values that are infinite",),
+    change=lambda arrays: {name: array + np.inf for name, array in arrays.items()},
+  ),
+  of_prompt_save(
+    "vectors of an encoder", ("is an encoder",), of_slots("prefix_embedding", (3, 16)), ENCODER
+  ),
+  of_prompt_save(
+    "vectors of layers", ("got lora_added/prefix_layer",), of_slots("prefix_layer", (2, 3, 32))
+  ),
+  of_prompt_save(
+    "vectors of another width",
+    ("(3, 16), expected (slots, 32)",),
+    of_slots("prefix_embedding", (3, 16)),
+  ),
+  BadInput(
+    "prompt: read as an adapter of weights",
+    lambda folder: load_peft(PROMPTS / "gpt2", *loaded_shapes("gpt2/tied")),
+    ("'PROMPT_TUNING'", "load_peft_prompt"),
+  ),
+]
+ROWS = [*FILES, *SAVES, *WITH_PROMPTS]
