@@ -15,6 +15,10 @@ TOKENS = "lora_jax/tokens"
 TOKEN_EMBEDDINGS = "lora_jax/token_embeddings"
 HEAD_INPUT = "lora_jax/head_input"
 
+CHUNKED_SUM = "lora_jax/chunked_sum"
+"""The name of a function with a custom derivative, that of its own body but computed earlier
+(`training/chunks.py`). If its body has an adapted weight, the transform emits the body instead."""
+
 PLACES = {
   ATTENTION_OUTPUT: "the attention's output, after dropout and before it is added to its input",
   MLP_OUTPUT: "the MLP's output, after dropout and before it is added to its input",

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Inexact, Int, PRNGKeyArray, PyTree
+
+from lora_jax.marks import HEAD_INPUT
+from lora_jax.training.chunks import chunked_sum
 
 Batch = Mapping[str, Any]
 
@@ -73,7 +77,8 @@ def language_model_loss(
     model: a module with the methods `hidden` and `logits`, such as `GPT2`.
     label_smoothing: as in `cross_entropy`.
     chunk_size: number of a row's target tokens whose logits are in memory at once, forward and
-      backward; None is all.
+      backward; None is all. The gradient of a chunk is computed with its loss (`chunked_sum`); an
+      adapted or quantized head computes the logits again in the backward pass instead.
   """
 
   def loss(params: PyTree, batch: Batch, *, key: PRNGKeyArray | None = None) -> LossSum:
@@ -86,24 +91,22 @@ def language_model_loss(
     names = ("tokens", "positions", "segment_ids", "target_index")
     hidden = call("hidden", *(batch[name] for name in names))
 
-    def chunk_loss(hidden: Array, targets: Array, weights: Array) -> LossSum:
+    def chunk_loss(hidden: Array, weights: Array, targets: Array) -> LossSum:
       return cross_entropy(call("logits", hidden), targets, weights, label_smoothing)
 
-    count = hidden.shape[1]
+    count, weights, targets = hidden.shape[1], batch["target_weights"], batch["targets"]
     if chunk_size is None or chunk_size >= count:
-      return chunk_loss(hidden, batch["targets"], batch["target_weights"])
+      return chunk_loss(hidden, weights, targets)
     if count % chunk_size:
       raise ValueError(f"chunk_size {chunk_size} must divide the {count} target tokens of a row")
-
-    def add(total: LossSum, chunk: tuple[Array, ...]) -> tuple[LossSum, None]:
-      part = jax.checkpoint(chunk_loss)(*chunk)
-      return LossSum(*(a + b for a, b in zip(total, part, strict=True))), None
 
     def split(x: Array) -> Array:
       return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]), 1, 0)
 
-    chunks = tuple(split(x) for x in (hidden, batch["targets"], batch["target_weights"]))
-    zero = LossSum(jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(add, zero, chunks)[0]
+    hidden = checkpoint_name(hidden, HEAD_INPUT)  # its sharding is lost inside the sum
+    total = chunked_sum(
+      lambda *chunk: chunk_loss(*chunk).total, (split(hidden), split(weights)), (split(targets),)
+    )
+    return LossSum(total, jnp.sum(weights))
 
   return loss

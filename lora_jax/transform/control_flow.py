@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from lora_jax.marks import CHUNKED_SUM
 from lora_jax.transform import _compat
 from lora_jax.transform.deferred import Deferred, evaluate, unstacked
 from lora_jax.transform.errors import Unsupported
@@ -305,6 +306,13 @@ def _splittable(value: Any, spec: Any) -> Any:
   return value
 
 
+def emit_custom_vjp(interpreter: Any, equation: Any, values: Values) -> Values:
+  """Emits the body of a `chunked_sum`; no other function's derivative may be replaced."""
+  if _compat.traced_name(equation) != CHUNKED_SUM:
+    raise Unsupported("no rule for it")
+  return interpreter.run(equation.params["call_jaxpr"], values)
+
+
 def _factored_spec(value: Any, spec: Any) -> Any:
   """Returns a value's shard_map spec: a factor's axes are split like the weight's dimensions."""
   if not isinstance(value, Factored):
@@ -328,4 +336,5 @@ CONTROL_FLOW: Mapping[str, Callable[[Any, Any, Values], Any]] = {
   "while": emit_while,
   "cond": emit_switch,
   "shard_map": emit_shard_map,
+  "custom_vjp_call": emit_custom_vjp,
 }
