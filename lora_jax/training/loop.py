@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,9 @@ from lora_jax.training.metrics_log import MetricsLog
 from lora_jax.training.progress import Window, progress_bar
 from lora_jax.training.step import (
   EvalStep,
+  StepMetrics,
   TrainState,
+  TrainStep,
   make_eval_step,
   make_train_step,
   start,
@@ -108,6 +110,10 @@ class Fitted:
   base: str
 
 
+Steps = Generator[tuple[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics], Fitted]
+"""A run, as `run_steps` returns it: the inputs of a train step, its outputs, the result."""
+
+
 def fit(
   loss: Adaptation,
   params: PyTree,
@@ -163,6 +169,56 @@ def fit(
   train_step = make_train_step(loss, optimizer, state, config.accumulation_steps)
   if evaluate is None:
     evaluate = _by_loss(eval_loss, eval_batches, mesh)
+  steps = run_steps(
+    state,
+    frozen,
+    batches,
+    config=config,
+    evaluate=evaluate,
+    base=base,
+    workdir=workdir,
+    mesh=mesh,
+    schedule=schedule,
+    progress=progress,
+  )
+  del state
+  return _train(steps, train_step)
+
+
+def _train(steps: Steps, train_step: TrainStep) -> Fitted:
+  """Makes each step of a run, and returns its result."""
+  try:
+    inputs = next(steps)
+    while True:
+      inputs = steps.send(train_step(*inputs))
+  except StopIteration as end:
+    return end.value
+
+
+def run_steps(
+  state: TrainState,
+  frozen: PyTree,
+  batches: Batches,
+  *,
+  config: FitConfig,
+  evaluate: Callable[[PyTree, PyTree], Evaluation],
+  base: str,
+  workdir: Path,
+  mesh: Mesh,
+  schedule: Callable[[int], Any] | None = None,
+  progress: bool = True,
+) -> Steps:
+  """Yields the inputs of each step of a run, gets its outputs, and returns the run's result.
+
+  Between steps it logs, evaluates and saves; a run that has a checkpoint is resumed from it.
+  `lora_jax.training.concurrent` makes the steps of several runs in one program.
+
+  Args:
+    state, frozen: as `start` returns them.
+    base: the fingerprint of the base params.
+
+  The other arguments and the errors are those of `fit`.
+  """
   started, tokens = time.perf_counter(), 0
 
   with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -183,7 +239,7 @@ def fit(
         batch = _next(batches, step, config)
         count = int(np.count_nonzero(batch["segment_ids"]))
         placed = place_batch(mesh, batch, config.accumulation_steps)
-        state, metrics = train_step(state, frozen, placed)
+        state, metrics = yield state, frozen, placed
         tokens += count
         window.add(step, metrics, count)
         is_last = step == config.num_train_steps
