@@ -8,7 +8,8 @@
     python -m experiments.export runs/finetune/qa merged.gguf --merged   # a model for llama.cpp
 
 An adapter of separate query, key and value is written for GPT-2's fused c_attn exactly; their ranks
-add up. `--format=peft-experts` gives each expert of a mixture its own factors, for servers.
+add up. `--format=peft-experts` gives each expert of a mixture its own factors, for servers. Runs of
+`prefix_embedding` with `prefix.num_infix=0` are written as PEFT's prompt tuning.
 
 A merged model needs no adapter and no LoRA: the run's method may be any. It has the files and the
 dtype of the base model's folder, and the error of rounding to that dtype is printed.
@@ -36,7 +37,12 @@ from experiments.classification.encoder import model_folder as encoder_folder
 from experiments.classification.restore import load_encoder
 from experiments.harness.config import AdaptationConfig
 from experiments.harness.launch import explained, make_parser
-from experiments.harness.methods import find_method, lora_config, needs_weights
+from experiments.harness.methods import (
+  find_method,
+  is_prompt_tuning,
+  lora_config,
+  needs_weights,
+)
 from experiments.harness.model_card import CARD, BaseModel, model_card
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
@@ -82,6 +88,7 @@ def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -
     ValueError: if the run's method has no adapter, or the format cannot express it.
   """
   config = _config_of(folder)
+  _check_exportable(config, merged=False)
   if isinstance(config, GlueConfig):
     _export_encoder(config, out, form)
   elif isinstance(config, E2EConfig):
@@ -94,7 +101,7 @@ def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -
 
 def _e2e_adapter(config: E2EConfig) -> RunAdapter:
   """Returns the adapter of a run of `experiments.gpt2_e2e`."""
-  if not find_method(config.method).exports_adapter:
+  if not (find_method(config.method).exports_adapter or is_prompt_tuning(config)):
     raise ValueError(
       f"{config.workdir} is a run of {config.method}, which has no adapter that other packages "
       "read. Export it --merged"
@@ -153,6 +160,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
     ValueError: if the run is not finished.
   """
   config = _config_of(folder)
+  _check_exportable(config, merged=True)
   if isinstance(config, FinetuneConfig):
     return _merge_finetuned(config, out)
   if isinstance(config, GlueConfig):
@@ -185,14 +193,25 @@ def _config_of(folder: str | Path) -> E2EConfig | GlueConfig | FinetuneConfig:
   experiment = stored_config(folder)["experiment"]
   if experiment not in EXPORTED:
     raise ValueError(f"{folder} is a run of {experiment!r}, expected one of {', '.join(EXPORTED)}")
-  config = read_run(EXPORTED[experiment], folder)
+  return read_run(EXPORTED[experiment], folder)
+
+
+def _check_exportable(config: AdaptationConfig, merged: bool) -> None:
+  """Raises ValueError if other packages have no format for a run, and it cannot be merged."""
   method = find_method(config.method)
-  if not (method.merges or method.exports_adapter):
-    raise ValueError(
-      f"{folder} is a run of {config.method}: its adapter cannot be merged, and there is no format "
-      f"for it in other packages. Use it here: {_use_here(config)}"
-    )
-  return config
+  is_prompt = method.is_prompt and not isinstance(config, GlueConfig)
+  if method.merges or method.exports_adapter:
+    return
+  if is_prompt and is_prompt_tuning(config) and not merged:
+    return
+  other = "there is no format for it in other packages"
+  if is_prompt:
+    number = config.prefix.num_infix
+    other = f"PEFT reads it without --merged, and with prefix.num_infix=0 (here {number})"
+  raise ValueError(
+    f"{config.workdir} is a run of {config.method}: its adapter cannot be merged, and {other}. Use "
+    f"it here: {_use_here(config)}"
+  )
 
 
 def _use_here(config: AdaptationConfig) -> str:
@@ -255,6 +274,7 @@ def _merge_into_gguf(folder: str, out: str) -> None:
   config = _config_of(folder)
   if isinstance(config, GlueConfig):
     raise ValueError(f"{folder} adapts an encoder, which has no GGUF file. Give a folder to make")
+  _check_exportable(config, merged=True)
   errors = export_merged_gguf(config, out)
   print(f"wrote {out}")
   worst = max(errors, key=errors.__getitem__)

@@ -24,6 +24,7 @@ from experiments.harness.launch import launch
 from experiments.harness.methods import (
   find_method,
   has_servers,
+  is_prompt_tuning,
   lora_config,
   needs_weights,
   slots_of,
@@ -62,6 +63,7 @@ from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.pretrained import PRETRAINED, cached_path
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import place_batch
+from lora_jax.training.processes import is_first
 from lora_jax.training.step import make_train_step, start
 from lora_jax.variants.qa_merge import MERGEABLE
 
@@ -74,7 +76,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   if (Path(settings.workdir) / "data.json").exists():  # also of a finished run
     _check_data(settings)
   result = run_once(settings, lambda workdir: _run(settings, workdir))
-  print(report(settings, result))
+  if is_first():
+    print(report(settings, result))
   return result
 
 
@@ -188,8 +191,9 @@ def plan(config: ConfigDict, all_rows: bool = False) -> None:
     if not needs_weights(settings):
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), trainable)
       check_export(settings, model, zeros)
-    table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
-    print(table, end="\n\n")
+    if not is_prompt_tuning(settings):
+      table = lj.summary(model.params, trainable, lora_config(settings), by_kind=not all_rows)
+      print(table, end="\n\n")
   print(_outline(settings, model, data, trainable))
   warmed = _with_warmup(settings, data)
   optimizer, _ = run_optimizer(warmed, method, model.params, trainable, len(data.train))
@@ -267,7 +271,11 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
       "import transformers",
       f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})",
     ]
-  lines = ["# here", *usage.in_lora_jax(model, str(folder), config.model.param_dtype), ""]
+  dtype = config.model.param_dtype
+  here = usage.in_lora_jax(model, str(folder), dtype)
+  if is_prompt_tuning(config):
+    here = usage.prompt_in_lora_jax(model, str(folder), slots_of(config).count, dtype)
+  lines = ["# here", *here, ""]
   path = cached_path(model) if model in PRETRAINED else Path(model)  # without asking the hub
   lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")

@@ -81,6 +81,7 @@ class Method:
     rules: settings of some of them.
     extra: the leaves that it trains fully, where it adapts no weights and PEFT has it.
     exports_adapter: whether PEFT has a format for its adapters, or for the LoRA that they are.
+    is_prompt: whether its adapters are PEFT's prompt tuning, if all slots are before the prompt.
     has_conv1d: whether also for GPT-2's layers, which are not linear layers in `transformers`.
     has_servers: whether adapter servers such as vLLM read that format: plain LoRA.
     is_floor: whether its texts come from the data set, without a model.
@@ -106,6 +107,7 @@ class Method:
   rules: tuple[lj.LoraRule, ...] = ()
   extra: str | None = None
   exports_adapter: bool = False
+  is_prompt: bool = False
   has_conv1d: bool = True
   has_servers: bool = False
   is_floor: bool = False
@@ -202,6 +204,11 @@ def slots_of(config: AdaptationConfig) -> lj.Slots:
   if not METHODS[config.method].uses("prefix"):
     return lj.Slots()
   return lj.Slots(config.prefix.num_prefix, config.prefix.num_infix)
+
+
+def is_prompt_tuning(config: AdaptationConfig) -> bool:
+  """Tells whether a run's adapter is PEFT's prompt tuning, which has no slots after the prompt."""
+  return METHODS[config.method].is_prompt and config.prefix.num_infix == 0
 
 
 def needs_weights(config: AdaptationConfig) -> bool:
@@ -330,7 +337,11 @@ def _prefix(
 
 
 def _of_prefix(
-  label: str, method: Callable[..., lj.Adaptation], learning_rate: float, with_lora: bool = False
+  label: str,
+  method: Callable[..., lj.Adaptation],
+  learning_rate: float,
+  with_lora: bool = False,
+  **fields: Any,
 ) -> Method:
   """Returns the row of a prefix method, alone or with LoRA."""
   return Method(
@@ -340,6 +351,7 @@ def _of_prefix(
     settings=("prefix",),
     merges=False,
     learning_rate=learning_rate,
+    **fields,
   )
 
 
@@ -533,7 +545,7 @@ METHODS: Mapping[str, Method] = {
     tried_learning_rates=(1.0, 10.0, 100.0),
   ),
   # The rates relative to LoRA's are those of Hu et al. 2021, Table 12.
-  "prefix_embedding": _of_prefix("PreEmbed", lj.prefix_embedding, learning_rate=2.5),
+  "prefix_embedding": _of_prefix("PreEmbed", lj.prefix_embedding, 2.5, is_prompt=True),
   "prefix_layer": _of_prefix("PreLayer", lj.prefix_layer, learning_rate=0.5),
   "lora_prefix_embedding": _of_prefix("LoRA+PE", lj.prefix_embedding, 1.0, with_lora=True),
   "lora_prefix_layer": _of_prefix("LoRA+PL", lj.prefix_layer, 1.0, with_lora=True),

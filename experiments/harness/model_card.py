@@ -85,7 +85,12 @@ def model_card(
     usage: lines of Markdown on how to use the adapter.
     task: the hub's name of the task.
   """
-  method, license_ = find_method(config.method).label, base.license
+  method, license_ = find_method(config.method), base.license
+  about_method = method.label
+  if method.uses("lora.rank"):
+    about_method += (
+      f", rank {config.lora.rank}, alpha {config.lora.alpha:g}, of `{config.lora.target}`"
+    )
   about_license = {
     UNKNOWN: "unknown: its files do not say. Find out before you publish the adapter"
   }
@@ -94,15 +99,14 @@ def model_card(
     "its weights": "; ".join(f"{name} {digest}" for name, digest in base.digests.items()),
     "its licence": about_license.get(license_, license_),
     "data": _data(config),
-    "method": f"{method}, rank {config.lora.rank}, alpha {config.lora.alpha:g}, "
-    f"of `{config.lora.target}`",
+    "method": about_method,
     "held-out loss": _loss(result),
     "trained on": ", ".join(
       f"{label}{result[key]}" for key, label in PROVENANCE.items() if result.get(key)
     ),
   }
   lines = [*_front_matter(form, base, license_, task), ""]
-  lines += [f"# {method} adapter of {base.name}", ""]
+  lines += [f"# {method.label} adapter of {base.name}", ""]
   lines += [f"Trained by `experiments.{config.NAME}` of lora_jax.", "", "| | |", "|---|---|"]
   lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
   lines += ["", "## Use", "", *usage, "", "## Config", "", "```json"]

@@ -10,13 +10,13 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import PyTree
 
 import lora_jax as lj
-from experiments.harness.methods import exported_adapter
+from experiments.harness.methods import exported_adapter, is_prompt_tuning, slots_of
 from experiments.harness.model_card import CARD, BaseModel, code, model_card
 from experiments.nlg import usage
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.text_files import write_with
 from lora_jax.files import local_path, make_folder, read_json
-from lora_jax.interop import save_gguf_adapter, save_mlx, save_peft
+from lora_jax.interop import save_gguf_adapter, save_mlx, save_peft, save_peft_prompt
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.llama.folder import stored_tensors
 from lora_jax.models.llama.model import LlamaConfig
@@ -33,7 +33,7 @@ class RunAdapter(NamedTuple):
   Attributes:
     config: the run's config.
     result: the run's result, or the part that is known so far.
-    lora: the adapter's config.
+    lora: the adapter's config; without effect for prompt tuning.
     trained: the trainable tree.
     model: the base model, or its shapes.
     base: the base model, for the card.
@@ -69,7 +69,10 @@ def write_adapter(run: RunAdapter, out: str | Path, form: Format) -> None:
     ValueError: if the format cannot express the adapter.
     OSError: if it cannot be written, such as on a full disk; nothing is left behind.
   """
-  if form == "gguf":
+  if is_prompt_tuning(run.config):
+    _check_prompt_format(run, form)
+    write_with(run.text_files, out, lambda folder: _write_prompt(run, folder))
+  elif form == "gguf":
     _write_gguf(run, local_path(out))
   elif form == "mlx":
     write_with(run.text_files, out, lambda folder: _write_mlx(run, folder))
@@ -96,6 +99,28 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   if servable and (command := usage.in_vllm(base, here, written["r"])):
     lines += code("sh", command)
   _write_card(run, folder, form, lines)
+
+
+def _check_prompt_format(run: RunAdapter, form: Format) -> None:
+  """Raises ValueError for a format other than PEFT's."""
+  if form != "peft":
+    flag = "--server" if form == "server" else f"--format={form}"
+    raise ValueError(
+      f"{run.config.workdir} is a run of {run.config.method}, which only PEFT has, as prompt "
+      f"tuning: leave out {flag}"
+    )
+
+
+def _write_prompt(run: RunAdapter, folder: Path) -> None:
+  """Writes PEFT's files of prompt tuning and the card."""
+  name = run.config.model.folder or None
+  save_peft_prompt(folder, run.trained, run.model.stored, run.model.params, base_model=name)
+  base, here, dtype = run.base.name, ".", run.config.model.param_dtype
+  lines = _about_file(run.base)
+  lines += code("python", usage.in_peft(base, run.base.shown_path, here))
+  num_slots = slots_of(run.config).count
+  lines += code("python", usage.prompt_in_lora_jax(base, here, num_slots, dtype))
+  _write_card(run, folder, "peft", lines)
 
 
 def _expert_tensors(run: RunAdapter) -> list[Any]:

@@ -15,6 +15,7 @@ from experiments.harness.methods import (
   adapt,
   find_method,
   has_servers,
+  is_prompt_tuning,
   lora_config,
   needs_weights,
   slots_of,
@@ -39,8 +40,10 @@ from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
+from lora_jax.placement import gathered
 from lora_jax.training.checkpoint import restore_adapter
 from lora_jax.training.loss import LossSum, language_model_loss
+from lora_jax.training.processes import from_first, is_first
 
 
 def loading_options(config: FinetuneConfig, mesh: Mesh) -> dict[str, Any]:
@@ -106,6 +109,8 @@ def check_weights(config: FinetuneConfig, folder: Path) -> None:
 def exports_adapter(config: FinetuneConfig, model: LanguageModel) -> bool:
   """Tells whether PEFT has a format for a run's adapter; if not, the run writes its whole model."""
   method = find_method(config.method)
+  if is_prompt_tuning(config):
+    return True
   return method.exports_adapter and (method.has_conv1d or model.model_type != "gpt2")
 
 
@@ -117,12 +122,13 @@ def export_folder(config: FinetuneConfig) -> Path:
 def is_exported(config: FinetuneConfig) -> bool:
   """Tells whether a finished run has written files for other packages: an adapter, or its model."""
   method = find_method(config.method)
-  return method.merges or method.exports_adapter
+  return method.merges or method.exports_adapter or is_prompt_tuning(config)
 
 
 def has_model(config: FinetuneConfig) -> bool:
   """Tells whether a finished run has written its whole model, and not an adapter for PEFT."""
-  return (Path(config.workdir) / "model").exists() or not find_method(config.method).exports_adapter
+  has_adapter = find_method(config.method).exports_adapter or is_prompt_tuning(config)
+  return (Path(config.workdir) / "model").exists() or not has_adapter
 
 
 def export(
@@ -135,7 +141,7 @@ def export(
   """Writes the trained adapter or model, with its tokenizer, chat template and end tokens.
 
   A folder that exists is kept. Nothing is written of an adapter that cannot be merged and that PEFT
-  has no format for.
+  has no format for. Several processes gather the arrays, and the first of them writes.
 
   Args:
     config: the run's config.
@@ -146,7 +152,10 @@ def export(
   """
   has_adapter = exports_adapter(config, model)
   folder = Path(config.workdir) / ("peft" if has_adapter else "model")
-  if folder.exists() or not is_exported(config):
+  if from_first(folder.exists) or not is_exported(config):
+    return
+  model, trained = _gathered(config, model, trained)
+  if not is_first():
     return
   own_template = text.template.source if text.template and config.data.chat_template else None
   end_ids = (text.end_id, *text.end_ids)
@@ -163,10 +172,20 @@ def export(
 def check_export(config: FinetuneConfig, model: LanguageModel, trainable: PyTree) -> None:
   """Raises ValueError if PEFT has no format for the adapter; call it before training."""
   if exports_adapter(config, model):
+    model, trainable = _gathered(config, model, trainable)
     with tempfile.TemporaryDirectory() as folder:
       base = BaseModel(config.model.folder, model.folder, {})
       run = RunAdapter(config, {}, lora_config(config), trainable, model, base, {})
       write_adapter(run, Path(folder) / "peft", _format(config, model, trainable))
+
+
+def _gathered(
+  config: FinetuneConfig, model: LanguageModel, trainable: PyTree
+) -> tuple[LanguageModel, PyTree]:
+  """Returns a trainable tree of whole arrays, and its base model, too, where an export reads it."""
+  if needs_weights(config) or not exports_adapter(config, model):
+    model = model._replace(params=gathered(model.params))
+  return model, gathered(trainable)
 
 
 def _format(config: FinetuneConfig, model: LanguageModel, adapter: PyTree) -> Format:

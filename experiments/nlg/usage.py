@@ -23,6 +23,17 @@ def in_lora_jax(base: str, adapter: str, param_dtype: str = "") -> list[str]:
   ]
 
 
+def prompt_in_lora_jax(base: str, adapter: str, num_slots: int, param_dtype: str = "") -> list[str]:
+  return [
+    "import lora_jax, lora_jax.interop, lora_jax.models.zoo",
+    _load(base, param_dtype),
+    f"vectors = lora_jax.interop.load_peft_prompt({adapter!r}, base.stored, base.params)",
+    f"slots = lora_jax.Slots({num_slots})  # tokens = slots.around(prompt)",
+    f"adapted = lora_jax.prefix_embedding(base.call, {num_slots})"
+    "  # .apply(base.params, vectors, tokens)",
+  ]
+
+
 def gguf_in_lora_jax(base: str, adapter: str, param_dtype: str = "") -> list[str]:
   return [
     "import lora_jax, lora_jax.interop, lora_jax.models.zoo",

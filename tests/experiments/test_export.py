@@ -29,7 +29,7 @@ from experiments.nlg.finetuned import load_exported, weights_digests
 from experiments.nlg.restore import load_run, trainable_shapes
 from experiments.nlg.text_files import text_files, write_with
 from experiments.nlg.tokens import with_token_ids
-from lora_jax.interop import load_gguf_adapter, load_peft, save_peft
+from lora_jax.interop import load_gguf_adapter, load_peft, load_peft_prompt, save_peft
 from lora_jax.models.checkpoints.gguf import write_gguf
 from lora_jax.models.gpt2.folder import load_gpt2, stored_tensors
 from lora_jax.models.gpt2.model import GPT2
@@ -96,6 +96,35 @@ def test_the_adapter_of_another_method_for_peft(method, tmp_path):
   merged = lj.lora(base.model.call, lora).merge(base.params, trainable)
   assert relative_difference(merged, expected) < 1e-5
   assert relative_difference(base.params, expected) > 1e-3
+
+
+def test_vectors_before_the_prompt_are_prompt_tuning_of_peft(tmp_path):
+  """Without merging; a run with infix slots has no format."""
+  changes = {"method": "prefix_embedding", "prefix.num_prefix": 3}
+  settings = {
+    name: read_config(
+      E2EConfig, apply(tiny_config(tmp_path / name), changes | {"prefix.num_infix": number})
+    )
+    for name, number in (("run", 0), ("infix", 1))
+  }
+  base, vectors = load_base(settings["run"], make_mesh()), np.ones((3, 32), np.float32)
+  for name, config in settings.items():
+    save_adapter(tmp_path / name / "adapter", {"lora_added": {"prefix_embedding": vectors}})
+    write_json(tmp_path / name / "config.json", dataclasses.asdict(config))
+    write_json(tmp_path / name / "result.json", {"base": fingerprint(base.params)})
+  export.main([str(tmp_path / "run"), str(tmp_path / "new")])
+  trainable = load_peft_prompt(tmp_path / "new", base.model.stored, base.params)
+  np.testing.assert_array_equal(trainable["lora_added"]["prefix_embedding"], vectors)
+  card = (tmp_path / "new" / "README.md").read_text()
+  assert "slots = lora_jax.Slots(3)" in card
+  assert "| method | PreEmbed |" in card
+  for name, flags, words in (
+    ("run", ["--server"], "which only PEFT has, as prompt tuning: leave out --server"),
+    ("run", ["--merged"], r"cannot be merged, and PEFT reads it without --merged"),
+    ("infix", [], r"with prefix.num_infix=0 \(here 1\)"),
+  ):
+    with pytest.raises(SystemExit, match=words):
+      export.main([str(tmp_path / name), str(tmp_path / "other"), *flags])
 
 
 @pytest.mark.long

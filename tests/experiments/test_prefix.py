@@ -138,8 +138,13 @@ def test_finetune_answers_and_writes_no_merged_model(num_infix, tmp_path, capsys
   assert len(result["samples"]) == 2
   assert not (tmp_path / "run" / "model").exists()
   printed = capsys.readouterr().out
-  assert f"wrote      {tmp_path / 'run' / 'adapter'}" in printed
-  assert f'# python -m experiments.generate {tmp_path / "run"} "PROMPT"' in printed
+  folder = tmp_path / "run" / ("adapter" if num_infix else "peft")
+  assert f"wrote      {folder}" in printed
+  if num_infix:
+    assert f'# python -m experiments.generate {tmp_path / "run"} "PROMPT"' in printed
+  else:  # PEFT's prompt tuning
+    assert "slots = lora_jax.Slots(2)" in printed
+    assert '"PROMPT_TUNING"' in (folder / "adapter_config.json").read_text()
   prompt = result["samples"][0]["prompt"]
   generate([str(tmp_path / "run"), prompt, "--max_new_tokens=4"])
   assert capsys.readouterr().out.strip() == result["samples"][0]["generated"].strip()
