@@ -34,6 +34,7 @@ from lora_jax.adapters.parts import path_in_part
 from lora_jax.metrics import glue as metrics
 from lora_jax.training.classification import classification_loss
 from lora_jax.training.metrics_log import read_metrics
+from lora_jax.training.processes import from_first, is_first
 from lora_jax.trees import leaves_with_path, matches
 
 
@@ -45,7 +46,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   settings = read_config(GlueConfig, config)
   _check(settings)
   result = run_once(settings, lambda workdir: _run(settings, workdir))
-  print(report(Path(settings.workdir), result))
+  if is_first():
+    print(report(Path(settings.workdir), result))
   return result
 
 
@@ -98,9 +100,11 @@ def train(config: GlueConfig, base: Base, data: Data, mesh: Mesh) -> dict[str, A
   )
   params = method.remaining_base(base.params, trained.kept)
   workdir = Path(config.workdir)
-  write_predictions(workdir / "predictions.txt", evaluator.outputs(params, trained.kept))
+  outputs = evaluator.outputs(params, trained.kept)
+  if is_first():
+    write_predictions(workdir / "predictions.txt", outputs)
   best_epoch = trained.fitted.best_step / data.train.epoch_ends[0]
-  scores = _scores(config, trained.fitted.best_step, len(data.train))
+  scores = from_first(lambda: _scores(config, trained.fitted.best_step, len(data.train)))
   return trained.fields | {"head_parameters": head_parameters, "best_epoch": best_epoch} | scores
 
 

@@ -49,6 +49,7 @@ from experiments.nlg.scores import markdown
 from experiments.nlg.tasks.table import TASKS, title
 from experiments.nlg.tokens import with_token_ids
 from lora_jax.training.loss import language_model_loss
+from lora_jax.training.processes import from_first, is_first
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   find_method(settings.method, settings.NAME)
   settings = with_token_ids(settings)
   result = run_once(settings, lambda workdir: _run(settings, workdir))
-  print(report(Path(settings.workdir), result))
+  if is_first():
+    print(report(Path(settings.workdir), result))
   return result
 
 
@@ -71,7 +73,7 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
   check_attention(config.model.attention, config.model.dtype)
   mesh, method = config.mesh.make(), find_method(config.method)
   if method.is_floor:
-    return floor(config, workdir)
+    return from_first(lambda: floor(config, workdir))
   base = load_base(config, mesh)
   base_parameters = count(base.params)
   data = load_data(config, base)

@@ -43,9 +43,11 @@ from experiments.nlg.pretraining import (
 from lora_jax.data import corpus
 from lora_jax.models.gpt2.folder import save_gpt2
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
+from lora_jax.placement import gathered
 from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.metrics_log import read_metrics
+from lora_jax.training.processes import from_first, is_first, wait_for_all
 from lora_jax.training.step import make_eval_step
 
 ABOUT_BASE = ("train_tokens", "held_out_loss", "bits_per_byte", "commit")
@@ -61,8 +63,9 @@ def run(config: ConfigDict) -> dict[str, Any]:
   for folder in ("workdir", "data.folder", "data.prepared"):  # these differ between users
     changes.pop(folder, None)
   result = run_once(settings, lambda workdir: _run(settings, workdir, changes))
-  print((Path(settings.workdir) / "base" / "README.md").read_text("utf-8"))
-  print(f"wrote {settings.workdir}/base")
+  if is_first():
+    print((Path(settings.workdir) / "base" / "README.md").read_text("utf-8"))
+    print(f"wrote {settings.workdir}/base")
   return result
 
 
@@ -70,12 +73,23 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
   start = time.perf_counter()
   config.check_steps()
   check_attention(config.model.attention, config.model.dtype)
+  if is_first():
+    prepare(config)
+  wait_for_all()
   mesh, model, text = config.mesh.make(), pretrained_config(config), prepare(config)
   check_same(workdir / "text.json", text.folder.name, "text")
   shape = {"batch_size": config.data.batch_size, "row_length": config.data.row_length}
   steps = config.num_train_steps
-  train = corpus.Rows(text.train, END_OF_TEXT_ID, seed=config.seed, num_batches=steps, **shape)
-  valid = corpus.Rows(text.held_out, END_OF_TEXT_ID, seed=None, **shape)
+  train = corpus.Rows(
+    text.train,
+    END_OF_TEXT_ID,
+    seed=config.seed,
+    num_batches=steps,
+    local_rows=config.local_rows(config.data.batch_size, config.fit.accumulation_steps),
+    **shape,
+  )
+  local_rows = config.local_rows(config.data.batch_size)
+  valid = corpus.Rows(text.held_out, END_OF_TEXT_ID, seed=None, local_rows=local_rows, **shape)
   num_valid = max(1, min(len(valid), config.data.num_valid_rows // config.data.batch_size))
 
   key, _ = jax.random.split(jax.random.key(config.seed))
@@ -97,10 +111,12 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
     eval_batches=lambda: (valid[i] for i in range(num_valid)),
   )
   losses = _export(workdir, text, model, loss, trained.kept, valid, mesh)
-  tokens_per_second = statistics.median(
-    line["train/tokens_per_second"]
-    for line in read_metrics(workdir / "metrics.jsonl")
-    if "train/tokens_per_second" in line
+  tokens_per_second = from_first(
+    lambda: statistics.median(
+      line["train/tokens_per_second"]
+      for line in read_metrics(workdir / "metrics.jsonl")
+      if "train/tokens_per_second" in line
+    )
   )
   result = {
     "experiment": config.experiment,
@@ -120,6 +136,8 @@ def _run(config: PretrainConfig, workdir: Path, changes: dict[str, Any]) -> dict
     "seconds": time.perf_counter() - start,
     **provenance(),
   }
+  if not is_first():
+    return result
   card = model_card(config, model, text, result, changes)
   (workdir / "base" / "README.md").write_text(card, "utf-8")
   write_json(workdir / "base" / PRETRAINING, {name: result[name] for name in ABOUT_BASE})
@@ -143,8 +161,10 @@ def _export(
     "held_out_loss": evaluate_loss(step, widened, widened, rows, mesh),
     "held_out_loss_float32": evaluate_loss(step, params, params, rows, mesh),
   }
-  shutil.rmtree(workdir / "base", ignore_errors=True)  # an interrupted session may have left it
-  save_gpt2(workdir / "base", model, rounded, text.folder, END_OF_TEXT_ID)
+  rounded = gathered(rounded)
+  if is_first():
+    shutil.rmtree(workdir / "base", ignore_errors=True)  # an interrupted session may have left it
+    save_gpt2(workdir / "base", model, rounded, text.folder, END_OF_TEXT_ID)
   return losses
 
 

@@ -3,8 +3,11 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from lora_jax.quantization.leaf import is_quantized
 
@@ -36,4 +39,31 @@ def place(array: Any, sharding: NamedSharding | PartitionSpec | None) -> Any:
     return jax.lax.with_sharding_constraint(array, sharding)
   if isinstance(array, jax.ShapeDtypeStruct):
     return array.update(sharding=sharding)
-  return jax.device_put(array, sharding)
+  is_global = isinstance(array, jax.Array) and not array.is_fully_addressable
+  if is_global or not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  return _place_in_all(array, sharding)
+
+
+def host_copy(array: Any) -> np.ndarray:
+  """Returns the whole of an array, of which each of several processes may have a part.
+
+  All processes call it together.
+  """
+  if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def gathered(tree: PyTree) -> PyTree:
+  """Returns a tree of whole arrays, as `host_copy`; in a single process the tree itself."""
+  return tree if jax.process_count() == 1 else jax.tree.map(host_copy, tree)
+
+
+def _place_in_all(array: Any, sharding: NamedSharding) -> jax.Array:
+  """Places an array that every process has, on the devices of all of them."""
+  if jax.dtypes.issubdtype(jax.numpy.result_type(array), jax.dtypes.prng_key):
+    data = _place_in_all(jax.random.key_data(array), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+  copy = np.asarray(array)
+  return jax.make_array_from_callback(copy.shape, sharding, lambda index: copy[index])

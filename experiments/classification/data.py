@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.classification.config import GlueConfig
@@ -40,21 +39,23 @@ def load_data(config: GlueConfig, base: Base) -> Data:
   train_examples, valid_examples = (
     encode_records(config, base, records) for records in (train, valid)
   )
-  shape: dict[str, Any] = {
-    "row_lengths": data.row_lengths,
-    "shard_index": jax.process_index(),
-    "shard_count": jax.process_count(),
-  }
   return Data(
     bucketed_batches(
       train_examples,
       batch_size=data.batch_size,
+      row_lengths=data.row_lengths,
+      local_rows=config.local_rows(data.batch_size, config.fit.accumulation_steps),
       seed=config.seed,
       num_epochs=config.fit.num_epochs,
       window=data.window,
-      **shape,
     ),
-    bucketed_batches(valid_examples, batch_size=data.eval_batch_size, seed=None, **shape),
+    bucketed_batches(
+      valid_examples,
+      batch_size=data.eval_batch_size,
+      row_lengths=data.row_lengths,
+      local_rows=config.local_rows(data.eval_batch_size),
+      seed=None,
+    ),
     len(train),
     valid,
     num_matched,

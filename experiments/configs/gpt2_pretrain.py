@@ -65,6 +65,11 @@ def get_config() -> Config:
   config.mesh.data = 1
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+
+  config.distributed = ConfigDict()  # several processes that do one run together: docs/scale.md
+  config.distributed.coordinator_address = ""  # HOST:PORT of process 0; auto is what JAX detects
+  config.distributed.num_processes = 0  # 0 is what JAX detects
+  config.distributed.process_id = -1  # of this process; -1 is what JAX detects
   return config
 
 

@@ -28,7 +28,7 @@ from lora_jax.fields import (
   read_section,
   read_value,
 )
-from lora_jax.training.mesh import make_mesh
+from lora_jax.training.mesh import local_rows, make_mesh
 
 # The linear layers of the zoo's blocks, like PEFT's all-linear: no heads, embeddings or routers,
 # and no experts of a mixture, which are single three-dimensional weights.
@@ -37,6 +37,7 @@ ALL_LINEAR = r".*/(attn/(query|key|value|out)|mlp/(shared/)?(gate|up|down))/kern
 Config = TypeVar("Config", bound="RunConfig")
 
 MAX_BATCH_TOKENS = 2**24
+AUTO = "auto"
 
 # Upper bounds are far above any use. They refuse a slip that would take all memory or never end.
 Seed = Annotated[int, Within("[0, 4_294_967_295]")]  # jax.random.key takes 32 bits and drops more
@@ -150,6 +151,34 @@ class MeshShape:
     return make_mesh(self.data, self.fsdp, self.tensor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+  """The section `distributed` of a config.
+
+  Attributes:
+    coordinator_address: HOST:PORT of process 0; `auto` for what JAX detects; "" is one process.
+    num_processes: 0 for what JAX detects.
+    process_id: the number of this process, from 0; -1 for what JAX detects.
+  """
+
+  coordinator_address: str = ""
+  num_processes: Annotated[int, Within("[0, 1_048_576]")] = 0
+  process_id: Annotated[int, Within("[-1, 1_048_575]")] = -1
+
+  def __post_init__(self):
+    check_fields(self)
+    if self.is_set and not re.fullmatch(rf"{AUTO}|.+:\d+", self.coordinator_address):
+      raise ValueError(
+        f"distributed.coordinator_address must be HOST:PORT of process 0, or {AUTO}; got "
+        f"{self.coordinator_address!r}"
+      )
+
+  @property
+  def is_set(self) -> bool:
+    """Tells whether there are several processes."""
+    return bool(self.coordinator_address or self.num_processes or self.process_id >= 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
   """The config of any run. `NAME` is the experiment's.
@@ -177,6 +206,21 @@ class TrainingConfig(RunConfig):
   optimizer: Optimizer
   fit: Fit
   mesh: MeshShape
+  distributed: Distributed = Distributed()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.distributed.is_set:
+      raise ValueError(
+        "the command connects processes before it reads its config; in Python, call "
+        "experiments.harness.machines.join first, and leave config.distributed as it is"
+      )
+
+  def local_rows(self, batch_size: int, accumulation_steps: int = 1) -> list[int] | None:
+    """Returns this process's rows of a batch; None, which is all, if it is the only process."""
+    if jax.process_count() == 1:
+      return None
+    return local_rows(self.mesh.make(), batch_size, accumulation_steps)
 
   def check_batch(self, batch_size: int, row_length: int) -> None:
     """Raises ValueError if a batch is too large, or cannot be split over steps and devices."""

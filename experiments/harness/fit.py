@@ -16,6 +16,7 @@ from lora_jax.data.batches import BatchSource, as_grain
 from lora_jax.quantization.leaf import is_quantized
 from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
+from lora_jax.training.processes import from_first
 from lora_jax.trees import partition, trainable_mask
 
 
@@ -111,7 +112,7 @@ def fit_run(
   )
   best = keep == "best"
   kept = fitted.best if best else fitted.last
-  if method.saves_adapter and not (workdir / "adapter").exists():
+  if method.saves_adapter and not from_first((workdir / "adapter").exists):
     save_adapter(workdir / "adapter", kept)
   fields = {
     "trainable_parameters": size,

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _open_folders: list[Path] = []  # of runs, the innermost last
@@ -69,6 +70,12 @@ def _end_on_signal(read_end: int) -> None:
         os.write(2, f"{newline}interrupted: {saved()}\n".encode())
       finally:
         os._exit(code)
+
+
+def end_preempted(error: BaseException) -> NoReturn:
+  """Ends one of several processes that have stopped at the same step, because of a SIGTERM."""
+  sys.stderr.write(f"interrupted: {error}. To resume, start all processes again\n")
+  sys.exit(128 + signal.SIGTERM)
 
 
 def saved() -> str:

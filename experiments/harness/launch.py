@@ -31,8 +31,9 @@ from ml_collections import config_flags
 
 import lora_jax
 from experiments.configs import Config
-from experiments.harness.config import flat
-from experiments.harness.interrupt import resumable
+from experiments.harness.config import Distributed, flat
+from experiments.harness.interrupt import end_preempted, resumable
+from experiments.harness.machines import end_all, is_joined, join
 from experiments.harness.methods import check_used, default_learning_rate, find_method
 from experiments.harness.workdir import (
   full_disk,
@@ -40,7 +41,9 @@ from experiments.harness.workdir import (
   read_result,
   stored_config,
 )
+from lora_jax.fields import read_section
 from lora_jax.training.allocator import keep_freed_memory
+from lora_jax.training.loop import Preempted
 from lora_jax.trees import closest_names
 
 RATE = "optimizer.learning_rate"
@@ -84,6 +87,7 @@ def launch(
     if config.value.get("keep_freed_memory") and _only_cpus():
       keep_freed_memory()
     with explained():
+      _join(config.value, default)
       named = _named_fields(sys.argv[1:])
       if plan is not None and flags.FLAGS["all_rows"].value and not flags.FLAGS["dry_run"].value:
         raise ValueError("--all_rows is for --dry_run; add it, or leave out --all_rows")
@@ -97,6 +101,13 @@ def launch(
         run(single_run(config.value, default, named))
 
   app.run(main)
+
+
+def _join(config: Config, default: Config) -> None:
+  """Connects the processes of the section `distributed`, which is no part of a run's settings."""
+  if "distributed" in config:
+    join(read_section(Distributed, config.distributed.to_dict(), "distributed."))
+    config.distributed.update(default.distributed)
 
 
 def make_parser(name: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -183,10 +194,16 @@ def explained() -> Iterator[None]:
   with resumable():
     try:
       yield
+    except Preempted as error:
+      end_preempted(error)
     except Exception as error:
-      if not _says_all(error):
+      says_all = _says_all(error)
+      text = f"error: {error}\n(--traceback shows where it was raised)"
+      if is_joined():
+        end_all(text if says_all else traceback.format_exc())
+      if not says_all:
         raise
-      sys.exit(f"error: {error}\n(--traceback shows where it was raised)")
+      sys.exit(text)
 
 
 def _says_all(error: Exception) -> bool:
@@ -329,6 +346,8 @@ def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
       with contextlib.redirect_stdout(io.StringIO()) if finished else contextlib.nullcontext():
         run(config)  # checks that a finished run has this config
     except Exception as error:  # the other runs are still worth doing
+      if is_joined() and not isinstance(error, FloatingPointError):
+        raise  # another process may not have failed
       failed.append(config.workdir)
       message = f"{error}" if _says_all(error) else traceback.format_exc()
       print(f"  failed: {message}", file=sys.stderr, flush=True)

@@ -1,5 +1,7 @@
 """A run's folder: it belongs to one config, and one process at a time may write to it.
 
+Of several processes that do a run together, that is process 0.
+
 config.json      the run's config             checkpoints/    train states; no base weights
 model.json       the base model's config      adapter/        the trainable tree
 examples.json    the digest of the examples   peft/, base/    exports for other packages
@@ -27,6 +29,7 @@ import numpy as np
 from experiments.harness.config import Config, RunConfig, flat, read_config, with_pattern
 from experiments.harness.interrupt import saved_steps, working_in
 from lora_jax.files import local_path, make_folder, parse_json, read_json, read_text
+from lora_jax.training.processes import from_first, is_first, wait_for_all
 
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
@@ -48,24 +51,32 @@ def open_workdir(config: RunConfig) -> Iterator[Path]:
   folder = make_folder(config.workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(_explained_full_disk(folder))
-    lock = stack.enter_context((folder / ".lock").open("a"))
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise RuntimeError(
-        f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
-      ) from None
-    stored = read_run(type(config), config.workdir) if has_trained(folder) else config
-    if differences := _differences(_trained_by(stored), _trained_by(config)):
-      raise ValueError(
-        f"{folder} belongs to a run with another config: {differences}. "
-        "Give another --config.workdir, or remove the folder"
-      )
-    _remove_temporaries(folder)
-    if read_result(folder) is None:  # else the stored config is that of the result
-      _write_config(folder, config)
+    if is_first():
+      _take(folder, config, stack)
+    wait_for_all()
     stack.enter_context(working_in(folder))
     yield folder
+    wait_for_all()
+
+
+def _take(folder: Path, config: RunConfig, stack: contextlib.ExitStack) -> None:
+  """Locks a folder until the stack is closed, checks that it is the config's, and prepares it."""
+  lock = stack.enter_context((folder / ".lock").open("a"))
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise RuntimeError(
+      f"{folder} is in use by another process. Wait for it, or give another --config.workdir"
+    ) from None
+  stored = read_run(type(config), config.workdir) if has_trained(folder) else config
+  if differences := _differences(_trained_by(stored), _trained_by(config)):
+    raise ValueError(
+      f"{folder} belongs to a run with another config: {differences}. "
+      "Give another --config.workdir, or remove the folder"
+    )
+  _remove_temporaries(folder)
+  if read_result(folder) is None:  # else the stored config is that of the result
+    _write_config(folder, config)
 
 
 def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -81,21 +92,36 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
     RuntimeError, ValueError, OSError: as `open_workdir`.
   """
   folder = local_path(config.workdir)
-  result = read_result(folder)
-  if result is not None and read_run(type(config), config.workdir) == config:
+  result = from_first(lambda: _finished_result(config))
+  if result is not None:
     print(f"{folder} is finished; this is its result. Remove it to run it again.\n")
     return result
   with open_workdir(config) as workdir:
-    previous = read_result(workdir) or {}
-    if previous:
-      _check_repeatable(workdir)
-      stored = read_run(type(config), config.workdir)
-      changed = _differences(*map(dataclasses.asdict, (stored, config)))
-      print(f"{workdir} is trained; what follows is repeated: {changed}", flush=True)
+    previous = from_first(lambda: _previous_result(config))
     result = make(workdir) | {name: previous[name] for name in OF_TRAINING if name in previous}
-    write_json(workdir / "result.json", result)
-    _write_config(workdir, config)
+    if is_first():
+      write_json(workdir / "result.json", result)
+      _write_config(workdir, config)
     return result
+
+
+def _finished_result(config: RunConfig) -> dict[str, Any] | None:
+  """Returns a run's result, if it is of this config."""
+  result = read_result(config.workdir)
+  has_config = result is not None and read_run(type(config), config.workdir) == config
+  return result if has_config else None
+
+
+def _previous_result(config: RunConfig) -> dict[str, Any]:
+  """Returns a run's result, of which what follows training is repeated; empty if it has none."""
+  folder = local_path(config.workdir)
+  previous = read_result(folder) or {}
+  if previous:
+    _check_repeatable(folder)
+    stored = read_run(type(config), config.workdir)
+    changed = _differences(*map(dataclasses.asdict, (stored, config)))
+    print(f"{folder} is trained; what follows is repeated: {changed}", flush=True)
+  return previous
 
 
 def _trained_by(config: RunConfig) -> dict[str, Any]:
@@ -117,6 +143,7 @@ def _check_repeatable(folder: Path) -> None:
 def _write_config(folder: Path, config: RunConfig) -> None:
   values = dataclasses.asdict(config)
   del values["workdir"]  # the folder may be moved
+  values.pop("distributed", None)  # and the run resumed by other processes
   write_json(folder / "config.json", values)
 
 
@@ -159,6 +186,8 @@ def check_same(path: Path, value: Any, label: str) -> None:
   Raises:
     ValueError: if they have changed since, or the file cannot be read.
   """
+  if not is_first():
+    return
   if not (has_trained(path.parent) and path.exists()):
     write_json(path, value)
     return

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
@@ -26,6 +25,7 @@ from lora_jax.decoding import BeamConfig, beam_search
 from lora_jax.metrics import Measured
 from lora_jax.training.loop import evaluate_loss
 from lora_jax.training.loss import language_model_loss
+from lora_jax.training.processes import from_first
 from lora_jax.training.step import make_eval_step
 
 LONGEST_TEXT = 64  # tokens of an example that Hu et al.'s code keeps for the text when it decodes
@@ -50,20 +50,22 @@ def load_data(config: E2EConfig, base: Base) -> Data:
   data = config.data
   train, valid = (examples_of(config, base, split) for split in ("train", "valid"))
 
-  def batches(examples: list[text.Example], seed: int | None, epochs: int) -> Batches:
+  def batches(
+    examples: list[text.Example], seed: int | None, epochs: int, accumulation_steps: int = 1
+  ) -> Batches:
     shape: dict[str, Any] = {
       "batch_size": data.batch_size,
       "loss_length": data.loss_length,
       "seed": seed,
       "num_epochs": epochs,
-      "shard_index": jax.process_index(),
-      "shard_count": jax.process_count(),
+      "local_rows": config.local_rows(data.batch_size, accumulation_steps),
     }
     if data.packing:
       return packed_batches(examples, row_length=data.row_length, **shape)
     return padded_batches(examples, row_lengths=[data.row_length], **shape)
 
-  in_epochs, once = batches(train, config.seed, data.num_epochs), batches(valid, None, 1)
+  in_epochs = batches(train, config.seed, data.num_epochs, config.fit.accumulation_steps)
+  once = batches(valid, None, 1)
   return Data(in_epochs, once, len(train), examples_digest(train, valid))
 
 
@@ -196,7 +198,9 @@ def decode_and_score(config: E2EConfig, base: Base, params: PyTree, mesh: Mesh) 
   print(f"decoding {len(groups)} inputs, beam {config.decoding.num_beams} ...", flush=True)
   texts = generate(config, base, params, [group.context for group in groups], mesh)
   seconds = time.perf_counter() - start
-  scores = score(texts, groups, Path(config.workdir), config.data, config.decoding)
+  scores = from_first(
+    lambda: score(texts, groups, Path(config.workdir), config.data, config.decoding)
+  )
   return {**scores, "decode_seconds": seconds}
 
 

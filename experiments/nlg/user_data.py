@@ -7,7 +7,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.harness.methods import slots_of
@@ -111,14 +110,15 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
   loss_length = data_batches.suggest_loss_length([*train, *valid], row_length)
   chunk = config.fit.loss_chunk or 1  # which must divide it
 
-  def batches(examples: list[Example], seed: int | None, epochs: int) -> data_batches.Batches:
-    shape = {
+  def batches(
+    examples: list[Example], seed: int | None, epochs: int, accumulation_steps: int = 1
+  ) -> data_batches.Batches:
+    shape: dict[str, Any] = {
       "batch_size": options.batch_size,
       "loss_length": -(-loss_length // chunk) * chunk,
       "seed": seed,
       "num_epochs": epochs,
-      "shard_index": jax.process_index(),
-      "shard_count": jax.process_count(),
+      "local_rows": config.local_rows(options.batch_size, accumulation_steps),
     }
     if options.packing:
       return data_batches.packed_batches(examples, row_length=row_length, **shape)
@@ -126,7 +126,7 @@ def load_data(config: FinetuneConfig, model: LanguageModel) -> tuple[Text, Data]
 
   sampled = held_out[: config.samples.count]
   data = Data(
-    train=batches(train, config.seed, options.num_epochs),
+    train=batches(train, config.seed, options.num_epochs, config.fit.accumulation_steps),
     valid=batches(valid, None, 1),
     prompts=prompts(text, sampled),
     answers=[_answer(record) for record in sampled],

@@ -11,7 +11,7 @@ A row of T tokens and K targets; a batch has B rows:
 
 Each epoch's order and packing are a function of (seed, epoch). All batches of a run are therefore
 known at the start, by their number: `len` is exact, the state of an iterator is one integer, and
-every process of a larger job can build its part of the same global batch.
+every process of a job builds its rows of the same global batch.
 """
 
 import itertools
@@ -64,15 +64,14 @@ class Batches:
     batch_size: int,
     row_lengths: Sequence[int],
     loss_length: int,
-    shard_index: int,
-    shard_count: int,
+    local_rows: Sequence[int] | None,
   ):
     chunks = [
       [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)] for rows in epochs
     ]
     self._examples = examples
     self._rows = [chunk for epoch in chunks for chunk in epoch]
-    self._shard = shard_of(batch_size, shard_index, shard_count)
+    self._local_rows = read_local_rows(local_rows, batch_size)
     self.epoch_ends = tuple(itertools.accumulate(len(epoch) for epoch in chunks))
     self.batch_size = batch_size
     self.row_lengths = tuple(sorted(row_lengths))
@@ -86,25 +85,23 @@ class Batches:
     rows = [[self._examples[i] for i in row] for row in self._rows[index]]
     longest = max(sum(len(example.tokens) for example in row) for row in rows)
     row_length = next(length for length in self.row_lengths if length >= longest)
-    num_rows = self._shard.stop - self._shard.start
-    return fill(rows[self._shard], num_rows, row_length, self.loss_length)
+    local = [rows[i] for i in self._local_rows if i < len(rows)]
+    return fill(local, len(self._local_rows), row_length, self.loss_length)
 
 
-def shard_of(batch_size: int, shard_index: int, shard_count: int) -> slice:
+def read_local_rows(local_rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
   """Returns one process's rows of a global batch.
 
   Raises:
-    ValueError: if the rows cannot be shared evenly, or there is no such process.
+    ValueError: if they are not ascending numbers of its rows.
   """
-  read_value(Count, shard_count, "shard_count")
-  if batch_size < 1 or batch_size % shard_count:
+  if local_rows is None:
+    return range(batch_size)
+  if sorted({*local_rows} & {*range(batch_size)}) != [*local_rows] or not local_rows:
     raise ValueError(
-      f"batch_size must be a multiple of shard_count = {shard_count}, got {batch_size}"
+      f"local_rows must be ascending row numbers in 0..{batch_size - 1}, got {[*local_rows]!r:.100}"
     )
-  if not 0 <= shard_index < shard_count:
-    raise ValueError(f"shard_index must be in 0..{shard_count - 1}, got {shard_index}")
-  rows_per_shard = batch_size // shard_count
-  return slice(rows_per_shard * shard_index, rows_per_shard * (shard_index + 1))
+  return local_rows
 
 
 def check_sizes(
@@ -146,8 +143,7 @@ def packed_batches(
   loss_length: int,
   seed: int | None,
   num_epochs: int = 1,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  local_rows: Sequence[int] | None = None,
 ) -> Batches:
   """Returns batches with as many examples in a row as fit; every example once an epoch.
 
@@ -157,7 +153,8 @@ def packed_batches(
     row_length: T, tokens.
     loss_length: K, targets; see `suggest_loss_length`.
     seed: of the order, another one in each epoch; None keeps the examples' order.
-    shard_index: this process's number of `shard_count`; it gets its block of each batch's rows.
+    local_rows: the rows of a global batch that this process builds, ascending, as
+      `lora_jax.training.mesh.local_rows` returns them; None is all.
   Raises:
     ValueError: if an example does not fit into a row, or a size is out of range.
   """
@@ -183,8 +180,7 @@ def packed_batches(
     batch_size=batch_size,
     row_lengths=[row_length],
     loss_length=loss_length,
-    shard_index=shard_index,
-    shard_count=shard_count,
+    local_rows=local_rows,
   )
 
 
@@ -196,8 +192,7 @@ def padded_batches(
   loss_length: int,
   seed: int | None,
   num_epochs: int = 1,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  local_rows: Sequence[int] | None = None,
 ) -> Batches:
   """Returns batches with one example in a row, padded at its end.
 
@@ -223,8 +218,7 @@ def padded_batches(
     batch_size=batch_size,
     row_lengths=row_lengths,
     loss_length=loss_length,
-    shard_index=shard_index,
-    shard_count=shard_count,
+    local_rows=local_rows,
   )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from lora_jax.data.batches import check_sizes, epoch_orders, shard_of
+from lora_jax.data.batches import check_sizes, epoch_orders, read_local_rows
 from lora_jax.data.sets.glue import Record
 from lora_jax.data.text import CHARACTERS_PER_TOKEN, encode_texts
 from lora_jax.fields import Count, read_value
@@ -123,12 +123,11 @@ class Batches:
     *,
     batch_size: int,
     row_lengths: Sequence[int],
-    shard_index: int,
-    shard_count: int,
+    local_rows: Sequence[int] | None,
   ):
     self._examples = examples
     self._rows = [rows for epoch in epochs for rows in epoch]
-    self._shard = shard_of(batch_size, shard_index, shard_count)
+    self._local_rows = read_local_rows(local_rows, batch_size)
     self.epoch_ends = tuple(itertools.accumulate(len(epoch) for epoch in epochs))
     self.batch_size = batch_size
     self.row_lengths = tuple(sorted(row_lengths))
@@ -145,8 +144,8 @@ class Batches:
     rows = [self._examples[i] for i in self._rows[index]]
     longest = max(len(example.tokens) for example in rows)
     row_length = next(length for length in self.row_lengths if length >= longest)
-    num_rows = self._shard.stop - self._shard.start
-    return fill(rows[self._shard], num_rows, row_length, type(self._examples[0].label))
+    local = [rows[i] for i in self._local_rows if i < len(rows)]
+    return fill(local, len(self._local_rows), row_length, type(self._examples[0].label))
 
 
 def bucketed_batches(
@@ -157,8 +156,7 @@ def bucketed_batches(
   seed: int | None,
   num_epochs: int = 1,
   window: int = 50,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  local_rows: Sequence[int] | None = None,
 ) -> Batches:
   """Returns batches of examples of similar length; every example exactly once an epoch.
 
@@ -169,7 +167,7 @@ def bucketed_batches(
     seed: of the order, another one in each epoch: random, then sorted by length within windows,
       and the batches shuffled. None, for evaluation, sorts all by length.
     window: batches that are sorted together; 1 leaves the batches entirely random.
-    shard_index: this process's number of `shard_count`; it gets its block of each batch's rows.
+    local_rows: as in `lora_jax.data.batches.packed_batches`.
   Raises:
     ValueError: if an example does not fit into a row, a label is not finite or of another type
       than the first, or a size is out of range.
@@ -210,8 +208,7 @@ def bucketed_batches(
     epochs,
     batch_size=batch_size,
     row_lengths=row_lengths,
-    shard_index=shard_index,
-    shard_count=shard_count,
+    local_rows=local_rows,
   )
 
 

@@ -13,14 +13,14 @@ import gzip
 import itertools
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from jaxtyping import UInt16
 
-from lora_jax.data.batches import Batch, check_sizes
+from lora_jax.data.batches import Batch, check_sizes, read_local_rows
 from lora_jax.extras import require
 from lora_jax.fields import Count, Within, read_value
 from lora_jax.files import local_path, regular_file
@@ -169,6 +169,7 @@ class Rows:
     seed: of the order, another in each epoch, which leaves out rows that do not fill a batch.
       None keeps the stream's order, and fills the last batch up with rows of weight 0.
     num_batches: of all epochs; None is one epoch.
+    local_rows: as in `lora_jax.data.batches.packed_batches`.
   Raises:
     ValueError: if the stream is too short for one batch, or a size is out of range.
   """
@@ -182,6 +183,7 @@ class Rows:
     row_length: int,
     seed: int | None,
     num_batches: int | None = None,
+    local_rows: Sequence[int] | None = None,
   ):
     read_value(Count, row_length, "row_length")
     read_value(Count | None, num_batches, "num_batches")
@@ -197,13 +199,14 @@ class Rows:
     self._num_batches = self.batches_per_epoch if num_batches is None else num_batches
     self._stream, self._end_of_text, self._seed = stream, end_of_text, seed
     self._batch_size, self._row_length = batch_size, row_length
+    self._local_rows = list(read_local_rows(local_rows, batch_size))
     self._epoch, self._order = -1, np.arange(self.num_rows)
 
   def __len__(self) -> int:
     return self._num_batches
 
   def __getitem__(self, index: int) -> Batch:
-    """Returns the batch of that number: B rows, a target for each of their tokens."""
+    """Returns the batch of that number, or this process's rows; each token has a target."""
     if not 0 <= index < len(self):
       raise IndexError(f"batch {index} of {len(self)}")
     epoch, place = divmod(index, self.batches_per_epoch)
@@ -211,6 +214,7 @@ class Rows:
     weights = np.zeros((self._batch_size, self._row_length), np.float32)
     weights[: len(rows)] = 1
     rows = np.pad(rows, (0, self._batch_size - len(rows)), mode="edge")
+    rows, weights = rows[self._local_rows], weights[self._local_rows]
     places = rows[:, None] * self._row_length + np.arange(self._row_length + 1)
     tokens = self._stream[places].astype(np.int32)
     tokens, targets = tokens[:, :-1], tokens[:, 1:]

@@ -40,6 +40,7 @@ from lora_jax.decoding.cached_model import (
   read_prompts,
   take_slots,
 )
+from lora_jax.placement import host_copy
 
 MAX_THREADS = 4  # so that large models' caches do not fill the memory
 SLOT_MULTIPLE = 32  # of a cache's slots: matmuls are slower with odd sizes
@@ -109,9 +110,11 @@ def beam_search(
   threads = num_threads(params)
   run = search if threads == 1 else lambda batch: jax.block_until_ready(search(batch))
   with ThreadPoolExecutor(threads) as pool:
-    for batch, (finished, steps) in zip(batches, pool.map(run, batches), strict=True):
+    # Several processes must start their programs in one order, those that copy results included.
+    results = pool.map(run, batches) if jax.process_count() == 1 else map(search, batches)
+    for batch, (finished, steps) in zip(batches, results, strict=True):
       for whole, part in zip(hypotheses, finished, strict=False):
-        whole[batch.rows] = np.asarray(part)[: len(batch.rows), : config.num_return]
+        whole[batch.rows] = host_copy(part)[: len(batch.rows), : config.num_return]
       hypotheses.steps[batch.rows] = int(steps)
   return hypotheses
 

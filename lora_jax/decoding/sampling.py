@@ -20,6 +20,7 @@ from lora_jax.decoding.cached_model import (
   read_prompts,
 )
 from lora_jax.fields import Within, check_fields
+from lora_jax.placement import host_copy
 
 
 def not_tiny(name: str, value: float) -> None:
@@ -99,7 +100,7 @@ def generate(
   for batch in make_batches(prompts, batch_size, length_multiple, longest, mesh):
     rows = np.pad(batch.rows, (0, len(batch.lengths) - len(batch.rows)))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
-    tokens = np.asarray(_generate(model, config, params, batch.tokens, batch.lengths, keys))
+    tokens = host_copy(_generate(model, config, params, batch.tokens, batch.lengths, keys))
     ends = np.isin(tokens, config.eos_ids)
     stops = np.where(ends.any(1), ends.argmax(1), config.max_new_tokens)
     for row, ids, stop in zip(batch.rows, tokens, stops, strict=False):

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from lora_jax.adapters.storage import pack, packed_shapes, unpack
 from lora_jax.files import local_path, make_folder
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.processes import from_first, in_all, is_first, wait_for_all
 from lora_jax.trees import leaves_with_path
 
 logger = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
   """
   arrays, axes = pack(trainable)
   folder = local_path(folder).absolute()
-  if folder.exists():
+  if from_first(folder.exists):
     raise ValueError(f"{folder} already exists, and nothing is overwritten. Choose another folder")
   make_folder(folder.parent)
-  if jax.process_index() == 0:
+  if is_first():
     _remove_leftovers(folder.parent, glob.escape(folder.name))
   args = ocp.args.Composite(
     arrays=ocp.args.StandardSave(arrays), axes=ocp.args.JsonSave({"axes": axes})
@@ -56,7 +56,7 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       checkpointer.save(folder, args=args)
   except Exception as error:  # storage libraries raise errors of many kinds
-    if jax.process_index() == 0:
+    if is_first():
       _remove_leftovers(folder.parent, glob.escape(folder.name))
     raise OSError(
       f"the adapter could not be written to {folder} ({reason(error)}). Nothing is left of "
@@ -161,7 +161,7 @@ class Checkpoints:
   def __init__(self, folder: str | Path):
     self.folder = make_folder(folder).absolute()
     self._checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    if jax.process_index() == 0:
+    if is_first():
       _remove_leftovers(self.folder, "*")
 
   def __enter__(self) -> "Checkpoints":
@@ -176,6 +176,9 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a checkpoint, in ascending order."""
+    return from_first(self._steps_here)
+
+  def _steps_here(self) -> list[int]:
     return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
 
   def save(
@@ -209,9 +212,9 @@ class Checkpoints:
     try:
       self._checkpointer.save(self.folder / str(step), args=args)
     except Exception as error:  # storage libraries raise errors of many kinds
-      if jax.process_index() == 0:
+      if is_first():
         _remove_leftovers(self.folder, str(step))
-      steps = self.steps()
+      steps = self._steps_here()  # the error may be of this process only
       earlier = f"Those of steps {steps} are untouched" if steps else "None was saved before"
       raise OSError(
         f"the checkpoint of step {step} could not be written to {self.folder} ({reason(error)}). "
@@ -222,7 +225,7 @@ class Checkpoints:
     for old in steps[:-2]:
       if old != best:
         self._rename(old, f"{old}{REMOVED}")
-        if jax.process_index() == 0:
+        if is_first():
           _remove_leftovers(self.folder, str(old))
 
   def restore_last(self, like: PyTree, base: str) -> Restored | None:
@@ -296,10 +299,15 @@ class Checkpoints:
       )
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    restored, cause = None, None
     try:
       restored = self._checkpointer.restore(self.folder / str(step), args=args)["state"]
     except Exception as error:  # storage libraries raise errors of many kinds
-      raise DamagedCheckpoint(f"{label} cannot be read ({type(error).__name__})") from error
+      cause = error
+    if not in_all(cause is None):
+      fault = type(cause).__name__ if cause else "in another process"
+      raise DamagedCheckpoint(f"{label} cannot be read ({fault})") from cause
+    assert restored is not None
     if fingerprint(restored) != about["state"]:
       raise DamagedCheckpoint(f"{label} is damaged: its arrays differ from those that were saved")
     return Restored(_like(restored, like), about["data_state"], step, about["loss"])
@@ -353,12 +361,12 @@ class Checkpoints:
 
   def _rename(self, step: int, name: str) -> None:
     """Renames a checkpoint once no process uses it."""
-    multihost_utils.sync_global_devices(f"rename {step}")
-    if jax.process_index() == 0:
+    wait_for_all()
+    if is_first():
       if (self.folder / name).exists():
         shutil.rmtree(self.folder / name)
       (self.folder / str(step)).rename(self.folder / name)
-    multihost_utils.sync_global_devices(f"renamed {step}")
+    wait_for_all()
 
 
 class DamagedCheckpoint(ValueError):

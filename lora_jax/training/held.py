@@ -9,11 +9,11 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from lora_jax.training.checkpoint import reason
 from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.processes import is_first, wait_for_all
 from lora_jax.trees import leaves_with_path
 
 FOLDER = "adapter_frozen"
@@ -33,9 +33,9 @@ def write_held(workdir: str | Path, adapter: PyTree) -> None:
   if not arrays:
     return
   folder = Path(workdir).absolute() / FOLDER
-  if jax.process_index() == 0:
+  if is_first():
     shutil.rmtree(folder, ignore_errors=True)
-  multihost_utils.sync_global_devices("write held arrays")
+  wait_for_all()
   args = ocp.args.Composite(
     arrays=ocp.args.StandardSave(arrays),
     about=ocp.args.JsonSave({"fingerprint": fingerprint(arrays)}),

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from lora_jax.adaptation import Adaptation
 from lora_jax.fields import Count, NonNegative, check_fields
@@ -21,7 +23,8 @@ from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.finite import Diagnosis, all_finite, check_initial
 from lora_jax.training.held import read_held, write_held
 from lora_jax.training.mesh import place_batch
-from lora_jax.training.metrics_log import MetricsLog
+from lora_jax.training.metrics_log import open_log
+from lora_jax.training.processes import is_first
 from lora_jax.training.progress import Window, progress_bar
 from lora_jax.training.step import (
   EvalStep,
@@ -85,6 +88,10 @@ class Evaluation(NamedTuple):
   metrics: Mapping[str, float]
 
 
+class Preempted(KeyboardInterrupt):
+  """A SIGTERM has ended a training of several processes, which all stopped at the same step."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Fitted:
   """The result of `fit`.
@@ -142,7 +149,7 @@ def fit(
     trainable: as `loss.init` returns it. It is donated.
     optimizer: any optax transformation.
     batches: the training batches, dicts of arrays; `segment_ids` counts the tokens (0 is
-      padding).
+      padding). One of several processes gives its `local_rows` of each batch.
     config: the number of steps.
     eval_loss: the same method applied to the loss of the validation set.
     eval_batches: returns the batches of the validation set, from the first.
@@ -159,6 +166,7 @@ def fit(
     FloatingPointError: if a loss, gradient or weight is not finite, saying what to do.
     ValueError: if the batches end early or the checkpoints belong to another run.
     OSError: if a checkpoint or the log cannot be written, as on a full disk.
+    Preempted: if one of several processes has received SIGTERM; a checkpoint was saved.
   """
   if (evaluate is None) == (eval_loss is None) or (eval_loss is None) != (eval_batches is None):
     raise ValueError("expected eval_loss and eval_batches, or evaluate; not both")
@@ -230,21 +238,22 @@ def run_steps(
       write_held(workdir, frozen["adapter"])
     saved = time.monotonic()
     with (
-      MetricsLog(workdir, first) as log,
-      progress_bar(config.num_train_steps, first, progress) as bar,
+      open_log(workdir, first) as log,
+      progress_bar(config.num_train_steps, first, progress := progress and is_first()) as bar,
     ):
       diagnosis = Diagnosis(checkpoints, frozen["base"])
       window = Window(config.num_train_steps, log, bar, progress, schedule, diagnosis)
       for step in range(first + 1, config.num_train_steps + 1):
         batch = _next(batches, step, config)
-        count = int(np.count_nonzero(batch["segment_ids"]))
         placed = place_batch(mesh, batch, config.accumulation_steps)
+        count = _count_tokens(batch, placed)
         state, metrics = yield state, frozen, placed
         tokens += count
         window.add(step, metrics, count)
         is_last = step == config.num_train_steps
         evaluates = step % config.eval_every_steps == 0 or is_last
-        saves = evaluates or step % config.checkpoint_every_steps == 0
+        stops = ocp.multihost.reached_preemption(step) and not is_last
+        saves = evaluates or stops or step % config.checkpoint_every_steps == 0
         logs = step % config.log_every_steps == 0
         if saves or logs:
           window.flush()
@@ -261,6 +270,8 @@ def run_steps(
           log.write(step, {f"valid/{name}": value for name, value in values.items()})
         checkpoints.save(step, state, batches.get_state(), base, last_loss)
         saved = time.monotonic()
+        if stops:
+          raise Preempted(f"{workdir} is saved up to step {step:,}")
         window.restart()
     best = checkpoints.restore_best(state, base)
   assert last_loss is not None, "the last step is always evaluated"
@@ -272,9 +283,21 @@ def run_steps(
     best_loss=best.loss,
     last_loss=last_loss,
     seconds=time.perf_counter() - started,
-    tokens=tokens,
+    tokens=int(tokens),
     base=base,
   )
+
+
+def _count_tokens(batch: Batch, placed: Batch) -> int | jax.Array:
+  """Returns the number of tokens of a global batch; of several processes' still on the device."""
+  if jax.process_count() == 1:
+    return int(np.count_nonzero(batch["segment_ids"]))
+  return _count_nonzero(placed["segment_ids"])
+
+
+@jax.jit
+def _count_nonzero(x: Int[Array, "..."]) -> Int[Array, ""]:
+  return jnp.count_nonzero(x)
 
 
 def _is_due(saved: float, config: FitConfig) -> bool:

@@ -70,10 +70,10 @@ def make_mesh(
       f"are {len(devices)}. (On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={count} "
       "emulates them)"
     )
-  if len(devices) % count and jax.process_count() > 1:
+  if count < len(devices) and jax.process_count() > 1:
     raise ValueError(
-      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} has {count} devices, which do not "
-      f"divide the {len(devices)} of {jax.process_count()} processes. Choose a divisor"
+      f"a mesh of data={data} x fsdp={fsdp} x tensor={tensor} has {count} devices, and "
+      f"{jax.process_count()} processes have {len(devices)}. Choose a mesh of all of them"
     )
   shape, names, kinds = (data, fsdp, tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3
   return jax.make_mesh(shape, names, kinds, devices=devices[:count])
@@ -152,27 +152,70 @@ def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
   return sharded
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 1) -> PyTree:
-  """Splits a batch of this process over `data` and `fsdp`.
+def local_rows(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> list[int]:
+  """Returns the rows of a global batch that this process places, ascending.
 
-  With more than one accumulation step the arrays get a leading axis of these.
+  They are those of its devices, so that the global batch does not depend on the processes. If the
+  axis `tensor` spans several processes, they place the same rows.
 
   Raises:
     ValueError: if the rows cannot be split evenly.
   """
   parts = num_row_parts(mesh)
+  size = _rows_in_part(batch_size, parts, accumulation_steps)
+  return [
+    (step * parts + part) * size + row
+    for step in range(accumulation_steps)
+    for part in _local_parts(mesh)
+    for row in range(size)
+  ]
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 1) -> PyTree:
+  """Splits a batch over `data` and `fsdp`.
+
+  With more than one accumulation step the arrays get a leading axis of these.
+
+  Args:
+    mesh: as `make_mesh` returns it.
+    batch: the rows of this process: `local_rows(mesh, batch_size, accumulation_steps)`.
+    accumulation_steps: number of micro-batches.
+  Raises:
+    ValueError: if the rows cannot be split evenly.
+  """
+  parts, local = num_row_parts(mesh), _local_parts(mesh)
+  spec = P(BATCH) if accumulation_steps == 1 else P(None, BATCH)
+  sharding = NamedSharding(mesh, spec)
 
   def split(array: np.ndarray) -> jax.Array:
-    rows = len(array) * jax.process_count()
-    if not rows or rows % (parts * accumulation_steps):
-      raise ValueError(
-        f"a batch of {rows} rows cannot be split over {accumulation_steps} accumulation steps "
-        f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of "
-        f"{parts * accumulation_steps}"
-      )
-    spec = P(BATCH)
+    size = _rows_in_part(len(array) * parts // len(local), parts, accumulation_steps)
     if accumulation_steps > 1:
-      array, spec = array.reshape(accumulation_steps, -1, *array.shape[1:]), P(None, *spec)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), array)
+      array = array.reshape(accumulation_steps, -1, *array.shape[1:])
+    axis = len(spec) - 1
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      place = local.index((index[axis].start or 0) // size)
+      return array[(*index[:axis], slice(place * size, (place + 1) * size))]
+
+    shape = (*array.shape[:axis], parts * size, *array.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, part)
 
   return {name: split(array) for name, array in batch.items()}
+
+
+def _local_parts(mesh: Mesh) -> list[int]:
+  """Returns the parts of a batch's rows that this process has devices for, ascending."""
+  devices = mesh.devices.reshape(num_row_parts(mesh), -1)
+  process = jax.process_index()
+  return [part for part, row in enumerate(devices) if any(d.process_index == process for d in row)]
+
+
+def _rows_in_part(rows: int, parts: int, accumulation_steps: int) -> int:
+  """Returns the rows of a micro-batch in one part; raises ValueError unless they are even."""
+  if not rows or rows % (parts * accumulation_steps):
+    raise ValueError(
+      f"a batch of {rows} rows cannot be split over {accumulation_steps} accumulation steps "
+      f"and {parts} devices (data x fsdp). Choose a batch_size that is a multiple of "
+      f"{parts * accumulation_steps}"
+    )
+  return rows // (parts * accumulation_steps)

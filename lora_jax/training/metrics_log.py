@@ -1,5 +1,6 @@
 """The metrics of a run: `metrics.jsonl` and TensorBoard files."""
 
+import contextlib
 import io
 import json
 import logging
@@ -9,11 +10,30 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lora_jax.files import make_folder, parse_json, read_bytes
+from lora_jax.training.processes import is_first
 
 logger = logging.getLogger(__name__)
+
+
+class Log(Protocol):
+  """The part of a log that training uses."""
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class NoLog:
+  """Writes nothing: process 0 has the log."""
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    pass
+
+
+def open_log(folder: str | Path, first_step: int) -> contextlib.AbstractContextManager[Log]:
+  """Returns the log of a folder, as `MetricsLog`; of several processes only the first has one."""
+  return MetricsLog(folder, first_step) if is_first() else contextlib.nullcontext(NoLog())
 
 
 class MetricsLog:

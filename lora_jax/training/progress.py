@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+from jax import Array
 
 from lora_jax.extras import require
 from lora_jax.training.finite import Diagnosis
-from lora_jax.training.metrics_log import MetricsLog
+from lora_jax.training.metrics_log import Log
 from lora_jax.training.step import StepMetrics
 
 
@@ -44,7 +45,7 @@ class Window:
   def __init__(
     self,
     num_train_steps: int,
-    log: MetricsLog,
+    log: Log,
     bar: Bar,
     progress: bool,
     schedule: Callable[[int], Any] | None,
@@ -55,7 +56,7 @@ class Window:
     self._prints_lines = progress and isinstance(bar, NoBar)
     self._diagnosis = diagnosis
     self._steps: list[tuple[int, StepMetrics]] = []
-    self._timed_tokens = 0
+    self._timed_tokens: int | Array = 0
     self._compiled_speed = 0.0  # of the first step, compilation included; if no other is timed
     self._compiled: tuple[int, float] | None = None  # the session's first step, and its end
     self.restart()
@@ -64,14 +65,14 @@ class Window:
     """Starts the clock again, after an evaluation or a checkpoint."""
     self._since = time.perf_counter()
 
-  def add(self, step: int, metrics: StepMetrics, tokens: int) -> None:
+  def add(self, step: int, metrics: StepMetrics, tokens: int | Array) -> None:
     self._steps.append((step, metrics))
     self._timed_tokens += tokens
     self._bar.update()
     if self._compiled is None:
       jax.block_until_ready(metrics)
       self._compiled = step, time.perf_counter()
-      self._compiled_speed = tokens / (self._compiled[1] - self._since)
+      self._compiled_speed = int(tokens) / (self._compiled[1] - self._since)
       self._bar.unpause()
       self._timed_tokens = 0
       self.restart()
@@ -85,8 +86,8 @@ class Window:
       self._diagnosis.check(float(metrics.loss), "loss", step)
       self._diagnosis.check(float(metrics.grad_norm), "gradient's norm", step)
     speed = self._compiled_speed  # if it is the only step of this session so far
-    if self._timed_tokens:
-      speed = self._timed_tokens / (time.perf_counter() - self._since)
+    if timed := int(self._timed_tokens):
+      speed = timed / (time.perf_counter() - self._since)
     weight = sum(float(metrics.weight) for _, metrics in steps)
     loss = sum(float(m.loss) * float(m.weight) for _, m in steps) / max(weight, 1)
     step, last = steps[-1]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from lora_jax.adaptation import Adaptation
 from lora_jax.adapters.shardings import shardings
 from lora_jax.optimizer import freeze
+from lora_jax.placement import place
 from lora_jax.training.loss import LossSum, mean, per_token
 from lora_jax.training.mesh import shard_activations
 from lora_jax.trees import combine, leaves_with_path, partition, trainable_mask
@@ -103,7 +104,7 @@ def start(
       return leaf.update(sharding=replicated)
     if is_plan:
       return jax.eval_shape(lambda: leaf).update(sharding=replicated)
-    return jax.device_put(leaf, replicated)  # also a NumPy array, or a number
+    return place(leaf, replicated)  # also a NumPy array, or a number
 
   if trainable is params:
     trainable = params = _without_aliases(jax.tree.map(placed, params))

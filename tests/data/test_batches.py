@@ -164,16 +164,14 @@ def test_without_a_seed_the_order_is_the_examples():
 
 
 @KINDS
-@pytest.mark.parametrize("count", [2, 4])
-def test_shards_are_the_blocks_of_the_whole_batch(make, count):
+@pytest.mark.parametrize("local_rows", [[0, 1], [2, 3], [1, 3], [2]])
+def test_a_process_builds_its_rows_of_the_whole_batch(make, local_rows):
   examples = make_examples(101)
-  whole = make(examples)
-  shards = [make(examples, shard_index=i, shard_count=count) for i in range(count)]
-  assert {len(shard) for shard in shards} == {len(whole)}
+  whole, part = make(examples), make(examples, local_rows=local_rows)
+  assert len(whole) == len(part)
   for i in range(len(whole)):
-    parts = [shard[i] for shard in shards]
     for name, array in whole[i].items():
-      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
+      np.testing.assert_array_equal(part[i][name], array[local_rows])
 
 
 def test_bad_settings_are_refused():
@@ -188,10 +186,10 @@ def test_bad_settings_are_refused():
   ):
     with pytest.raises(ValueError, match=f"at least {longest} tokens .* at least {most} targets"):
       call()
-  with pytest.raises(ValueError, match="batch_size must be a multiple of shard_count = 3, got 4"):
-    packed(examples, shard_count=3)
-  with pytest.raises(ValueError, match=r"shard_index must be in 0\.\.1, got 2"):
-    packed(examples, shard_index=2, shard_count=2)
+  for rows in ([], [1, 0], [1, 1], [3, 4]):
+    message = rf"local_rows must be ascending row numbers in 0\.\.3, got \{rows}"
+    with pytest.raises(ValueError, match=message):
+      packed(examples, local_rows=rows)
   with pytest.raises(ValueError, match="at least one example"):
     packed([])
 

@@ -164,14 +164,12 @@ def test_an_iterator_resumes():
   assert len(rest) == 21
 
 
-def test_processes_share_a_batch():
+def test_a_process_builds_its_rows_of_the_whole_batch():
   data = examples()
-  whole = batches(data)
-  parts = [batches(data, shard_index=i, shard_count=2) for i in range(2)]
+  whole, part = batches(data), batches(data, local_rows=[1, 2, 6])
   for i in range(len(whole)):
-    rows = [part[i] for part in parts]
     for name, array in whole[i].items():
-      np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), array)
+      np.testing.assert_array_equal(part[i][name], array[[1, 2, 6]])
 
 
 def test_bad_settings_are_refused():
@@ -180,10 +178,8 @@ def test_bad_settings_are_refused():
     batches(data, row_lengths=[8])
   with pytest.raises(ValueError, match="at least one example"):
     batches([])
-  with pytest.raises(ValueError, match="multiple of shard_count = 3, got 8"):
-    batches(data, shard_count=3)
-  with pytest.raises(ValueError, match=r"shard_index must be in 0\.\.1, got 2"):
-    batches(data, shard_index=2, shard_count=2)
+  with pytest.raises(ValueError, match=r"local_rows must be ascending row numbers in 0\.\.7"):
+    batches(data, local_rows=[8])
 
 
 def test_slots_leave_the_first_token_the_first():
