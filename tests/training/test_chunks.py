@@ -1,5 +1,7 @@
 """A sum over chunks: its gradient is the plain sum's, and needs no further matmuls."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def picked(w, x, column):
 
 @pytest.mark.parametrize("argnums", [1, (0, 1)], ids=["frozen weight", "trained weight"])
 def test_value_and_gradient_are_the_plain_sums_at_its_number_of_operations(argnums):
-  programs = [
+  programs: list[Any] = [
     jax.jit(jax.value_and_grad(fn, argnums)).lower(W, X).compile() for fn in (chunked, plain)
   ]
   got, expected = (jax.tree.leaves(program(W, X)) for program in programs)
