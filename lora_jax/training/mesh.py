@@ -37,12 +37,14 @@ ACTIVATIONS = {
   LAYER_INPUT: (BY_TOKEN, BY_ROW),
   ATTENTION_OUTPUT: (BY_ROW,),
   MLP_OUTPUT: (BY_ROW,),
-  LAYER_OUTPUT: (BY_TOKEN,),
+  LAYER_OUTPUT: (BY_ROW, BY_TOKEN),
   HEAD_INPUT: (BY_FEATURE,),
 }
 """The axes (B, T, D) of marked activations, and the next ones. A device of `tensor` keeps a part of
 the tokens of a layer's input for the backward pass, and computes a part of the layer's features for
-all tokens. Embedding and head are split by D: no device gathers more of their tables than that."""
+all tokens. Between, hidden states and their gradients are split by row only: with tokens split, too,
+XLA for TPUs gathers all rows before a quantized weight. Embedding and head are split by D: no
+device gathers more of their tables than that."""
 
 
 def make_mesh(

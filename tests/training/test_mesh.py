@@ -128,8 +128,9 @@ def test_marked_activations_are_split_by_row_token_and_feature():
     P(rows, "tensor", None),
     P(rows, None, "tensor"),
   )
-  assert specs(mesh, (4, 6, 2)) == [by_feature, by_token, by_row, by_row, by_token, by_feature]
-  assert specs(mesh, (4, 5, 3)) == [by_row, by_row]  # tokens and features are not even
+  between = [by_token, by_row, by_row, by_row, by_token]
+  assert specs(mesh, (4, 6, 2)) == [by_feature, *between, by_feature]
+  assert specs(mesh, (4, 5, 3)) == [by_row] * 3  # tokens and features are not even
   assert specs(mesh, (3, 6, 2)) == specs(mesh, (4, 6)) == []
   assert shard_activations(fn, make_mesh()) is fn
 

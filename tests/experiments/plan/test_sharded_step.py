@@ -123,6 +123,18 @@ def test_each_device_has_its_rows_and_its_tokens_of_what_layers_keep(compiled):
   assert of_all_rows <= {(ROWS, TOKENS), (ROWS, TOKENS, D // FSDP // TENSOR)}  # ids, and lookups
 
 
+def test_hidden_states_and_their_gradient_are_gathered_once_in_a_pass(collectives):
+  """Each gather of tokens is one before a layer: forward, recomputed, and of the gradient."""
+  tokens = {(ROWS // FSDP * TOKENS, D), (ROWS // FSDP, TOKENS, D)}
+  gathered = [
+    shape
+    for kind, results, is_loop in collectives
+    for shape in results
+    if kind == "all-gather" and is_loop and shape in tokens
+  ]
+  assert len(gathered) == 3
+
+
 def test_arguments_are_the_bytes_of_the_arithmetic(compiled, step):
   assert compiled.arguments == bytes_of((step.state, step.frozen, step.batch))
   kept = 4 * LAYERS * (ROWS // FSDP) * (TOKENS // TENSOR) * D  # the layers' inputs, float32
