@@ -104,8 +104,13 @@ class Curve(NamedTuple):
 
   @property
   def shares(self) -> dict[int, float]:
-    """The shares of full fine-tuning's gain by dimension, at the best learning rate."""
+    """The shares of full fine-tuning's gain by dimension, at the best learning rate.
+
+    None are defined if it gains nothing.
+    """
     gain = self.frozen - self.whole
+    if gain <= 0:
+      return {}
     return {dim: (self.frozen - min(x.values())) / gain for dim, x in self.losses.items()}
 
   @property
@@ -125,8 +130,7 @@ def read_curves(sizes: Sizes, bases: Sequence[str], root: Path) -> tuple[list[Cu
   """Returns the curves of the finished runs, and a line for each base model that lacks some.
 
   Raises:
-    ValueError: if full fine-tuning has not lowered a base model's loss, so that shares of its gain
-      are not defined, or a run had other settings, such as fewer examples.
+    ValueError: if a run had other settings, such as fewer examples.
   """
   curves, missing = [], []
   for base in bases:
@@ -136,11 +140,6 @@ def read_curves(sizes: Sizes, bases: Sequence[str], root: Path) -> tuple[list[Cu
       missing.append(f"- {base}: {len(absent)} runs are not finished, such as {absent[0]}.")
     if not {FROZEN, WHOLE} <= losses.keys():
       continue
-    if losses[WHOLE] >= losses[FROZEN]:
-      raise ValueError(
-        f"{root / base}: full fine-tuning ends with a loss of {losses[WHOLE]:.3f}, not below the "
-        f"base model's {losses[FROZEN]:.3f}; shares of its gain need a lower one. Train longer"
-      )
     by_dim = {
       dim: {rate: losses[n] for rate in sizes.rates if (n := _name(dim, rate)) in losses}
       for dim in sizes.dims
@@ -169,10 +168,15 @@ def markdown(curves: Sequence[Curve], missing: Sequence[str]) -> str:
   dims = sorted({dim for curve in curves for dim in curve.losses})
   table = [["base model", "frozen", "full fine-tuning", "d90", *(f"share at {d:,}" for d in dims)]]
   for curve in curves:
-    d90 = f"{curve.d90:,}" if curve.d90 is not None else f"above {max(curve.losses, default=0):,}"
     cells = [_percent(curve.shares.get(dim)) for dim in dims]
-    table.append([curve.base, f"{curve.frozen:.3f}", f"{curve.whole:.3f}", d90, *cells])
+    table.append([curve.base, f"{curve.frozen:.3f}", f"{curve.whole:.3f}", _d90(curve), *cells])
   lines = [
+    f"- {curve.base}: no d90 up to {max(curve.losses, default=0):,}: full fine-tuning ends with a "
+    f"loss of {curve.whole:.3f}, not below the base model's {curve.frozen:.3f}, and has no gain."
+    for curve in curves
+    if not curve.whole < curve.frozen
+  ]
+  lines += [
     f"- {curve.base}: the best learning rate is an end of those tried at "
     f"{', '.join(f'{dim:,}' for dim in curve.unbracketed)}."
     for curve in curves
@@ -188,6 +192,13 @@ def markdown(curves: Sequence[Curve], missing: Sequence[str]) -> str:
   )
 
 
+def _d90(curve: Curve) -> str:
+  if curve.d90 is not None:
+    return f"{curve.d90:,}"
+  word = "above" if curve.whole < curve.frozen else "none up to"
+  return f"{word} {max(curve.losses, default=0):,}"
+
+
 def _percent(share: float | None) -> str:
   if share is None:
     return ""
@@ -200,6 +211,8 @@ def draw(path: Path, curves: Sequence[Curve]) -> None:
   axes = figure.subplots()
   for curve in curves:
     shares = {dim: share for dim, share in curve.shares.items() if math.isfinite(share)}
+    if not shares:
+      continue
     axes.plot(list(shares), list(shares.values()), "o-", label=curve.base)
   axes.axhline(SHARE, linestyle="--", color="gray", label=f"{100 * SHARE:.0f} %")
   axes.set_xscale("log")
