@@ -112,14 +112,27 @@ def _mean_loss(module: CausalLM) -> EvalStep:
 
 
 def wikipedia_loss(base: Base, params: PyTree, config: E2EConfig) -> float:
-  """Returns the mean loss on 39 articles that the embedded base model was not trained on, nats."""
+  """Returns the mean loss on 39 articles that the embedded base model was not trained on, nats.
+
+  It is that of the adapted function. A prefix method changes nothing there: its slots are around
+  prompts, and the articles have none.
+
+  Args:
+    base: the base model of a run.
+    params: as `served` returns them.
+    config: of the run.
+  """
   files = [Path(str(resources.files("lora_jax") / "assets" / "wikipedia" / "held_out.txt.xz"))]
   stream = corpus.encode_stream(base.tokenizer, corpus.documents(files), base.end_of_text)
   length = min(ROW_LENGTH, base.model.num_positions)
   rows = corpus.Rows(stream, base.end_of_text, batch_size=ROWS, row_length=length, seed=None)
   mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  step = _mean_loss(base.module)  # pyright: ignore[reportArgumentType]
-  return evaluate_loss(step, params, params, (rows[i] for i in range(len(rows))), mesh)
+  batches = (rows[i] for i in range(len(rows)))
+  if find_method(config.method).merges:
+    step = _mean_loss(base.module)  # pyright: ignore[reportArgumentType]
+    return evaluate_loss(step, params, params, batches, mesh)
+  step = make_eval_step(adapt(config)(language_model_loss(base.module)))
+  return evaluate_loss(step, params["base"], params["adapter"], batches, mesh)
 
 
 def folder_bytes(folder: Path) -> int | None:

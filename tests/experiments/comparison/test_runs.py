@@ -6,6 +6,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,11 +23,16 @@ from experiments.comparison.runs import (
 from experiments.configs.variants import TINY
 from experiments.harness import sharing
 from experiments.harness.config import read_config, replace_fields
+from experiments.harness.launch import apply
+from experiments.harness.methods import adapt
 from experiments.harness.sharing import claimed
 from experiments.harness.workdir import open_workdir, write_json
 from experiments.nlg.base import load_base
 from experiments.nlg.config import E2EConfig
 from experiments.nlg.e2e import examples_of, load_data, validation_loss
+from experiments.nlg.restore import trainable_shapes
+from lora_jax.training.loss import language_model_loss
+from lora_jax.trees import leaves_with_path, replace_leaves
 
 from tests.tiny_e2e import tiny_config
 
@@ -192,3 +198,22 @@ def test_the_wikipedia_loss_of_random_weights_is_that_of_a_uniform_guess(tmp_pat
   config = read_config(E2EConfig, tiny_config(tmp_path))
   base = load_base(config, config.mesh.make())
   assert wikipedia_loss(base, base.params, config) == pytest.approx(math.log(8192), abs=0.2)
+
+
+@pytest.mark.long
+def test_the_wikipedia_loss_of_an_adapter_that_cannot_be_merged_is_the_adapted_functions(tmp_path):
+  """A bottleneck that adds a constant to each layer's output is another bias of its MLP."""
+  config = read_config(E2EConfig, apply(tiny_config(tmp_path), {"method": "adapter_p"}))
+  base = load_base(config, config.mesh.make())
+  shapes = trainable_shapes(adapt(config)(language_model_loss(base.module)), base.params)
+  adapter = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+  biased = base.params
+  for i, layer in enumerate(adapter["lora_added"]["bottleneck"].values()):
+    constant = 3.0 * jax.random.normal(jax.random.key(i), (32,))
+    layer["layer_output"]["up"]["bias"] = constant
+    path = f"h_{i}/mlp/down/bias"
+    biased = replace_leaves(biased, {path: dict(leaves_with_path(biased))[path] + constant})
+  actual = wikipedia_loss(base, {"base": base.params, "adapter": adapter}, config)
+  lora = replace_fields(config, {"method": "lora"})  # can be merged: its params are the model's
+  assert actual == pytest.approx(wikipedia_loss(base, biased, lora), rel=1e-5)
+  assert abs(actual - wikipedia_loss(base, base.params, lora)) > 0.002
