@@ -1,6 +1,7 @@
 """Latency with merged LoRA, LoRA and bottleneck adapters (Hu et al. 2021, Table 1, Figure 5).
 
     python -m benchmarks.latency                    # sizes for a CPU
+    python -m benchmarks.latency --save=runs/paper/latency.json      # for experiments.paper
     python -m benchmarks.latency --cases table1 --dtype bfloat16     # the paper's, for a GPU
     python -m benchmarks.latency --cases figure5 --dtype bfloat16    # widths 10, 100 and 250
 
@@ -29,6 +30,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +42,7 @@ import lora_jax as lj
 from benchmarks.variants import random_tree
 from experiments.harness.table import aligned
 from experiments.nlg.base import random_params
+from experiments.shapes.results import Latencies, TimedCase, Way, save
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.training.allocator import keep_freed_memory
@@ -166,8 +169,8 @@ def row(case: Case, times: Mapping[str, Sequence[float]]) -> list[str]:
   ]
 
 
-def run(options: argparse.Namespace) -> Iterable[list[str]]:
-  """Yields the cells of the table, its header first."""
+def run(options: argparse.Namespace) -> Iterable[tuple[list[str], TimedCase | None]]:
+  """Yields the cells of the table with the times of their case, the header first."""
   config = GPT2Config(
     **MODELS[options.model],
     dtype=options.dtype,
@@ -182,7 +185,7 @@ def run(options: argparse.Namespace) -> Iterable[list[str]]:
   low_rank = random_tree(jax.eval_shape(lora.init, jax.random.key(0), shapes_of(module), tokens))
   merged = jax.jit(lora.merge)(params, low_rank)
   heads = [f"{name} x" for name in (MERGED, UNMERGED, LIN, HOULSBY)]
-  yield ["batch x tokens", "widths L, H", "turns", "ms", *heads]
+  yield ["batch x tokens", "widths L, H", "turns", "ms", *heads], None
   for case in CASES[options.cases]:
     draw = np.random.default_rng(0)
     shape = case.batch_size, case.length
@@ -191,9 +194,11 @@ def run(options: argparse.Namespace) -> Iterable[list[str]]:
     check_agreement(ways, options.dtype)
     for name in (LIN, HOULSBY):  # the first run of a program is slower
       jax.block_until_ready(ways[name]())
-    cells = row(case, measure(ways, options.turns, options.seconds))
+    times = measure(ways, options.turns, options.seconds)
+    cells = row(case, times)
     print(", ".join(cells), flush=True)
-    yield cells
+    timed = tuple(Way(name, tuple(seconds)) for name, seconds in times.items())
+    yield cells, TimedCase(*case, timed)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -206,6 +211,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--scanned", action="store_true", help="layers in a loop of the program")
   parser.add_argument("--turns", type=int, default=50)
   parser.add_argument("--seconds", type=float, default=240.0, help="of the turns of a case")
+  parser.add_argument("--save", default="", help="a JSON file of all times, after each case")
   return parser.parse_args(arguments)
 
 
@@ -214,7 +220,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
   keep_freed_memory()
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {options}")
-  print(aligned(list(run(options))))
+  table, cases = list[list[str]](), list[TimedCase]()
+  for cells, case in run(options):
+    table.append(cells)
+    cases += [case] if case else []
+    if case and options.save:
+      results = Latencies(options.model, options.dtype, device.device_kind, tuple(cases))
+      save(Path(options.save), results)
+  print(aligned(table))
 
 
 if __name__ == "__main__":

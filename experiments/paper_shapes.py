@@ -4,8 +4,10 @@
     python -m experiments.paper_shapes --steps all            # compiles the train steps, too
     python -m experiments.paper_shapes --steps gpt-2_m roberta_base
     python -m experiments.paper_shapes --steps all --out=docs/paper_shapes.md
+    python -m experiments.paper_shapes --steps all --save=runs/paper/shapes.json
 
-It prints the page, and writes it to the file that `--out` names. Nothing of a model's size is
+It prints the page, and writes it to the file that `--out` names; `--save` writes the sizes that the
+table of claims of `experiments.paper` reads. Nothing of a model's size is
 allocated, and nothing is trained.
 
 Time: 15 seconds of a CPU core; with `--steps all` one and a half minutes.
@@ -17,7 +19,8 @@ from collections.abc import Sequence
 from experiments.harness.config import read_output
 from experiments.harness.launch import explained, make_parser
 from experiments.shapes.models import MODELS
-from experiments.shapes.page import RANKS, page
+from experiments.shapes.page import RANKS, page, step_sizes
+from experiments.shapes.results import Sizes, save
 from experiments.shapes.steps import METHODS, step_cost
 from lora_jax.fields import Count, read_value
 
@@ -33,9 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, default=1, help="rows of a compiled step")
   parser.add_argument("--length", type=int, default=128, help="tokens of its rows")
   parser.add_argument("--out", default="", help="the file to write; none if it is left out")
+  parser.add_argument("--save", default="", help="a JSON file of the sizes; needs --steps")
   options = parser.parse_args(arguments)
   with explained():
     out = read_output("--out", options.out) if options.out else None
+    saved = read_output("--save", options.save) if options.save else None
+    if saved is not None and not options.steps:
+      raise ValueError("--save writes the sizes of compiled steps: add --steps")
     for name in ("batch", "length"):
       read_value(Count, getattr(options, name), f"--{name}")
     chosen = NAMES if "all" in options.steps else options.steps
@@ -53,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
       if getattr(options, name) != parser.get_default(name)
     ]
     command = " ".join(["python -m experiments.paper_shapes", *flags])
-    text = page(command, costs, f"{options.batch} x {options.length} tokens")
+    batch = f"{options.batch} x {options.length} tokens"
+    text = page(command, costs, batch)
     print(text, end="")
     if out is not None:
       out.write_text(text, "utf-8")
+    if saved is not None:
+      save(saved, Sizes(batch, tuple(step_sizes(costs))))
 
 
 if __name__ == "__main__":

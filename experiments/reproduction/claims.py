@@ -39,6 +39,17 @@ from experiments.reproduction.decisions import (
   reported,
   worse,
 )
+from experiments.reproduction.real_shapes import (
+  ADAPTERS,
+  MERGED,
+  Ratio,
+  Shape,
+  latency,
+  less_memory,
+  more_latency,
+  same_latency,
+  smaller_checkpoint,
+)
 from experiments.reproduction.runs import Record
 from experiments.shapes.models import GPT3, count, num_weights
 from experiments.shapes.rows import lora_of
@@ -259,8 +270,25 @@ def _parameter_ratio() -> float:
   return num_weights(GPT3) / count(GPT3, lora_of("qv", 4))
 
 
+def _latency(shape: Shape, ways: Sequence[str], rule: Callable[[Ratio], Word]) -> Condition:
+  def decided(evidence: Evidence) -> Outcome:
+    return latency(evidence.root, shape, ways, rule)
+
+  decided.__name__ = f"latency, {rule.__name__}"
+  return Condition(f"GPT-2 M's shape, {shape} tokens", "benchmarks.latency", decided)
+
+
+def _sizes(model: str, rule: Callable[[Path, str], Outcome]) -> Condition:
+  def decided(evidence: Evidence) -> Outcome:
+    return rule(evidence.root, model)
+
+  decided.__name__ = rule.__name__
+  return Condition(f"{model}'s real shape", "paper_shapes --steps", decided)
+
+
 # ---- the claims --------------------------------------------------------------------------
 
+_CASES = (Shape(16, 256), Shape(1, 128), Shape(32, 512, 9, 5), Shape(4, 256))  # of latency
 _R4, _SMALL = ("lora_r4",), ("adapter_l_small", "prefix_layer")
 
 CLAIMS: tuple[Claim, ...] = (
@@ -468,5 +496,25 @@ CLAIMS: tuple[Claim, ...] = (
     "LoRA has 10,000 times fewer trained parameters than GPT-3",
     "Section 4.2: rank 4 on q and v of 175 B parameters",
     (Condition("real shape, counted without weights", "paper_shapes", fewer_parameters),),
+  ),
+  Claim(
+    "Merged, LoRA adds no latency",
+    "Section 4.1 and Table 1: 1449.4, 338.0 and 19.8 ms, as full fine-tuning",
+    tuple(_latency(shape, [MERGED], same_latency) for shape in _CASES),
+  ),
+  Claim(
+    "Adapters add latency",
+    "Table 1: 2.2 to 30.3 % on GPT-2 M, the most at 1 x 128 tokens",
+    tuple(_latency(shape, ADAPTERS, more_latency) for shape in _CASES),
+  ),
+  Claim(
+    "LoRA needs three times less memory for training",
+    "Abstract and section 4.2: 350 GB against 1.2 TB, GPT-3",
+    tuple(_sizes(model, less_memory) for model in ("GPT-3", "GPT-2 M", "DeBERTa XXL")),
+  ),
+  Claim(
+    "LoRA's checkpoint is 10,000 times smaller",
+    "Section 4.2: 35 MB against 350 GB, GPT-3, rank 4 on q and v",
+    (_sizes("GPT-3", smaller_checkpoint),),
   ),
 )

@@ -1,6 +1,6 @@
 """The page of `experiments.paper_shapes`: counts, checkpoints, memory and compiled steps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import optax
 
 from experiments.harness.table import aligned
 from experiments.shapes.models import MODELS, num_weights, trainable_shapes
+from experiments.shapes.results import StepSizes
 from experiments.shapes.rows import ROWS, Row, lora_of, reading
 from experiments.shapes.steps import METHODS, Cost
 
@@ -151,6 +152,15 @@ def _bytes(tree: Any) -> int:
 
 def _gigabytes(number: float) -> str:
   return f"{number / 1e9:,.4f}" if number < 1e8 else f"{number / 1e9:,.2f}"
+
+
+def step_sizes(costs: Mapping[str, Mapping[str, Cost]]) -> Iterator[StepSizes]:
+  """Yields the sizes of models and methods whose steps were compiled."""
+  for model, of_methods in costs.items():
+    trained = {"FT": num_weights(MODELS[model]), "LoRA": _lora_row(model).trained}
+    for method, cost in of_methods.items():
+      memory = float(cost.arguments + cost.temporaries)
+      yield StepSizes(model, method, 2 * trained[method], memory)
 
 
 def steps_table(costs: Mapping[str, Mapping[str, Cost]], rows_and_length: str) -> str:

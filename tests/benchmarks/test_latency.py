@@ -6,18 +6,21 @@ import numpy as np
 import pytest
 
 from benchmarks import latency
+from experiments.shapes import results
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("flags", [[], ["--scanned", "--dtype=bfloat16"]])
-def test_the_table_has_ratios_to_the_base_model(flags, monkeypatch, capsys):
+def test_the_table_has_ratios_to_the_base_model(flags, monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(latency, "keep_freed_memory", lambda: None)  # it is for whole processes
-  latency.main(["--model=tiny", "--cases=tiny", "--turns=3", *flags])
+  latency.main(["--model=tiny", "--cases=tiny", "--turns=3", f"--save={tmp_path}/a.json", *flags])
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
   head, _, row = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
   assert head[3:] == ["ms", "merged LoRA x", "LoRA x", "Adapter_L x", "Adapter_H x"]
   assert row[:3] == ["2 x 8", "3, 3", "3"]
   assert all(float(cell.split()[0]) > 0 for cell in row[3:])
+  saved = results.read(results.Latencies, tmp_path / "a.json")
+  assert [len(way.seconds) for way in saved.cases[0].ways] == [3] * 5
 
 
 def test_ratios_are_of_the_same_turn():
