@@ -13,7 +13,7 @@ def get_config() -> Config:
   config.workdir = ""  # "" is runs/gpt3_plan/<what differs from this file>
   config.seed = 0  # of the keys, which are compiled in no program
   config.topology = "v5p:4x4x4"  # a TPU and its chips; v5e:16x16; or cpu:8, emulated devices
-  # gpt3, gpt2_medium, llama3_70b, deberta_xxl; or a folder with a language model's config.json.
+  # gpt3, gpt2_medium, llama3_8b, llama3_70b, deberta_xxl; or a folder with config.json.
   config.model = "gpt3"
   config.base = "bfloat16"  # of LoRA's frozen weights; or float32, int8, nf4
   config.remat = "nothing_saveable"  # what layers keep for the backward pass; "" is everything

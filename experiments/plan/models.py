@@ -22,20 +22,24 @@ from lora_jax.training.mesh import BATCH
 
 GPT3 = GPT2Config(num_positions=2048, embed_dim=12288, num_layers=96, num_heads=96)
 GPT2_MEDIUM = GPT2Config(embed_dim=1024, num_layers=24, num_heads=16)
-LLAMA3_70B = LlamaConfig(
+LLAMA3_8B = LlamaConfig(
   vocab_size=128256,
   num_positions=8192,
-  embed_dim=8192,
-  num_layers=80,
-  num_heads=64,
+  embed_dim=4096,
+  num_layers=32,
+  num_heads=32,
   num_kv_heads=8,
-  mlp_dim=28672,
+  mlp_dim=14336,
   rope_theta=500000.0,
+)
+LLAMA3_70B = dataclasses.replace(
+  LLAMA3_8B, embed_dim=8192, num_layers=80, num_heads=64, mlp_dim=28672
 )
 DEBERTA_XXL = DebertaConfig(embed_dim=1536, num_layers=48, num_heads=24, mlp_dim=6144, conv_size=3)
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], Any]] = {
   "gpt3": (GPT2, GPT3),
   "gpt2_medium": (GPT2, GPT2_MEDIUM),
+  "llama3_8b": (Llama, LLAMA3_8B),
   "llama3_70b": (Llama, LLAMA3_70B),
   "deberta_xxl": (Deberta, dataclasses.replace(DEBERTA_XXL, num_labels=3)),  # for MNLI
 }

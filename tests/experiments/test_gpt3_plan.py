@@ -29,7 +29,9 @@ FULL = Costs(
   seconds=7.0,
   fits=True,
 )
-LORA = FULL._replace(trained_parameters=10, arguments=5 * GIB, peak=20 * GIB, sent={})
+LORA = FULL._replace(
+  trained_parameters=10, gradients=0.0, arguments=5 * GIB, peak=20 * GIB, sent={}
+)
 
 
 def result_of(**methods):
@@ -63,19 +65,24 @@ def test_the_table_has_each_method_and_its_floors():
     ({"remat": ""}, FULL, ("--config.remat=nothing_saveable",)),
     (
       {},
-      FULL._replace(arguments=120 * GIB, peak=130 * GIB),
-      ("are 120.0 GiB: take at least 90 chips", "--base=int8 or nf4"),
+      FULL._replace(arguments=120 * GIB, peak=150 * GIB),
+      ("gradients are 140.0 GiB: take at least 105 chips", "--base=int8 or nf4"),
     ),
     (
       {"topology": "v5e:8x8"},
-      LORA._replace(arguments=25 * GIB, fits=False),
-      ("20.0 GiB of the 16 GiB", "at least 112 chips, or as many v5p or v6e"),
+      LORA._replace(arguments=25 * GIB, peak=28 * GIB, fits=False),
+      ("28.0 GiB of the 16 GiB", "at least 112 chips;", "take as many chips of v5p or v6e"),
     ),
   ],
 )
 def test_what_does_not_fit_is_said_with_what_may(changes, cost, words):
   text = gpt3_plan.report(replace_fields(CONFIG, changes), result_of(lora=cost))
   assert all(word in text for word in words), text
+
+
+def test_tensor_grows_with_the_chips_where_it_takes_them_all():
+  result = result_of(lora=FULL) | {"mesh": {"data": 1, "fsdp": 1, "tensor": 4}}
+  assert "--config.mesh.tensor=8, on twice the chips" in gpt3_plan.report(CONFIG, result)
 
 
 def test_logits_in_chunks_are_no_advice_for_a_classifier():
