@@ -13,6 +13,8 @@ of 442,368 parameters on `mini`.
 """
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.harness.config import check_attention, read_config, replace_fields
-from experiments.harness.fit import count, fit_run
+from experiments.harness.fit import Training, count, fit_run
 from experiments.harness.launch import launch
 from experiments.harness.methods import adapt, find_method
 from experiments.harness.workdir import (
   check_examples,
   check_model,
+  open_workdir,
   provenance,
   read_run,
   run_once,
@@ -101,16 +104,23 @@ def _run(config: E2EConfig, workdir: Path) -> dict[str, Any]:
 
 def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
   """Adapts the base model; returns the served params, and the result's fields about training."""
+  training = prepare(config, base, data, mesh)
+  trained = fit_run(**training._asdict())
+  losses = {"valid_loss": trained.loss, "last_valid_loss": trained.fitted.last_loss}
+  return served(config, training.eval_loss, base.params, trained.kept), trained.fields | losses
+
+
+def prepare(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> Training:
+  """Returns the training of a run: its adapted losses, initial adapter and batches."""
   start_from_data(config, language_model_loss(base.module), base.params, data.train, mesh)
   adapted = adapt(config)
-  eval_loss = adapted(language_model_loss(base.module))
   loss = adapted(
     language_model_loss(
       base.module, config.optimizer.label_smoothing, config.fit.loss_chunk or None
     )
   )
   num_steps = config.fit.num_train_steps or len(data.train)
-  trained = fit_run(
+  return Training(
     with_warmup(config, num_steps),
     find_method(config.method),
     loss,
@@ -121,11 +131,32 @@ def train(config: E2EConfig, base: Base, data: Data, mesh: Mesh) -> tuple[PyTree
     examples=f"{data.num_train_records:,} examples",
     num_train_steps=num_steps,
     keep=config.fit.keep,
-    eval_loss=eval_loss,
+    eval_loss=adapted(language_model_loss(base.module)),
     eval_batches=lambda: iter(data.valid),
   )
-  losses = {"valid_loss": trained.loss, "last_valid_loss": trained.fitted.last_loss}
-  return served(config, eval_loss, base.params, trained.kept), trained.fields | losses
+
+
+def trainings(config: ConfigDict) -> Callable[[ConfigDict], AbstractContextManager[Training]]:
+  """Loads the base model of runs that are trained together, from the config of one of them.
+
+  Returns a function that opens the folder of a run, for as long as it is trained.
+  """
+  settings = read_config(E2EConfig, config)
+  check_attention(settings.model.attention, settings.model.dtype)
+  mesh = settings.mesh.make()
+  base = load_base(settings, mesh)
+
+  @contextmanager
+  def opened(config: ConfigDict) -> Iterator[Training]:
+    settings = read_config(E2EConfig, config)
+    settings.check_steps()
+    with open_workdir(settings) as workdir:
+      data = load_data(settings, base)
+      check_examples(workdir, data.digest)
+      check_model(workdir, base.config)
+      yield prepare(settings, base, data, mesh)
+
+  return opened
 
 
 def with_warmup(config: E2EConfig, num_train_steps: int) -> E2EConfig:
@@ -216,4 +247,4 @@ def report(workdir: Path, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  launch(run, "gpt2_e2e.py")
+  launch(run, "gpt2_e2e.py", trainings=trainings)

@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.harness.config import Fit, TrainingConfig
+from experiments.harness.config import Fit, RunConfig, TrainingConfig
 from experiments.harness.methods import Method
 from experiments.harness.optimizer import run_optimizer
+from experiments.harness.workdir import trained_together
 from lora_jax.adaptation import Adaptation
 from lora_jax.data.batches import BatchSource, as_grain
 from lora_jax.quantization.leaf import is_quantized
@@ -18,6 +19,23 @@ from lora_jax.training.checkpoint import save_adapter
 from lora_jax.training.loop import Evaluation, FitConfig, Fitted, fit
 from lora_jax.training.processes import from_first
 from lora_jax.trees import partition, trainable_mask
+
+
+class Training(NamedTuple):
+  """The arguments of `fit_run`: the training of one run of a language model."""
+
+  config: Any  # an AdaptationConfig, whose section `fit` has more fields
+  method: Method
+  loss: Adaptation
+  params: PyTree
+  trainable: PyTree
+  batches: BatchSource[Any]
+  mesh: Mesh
+  examples: str
+  num_train_steps: int
+  keep: Literal["best", "last"]
+  eval_loss: Adaptation
+  eval_batches: Callable[[], Iterable[Any]]
 
 
 class Trained(NamedTuple):
@@ -101,12 +119,12 @@ def fit_run(
     trainable,
     optimizer,
     iter(as_grain(batches)),  # pyright: ignore[reportArgumentType]
-    config=_fit_config(config.fit, steps),
+    config=fit_config(config.fit, steps),
     eval_loss=eval_loss,
     eval_batches=eval_batches,
     evaluate=evaluate,
     workdir=workdir,
-    key=jax.random.split(jax.random.key(config.seed))[1],
+    key=run_key(config),
     mesh=mesh,
     schedule=schedule,
   )
@@ -121,11 +139,18 @@ def fit_run(
     "train_seconds": fitted.seconds,
     "train_tokens": fitted.tokens,
     "base": fitted.base,
+    **trained_together(workdir),
   }
   return Trained(fitted, kept, fitted.best_loss if best else fitted.last_loss, fields)
 
 
-def _fit_config(fit: Fit, num_train_steps: int) -> FitConfig:
+def run_key(config: RunConfig) -> jax.Array:
+  """Returns the key of a run's dropout, drawn from its seed."""
+  return jax.random.split(jax.random.key(config.seed))[1]
+
+
+def fit_config(fit: Fit, num_train_steps: int) -> FitConfig:
+  """Returns the part of a run's config that `lora_jax.training.loop.fit` takes."""
   return FitConfig(
     num_train_steps=num_train_steps,
     eval_every_steps=min(fit.eval_every_steps, num_train_steps),

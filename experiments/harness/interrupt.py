@@ -26,7 +26,7 @@ def working_in(folder: Path) -> Iterator[None]:
   try:
     yield
   finally:
-    _open_folders.pop()
+    _open_folders.remove(folder)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 --config=FILE.py:VARIANT   the config; --config.a.b=1 overrides one field
 --sweep                    does the runs of the config file's sweep(config)
 --sweep_shard=0/4          does the first quarter of these runs, as one of four machines
+--concurrent=8             with --sweep: trains up to 8 runs in one program, if the experiment can
+--halving_steps=200        with --concurrent: the worse half ends after 200, 400, 800, ... steps
 --traceback                shows where an error was raised
 --dry_run                  prints what a run would do, if the experiment supports it
 --all_rows                 with --dry_run: a row for each weight, not for each kind of weight
@@ -31,6 +33,7 @@ from ml_collections import config_flags
 
 import lora_jax
 from experiments.configs import Config
+from experiments.harness.concurrent import Trainings, train_together
 from experiments.harness.config import Distributed, flat
 from experiments.harness.interrupt import end_preempted, resumable
 from experiments.harness.machines import end_all, is_joined, join
@@ -56,6 +59,7 @@ def launch(
   config_file: str,
   shorthands: Mapping[str, str] | None = None,
   plan: Callable[[Config, bool], None] | None = None,
+  trainings: Trainings | None = None,
 ) -> None:
   """Runs an experiment by its command line.
 
@@ -66,6 +70,7 @@ def launch(
     config_file: the file of its default config.
     shorthands: short flags for fields of the config: `{"model": "model.folder"}`.
     plan: prints what `run` would do, for `--dry_run`; with True a row for each weight.
+    trainings: prepares the training of runs of `--concurrent`, as `harness.concurrent` says.
   """
   path = str(Path(__file__).parents[1] / "configs" / config_file)
   for flag, field in (shorthands or {}).items():
@@ -75,6 +80,8 @@ def launch(
   config = config_flags.DEFINE_config_file("config", path, "the config file", lock_config=True)
   sweep = flags.DEFINE_bool("sweep", False, "run the config file's sweep()")
   shard = flags.DEFINE_string("sweep_shard", "0/1", "i/n: the i-th of n shares of the sweep")
+  concurrent = flags.DEFINE_integer("concurrent", 0, "runs of the sweep in one program", 0)
+  halving = flags.DEFINE_integer("halving_steps", 0, "first comparison of --concurrent's runs", 0)
   flags.DEFINE_bool("traceback", False, "show where an error was raised")
   if plan is not None:
     flags.DEFINE_bool("dry_run", False, "print what would be done, and stop")
@@ -87,6 +94,7 @@ def launch(
     if config.value.get("keep_freed_memory") and _only_cpus():
       keep_freed_memory()
     with explained():
+      _check_concurrent(concurrent.value, halving.value, sweep.value, trainings)
       _join(config.value, default)
       named = _named_fields(sys.argv[1:])
       if plan is not None and flags.FLAGS["all_rows"].value and not flags.FLAGS["dry_run"].value:
@@ -96,7 +104,9 @@ def launch(
           raise ValueError("--dry_run is for one run; leave out --sweep")
         plan(single_run(config.value, default, named), bool(flags.FLAGS["all_rows"].value))
       elif sweep.value:
-        _sweep(run, sweep_runs(module, config.value, default, named), shard.value)
+        runs = _part(sweep_runs(module, config.value, default, named), shard.value)
+        early = _train_together(runs, trainings, concurrent.value, halving.value)
+        _sweep(run, runs, early)
       else:
         run(single_run(config.value, default, named))
 
@@ -330,19 +340,52 @@ def sweep_runs(
   return runs
 
 
-def _sweep(run: Run, runs: Sequence[Config], shard: str) -> None:
+def _part(runs: Sequence[Config], shard: str) -> Sequence[Config]:
+  """Returns the runs of a share i/n of a sweep."""
   match = re.fullmatch(r"(\d+)/(\d+)", shard)
   index, count = (int(x) for x in match.groups()) if match else (1, 0)
   if index >= count:
     raise ValueError(f"--sweep_shard must be i/n with 0 <= i < n, got {shard!r}")
-  runs = runs[index::count]
+  return runs[index::count]
+
+
+def _check_concurrent(
+  slots: int, halving_steps: int, sweep: bool, trainings: Trainings | None
+) -> None:
+  if halving_steps and not slots:
+    raise ValueError(f"--halving_steps={halving_steps} is for --concurrent; add --concurrent=K")
+  if slots and not sweep:
+    raise ValueError(f"--concurrent={slots} is for the runs of a sweep; add --sweep")
+  if slots and trainings is None:
+    raise ValueError(
+      f"--concurrent={slots}: this experiment trains one run at a time; leave out --concurrent. "
+      "experiments.gpt2_e2e has it"
+    )
+
+
+def _train_together(
+  runs: Sequence[Config], trainings: Trainings | None, slots: int, halving_steps: int
+) -> dict[str, Exception | str]:
+  """Trains the runs of a sweep that can share a program; returns those that ended early."""
+  if not slots or trainings is None:
+    return {}
+  return train_together(runs, trainings, slots, halving_steps)
+
+
+def _sweep(run: Run, runs: Sequence[Config], early: Mapping[str, Exception | str]) -> None:
+  """Does each run, or completes it; `early` has those whose joint training ended early."""
   failed = []
   for number, config in enumerate(runs, 1):
     print(f"[{number}/{len(runs)}] {config.workdir}", flush=True)
     finished = read_result(config.workdir) is not None
     if finished:
       print("  finished before", flush=True)
+    if isinstance(reason := early.get(config.workdir), str):
+      print(f"  {reason}. Its own command resumes it", flush=True)
+      continue
     try:
+      if reason is not None:
+        raise reason
       with contextlib.redirect_stdout(io.StringIO()) if finished else contextlib.nullcontext():
         run(config)  # checks that a finished run has this config
     except Exception as error:  # the other runs are still worth doing

@@ -130,6 +130,12 @@ class Method:
     """Whether a run's `adapter/` holds the trained tree; otherwise its checkpoints do."""
     return self.trains and not self.owns_base
 
+  @property
+  def shares_step(self) -> bool:
+    """Whether its runs can be trained in one program: plain LoRA from a random start."""
+    is_plain = self.has_servers and self.variant is None and self.wrap is None
+    return is_plain and self.from_data is None and not self.corrects_quantization
+
   def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:
     """Returns the base model's params after training; the trained ones if it owns them."""
     if not self.owns_base:

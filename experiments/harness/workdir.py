@@ -8,7 +8,8 @@ examples.json    the digest of the examples   peft/, base/    exports for other 
 metrics.jsonl    losses by step               model/          the fully trained model
 tensorboard/     the same, for TensorBoard    predictions.txt one text for each input
 ranks.json       ranks chosen from data       result.json     written last: the run is finished
-                                              adapter_initial/ the start, of LoftQ or from data
+concurrent.json  its training with others     adapter_initial/ the start, of LoftQ or from data
+stopped.json     why a sweep has stopped it
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from lora_jax.training.processes import from_first, is_first, wait_for_all
 
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
+TRAINED_TOGETHER, STOPPED = "concurrent.json", "stopped.json"
 FULL_DISK = ("No space left on device", "File too large", "Disk quota exceeded")
 
 
@@ -108,8 +110,10 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
 def _finished_result(config: RunConfig) -> dict[str, Any] | None:
   """Returns a run's result, if it is of this config."""
   result = read_result(config.workdir)
-  has_config = result is not None and read_run(type(config), config.workdir) == config
-  return result if has_config else None
+  if result is None:
+    return None
+  stored = read_run(type(config), config.workdir)
+  return result if _settings(stored) == _settings(config) else None
 
 
 def _previous_result(config: RunConfig) -> dict[str, Any]:
@@ -125,9 +129,14 @@ def _previous_result(config: RunConfig) -> dict[str, Any]:
 
 
 def _trained_by(config: RunConfig) -> dict[str, Any]:
-  """Returns the part of a config that training depends on."""
-  sections = dataclasses.asdict(config)
+  """Returns the part of a config that training depends on, other than in its rounding."""
+  sections = _settings(config)
   return {name: value for name, value in sections.items() if name not in config.AFTER_TRAINING}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+  """Returns a config without the mesh: a run may be resumed on other devices."""
+  return {name: value for name, value in dataclasses.asdict(config).items() if name != "mesh"}
 
 
 def _check_repeatable(folder: Path) -> None:
@@ -263,6 +272,18 @@ def read_result(folder: str | Path) -> dict[str, Any] | None:
     return None
   with _repairable("Remove it and rerun the command: training is not repeated"):
     return read_json(path)
+
+
+def trained_together(folder: Path) -> dict[str, Any]:
+  """Returns the fields of a result about training in a concurrent sweep, if that is how it was."""
+  path = folder / TRAINED_TOGETHER
+  return read_json(path) if path.exists() else {}
+
+
+def stopped_early(folder: str | Path) -> str:
+  """Returns why a concurrent sweep has stopped a run that is not finished; "" if it has not."""
+  path = local_path(folder) / STOPPED
+  return read_json(path)["reason"] if path.exists() and read_result(folder) is None else ""
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:

@@ -27,13 +27,13 @@ class Run(NamedTuple):
 
   Attributes:
     name: for messages; unique.
-    open: starts or resumes the run, as `lora_jax.training.loop.run_steps` does.
-    settings: a tree of arrays, the same tree in all runs; shorter arrays are padded with zeros.
+    open: starts or resumes the run. Returns its settings, a tree of arrays, and its steps, as
+      `lora_jax.training.loop.run_steps` does. The settings are the same tree in all runs; shorter
+      arrays are padded with zeros.
   """
 
   name: str
-  open: Callable[[], Steps]
-  settings: PyTree
+  open: Callable[[], tuple[PyTree, Steps]]
 
 
 class Outcome(NamedTuple):
@@ -51,9 +51,10 @@ class Outcome(NamedTuple):
 
 
 class Member(NamedTuple):
-  """A run in a slot: its steps so far, and the inputs of the next one."""
+  """A run in a slot: its name, its settings, its steps, and the inputs of the next one."""
 
-  run: Run
+  name: str
+  settings: PyTree
   steps: Steps
   state: TrainState
   frozen: PyTree
@@ -125,7 +126,7 @@ def fit_together(
         run = next(waiting, None)
         is_last = run is None
         if run is not None:
-          entered = _next_member(run, run.open(), None)
+          entered = _entered(run)
           if isinstance(entered, Outcome):
             yield entered
           else:
@@ -135,13 +136,11 @@ def fit_together(
       if is_last and 2 * len(members) <= size:
         size = len(members)
       results = program.run(members, size)
-      pairs = [
-        _next_member(m.run, m.steps, result) for m, result in zip(members, results, strict=True)
-      ]
-      members = [member for member in pairs if isinstance(member, Member)]
-      yield from (outcome for outcome in pairs if isinstance(outcome, Outcome))
-      for name in behind([member.run.name for member in members]):
-        member = next(m for m in members if m.run.name == name)
+      advanced = list(map(_advanced, members, results))
+      members = [member for member in advanced if isinstance(member, Member)]
+      yield from (outcome for outcome in advanced if isinstance(outcome, Outcome))
+      for name in behind([member.name for member in members]):
+        member = next(member for member in members if member.name == name)
         members.remove(member)
         member.steps.close()
         yield Outcome(name, None, None)
@@ -150,16 +149,25 @@ def fit_together(
       member.steps.close()
 
 
-def _next_member(
-  run: Run, steps: Steps, result: tuple[TrainState, StepMetrics] | None
-) -> Member | Outcome:
-  """Returns a run with the inputs of its next step, or its outcome if it ends before."""
+def _entered(run: Run) -> Member | Outcome:
+  """Returns a run with the inputs of its first step, or its outcome if it has none."""
   try:
-    return Member(run, steps, *(next(steps) if result is None else steps.send(result)))
+    settings, steps = run.open()
+    return Member(run.name, settings, steps, *next(steps))
   except StopIteration as end:
     return Outcome(run.name, end.value, None)
   except Exception as error:  # the other runs are still worth training
     return Outcome(run.name, None, error)
+
+
+def _advanced(member: Member, result: tuple[TrainState, StepMetrics]) -> Member | Outcome:
+  """Returns a run with the inputs of its next step, or its outcome if it has ended."""
+  try:
+    return Member(member.name, member.settings, member.steps, *member.steps.send(result))
+  except StopIteration as end:
+    return Outcome(member.name, end.value, None)
+  except Exception as error:
+    return Outcome(member.name, None, error)
 
 
 class _Program:
@@ -182,7 +190,7 @@ class _Program:
     _check_batches(members)
     if self._step is None:
       self._step = self._make(members[0].state, self._accumulation_steps)
-    names = [member.run.name for member in members]
+    names = [member.name for member in members]
     if names != self._names or len(jax.tree.leaves(self._states)[0]) != size:
       self._enter(members, size)
     filled = [*members, *[members[0]] * (size - len(members))]
@@ -198,8 +206,8 @@ class _Program:
 
   def _enter(self, members: Sequence[Member], size: int) -> None:
     """Stacks the states of runs, padded to the largest shapes so far."""
-    self._names = [member.run.name for member in members]
-    trees = [(member.state, member.frozen["adapter"], member.run.settings) for member in members]
+    self._names = [member.name for member in members]
+    trees = [(member.state, member.frozen["adapter"], member.settings) for member in members]
     for tree in trees:
       shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
       pairs = zip(self._shapes or shapes, shapes, strict=True)
@@ -214,7 +222,7 @@ def _check_batches(members: Sequence[Member]) -> None:
   for member, shapes in zip(members[1:], others, strict=True):
     if shapes != first:
       raise ValueError(
-        f"{member.run.name} has batches of {shapes}, and {members[0].run.name} of {first}; "
+        f"{member.name} has batches of {shapes}, and {members[0].name} of {first}; "
         "expected one shape for runs that are trained together. Train it on its own"
       )
 

@@ -110,19 +110,18 @@ def make_loss(settings: Any) -> lj.Adaptation:
 def together(cases: Any, optimizer: Any, slots: int, **options: Any):
   """Returns the outcomes by name, and the histories in the order of the cases."""
   histories: list[list[Any]] = [[] for _ in cases]
-  runs = [
-    Run(
-      str(i),
-      functools.partial(steps_of, case, optimizer, histories[i]),
-      {
-        "scaling": jnp.float32(case.alpha / case.rank),
-        "dropout": jnp.float32(case.dropout),
-        "weight_decay": jnp.float32(case.weight_decay),
-        "rates": case.rates,
-      },
-    )
-    for i, case in enumerate(cases)
-  ]
+
+  def opened(case: Case, history: list[Any]):
+    settings = {
+      "scaling": jnp.float32(case.alpha / case.rank),
+      "dropout": jnp.float32(case.dropout),
+      "weight_decay": jnp.float32(case.weight_decay),
+      "rates": case.rates,
+    }
+    return settings, steps_of(case, optimizer, history)
+
+  pairs = enumerate(zip(cases, histories, strict=True))
+  runs = [Run(str(i), functools.partial(opened, *pair)) for i, pair in pairs]
 
   def make_optimizer(settings: Any) -> optax.GradientTransformation:
     return optimizer(lambda count: settings["rates"][count], settings["weight_decay"])

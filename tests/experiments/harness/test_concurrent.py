@@ -1,0 +1,130 @@
+"""Runs of a sweep that are trained in one program: which, and that each is an ordinary run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import gpt2_e2e
+from experiments.harness.concurrent import _Rungs, groups, train_together
+from experiments.harness.launch import apply
+from experiments.harness.workdir import stopped_early, write_json
+
+from tests.tiny_e2e import tiny_config
+
+VALID = "valid/loss"
+
+
+def configs(folder, *changes):
+  """Returns tiny runs with these changed fields, of one folder each."""
+  config = tiny_config(folder)
+  config.decoding.num_inputs = 0
+  return [
+    apply(config, fields | {"workdir": str(Path(folder) / str(i))})
+    for i, fields in enumerate(changes)
+  ]
+
+
+def test_runs_are_grouped_by_what_they_share(tmp_path):
+  runs = configs(
+    tmp_path,
+    {"seed": 1},
+    {"lora.rank": 8, "lora.alpha": 3.0, "lora.dropout": 0.5, "decoding.num_beams": 3},
+    {"optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1.0, "data.num_epochs": 2},
+    {"data.batch_size": 8},
+    {"data.batch_size": 8, "seed": 3},
+    {"method": "full_finetuning"},
+    {"lora.tokens": ("a",)},
+    {"mesh.data": 2},
+    {"model.start": "random"},
+    {"model.start": "random", "seed": 5},
+    {"seed": 4},
+  )
+  folder = Path(runs[10].workdir)
+  folder.mkdir()
+  (folder / "result.json").write_text("{}")
+  together, reasons = groups(runs)
+  names = [[Path(run.workdir).name for run in group] for group in together]
+  assert names == [["1", "0", "2"], ["3", "4"]]  # the largest rank first
+  by_name = {Path(workdir).name: reason for workdir, reason in reasons.items()}
+  assert set(by_name) == {"5", "6", "7", "8", "9"}
+  assert "method=full_finetuning is not plain LoRA" in by_name["5"]
+  assert "lora.tokens" in by_name["6"]
+  assert "mesh" in by_name["7"]
+  assert "no other run has the same base model" in by_name["8"] == by_name["9"]
+
+
+def test_the_worse_half_is_stopped(tmp_path):
+  rungs = _Rungs(10)
+
+  def at(step: int, **losses: float) -> list[str]:
+    for name, loss in losses.items():
+      (tmp_path / name).mkdir(exist_ok=True)
+      with (tmp_path / name / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, VALID: loss}) + "\n")
+      rungs.evaluated.add(str(tmp_path / name))
+    return [Path(name).name for name in rungs.stop([str(tmp_path / name) for name in "abcd"])]
+
+  assert at(5, a=1.0, b=2.0, c=3.0) == []  # no rung
+  assert at(10, a=3.0, b=1.0, c=2.0) == ["a"]
+  assert at(20, b=9.0) == []  # the first that gets there
+  assert at(10, d=5.0) == ["d"]  # a later run is compared with those before it
+  assert at(20, c=1.0) == []
+  assert at(30, b=9.0, c=1.0) == []
+  reason = stopped_early(tmp_path / "a")
+  assert reason.startswith("stopped at step 10, where its validation loss, 3.0000, was not in")
+  assert stopped_early(tmp_path / "b") == ""
+  write_json(tmp_path / "a" / "result.json", {})
+  assert stopped_early(tmp_path / "a") == ""  # it was resumed, and is finished
+
+
+def no_trainings(config):
+  raise AssertionError("nothing is loaded")
+
+
+def test_runs_of_other_kinds_are_named(tmp_path, capsys):
+  runs = configs(tmp_path, {"seed": 1}, {"method": "dora"})
+  assert train_together(runs, no_trainings, 2) == {}
+  printed = capsys.readouterr().out
+  assert "1 is trained on its own: method=dora is not plain LoRA" in printed
+  assert "0 is trained on its own: no other run" in printed
+
+
+def test_rungs_are_at_evaluations(tmp_path):
+  runs = configs(tmp_path, {"seed": 1}, {"seed": 2})
+  with pytest.raises(ValueError, match=r"--halving_steps=4 must be .* fit.eval_every_steps=3"):
+    train_together(runs, no_trainings, 2, halving_steps=4)
+
+
+@pytest.mark.long
+def test_runs_trained_together_are_ordinary_runs(tmp_path):
+  """Four runs in two slots: one diverges; the others have the losses and files of ordinary runs."""
+  changes = [
+    {"lora.rank": 2, "seed": 1, "lora.dropout": 0.1},
+    {"optimizer.learning_rate": 1e30},
+    {"optimizer.weight_decay": 0.5, "lora.alpha": 3.0},
+    {"seed": 2, "optimizer.learning_rate": 3e-2},
+  ]
+  runs = configs(tmp_path / "together", *changes)
+  early = train_together(runs, gpt2_e2e.trainings, 2)
+  assert list(early) == [runs[1].workdir]
+  assert isinstance(early[runs[1].workdir], FloatingPointError)
+  alone = configs(tmp_path / "alone", *changes)
+  for i in (0, 2):
+    result, expected = gpt2_e2e.run(runs[i]), gpt2_e2e.run(alone[i])
+    assert result["concurrent_runs"] == 2
+    assert result["train_tokens"] == expected["train_tokens"] > 0
+    for name in ("valid_loss", "last_valid_loss"):
+      assert result[name] == pytest.approx(expected[name], rel=1e-4)
+    lines, others = (
+      [json.loads(x) for x in (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()]
+      for run in (runs[i], alone[i])
+    )
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, other in zip(lines, others, strict=True):
+      for name in set(line) - {"train/tokens_per_second"}:
+        assert line[name] == pytest.approx(other[name], rel=1e-3), (name, line["step"])
+    files = {path.name for path in Path(runs[i].workdir).glob("[!.]*")}
+    assert files - {path.name for path in Path(alone[i].workdir).glob("[!.]*")} == {
+      "concurrent.json"
+    }
