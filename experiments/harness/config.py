@@ -184,11 +184,13 @@ class RunConfig:
   """The config of any run. `NAME` is the experiment's.
 
   `AFTER_TRAINING` names the sections that training does not depend on: with other values a run is
-  not trained again, and only what follows is repeated.
+  not trained again, and only what follows is repeated. `MACHINES` names those that change its
+  rounding at most.
   """
 
   NAME: ClassVar[str]
   AFTER_TRAINING: ClassVar[tuple[str, ...]] = ()
+  MACHINES: ClassVar[tuple[str, ...]] = ()
   experiment: str
   variant: Name
   workdir: LocalPath
@@ -202,6 +204,7 @@ class RunConfig:
 class TrainingConfig(RunConfig):
   """The config of a run that trains."""
 
+  MACHINES: ClassVar[tuple[str, ...]] = ("mesh", "distributed")
   keep_freed_memory: bool
   optimizer: Optimizer
   fit: Fit

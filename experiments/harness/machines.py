@@ -5,6 +5,8 @@ All run the same command, and `jax.distributed` connects them by the fields of
 and writes files; an error in one process ends all of them with its message.
 """
 
+import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -17,7 +19,7 @@ from jax._src.distributed import global_state  # the coordinator's store has no 
 from experiments.harness.config import AUTO, Distributed
 
 FAILED = "lora_jax/failed"
-HOUR, GRACE = 3_600_000, 5_000  # milliseconds
+INTERVAL, GRACE = 1.0, 5.0  # seconds
 
 
 def join(settings: Distributed) -> None:
@@ -40,7 +42,10 @@ def join(settings: Distributed) -> None:
     ) from error
   except RuntimeError as error:
     raise RuntimeError(f"distributed: the processes do not find each other: {error}") from error
-  threading.Thread(target=_end_with_others, daemon=True).start()
+  over = threading.Event()
+  thread = threading.Thread(target=_end_with_others, args=(over,), daemon=True)
+  thread.start()
+  atexit.register(lambda: (over.set(), thread.join()))
   if global_state.process_id:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
 
@@ -54,32 +59,27 @@ def end_all(message: str) -> NoReturn:
   """Ends all processes of the job with a message; that of the process that calls it first."""
   client = global_state.client
   assert client is not None, "is_joined() holds"
-  try:
+  with contextlib.suppress(Exception):  # another process was first, or the coordinator is gone
     client.key_value_set(FAILED, f"process {global_state.process_id}: {message}")
-  except Exception:  # another process was first, or its machine is gone
-    time.sleep(GRACE / 1000)  # _end_with_others ends this process sooner
-  else:
-    time.sleep(2 * GRACE / 1000)
+  time.sleep(2 * GRACE)  # _end_with_others ends this process sooner
   _end(message)
 
 
-def _end_with_others() -> None:
-  """Waits for the message of a process that ends all, this one or another."""
+def _end_with_others(over: threading.Event) -> None:
+  """Waits for the message of a process that ends all, this one or another; until `over` is set."""
   client = global_state.client
-  while client is not None:
-    try:
-      message = client.blocking_key_value_get(FAILED, HOUR)
-    except Exception as error:
-      if "DEADLINE_EXCEEDED" in str(error):
-        continue
-      return  # the job is over
-    try:
-      client.wait_at_barrier(f"{FAILED} read", GRACE)  # the coordinator must not end before
-    finally:
+  assert client is not None, "join has connected it"
+  while not over.wait(INTERVAL):
+    with contextlib.suppress(Exception):  # there is no message; or no coordinator, as others notice
+      message = client.key_value_try_get(FAILED)
+      with contextlib.suppress(Exception):
+        client.wait_at_barrier(f"{FAILED} read", int(1000 * GRACE))  # the coordinator ends last
       _end(message)
 
 
 def _end(message: str) -> NoReturn:
   """Ends this process at once: a regular end waits for the other processes."""
-  os.write(2, f"{message}\n".encode())
-  os._exit(1)
+  try:
+    os.write(2, f"{message}\n".encode())
+  finally:  # also if nobody reads it
+    os._exit(1)

@@ -135,8 +135,9 @@ def _trained_by(config: RunConfig) -> dict[str, Any]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-  """Returns a config without the mesh: a run may be resumed on other devices."""
-  return {name: value for name, value in dataclasses.asdict(config).items() if name != "mesh"}
+  """Returns a config without what may differ when a run is resumed on other machines."""
+  sections = dataclasses.asdict(config)
+  return {name: value for name, value in sections.items() if name not in config.MACHINES}
 
 
 def _check_repeatable(folder: Path) -> None:

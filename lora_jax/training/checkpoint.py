@@ -69,7 +69,8 @@ def restore_adapter(folder: str | Path, like: PyTree) -> PyTree:
 
   Args:
     folder: as `save_adapter` wrote it.
-    like: arrays or `ShapeDtypeStruct`s; if they have shardings, the result has the same.
+    like: arrays or `ShapeDtypeStruct`s; if they have shardings, the result has the same, on any
+      devices; otherwise it is on the default device.
   Raises:
     FileNotFoundError: if there is no adapter.
     ValueError: if the stored tree differs; every missing, unexpected or mis-shaped leaf, every
@@ -137,7 +138,10 @@ def _remove_leftovers(folder: Path, name: str) -> None:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:  # not that of the stored array, whose devices may not be here
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 class Restored(NamedTuple):

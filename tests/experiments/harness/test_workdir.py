@@ -48,6 +48,8 @@ def test_what_follows_training_may_change_and_is_repeated(tmp_path):
   assert result == {"beams": 3, **write}  # training's own figures outlive the repetition
   assert json.loads((tmp_path / "config.json").read_text())["decoding"]["num_beams"] == 3
   assert result_of(other) == (result, False)
+  other_mesh = {"decoding.num_beams": 3, "mesh.fsdp": 2}
+  assert result_of(config(tmp_path, **other_mesh)) == (result, False)
   with pytest.raises(ValueError, match=r"another config: optimizer\.b1=0\.9 there, 0\.8 now"):
     result_of(config(tmp_path, **{"optimizer.b1": 0.8}))
 
