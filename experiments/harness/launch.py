@@ -361,6 +361,11 @@ def _check_concurrent(
       f"--concurrent={slots}: this experiment trains one run at a time; leave out --concurrent. "
       "experiments.gpt2_e2e has it"
     )
+  if slots and is_joined():
+    raise ValueError(
+      f"--concurrent={slots} trains in one process, and config.distributed has connected several. "
+      "Start it in one, or leave out --concurrent"
+    )
 
 
 def _train_together(
