@@ -1,25 +1,44 @@
-"""All runs of SmolLM2 on E2E that are worth a GPU: all examples, ranks, variants, five seeds.
+"""All runs of SmolLM2 that are worth a GPU: whole data sets, ranks, the paper's tables, variants.
 
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py
     python -m experiments.gpt2_e2e --sweep --config=experiments/configs/gpu_queue.py:tiny
 
 The most useful runs come first, so the queue can be stopped at any time; the same command resumes
 it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep the scaling
-of rank 16. LoRA's variants come last, with the sizes and learning rates of variants.py; those
-without a learning rate there are left out, and named. `tiny` takes one step of every run on a few
-examples, on a CPU, as a check.
+of rank 16. Then come the arms of paper.py's studies, on all examples of their data sets, which are
+read from data/ (docs/data_sets.md). They have E2E's learning rates, which were not tuned on these
+sets; other methods' are multiples of LoRA's by the methods table. The nulls of
+`experiments.subspaces` follow. LoRA's variants come last, with
+the sizes and learning rates of variants.py; those without a learning rate there are left out, and
+named. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
 """
 
 from collections.abc import Iterator
 
+from experiments.analysis.subspaces.plan import RANDOM, SHUFFLED
 from experiments.comparison.plan import changes_of
-from experiments.configs import Config, gpt2_e2e, variants
+from experiments.configs import Config, gpt2_e2e, subspaces, variants
+from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
+from experiments.configs.paper import STUDIES, Study
 from experiments.configs.smollm2_rates import ARMS, Changes, best_rate
-from experiments.harness.config import read_config
+from experiments.harness.config import flat, read_config
+from experiments.harness.methods import default_learning_rate, find_method
 from experiments.nlg.config import E2EConfig
 
 SEEDS = (1, 2, 3, 4, 5)
 RANKS = (1, 2, 4, 8, 32, 64)
+STUDY_SEEDS = (1, 2, 3)
+NUM_INPUTS = {  # that are decoded: the test sets, of WikiSQL's 15,878 a part
+  **{"e2e_smollm2": 630, "webnlg": 1862, "wikisql": 2000, "mnli_text": 1000, "samsum": 819},
+  **{"dart_dev": 4159, "rank_smollm2": 630},
+}
+"""The studies of paper.py, the most useful first."""
+OF_TASK = (
+  *(f"data.{name}" for name in ("name", "source", "max_length", "row_length", "loss_length")),
+  *(f"decoding.{name}" for name in ("num_beams", "length_penalty", "no_repeat_ngram_size")),
+  *("decoding.max_new_tokens", "decoding.official_references", "optimizer.weight_decay"),
+)
+"""The fields by which a data set's config differs from E2E's, besides its sizes."""
 
 
 def get_config(size: str = "full") -> Config:
@@ -44,7 +63,7 @@ def get_config(size: str = "full") -> Config:
 
 
 def sweep(config: Config) -> Iterator[Changes]:
-  """Yields the changed fields of each run: methods and ranks by seed, then variants by seed."""
+  """Yields the changed fields of each run: methods and ranks, studies, then variants."""
   read_config(E2EConfig, config)
   scaling = config.lora.alpha / config.lora.rank
   rate = best_rate("LoRA, rank 16")
@@ -54,7 +73,56 @@ def sweep(config: Config) -> Iterator[Changes]:
     for rank in RANKS:
       alpha = {"lora.rank": rank, "lora.alpha": scaling * rank}
       yield {**alpha, "optimizer.learning_rate": rate, "seed": seed}
+  for study, num_inputs in NUM_INPUTS.items():
+    inputs = num_inputs if config.workdir.endswith("full") else config.decoding.num_inputs
+    yield from study_runs(STUDIES[study], inputs)
+  yield from null_runs(scaling)
   yield from variant_runs()
+
+
+def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
+  """Yields the changed fields of the runs of a study's arms that are not in the queue by E2E's.
+
+  A floor needs no GPU, and the base model itself no seeds.
+  """
+  make, e2e = flat(study.make()), flat(gpt2_e2e.get_config("smollm2"))
+  task = {name: make[name] for name in OF_TASK if make[name] != e2e[name]}
+  is_e2e = "data.name" not in task
+  if is_e2e:  # with all the queue's settings
+    task = {}
+  for seed in STUDY_SEEDS:
+    for arm in study.arms.values():
+      method, rank = str(arm.changes["method"]), arm.changes.get("lora.rank")
+      known = is_e2e and (method == "full_finetuning" or rank in (*RANKS, 16))
+      once = not find_method(method).trains
+      if known or find_method(method).is_floor or (once and seed != STUDY_SEEDS[0]):
+        continue
+      sizes = {"decoding.num_inputs": num_inputs, "seed": seed}
+      changes = {
+        **task,
+        **arm.changes,
+        "optimizer.learning_rate": _rate(method, arm.changes),
+        **sizes,
+      }
+      yield {name: value for name, value in changes.items() if find_method(method).uses(name)}
+
+
+def _rate(method: str, changes: Changes) -> float:
+  """Returns the learning rate of an arm on E2E, or its method's default multiple of LoRA's."""
+  if method == "full_finetuning":
+    return best_rate("full")
+  if changes.get("lora.target") == QUERY_AND_VALUE:
+    return best_rate("LoRA, rank 4, q,v")
+  low_rank = best_rate("LoRA, rank 4" if changes.get("lora.rank") == 4 else "LoRA, rank 16")
+  return default_learning_rate(low_rank, "lora", method)
+
+
+def null_runs(scaling: float) -> Iterator[Changes]:
+  """Yields the changed fields of the nulls of `experiments.subspaces`, of ranks 8 and 64."""
+  for null in (SHUFFLED, RANDOM):
+    for rank in subspaces.FULL.ranks:
+      size = {"lora.rank": rank, "lora.alpha": scaling * rank}
+      yield {**null, **size, "optimizer.learning_rate": best_rate("LoRA, rank 16"), "seed": 1}
 
 
 def variant_runs() -> Iterator[Changes]:

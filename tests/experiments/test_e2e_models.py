@@ -193,12 +193,32 @@ def test_the_sweeps_of_smollm2(monkeypatch):
     assert len({run.workdir for run in runs}) == len(runs)
     for run in runs:
       read_config(E2EConfig, run)
-  assert counts == [6, 20, 4, 9, 11, 55]
+  assert counts == [6, 20, 4, 9, 11, 118]
   monkeypatch.setitem(smollm2_rates.BEST, "full", None)
   with pytest.raises(
     ValueError, match=r"the learning rate of full is not known yet: run the sweep"
   ):
     list(smollm2_finals.sweep(smollm2_finals.get_config()))
+
+
+def test_the_gpu_queue_has_the_papers_studies_on_whole_data_sets():
+  default = gpu_queue.get_config()
+  runs = sweep_runs(gpu_queue, default, default, set())
+  names = list(dict.fromkeys(run.data.name for run in runs))
+  assert names == ["e2e", "webnlg", "wikisql", "mnli_text", "samsum", "dart_dev"]
+  webnlg = [run for run in runs if run.data.name == "webnlg"]
+  assert {run.method for run in webnlg} == {
+    *("full_finetuning", "lora", "adapter_l", "prefix_layer", "frozen_base")
+  }
+  (lora,) = (run for run in webnlg if run.method == "lora" and run.seed == 2)
+  assert (lora.lora.rank, lora.optimizer.learning_rate) == (
+    4,
+    smollm2_rates.BEST["LoRA, rank 4, q,v"],
+  )
+  assert (lora.data.num_train_records, lora.decoding.num_inputs) == (0, 1862)
+  nulls = [r for r in runs if r.data.shuffled_completions or r.model.start == "random"]
+  assert [run.lora.rank for run in nulls] == [8, 64] * 2
+  assert len([run for run in runs if run.data.name == "e2e" and run.lora.rank == 576]) == 3
 
 
 def test_smollm2_is_named_by_its_remedy(tmp_path, monkeypatch):
