@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.classification.config import GlueConfig
 from experiments.comparison.losses import folder_bytes, measure_losses
 from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
 from experiments.comparison.sizes import trained_at_once
@@ -85,9 +86,17 @@ def _do(
   return True
 
 
-def check_config(folder: Path, config: Config) -> None:
-  """Raises ValueError if a folder's run had another config, such as fewer examples."""
-  if read_run(E2EConfig, folder) != read_config(E2EConfig, config):
+def check_config(
+  folder: Path, config: Config, kind: type[E2EConfig] | type[GlueConfig] = E2EConfig
+) -> None:
+  """Raises ValueError if a folder's run had another config, such as fewer examples.
+
+  Args:
+    folder: of a finished or failed run.
+    config: the planned one.
+    kind: of the run's experiment.
+  """
+  if read_run(kind, folder) != read_config(kind, config):
     raise ValueError(
       f"{folder} is a run with other settings than are planned now. Give another --root, or "
       "remove the folder to run it again"

@@ -14,12 +14,11 @@ from typing import Any
 
 from experiments.classification.config import GlueConfig
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
-from experiments.comparison.runs import MEASURED
+from experiments.comparison.runs import MEASURED, check_config
 from experiments.configs import Config
 from experiments.configs.paper import STUDIES, Study
 from experiments.harness import sharing
 from experiments.harness.attempt import FAILED, attempt
-from experiments.harness.config import read_config
 from experiments.harness.methods import find_method
 from experiments.harness.sharing import PLANNED, Task
 from experiments.harness.workdir import read_result, read_run, write_json
@@ -55,20 +54,11 @@ def carry_out(
   def task(planned: Planned) -> Task:
     study, folder = STUDIES[planned.study], root / planned.study / planned.name
     config = config_of(planned, str(folder), tiny)
-    check = functools.partial(_check_config, folder, config, study)
+    kind = GlueConfig if study.base == "minilm" else E2EConfig
+    check = functools.partial(check_config, folder, config, kind)
     return Task(folder, check, lambda: _do(planned, config, run_of(study)))
 
   return sharing.carry_out(map(task, runs))
-
-
-def _check_config(folder: Path, config: Config, study: Study) -> None:
-  """Raises ValueError if a folder's run had another config, such as fewer examples."""
-  kind = GlueConfig if study.base == "minilm" else E2EConfig
-  if read_run(kind, folder) != read_config(kind, config):
-    raise ValueError(
-      f"{folder} is a run with other settings than the study has now. Give another --root, or "
-      "remove the folder to run it again"
-    )
 
 
 def _do(planned: Planned, config: Config, run: Run) -> bool:

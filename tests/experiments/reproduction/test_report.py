@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_repeated_and_keeps_its_settings(root, monkeypatch
     return config
 
   monkeypatch.setitem(STUDIES, "rank", small(study, LOSSES, make=fewer))
-  with pytest.raises(ValueError, match="other settings than the study has now"):
+  with pytest.raises(ValueError, match="other settings than are planned now"):
     carry_out([done], root, refuse)
 
 
