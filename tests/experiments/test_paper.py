@@ -50,12 +50,14 @@ def test_a_stage_without_its_model_is_left_out_and_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_stage_from_its_learning_rates_to_the_verdicts(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("model", ["tiny", "embedded"])
+def test_a_stage_from_its_learning_rates_to_the_verdicts(model, tmp_path, monkeypatch, capsys):
   sizes = STUDIES["sizes"]
 
   def make():
     config = sizes.make()
-    config.model.folder = str(tiny_folder())
+    if model == "tiny":
+      config.model.folder = str(tiny_folder())
     return config
 
   study = small(sizes, ("lora_r4", "prefix_layer_2", "frozen", "floor"), make=make, rate_points=1)

@@ -281,14 +281,16 @@ def test_runs_without_factors_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_all_parts_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("model", "layer"), [("tiny", "h[1]"), ("embedded", "h_3")])
+def test_all_parts_with_the_tiny_sizes(model, layer, tmp_path, monkeypatch, capsys):
   def get_config(base):
     config = configs.variants.get_config(base)
     config.model.folder = str(tiny_folder())
     config.model.scan_layers = True
     return config
 
-  monkeypatch.setattr(plan, "get_config", get_config)
+  if model == "tiny":  # the embedded one takes two minutes of a core
+    monkeypatch.setattr(plan, "get_config", get_config)
   monkeypatch.setattr(command, "keep_freed_memory", lambda: None)  # it is for whole processes
   command.main(["--tiny", f"--root={tmp_path}"])
   folder = tmp_path / "embedded"
@@ -296,7 +298,7 @@ def test_all_parts_on_a_tiny_model(tmp_path, monkeypatch, capsys):
   assert text in capsys.readouterr().out
   assert "Not drawn" not in text
   assert "| trained,rank=8,seed=2" in text
-  assert "Table 7 for layer h[1]" in text
+  assert f"Table 7 for layer {layer}" in text
   assert {path.name for path in folder.glob("*.png")} == {f"figure_{n}.png" for n in "34678"}
   monkeypatch.setattr(command.gpt2_e2e, "run", lambda config: pytest.fail("trained again"))
   chosen = [folder / name for name in ("trained,rank=8,seed=1", "trained,rank=2,seed=1")]
