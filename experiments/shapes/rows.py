@@ -11,10 +11,21 @@ counts by table; and, where these differ, what is known of it.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lora_jax as lj
+from experiments.harness.paper import (
+  BASE,
+  LARGE,
+  TABLE_2,
+  TABLE_3,
+  TABLE_4_SAMSUM,
+  TABLE_13,
+  TABLE_14,
+  XXL,
+)
+from experiments.harness.paper_gpt3 import TABLE_15
 from experiments.shapes.models import (
   DEBERTA_XXL,
   GPT2_LARGE,
@@ -30,6 +41,8 @@ from experiments.shapes.models import (
 
 MILLION, BILLION = 10**6, 10**9
 TOP2 = "FT Top2"
+GPT2_TABLES = "3 13 14"
+ENCODERS = {BASE: "RoBERTa base", LARGE: "RoBERTa large", XXL: "DeBERTa XXL"}
 
 
 class Note(NamedTuple):
@@ -219,9 +232,32 @@ def _both(kind: str, rank: int, slots: int, printed: dict[str, str], **fields: A
   )
 
 
-def _all(printed: str, shorter: str | None = None) -> dict[str, str]:
-  """Returns a count that Table 3 prints, and as Tables 13 and 14 do."""
-  return {"3": printed, "13": shorter or printed, "14": shorter or printed}
+PRINTED: Mapping[str, Sequence[tuple[str, str]]] = {
+  "2": [(f"{ENCODERS[row.model]}, {row.label.rstrip('*†')}", row.trainable) for row in TABLE_2],
+  "3": [(row.label.rstrip("*"), row.trainable) for row in TABLE_3],
+  "4": [(row.label, row.trainable) for row in TABLE_4_SAMSUM],
+  "13": [(row.label, row.trainable) for row in TABLE_13],
+  "14": [(row.label.replace("Prefix", "PreLayer"), row.trainable) for row in TABLE_14],
+  "15": [(f"GPT-3, {label}", trained) for label, trained, *_ in TABLE_15[1:]],
+}
+"""The labels and counts of the paper's tables, as printed."""
+
+
+def in_tables(tables: str, label: str, nth: int = 0) -> dict[str, str]:
+  """Returns a printed count by table.
+
+  Args:
+    tables: their numbers, with spaces.
+    label: of the row, the same in all of them.
+    nth: the number of the row among those of this label.
+
+  >>> in_tables("3 13", "GPT-2 M, Adapter L", 1)
+  {'3': '11.09M', '13': '11M'}
+  """
+  return {
+    table: [count for name, count in PRINTED[table] if name == label][nth]
+    for table in tables.split()
+  }
 
 
 def _of_one_thousandth(config: Config, count: int) -> Note:
@@ -233,6 +269,12 @@ def _of_one_thousandth(config: Config, count: int) -> Note:
   )
 
 
+def _lora_of_15(matrices: str, rank: int) -> dict[str, str]:
+  """Returns the count that Table 15 prints of LoRA on some matrices."""
+  words = {"v": "Wv", "qv": "Wq Wv", "qkvo": "all"}[matrices]
+  return in_tables("15", f"GPT-3, LoRA, {words}, r {rank}")
+
+
 _SEVEN_PERCENT = Note(
   "The formula gives less, by 1 to 8 %, and no whole number of positions rounds to the print"
 )
@@ -241,7 +283,7 @@ ROWS: tuple[Row, ...] = (
   # Table 2
   _full(
     *("RoBERTa base", "that of GPT-2, and a head", encoder_count(ROBERTA_BASE)),
-    *({"2": "125.0M"},),
+    *(in_tables("2", "RoBERTa base, FT"),),
     has_head=True,
   ),
   Row(
@@ -250,29 +292,29 @@ ROWS: tuple[Row, ...] = (
     lj.bitfit,
     "11 L D + D",
     11 * 12 * 768 + 768,
-    {"2": "0.1M"},
+    in_tables("2", "RoBERTa base, BitFit"),
   ),
-  _adapter("RoBERTa base", "D", 48, {"2": "0.3M"}, num_dropped=8),
-  _adapter("RoBERTa base", "D", 48, {"2": "0.9M"}),
-  _lora("RoBERTa base", "qv", 8, {"2": "0.3M"}),
+  _adapter("RoBERTa base", "D", 48, in_tables("2", "RoBERTa base, Adapter D"), num_dropped=8),
+  _adapter("RoBERTa base", "D", 48, in_tables("2", "RoBERTa base, Adapter D", 1)),
+  _lora("RoBERTa base", "qv", 8, in_tables("2", "RoBERTa base, LoRA")),
   _full(
     *("RoBERTa large", "that of GPT-2, and a head", encoder_count(ROBERTA_LARGE)),
-    *({"2": "355.0M"},),
+    *(in_tables("2", "RoBERTa large, FT"),),
     has_head=True,
   ),
-  _lora("RoBERTa large", "qv", 8, {"2": "0.8M"}),
-  _adapter("RoBERTa large", "P", 64, {"2": "3.0M"}),
-  _adapter("RoBERTa large", "P", 16, {"2": "0.8M"}),
-  _adapter("RoBERTa large", "H", 64, {"2": "6.0M"}),
-  _adapter("RoBERTa large", "H", 8, {"2": "0.8M"}),
+  _lora("RoBERTa large", "qv", 8, in_tables("2", "RoBERTa large, LoRA")),
+  _adapter("RoBERTa large", "P", 64, in_tables("2", "RoBERTa large, Adapter P")),
+  _adapter("RoBERTa large", "P", 16, in_tables("2", "RoBERTa large, Adapter P", 1)),
+  _adapter("RoBERTa large", "H", 64, in_tables("2", "RoBERTa large, Adapter H")),
+  _adapter("RoBERTa large", "H", 8, in_tables("2", "RoBERTa large, Adapter H", 1)),
   _full(
     *("DeBERTa XXL", "that of GPT-2, a convolution and a head", deberta_count(DEBERTA_XXL)),
-    *({"2": "1500.0M"},),
+    *(in_tables("2", "DeBERTa XXL, FT"),),
     note=Note("He et al. 2021 call the model 1.5B; the print repeats it in millions"),
     has_head=True,
   ),
   _lora(
-    *("DeBERTa XXL", "qv", 16, {"2": "4.7M"}),
+    *("DeBERTa XXL", "qv", 16, in_tables("2", "DeBERTa XXL, LoRA")),
     note=Note(
       "The paper's Table 10 has r = 8, whose count is half of the print; its scripts have 16",
       lora_count(DEBERTA_XXL, 16, 2),
@@ -280,16 +322,16 @@ ROWS: tuple[Row, ...] = (
   ),
   # Tables 3, 13 and 14
   _full(
-    *("GPT-2 M", FT3, gpt2_count(GPT2_MEDIUM), _all("354.92M", "354M")),
+    *("GPT-2 M", FT3, gpt2_count(GPT2_MEDIUM), in_tables(GPT2_TABLES, "GPT-2 M, FT")),
     note=Note(
       "354.82M is the count, and the same formula gives the 774.03M of GPT-2 L: a digit of 354.92M "
       "is wrong"
     ),
   ),
-  _adapter("GPT-2 M", "L", 6, _all("0.37M")),
-  _adapter("GPT-2 M", "L", 224, _all("11.09M", "11M")),
+  _adapter("GPT-2 M", "L", 6, in_tables(GPT2_TABLES, "GPT-2 M, Adapter L")),
+  _adapter("GPT-2 M", "L", 224, in_tables(GPT2_TABLES, "GPT-2 M, Adapter L", 1)),
   _adapter(
-    *("GPT-2 M", "H", 112, {"3": "11.09M"}),
+    *("GPT-2 M", "H", 112, in_tables("3", "GPT-2 M, Adapter H")),
     note=Note(
       "11.09M is the count of Adapter L with r = 224; no r gives it for Adapter H",
       adapter_count(GPT2_MEDIUM, 224, 24, 24),
@@ -297,38 +339,54 @@ ROWS: tuple[Row, ...] = (
   ),
   Row(
     *("GPT-2 M", TOP2, functools.partial(lj.top_layers, num_layers=2)),
-    *("2 (12 D^2 + 13 D)", 2 * layer_count(GPT2_MEDIUM), _all("25.19M", "24M")),
+    *(
+      "2 (12 D^2 + 13 D)",
+      2 * layer_count(GPT2_MEDIUM),
+      in_tables(GPT2_TABLES, "GPT-2 M, FT Top2"),
+    ),
     unrolled=True,
   ),
   _prefix(
-    *("GPT-2 M", "PreLayer", 14, _all("0.35M")),
+    *("GPT-2 M", "PreLayer", 14, in_tables(GPT2_TABLES, "GPT-2 M, PreLayer")),
     note=_of_one_thousandth(GPT2_MEDIUM, 14 * 24 * 1024),
   ),
   _lora(
-    *("GPT-2 M", "qv", 4, _all("0.35M")),
+    *("GPT-2 M", "qv", 4, in_tables(GPT2_TABLES, "GPT-2 M, LoRA")),
     note=_of_one_thousandth(GPT2_MEDIUM, lora_count(GPT2_MEDIUM, 4, 2)),
   ),
-  _full("GPT-2 L", FT3, gpt2_count(GPT2_LARGE), _all("774.03M", "774M")),
-  _adapter("GPT-2 L", "L", 8, _all("0.88M")),
-  _adapter("GPT-2 L", "L", 248, _all("23.00M", "23M")),
+  _full("GPT-2 L", FT3, gpt2_count(GPT2_LARGE), in_tables(GPT2_TABLES, "GPT-2 L, FT")),
+  _adapter("GPT-2 L", "L", 8, in_tables(GPT2_TABLES, "GPT-2 L, Adapter L")),
+  _adapter("GPT-2 L", "L", 248, in_tables(GPT2_TABLES, "GPT-2 L, Adapter L", 1)),
   _prefix(
-    *("GPT-2 L", "PreLayer", 17, _all("0.77M")),
+    *("GPT-2 L", "PreLayer", 17, in_tables(GPT2_TABLES, "GPT-2 L, PreLayer")),
     note=_of_one_thousandth(GPT2_LARGE, 17 * 36 * 1280),
   ),
   _lora(
-    *("GPT-2 L", "qv", 4, _all("0.77M")),
+    *("GPT-2 L", "qv", 4, in_tables(GPT2_TABLES, "GPT-2 L, LoRA")),
     note=_of_one_thousandth(GPT2_LARGE, lora_count(GPT2_LARGE, 4, 2)),
   ),
   # Tables 4 and 15
   _full(
-    *("GPT-3", FT3, gpt2_count(GPT3), {"4": "175,255.8M", "15": "175B"}),
+    *(
+      "GPT-3",
+      FT3,
+      gpt2_count(GPT3),
+      in_tables("4", "GPT-3, FT") | in_tables("15", "GPT-3, full fine-tuning"),
+    ),
     note=Note(
       "The shape of Brown et al. 2020 (Table 2.1) with a vocabulary of 50,257 and 2,048 positions "
       "has 651.5M fewer"
     ),
   ),
   Row(
-    *("GPT-3", "BitFit", lj.bitfit, "11 L D + D", 11 * 96 * 12288 + 12288, {"4": "14.2M"}),
+    *(
+      "GPT-3",
+      "BitFit",
+      lj.bitfit,
+      "11 L D + D",
+      11 * 96 * 12288 + 12288,
+      in_tables("4", "GPT-3, BitFit"),
+    ),
     note=Note(
       "14.2M is 12 L D, one D a layer more than the biases of attention (4 D), MLP (5 D) and norms "
       "(2 D)",
@@ -336,53 +394,49 @@ ROWS: tuple[Row, ...] = (
     ),
   ),
   *(
-    _prefix("GPT-3", "PreEmbed", lp + 8, {"15": printed} | ({"4": "3.2M"} if lp == 256 else {}))
-    for lp, printed in ((32, "0.4M"), (64, "0.9M"), (128, "1.7M"), (256, "3.2M"), (512, "6.4M"))
-  ),
-  *(
-    _prefix("GPT-3", "PreLayer", slots, printed, note=_SEVEN_PERCENT)
-    for slots, printed in (
-      (4, {"15": "5.1M"}),
-      (8, {"15": "10.1M"}),
-      (16, {"4": "20.2M", "15": "20.2M"}),
-      (36, {"15": "44.1M"}),
-      (64, {"15": "76.1M"}),
+    _prefix(
+      *("GPT-3", "PreEmbed", lp + 8),
+      in_tables("15", f"GPT-3, PreEmbed, {lp} + 8{' tokens' if lp == 32 else ''}")
+      | (in_tables("4", "GPT-3, PreEmbed") if lp == 256 else {}),
     )
+    for lp in (32, 64, 128, 256, 512)
   ),
   *(
-    _adapter("GPT-3", "H", width, printed)
-    for width, printed in (
-      (1, {"4": "7.1M", "15": "7.1M"}),
-      (4, {"15": "21.2M"}),
-      (8, {"4": "40.1M", "15": "40.1M"}),
-      (16, {"15": "77.9M"}),
-      (64, {"15": "304.4M"}),
+    _prefix(
+      *("GPT-3", "PreLayer", lp + li),
+      (in_tables("4", "GPT-3, PreLayer") if li == 8 else {})
+      | in_tables("15", f"GPT-3, PreLayer, {lp} + {li}"),
+      note=_SEVEN_PERCENT,
     )
+    for lp, li in ((2, 2), (8, 0), (8, 8), (32, 4), (64, 0))
   ),
   *(
-    _lora("GPT-3", matrices, rank, printed)
-    for matrices, rank, printed in (
-      ("v", 2, {"4": "4.7M", "15": "4.7M"}),
-      ("qv", 1, {"15": "4.7M"}),
-      ("qv", 2, {"15": "9.4M"}),
-      ("qkvo", 1, {"15": "9.4M"}),
-      ("qv", 4, {"15": "18.8M"}),
-      ("qkvo", 2, {"15": "18.8M"}),
-      ("qv", 8, {"4": "37.7M", "15": "37.7M"}),
-      ("qkvo", 4, {"15": "37.7M"}),
-      ("qv", 64, {"15": "301.9M"}),
+    _adapter(
+      *("GPT-3", "H", width),
+      (in_tables("4", "GPT-3, Adapter H", {1: 0, 8: 1}[width]) if width in (1, 8) else {})
+      | in_tables("15", f"GPT-3, Adapter_H, r {width}"),
+    )
+    for width in (1, 4, 8, 16, 64)
+  ),
+  *(
+    _lora("GPT-3", matrices, rank, in_table_4 | _lora_of_15(matrices, rank))
+    for matrices, rank, in_table_4 in (
+      ("v", 2, in_tables("4", "GPT-3, LoRA")),
+      *(("qv", 1, {}), ("qv", 2, {}), ("qkvo", 1, {}), ("qv", 4, {}), ("qkvo", 2, {})),
+      ("qv", 8, in_tables("4", "GPT-3, LoRA", 1)),
+      *(("qkvo", 4, {}), ("qv", 64, {})),
     )
   ),
   _lora(
-    *("GPT-3", "qkvo", 64, {"15": "603.8M"}),
+    *("GPT-3", "qkvo", 64, _lora_of_15("qkvo", 64)),
     note=Note("603.8M is twice the print of q and v, 301.9M, which was cut off", 2 * 301_900_000),
   ),
   *(
-    _both("PreEmbed", rank, 12, {"15": printed})
-    for rank, printed in ((8, "37.8M"), (32, "151.1M"), (64, "302.1M"))
+    _both("PreEmbed", rank, 12, in_tables("15", f"GPT-3, LoRA + PreEmbed, r {rank}, 8 + 4"))
+    for rank in (8, 32, 64)
   ),
   _both(
-    *("PreLayer", 8, 12, {"15": "52.8M"}),
+    *("PreLayer", 8, 12, in_tables("15", "GPT-3, LoRA + PreLayer, r 8, 8 + 4")),
     note=Note("Its PreLayer part is 7 % above the formula, as other rows of PreLayer are"),
   ),
 )
