@@ -18,6 +18,7 @@ from lora_jax.adapters.summary import summary as summary
 from lora_jax.arithmetic import Bank as Bank
 from lora_jax.arithmetic import align as align
 from lora_jax.arithmetic import bank as bank
+from lora_jax.arithmetic import by_row as by_row
 from lora_jax.arithmetic import convert as convert
 from lora_jax.arithmetic import drop_zero_ranks as drop_zero_ranks
 from lora_jax.arithmetic import to_lora as to_lora

@@ -2,7 +2,7 @@
 
 from lora_jax.decoding.beam import Hypotheses, beam_search
 from lora_jax.decoding.beam_config import BeamConfig
-from lora_jax.decoding.cached_model import CachedModel, adapted, from_linen
+from lora_jax.decoding.cached_model import CachedModel, adapted, adapted_by_row, from_linen
 from lora_jax.decoding.sampling import SamplingConfig, generate
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
   "Hypotheses",
   "SamplingConfig",
   "adapted",
+  "adapted_by_row",
   "beam_search",
   "from_linen",
   "generate",

@@ -34,11 +34,14 @@ from lora_jax.decoding.beam_step import NO_TOKEN, Finished, Search, choose
 from lora_jax.decoding.cached_model import (
   Batch,
   CachedModel,
+  bank_slots_of,
   grow_cache,
   longest_prompt,
   make_batches,
   read_prompts,
+  read_slots,
   take_slots,
+  with_rows,
 )
 from lora_jax.placement import host_copy
 
@@ -78,6 +81,7 @@ def beam_search(
   batch_size: int = 32,
   length_multiple: int = 32,
   mesh: Mesh | None = None,
+  bank_slots: Sequence[int] | None = None,
 ) -> Hypotheses:
   """Returns the best continuations of each prompt, in the prompts' order.
 
@@ -89,11 +93,13 @@ def beam_search(
     batch_size: inputs that are searched at once (times W rows of the model).
     length_multiple: prompts are padded to a multiple of it; each length compiles a program.
     mesh: shards the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
+    bank_slots: the slot of a bank for each prompt, for a model of `adapted_by_row`.
   Raises:
     ValueError: if a prompt is empty, not token ids, or with the new tokens longer than the model's
-      positions.
+      positions, or the slots are not those of a bank.
   """
   longest = longest_prompt(model, config.max_new_tokens)
+  slots_by_prompt = read_slots(params, bank_slots, len(prompts))
   shape = len(prompts), config.num_return
   hypotheses = Hypotheses(
     np.full((*shape, config.max_new_tokens), config.pad_id, np.int32),
@@ -105,7 +111,8 @@ def beam_search(
   batches = list(make_batches(prompts, batch_size, length_multiple, longest, mesh))
 
   def search(batch: Batch) -> tuple[Finished, Int[Array, ""]]:
-    return search_batch(model, config, params, batch.tokens, batch.lengths)
+    slots = bank_slots_of(slots_by_prompt, batch)
+    return search_batch(model, config, params, batch.tokens, batch.lengths, slots)
 
   threads = num_threads(params)
   run = search if threads == 1 else lambda batch: jax.block_until_ready(search(batch))
@@ -138,9 +145,11 @@ def search_batch(
   params: PyTree,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, " B"],
+  bank_slots: Int[Array, " B"] | None = None,
 ) -> tuple[Finished, Int[Array, ""]]:
   """Searches one batch of prompts, padded in front; returns hypotheses and the number of steps."""
   batch_size, width = tokens.shape
+  params = with_rows(params, bank_slots)
   beams, limit = config.num_beams, config.max_new_tokens
   logits, cache, real = read_prompts(model, params, tokens, lengths)
   history = jnp.pad(

@@ -1,7 +1,7 @@
 """Defines the model interface of decoding, and batches prompts into few shapes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.arithmetic.rows import check_slots, row_axes, take_adapters
 from lora_jax.fields import Count, read_value
 
 
@@ -79,6 +80,85 @@ def adapted(model: CachedModel, method: Callable[[Callable[..., Any]], Adaptatio
     return logits(params["base"], params["adapter"], hidden, lora_key=None)
 
   return dataclasses.replace(model, extend=adapted_extend, logits=adapted_logits)
+
+
+def adapted_by_row(
+  model: CachedModel, method: Callable[[Callable[..., Any]], Adaptation]
+) -> CachedModel:
+  """Returns a model that decodes each row with the adapter of its own slot of a bank.
+
+  It takes `{"base": params, "bank": bank}` as params, and `generate` and `beam_search` then take
+  the `bank_slots` of the prompts. Another bank of the same shapes compiles nothing.
+
+  Args:
+    model: the base model.
+    method: adapts a function, `functools.partial(lora_jax.lora, config=bank.config)`.
+  """
+  extend, logits = method(model.extend).apply, method(model.logits).apply
+  single, double = (jax.eval_shape(partial(model.make_cache, size, 1)) for size in (1, 2))
+  cache_axes = jax.tree.map(_differing_axis, single, double)
+
+  def extend_rows(
+    params: PyTree, tokens: Array, positions: Array, cache: PyTree, index: Any, mask: Array
+  ) -> Any:
+    def extend_row(adapter, tokens, positions, cache, mask):
+      cache = jax.tree.map(jnp.expand_dims, cache, cache_axes)
+      inputs = tokens[None], positions[None], cache, index, mask[None]
+      hidden, cache = extend(params["base"], adapter, *inputs, lora_key=None)
+      return hidden[0], jax.tree.map(jnp.squeeze, cache, cache_axes)
+
+    in_axes = row_axes(params["rows"]), 0, 0, cache_axes, 0
+    mapped = jax.vmap(extend_row, in_axes, (0, cache_axes))
+    return mapped(params["rows"], tokens, positions, cache, mask)
+
+  def logits_of_rows(params: PyTree, hidden: Array) -> Any:
+    def logits_of_row(adapter, hidden):
+      return logits(params["base"], adapter, hidden, lora_key=None)
+
+    return jax.vmap(logits_of_row, (row_axes(params["rows"]), 0))(params["rows"], hidden)
+
+  return dataclasses.replace(model, extend=extend_rows, logits=logits_of_rows)
+
+
+def read_slots(
+  params: PyTree, slots: Sequence[int] | None, num_prompts: int
+) -> Int[np.ndarray, " N"] | None:
+  """Returns the slot of each prompt, None without a bank.
+
+  Raises:
+    ValueError: if there are slots and no bank or a bank and no slots, not one slot for each prompt,
+      or a slot that is not in the bank.
+  """
+  bank = params.get("bank") if isinstance(params, Mapping) else None
+  if (bank is None) != (slots is None):
+    raise ValueError(
+      "bank_slots and a bank go together: bank_slots has one slot for each prompt, and params is "
+      '{"base": params, "bank": lora_jax.bank(...)}; got '
+      f"bank_slots={slots!r:.100} and {'no bank' if bank is None else 'a bank'}"
+    )
+  if bank is None:
+    return None
+  checked = np.asarray(check_slots(slots, bank.slots))
+  if len(checked) != num_prompts:
+    raise ValueError(
+      f"bank_slots must have one slot for each of {num_prompts} prompts, got {len(checked)}"
+    )
+  return checked
+
+
+def bank_slots_of(slots: Int[np.ndarray, " N"] | None, batch: "Batch") -> Int[Array, " B"] | None:
+  """Returns the slots of a batch's rows; those of padding have slot 0."""
+  if slots is None:
+    return None
+  padded = np.pad(slots[batch.rows], (0, len(batch.lengths) - len(batch.rows)))
+  return jax.device_put(padded, batch.lengths.sharding)
+
+
+def with_rows(params: PyTree, slots: Int[Array, " B"] | None) -> PyTree:
+  """Returns params with the adapters of the rows in the place of the bank."""
+  if slots is None:
+    return params
+  return {"base": params["base"], "rows": take_adapters(params["bank"].trainable, slots)}
 
 
 class Batch(NamedTuple):

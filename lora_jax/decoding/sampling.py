@@ -14,10 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from lora_jax.decoding.beam_config import NewTokens, TokenId, as_token_ids
 from lora_jax.decoding.cached_model import (
   CachedModel,
+  bank_slots_of,
   grow_cache,
   longest_prompt,
   make_batches,
   read_prompts,
+  read_slots,
+  with_rows,
 )
 from lora_jax.fields import Within, check_fields
 from lora_jax.placement import host_copy
@@ -74,6 +77,7 @@ def generate(
   batch_size: int = 32,
   length_multiple: int = 32,
   mesh: Mesh | None = None,
+  bank_slots: Sequence[int] | None = None,
 ) -> list[list[int]]:
   """Returns one continuation of each prompt, without its end token, in the prompts' order.
 
@@ -87,20 +91,24 @@ def generate(
     batch_size: inputs that are decoded at once.
     length_multiple: prompts are padded to a multiple of it; each length compiles a program.
     mesh: shards the inputs over its axes `data` and `fsdp`; `params` are placed by the caller.
+    bank_slots: the slot of a bank for each prompt, for a model of `adapted_by_row`.
   Raises:
     ValueError: if a temperature above 0 has no key, a prompt is empty, too long or not token ids,
-      or the new tokens exceed the model's positions.
+      the new tokens exceed the model's positions, or the slots are not those of a bank.
   """
   if key is None:
     if config.temperature > 0:
       raise ValueError("a temperature above 0 samples and needs a key; or set temperature=0")
     key = jax.random.key(0)  # unused
   longest = longest_prompt(model, config.max_new_tokens)
+  slots_by_prompt = read_slots(params, bank_slots, len(prompts))
   outputs: list[list[int]] = [[] for _ in prompts]
   for batch in make_batches(prompts, batch_size, length_multiple, longest, mesh):
     rows = np.pad(batch.rows, (0, len(batch.lengths) - len(batch.rows)))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
-    tokens = host_copy(_generate(model, config, params, batch.tokens, batch.lengths, keys))
+    slots = bank_slots_of(slots_by_prompt, batch)
+    out = _generate(model, config, params, batch.tokens, batch.lengths, keys, slots)
+    tokens = host_copy(out)
     ends = np.isin(tokens, config.eos_ids)
     stops = np.where(ends.any(1), ends.argmax(1), config.max_new_tokens)
     for row, ids, stop in zip(batch.rows, tokens, stops, strict=False):
@@ -116,9 +124,11 @@ def _generate(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, " B"],
   keys: PRNGKeyArray,
+  bank_slots: Int[Array, " B"] | None,
 ) -> Int[Array, "B M"]:
   """Returns the tokens generated after a batch of prompts, padded in front."""
   batch_size, width = tokens.shape
+  params = with_rows(params, bank_slots)
   logits, cache, real = read_prompts(model, params, tokens, lengths)
   num_slots = width + config.max_new_tokens - 1
   visible = jnp.pad(real, ((0, 0), (0, num_slots - width)), constant_values=True)

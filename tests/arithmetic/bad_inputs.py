@@ -35,6 +35,12 @@ def truncated(rank: Any) -> Any:
   return lj.truncate_rank(*adapter(), PARAMS, rank)
 
 
+def by_row(slots: Any) -> Any:
+  two = banked()
+  apply = lj.by_row(lj.lora(lambda p, x: x @ p["w"], two.config).apply)
+  return apply(PARAMS, two.trainable, slots, jnp.ones((2, 4)))
+
+
 def banked(**options: Any) -> Any:
   return lj.bank([adapter(), adapter()], PARAMS, **options)
 
@@ -87,6 +93,12 @@ ROWS = [
     "adapts v, which the bank does not",
     "Create the bank with this adapter",
   ),
+  row("rows: slot outside", lambda: by_row([0, 2]), "slots[1] is 2", "slots 0 to 1"),
+  row("rows: slot -1", lambda: by_row([0, -1]), "slots[1]", "[0, inf)", "got -1"),
+  row("rows: slot 0.5", lambda: by_row([0, 0.5]), "slots[1]", "an integer", "got 0.5"),
+  row("rows: floats", lambda: by_row(jnp.zeros(2)), "slots must be integers", "float32"),
+  row("rows: one slot", lambda: by_row(1), "slots must be a sequence", "got 1"),
+  row("rows: too few slots", lambda: by_row([1]), "axis of 1 rows", "(2, 4)"),
   row("truncate: rank 0", lambda: truncated(0), "rank", "[1, inf)", "got 0"),
   row("truncate: rank 2.0", lambda: truncated(2.0), "rank", "an integer", "got 2.0"),
   row("truncate: rank True", lambda: truncated(True), "rank", "an integer", "got True"),

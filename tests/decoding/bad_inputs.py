@@ -1,7 +1,10 @@
 """Settings and prompts of beam search and sampling that must be refused."""
 
 import jax
+import jax.numpy as jnp
 
+from lora_jax import LoraConfig
+from lora_jax.arithmetic import Bank
 from lora_jax.decoding import BeamConfig, CachedModel, SamplingConfig, beam_search, generate
 
 from tests.bad_inputs import BadInput
@@ -37,6 +40,18 @@ def sample(name, words, prompts=((1, 2),), temperature=0.0, max_new_tokens=8, **
   config = SamplingConfig((0,), temperature, max_new_tokens=max_new_tokens)
   return BadInput(
     f"generate: {name}", lambda _: generate(MODEL, {}, prompts, config, **options), words
+  )
+
+
+def banked(name, words, bank_slots):
+  """Returns the row of greedy decoding with a bank of two slots."""
+  bank = Bank(LoraConfig(1, 1.0, "w"), {"w": jnp.zeros((2, 4))})
+  config = SamplingConfig((0,), temperature=0.0, max_new_tokens=8)
+  params = {"base": {}, "bank": bank}
+  return BadInput(
+    f"bank: {name}",
+    lambda _: generate(MODEL, params, ((1, 2),), config, bank_slots=bank_slots),
+    words,
   )
 
 
@@ -96,5 +111,10 @@ ROWS = [
   sample("a batch as a prompt", ("prompt 0", "token ids"), [[[1, 2], [3, 4]]]),
   sample("no key", ("needs a key", "temperature=0"), temperature=1.0),
   sample("more than positions", ("max_new_tokens", "got 20"), max_new_tokens=20),
+  sample("slots without a bank", ("bank_slots", "no bank"), bank_slots=[0]),
+  search("slots without a bank", ("bank_slots", "no bank"), bank_slots=[0]),
+  banked("a bank without slots", ("bank_slots", "None", "a bank"), None),
+  banked("too many slots", ("bank_slots", "each of 1 prompts", "got 2"), [0, 1]),
+  banked("a slot outside the bank", ("slots[0] is 2", "slots 0 to 1"), [2]),
   sample("batch size -1", ("batch_size", "got -1"), batch_size=-1, key=jax.random.key(0)),
 ]

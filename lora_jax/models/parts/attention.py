@@ -9,6 +9,9 @@ operation of the softmax, which on CPUs takes longer than the matmuls. Here, as 
 queries is not multiplied with the keys that come after all of them.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -127,10 +130,35 @@ def write_cache(
   keys, values = cache
   key = key.transpose(0, 2, 3, 1).astype(keys.dtype)
   value = value.transpose(0, 2, 1, 3).astype(values.dtype)
-  return (
-    jax.lax.dynamic_update_slice_in_dim(keys, key, index, axis=3),
-    jax.lax.dynamic_update_slice_in_dim(values, value, index, axis=2),
-  )
+  return _write_key(keys, key, index), _write_value(values, value, index)
+
+
+def _slot_writer(axis: int) -> Callable[[Array, Array, Int[Array, ""] | int], Array]:
+  """Returns `lax.dynamic_update_slice_in_dim` along an axis, which `vmap` leaves in place.
+
+  Mapped over rows, JAX would make it a scatter, and XLA on CPUs copies the cache for each. Here the
+  axis of rows is joined with the inputs'.
+  """
+
+  def plain(cache: Array, tokens: Array, index: Any) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, tokens, index, axis)
+
+  def mapped(rows: int, is_mapped: list[bool], cache: Array, tokens: Array, index: Any) -> Any:
+    if is_mapped != [True, True, False]:
+      return jax.vmap(plain, [0 if each else None for each in is_mapped])(
+        cache, tokens, index
+      ), True
+    joined, written = (x.reshape(-1, *x.shape[2:]) for x in (cache, tokens))
+    return write(joined, written, index).reshape(cache.shape), True
+
+  inner = jax.custom_batching.custom_vmap(plain)
+  inner.def_vmap(mapped)
+  write = jax.custom_vjp(inner)
+  write.defvjp(lambda *args: jax.vjp(plain, *args), lambda pullback, gradient: pullback(gradient))
+  return write
+
+
+_write_key, _write_value = _slot_writer(axis=3), _slot_writer(axis=2)
 
 
 def cached_attention(

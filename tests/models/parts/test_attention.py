@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models.parts import attention
-from lora_jax.models.parts.attention import causal_attention
+from lora_jax.models.parts.attention import causal_attention, write_cache
 
 SEGMENT_IDS = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
 
@@ -104,3 +104,32 @@ def test_no_more_than_eight_blocks_cover_all_queries():
     starts, stops, ends = map(list, zip(*blocks, strict=True))
     assert [0, *stops] == [*starts, length]
     assert ends == stops
+
+
+@pytest.mark.parametrize("index_axis", [None, 0])
+def test_a_cache_is_written_in_each_row_and_its_tokens_have_gradients(index_axis):
+  keys, values = jnp.ones((3, 2, 4, 5, 6)), jnp.ones((3, 2, 4, 6, 5))
+  key = value = jnp.arange(3.0 * 2 * 2 * 4 * 5).reshape(3, 2, 2, 4, 5)
+  index = jnp.asarray(2) if index_axis is None else jnp.asarray([2, 0, 4])
+
+  def written(key, value, index, keys, values):
+    return write_cache((keys, values), key, value, index)
+
+  @jax.jit
+  def mapped(key, value):
+    axes = 0, 0, index_axis, 0, 0
+    return jax.vmap(written, axes)(key, value, index, keys, values)
+
+  for row, start in enumerate([2, 2, 2] if index_axis is None else [2, 0, 4]):
+    one_by_one = written(key[row], value[row], start, keys[row], values[row])
+    expected = np.ones((2, 4, 6, 5), np.float32)
+    expected[:, :, start : start + 2] = np.swapaxes(value[row], 1, 2)
+    np.testing.assert_array_equal(one_by_one[1], expected)
+    np.testing.assert_array_equal(one_by_one[0], np.swapaxes(expected, 2, 3))
+    for out, alone in zip(mapped(key, value), one_by_one, strict=True):
+      np.testing.assert_array_equal(out[row], alone)
+
+  def of_first(key):
+    return written(key, value[0], 2, keys[0], values[0])[0].sum()
+
+  np.testing.assert_array_equal(jax.jit(jax.grad(of_first))(key[0]), np.ones_like(key[0]))
