@@ -119,12 +119,12 @@ class Way(NamedTuple):
 
   Attributes:
     step: makes a step; returns the losses of its runs.
-    count: the number of runs.
+    num_runs: the number of runs.
     temp_bytes: memory of the compiled step.
   """
 
   step: Callable[[], jax.Array]
-  count: int
+  num_runs: int
   temp_bytes: int
 
 
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace, length: int) -> list[list[str]]:
     check(way.step(), first, AGREEMENT[options.dtype])
 
   def seconds_of_a_run(way: Way) -> float:
-    return timed(way.step)[0] / way.count
+    return timed(way.step)[0] / way.num_runs
 
   times = take_turns(
     {name: functools.partial(seconds_of_a_run, way) for name, way in ways.items()}, options.turns
@@ -201,7 +201,7 @@ def measure(options: argparse.Namespace, length: int) -> list[list[str]]:
       [
         str(length),
         name,
-        f"{seconds * way.count:.3f}",
+        f"{seconds * way.num_runs:.3f}",
         f"{options.batch * length / seconds:,.0f}",
         str(ratio(times["alone"], times[name])),
         f"{way.temp_bytes / 1e6:,.0f}",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def test_an_adapter_comes_back_from_its_slot():
 def test_slots_are_replaced_without_compiling():
   adapters, bank = case()
   method = lj.lora(mlp, bank.config)
-  apply = jax.jit(
+  apply: Any = jax.jit(
     lambda bank, x: jax.vmap(method.apply, (None, 0, None))(PARAMS, bank.trainable, x)
   )
   before = apply(bank, X)
@@ -146,4 +147,4 @@ def test_the_structure_is_static_data():
   assert doubled.config == bank.config
   assert hash(bank.config) == hash(doubled.config)
   with pytest.raises(dataclasses.FrozenInstanceError):
-    bank.config = None
+    bank.config = None  # pyright: ignore

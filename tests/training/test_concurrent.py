@@ -42,7 +42,7 @@ class Case:
     return lj.LoraConfig(self.rank, self.alpha, ["up", "down"], self.dropout)
 
   @property
-  def rates(self) -> jax.Array:
+  def rates(self) -> Any:
     return optax.linear_schedule(self.learning_rate, 0.0, STEPS)(jnp.arange(STEPS))
 
 
@@ -59,7 +59,7 @@ def loss_fn(params: Any, batch: Any, *, key: Any = None) -> LossSum:
   return LossSum(jnp.sum(errors), jnp.sum(jnp.ones_like(errors)))
 
 
-def batch_of(case: Case, step: int) -> dict[str, np.ndarray]:
+def batch_of(case: Case, step: int) -> dict[str, Any]:
   draw = np.random.default_rng([case.seed, step]).standard_normal
   return {"x": np.float32(draw((6, 12))), "y": np.float32(draw((6, 8)))}
 
@@ -73,7 +73,7 @@ def adamw(schedule: Any, weight_decay: Any) -> optax.GradientTransformation:
   return optax.adamw(schedule, weight_decay=weight_decay)
 
 
-def steps_of(case: Case, optimizer: Any, history: list[Any]):
+def steps_of(case: Case, optimizer: Any, history: list[Any]) -> Any:
   """Yields the inputs of a run's steps, as `run_steps` does, and keeps its states and metrics."""
   key, step_key = jax.random.split(jax.random.key(case.seed))
   trainable = lj.lora(loss_fn, case.config).init(key, PARAMS, batch_of(case, 0))
@@ -214,7 +214,7 @@ def test_runs_share_slots_and_end_alone():
   assert 0 < lengths[3] < 6
   assert ("0", "2") in together_at
   for i in (0, 2):
-    last = outcomes[str(i)].fitted
+    last: Any = outcomes[str(i)].fitted
     assert last is not None
     assert int(last.step) == cases[i].steps
     assert_close(histories[i][1][0].part, alone(CASES[i], adamw)[1][0].part, 1e-5)
