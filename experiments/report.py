@@ -38,12 +38,11 @@ from experiments.nlg.paper_rows import PAPER, TABLES, PaperTable
 from experiments.nlg.report_csv import write_csv
 from experiments.nlg.scores import (
   FLOOR,
-  LOWER_IS_BETTER,
   digits,
   header,
-  metric_of,
   model_label,
   number,
+  reaches_floor,
 )
 from experiments.nlg.tasks.table import TASKS, title
 from experiments.nlg.tasks.task import by_name
@@ -247,8 +246,7 @@ def _reaches(run: Run, name: str, floor: Run) -> bool:
   level, interval = floor.value(name), run.interval(name)
   if run is floor or level is None or interval is None:
     return False
-  low, high = interval
-  return high >= level if metric_of(name) in LOWER_IS_BETTER else low <= level
+  return reaches_floor(name, interval, level)
 
 
 def _compared(groups: Sequence[Group], runs: Sequence[Run], against: str | Path | None) -> str:

@@ -45,6 +45,21 @@ def metric_of(name: str) -> str:
   return name if name in HEADS else name.rpartition("_")[0]
 
 
+def lower_is_better(name: str) -> bool:
+  """Tells whether the metric of a column is an error rate."""
+  return metric_of(name) in LOWER_IS_BETTER
+
+
+def reaches_floor(name: str, interval: Sequence[float], level: float) -> bool:
+  """Tells whether an interval of a column's score reaches the floor's score.
+
+  >>> reaches_floor("bleu", (20, 30), 25), reaches_floor("mean_ter", (20, 30), 40)
+  (True, False)
+  """
+  low, high = interval
+  return high >= level if lower_is_better(name) else low <= level
+
+
 def header(name: str) -> str:
   """Returns a column's header.
 

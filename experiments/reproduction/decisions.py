@@ -7,6 +7,7 @@ of them, and fails if it fails for one. Differences within the margin do not mat
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from experiments.comparison.statistics import Difference, Verdict, compare, compare_losses
 from experiments.configs.paper import MARGIN, STUDIES
+from experiments.nlg.scores import lower_is_better, reaches_floor
 from experiments.reproduction.plan import num_seeds
 from experiments.reproduction.runs import Record
 from lora_jax.metrics.ngrams import bleu_formula
@@ -60,6 +62,12 @@ def higher(difference: Difference) -> Word:
   if difference.low <= 0 <= difference.high:
     return "cannot be told"
   return "holds" if difference.low > 0 else "fails"
+
+
+def lower(difference: Difference) -> Word:
+  """Decides that an arm has the lower error rate; there is no margin."""
+  word = higher(difference)
+  return "fails" if word == "holds" else "holds" if word == "fails" else word
 
 
 def joined(words: Sequence[Word]) -> Word:
@@ -169,7 +177,7 @@ def decide(
 def decide_by_metric(
   records: Sequence[Record], study: str, metric: str, control: str, arms: Sequence[str]
 ) -> Outcome:
-  """Decides that the arms have a higher score than the control; at a floor nothing is told."""
+  """Decides that the arms have a better score than the control; at a floor nothing is told."""
   runs = reported(records, study)
   outcome = unfit(runs, (control, *arms), _counts(study))
   if outcome is not None:
@@ -181,7 +189,8 @@ def decide_by_metric(
   low = [arm for arm in names if at_any_floor(runs, arm, metric)]
   if low:
     return Outcome("cannot be told", f"at the floor: {', '.join(low)}")
-  return _outcome(metric_differences(runs, metric, control, arms), higher, metric)
+  rule = lower if lower_is_better(metric) else higher
+  return _outcome(metric_differences(runs, metric, control, arms), rule, metric)
 
 
 def decide_forgetting(
@@ -217,15 +226,17 @@ def in_words(difference: Difference, digits: int = 3) -> str:
 
 
 def floor_of(runs: Reported, metric: str) -> float:
-  """Returns the score that needs no model; 0 without a run of it."""
-  return next((r["scores"].get(metric) or 0.0 for r in runs.get("floor", ())), 0.0)
+  """Returns the score that needs no model; without a run of it 0, or infinite of an error rate."""
+  scores = (record["scores"].get(metric) for record in runs.get("floor", ()))
+  usual = math.inf if lower_is_better(metric) else 0.0
+  return next((score for score in scores if score is not None), usual)
 
 
 def at_floor(record: Record, metric: str, floor: float) -> bool:
   """Tells whether a run's score, or its interval over the inputs, reaches the floor."""
-  interval = record["intervals"].get(metric)
-  low = record["scores"].get(metric) if interval is None else interval[0]
-  return low is None or low <= floor
+  score = record["scores"].get(metric)
+  interval = record["intervals"].get(metric) or (score, score)
+  return score is None or reaches_floor(metric, interval, floor)
 
 
 def at_any_floor(runs: Reported, arm: str, metric: str) -> bool:

@@ -9,6 +9,7 @@ from experiments.reproduction import claims
 from experiments.reproduction.claims import CLAIMS, Claim, Condition, Decided, Evidence, above
 from experiments.reproduction.decisions import (
   Outcome,
+  at_any_floor,
   at_floor,
   better,
   decide,
@@ -17,6 +18,7 @@ from experiments.reproduction.decisions import (
   equivalent,
   higher,
   joined,
+  lower,
   on_par_or_better,
   worse,
 )
@@ -45,6 +47,7 @@ WITHIN, BELOW, ABOVE, WIDE = (
     (better, ("fails", "holds", "fails", "cannot be told")),
     (worse, ("fails", "fails", "holds", "cannot be told")),
     (higher, ("cannot be told", "fails", "holds", "cannot be told")),
+    (lower, ("cannot be told", "holds", "fails", "cannot be told")),
   ],
 )
 def test_each_rule_reads_an_interval(rule, words):
@@ -122,6 +125,21 @@ def test_a_score_decides_above_the_floor_only():
   assert not at_floor(records[-1], "exact", 30.0)
   outcome = decide_by_metric(records, "sizes", "slots", "lora_r4", ["adapter_h_16"])
   assert outcome == Outcome("cannot be told", "without slots: lora_r4, adapter_h_16")
+
+
+def test_the_floor_of_an_error_rate_is_above():
+  def record(arm, score, interval):
+    scores = {"scores": {"mean_ter": score}, "intervals": {"mean_ter": interval}}
+    return {"arm": arm, "status": "finished", **scores}
+
+  runs = {
+    "floor": [record("floor", 70.0, None)],
+    "low": [record("low", 50.0, [45.0, 55.0])],
+    "at": [record("at", 66.0, [60.0, 72.0])],
+  }
+  assert [at_any_floor(runs, arm, "mean_ter") for arm in ("low", "at")] == [False, True]
+  del runs["floor"]
+  assert not at_any_floor(runs, "at", "mean_ter")
 
 
 def test_forgetting_is_decided_over_seeds():
