@@ -10,8 +10,8 @@ Time: not run.
 Expect: not run.
 """
 
-from experiments.gpt2_e2e import run
+from experiments.gpt2_e2e import run, trainings
 from experiments.harness.launch import launch
 
 if __name__ == "__main__":
-  launch(run, "dart.py")
+  launch(run, "dart.py", trainings=trainings)

@@ -9,8 +9,8 @@ Time: not run.
 Expect: not run.
 """
 
-from experiments.gpt2_e2e import run
+from experiments.gpt2_e2e import run, trainings
 from experiments.harness.launch import launch
 
 if __name__ == "__main__":
-  launch(run, "dial.py")
+  launch(run, "dial.py", trainings=trainings)

@@ -358,8 +358,8 @@ def _check_concurrent(
     raise ValueError(f"--concurrent={slots} is for the runs of a sweep; add --sweep")
   if slots and trainings is None:
     raise ValueError(
-      f"--concurrent={slots}: this experiment trains one run at a time; leave out --concurrent. "
-      "experiments.gpt2_e2e has it"
+      f"--concurrent={slots}: this experiment trains one run at a time. Leave out --concurrent, "
+      "which gpt2_e2e and the commands of its other data sets have"
     )
   if slots and is_joined():
     raise ValueError(

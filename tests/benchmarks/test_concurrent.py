@@ -8,6 +8,7 @@ from benchmarks import concurrent
 FEW = ["--tiny", "--runs", "2", "--batch", "1", "--length", "4", "--turns", "1"]
 
 
+@pytest.mark.long
 def test_the_table_has_a_row_for_each_number_of_runs(monkeypatch):
   monkeypatch.setattr(concurrent, "TINY", concurrent.TINY | {"num_layers": 1})
   alone, both = concurrent.measure(concurrent.parse(FEW), 4)
