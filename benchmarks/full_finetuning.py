@@ -2,6 +2,7 @@
 
     python -m benchmarks.full_finetuning             # GPT-2 medium's shape, 4 x 512 tokens
     python -m benchmarks.full_finetuning --remat dots_with_no_batch_dims_saveable
+    python -m benchmarks.full_finetuning --turns 0   # compiles only: no times
     python -m benchmarks.full_finetuning --peak      # memory of the processes
     python -m benchmarks.full_finetuning --tiny      # toy sizes, seconds
 
@@ -27,15 +28,17 @@ If torch or transformers is missing, PyTorch's row is left out with a message.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -50,6 +53,7 @@ from experiments.nlg.base import random_params
 from lora_jax.data.batches import Batch
 from lora_jax.models.gpt2.folder import save_gpt2
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
+from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.parts.fields import REMAT_POLICIES
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
@@ -68,13 +72,13 @@ class Way(NamedTuple):
   """A compiled step, and what it costs.
 
   Attributes:
-    run: makes a fresh state, runs one step, and returns its seconds and loss.
+    run: `run(params)` makes a fresh state, runs one step, and returns its seconds and loss.
     trained: number of trained parameters.
     gflop: in the matmuls of the compiled step.
     memory: bytes of the compiled step: arguments, results and temporaries.
   """
 
-  run: Callable[[], tuple[float, float]]
+  run: Callable[[PyTree], tuple[float, float]]
   trained: int
   gflop: float
   memory: int
@@ -94,29 +98,28 @@ def make_params(options: argparse.Namespace) -> PyTree:
   return random_params(GPT2(model_config(options, "none")), make_mesh(), jax.random.key(0))
 
 
-def make_way(options: argparse.Namespace, method: str, remat: str, params: PyTree) -> Way:
-  """Compiles the train step of a method."""
-  mesh, batch = make_mesh(), make_batch(options)
-  loss = language_model_loss(GPT2(model_config(options, remat)))
+def make_way(options: argparse.Namespace, method: str, remat: str) -> Way:
+  """Compiles the train step of a method; nothing but the batch is allocated."""
+  mesh, batch, model = make_mesh(), make_batch(options), GPT2(model_config(options, remat))
+  loss = language_model_loss(model)
   adapted = lj.lora(loss, LORA) if method == "LoRA" else lj.full_finetuning(loss)
-  init: Any = jax.jit(adapted.init)
-
-  def begin() -> Any:
-    if method == "LoRA":
-      base, trainable = params, init(jax.random.key(1), params, batch)
-    else:  # the step donates the weights
-      base = trainable = jax.tree.map(jax.numpy.copy, params)
-    return start(base, trainable, optax.adamw(LEARNING_RATE), jax.random.key(2), mesh)
-
-  state, frozen, optimizer = begin()
+  key, optimizer = jax.random.key(1), optax.adamw(LEARNING_RATE)
+  base = trainable = shapes_of(model)
+  if method == "LoRA":
+    trainable = jax.eval_shape(adapted.init, key, base, batch)
+  state, frozen, masked = start(base, trainable, optimizer, key, mesh)
   placed: Any = place_batch(mesh, batch)  # pyright: ignore[reportArgumentType]
-  step: Any = make_train_step(adapted, optimizer, state)
+  step: Any = make_train_step(adapted, masked, state)
   compiled = step.lower(state, frozen, placed).compile()
   trained = sum(leaf.size for leaf in jax.tree.leaves(state.part))
-  del state, frozen
+  init: Any = jax.jit(adapted.init)
 
-  def run() -> tuple[float, float]:
-    state, frozen, _ = jax.block_until_ready(begin())
+  def run(params: PyTree) -> tuple[float, float]:
+    if method == "LoRA":
+      base, trainable = params, init(key, params, batch)
+    else:  # the step donates the weights
+      base = trainable = jax.tree.map(jnp.copy, params)
+    state, frozen, _ = jax.block_until_ready(start(base, trainable, optimizer, key, mesh))
     seconds, (_, metrics) = timed(compiled, state, frozen, placed)
     return seconds, float(metrics.loss)
 
@@ -167,53 +170,59 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def compare(options: argparse.Namespace) -> Iterable[list[str]]:
   """Yields the rows of the table, its header first."""
-  params, ways = make_params(options), {}
+  ways = {}
   for remat in options.remat:
     for method in METHODS:
       print(f"compiling {method}, recomputation: {remat}", flush=True)
-      ways[f"{method} {remat}"] = make_way(options, method, remat, params)
-  runs = {name: way.run for name, way in ways.items()}
-  if not missing_peers():
-    runs[TORCH] = make_torch(options, params)
-  check_losses({name: run()[1] for name, run in runs.items()})
-  times = take_turns({name: lambda run=run: run()[0] for name, run in runs.items()}, options.turns)
+      ways[f"{method} {remat}"] = make_way(options, method, remat)
+  times = time_ways(options, ways) if options.turns else {}
+
+  def cells(name: str, reference: str) -> list[str]:
+    if name not in times or reference not in times:
+      return ["", ""]
+    speed = ratio(times[name], times[reference])
+    return [f"{statistics.median(times[name]):.2f}", str(speed)]
+
   yield HEADS
   for remat in options.remat:
     for method in METHODS:
       full, name = f"full {remat}", f"{method} {remat}"
-      memory, speed = ways[name].memory / ways[full].memory, ratio(times[name], times[full])
+      memory = ways[name].memory / ways[full].memory
+      speed = ratio(times[name], times[full]).median if times else None
       yield [
         remat,
         method,
         f"{ways[name].trained / 1e6:.2f}",
-        f"{ways[name].gflop:.0f}",
+        f"{ways[name].gflop:.4g}",
         f"{ways[name].memory / 1e6:.0f}",
         f"{memory:.2f}",
-        f"{statistics.median(times[name]):.2f}",
-        str(speed),
-        goals(remat, memory, speed.median) if method == "LoRA" else "",
+        *cells(name, full),
+        goals(remat, memory, speed) if method == "LoRA" else "",
       ]
-  if TORCH in times and "full none" in times:
-    speed = ratio(times["full none"], times[TORCH])
+  if TORCH in times:
     seconds = f"{statistics.median(times[TORCH]):.2f}"
-    yield [
-      "none",
-      TORCH,
-      f"{ways['full none'].trained / 1e6:.2f}",
-      "",
-      "",
-      "",
-      seconds,
-      str(speed),
-      "",
-    ]
+    speed = str(ratio(times["full none"], times[TORCH])) if "full none" in times else ""
+    yield ["none", TORCH, "", "", "", "", seconds, speed, ""]
 
 
-def goals(remat: str, memory: float, speed: float) -> str:
-  """Returns whether a row of LoRA reaches its goals for memory and time."""
+def time_ways(options: argparse.Namespace, ways: Mapping[str, Way]) -> dict[str, list[float]]:
+  """Returns the seconds of the steps in each turn, after a comparison of their losses."""
+  params = make_params(options)
+  runs: dict[str, Callable[[], tuple[float, float]]] = {
+    name: functools.partial(way.run, params) for name, way in ways.items()
+  }
+  if not missing_peers():
+    runs[TORCH] = make_torch(options, params)
+  check_losses({name: run()[1] for name, run in runs.items()})
+  return take_turns({name: lambda run=run: run()[0] for name, run in runs.items()}, options.turns)
+
+
+def goals(remat: str, memory: float, speed: float | None) -> str:
+  """Returns whether a row of LoRA reaches its goals for memory and time, if it was timed."""
   time_goal = TIME_GOALS.get(remat)
   met = [f"mb {MEMORY_GOAL}: {'met' if memory <= MEMORY_GOAL else 'MISSED'}"]
-  met += [f"s {time_goal}: {'met' if speed <= time_goal else 'MISSED'}"] if time_goal else []
+  if time_goal and speed is not None:
+    met.append(f"s {time_goal}: {'met' if speed <= time_goal else 'MISSED'}")
   return ", ".join(met)
 
 
@@ -228,7 +237,7 @@ def child(options: argparse.Namespace) -> None:
     run()  # the optimizer makes its state
   else:
     held = size if method == "LoRA" else 0  # full fine-tuning's step gets a copy
-    run = make_way(options, method, remat, params).run
+    run = functools.partial(make_way(options, method, remat).run, params)
   wait_for_start()
   run()
   finish(held)
@@ -256,7 +265,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument(
     "--remat", nargs="+", default=["none", "nothing_saveable"], choices=policies, metavar="POLICY"
   )
-  parser.add_argument("--turns", type=int, default=2)
+  parser.add_argument("--turns", type=int, default=2, help="0: compile only")
   parser.add_argument("--peak", action="store_true", help="memory of the processes, not time")
   parser.add_argument("--tiny", action="store_true", help="toy sizes")
   parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
