@@ -12,12 +12,6 @@ from lora_jax.data.sets import e2e
 from lora_jax.metrics.slots import parse_slots
 
 
-@pytest.fixture
-def without_java(monkeypatch):
-  """METEOR takes seconds to start."""
-  monkeypatch.setenv("PATH", "")
-
-
 def test_a_text_of_all_slots():
   context = (
     "name : Alimentum | Type : coffee shop | food : Italian | price : moderate | "
@@ -79,7 +73,7 @@ def test_inputs_that_cannot_be_read(context, message):
     parse_slots(context)
 
 
-def test_the_run_and_its_scores(tmp_path, without_java, capsys):
+def test_the_run_and_its_scores(tmp_path, capsys):
   folder = tmp_path / "template"
   e2e_template.main([f"--workdir={folder}"])
   result = json.loads((folder / "result.json").read_text("utf-8"))
