@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
@@ -62,7 +63,7 @@ def gathered(tree: PyTree) -> PyTree:
 
 def _place_in_all(array: Any, sharding: NamedSharding) -> jax.Array:
   """Places an array that every process has, on the devices of all of them."""
-  if jax.dtypes.issubdtype(jax.numpy.result_type(array), jax.dtypes.prng_key):
+  if jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key):
     data = _place_in_all(jax.random.key_data(array), sharding)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
   copy = np.asarray(array)

@@ -4,7 +4,6 @@ python -m tests.two_processes WORKDIR --port 12345 --process_id 0 [--event kill]
 """
 
 import argparse
-import itertools
 import os
 import signal
 import socket
@@ -99,8 +98,8 @@ def train(workdir: Path, mesh: Mesh, event: str = "") -> None:
   """Trains on a mesh of all processes' devices, and saves the adapter."""
   loss, params = loss_and_params()
   params = jax.tree.map(place, params, sharding_of(mesh)(params))
-  data = batches(local_rows(mesh, ROWS, MICRO), 0)
-  valid = batches(local_rows(mesh, ROWS), None)
+  data = batches(local_rows(mesh, ROWS), 0)
+  valid: Any = batches(local_rows(mesh, ROWS), None)
   iterator: Any = iter(as_grain(data))
   fitted = fit(
     loss,
@@ -108,9 +107,9 @@ def train(workdir: Path, mesh: Mesh, event: str = "") -> None:
     loss.init(jax.random.key(2), params, data[0]),
     optax.adamw(jnp.nan if event == "nan" else 1e-2),
     Eventful(iterator, event),
-    config=FitConfig(STEPS, 3, 2, 1, MICRO, 0.0),
+    config=FitConfig(STEPS, 3, 2, 1, 1, 0.0),
     eval_loss=loss,
-    eval_batches=lambda: itertools.islice(valid, 1),
+    eval_batches=lambda: [valid[0]],
     workdir=workdir,
     key=jax.random.key(0),
     mesh=mesh,

@@ -42,8 +42,8 @@ ACTIVATIONS = {
 }
 """The axes (B, T, D) of marked activations, and the next ones. A device of `tensor` keeps a part of
 the tokens of a layer's input for the backward pass, and computes a part of the layer's features for
-all tokens. Between, hidden states and their gradients are split by row only: with tokens split, too,
-XLA for TPUs gathers all rows before a quantized weight. Embedding and head are split by D: no
+all tokens. Between, hidden states and their gradients are split by row only: with tokens split,
+too, XLA for TPUs gathers all rows before a quantized weight. Embedding and head are split by D: no
 device gathers more of their tables than that."""
 
 
@@ -195,7 +195,8 @@ def place_batch(mesh: Mesh, batch: Mapping[str, Any], accumulation_steps: int = 
       array = array.reshape(accumulation_steps, -1, *array.shape[1:])
     axis = len(spec) - 1
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None, "a part on this process's devices has an index"
       place = local.index((index[axis].start or 0) // size)
       return array[(*index[:axis], slice(place * size, (place + 1) * size))]
 

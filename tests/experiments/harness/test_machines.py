@@ -85,7 +85,7 @@ def test_a_sigterm_of_one_process_stops_all_at_the_same_step(tmp_path, folder):
   [
     (("", "error"), "process 1: .*an example that only this process reads is damaged"),
     (("error", ""), "process 0: .*an example that only this process reads is damaged"),
-    (("nan", "nan"), "process [01]: error: the weights of step 2: nan; training has stopped"),
+    (("nan", "nan"), "process [01]: error: the loss of step 2: nan; training has stopped"),
   ],
 )
 def test_an_error_of_one_process_ends_all_with_its_message(events, message, tmp_path, folder):
