@@ -98,8 +98,13 @@ e2e: venv  ## the main job: GPT-2 adapted to E2E with LoRA, from the data to the
 smollm2: venv  ## fetch SmolLM2-135M-Instruct (98 MB) into the cache, for --model=smollm2
 	.venv/bin/python -m lora_jax.models.checkpoints.pretrained smollm2
 
+# Types are checked on one core while the tests run.
 .PHONY: test
-test: lint types  ## lint, types, tests and doctests
+test: lint  ## lint, types, tests and doctests
+	$(MAKE) -j2 types tests-only
+
+.PHONY: tests-only
+tests-only: venv
 	.venv/bin/python -m $(PYTEST)
 
 .PHONY: test-all
