@@ -1,6 +1,7 @@
 """Finished runs as models that generate text, whatever their experiment and method."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -9,8 +10,9 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+import lora_jax as lj
 from experiments.harness.config import Rows, Seed, replace_fields
-from experiments.harness.methods import find_method, slots_of
+from experiments.harness.methods import exported_adapter, find_method, has_servers, slots_of
 from experiments.harness.restore import restore_trained
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.config import E2EConfig, FinetuneConfig, NewTokens, PretrainConfig
@@ -21,7 +23,7 @@ from experiments.nlg.restore import load_run, trainable_shapes
 from experiments.nlg.tasks.table import TASKS
 from experiments.nlg.user_data import chat_prompts, load_text
 from lora_jax.data.jsonl import encode_prompts
-from lora_jax.decoding import CachedModel, SamplingConfig, from_linen, generate
+from lora_jax.decoding import CachedModel, SamplingConfig, adapted_by_row, from_linen, generate
 from lora_jax.decoding.sampling import not_tiny
 from lora_jax.fields import Within, check_fields
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
@@ -75,9 +77,15 @@ class Generator(NamedTuple):
   encode: Callable[[Sequence[str]], list[list[int]]]
   mesh: Mesh
 
-  def answer(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+  def answer(
+    self, prompts: Sequence[str], sampling: Sampling, bank_slots: Sequence[int] | None = None
+  ) -> list[str]:
     """Returns one text for each prompt.
 
+    Args:
+      prompts: the texts.
+      sampling: how answers are generated.
+      bank_slots: of several runs' adapters, the one for each prompt.
     Raises:
       ValueError: if a prompt is empty, or too long for the model.
     """
@@ -93,6 +101,7 @@ class Generator(NamedTuple):
       jax.random.key(sampling.seed),
       batch_size=sampling.batch_size,
       mesh=self.mesh,
+      bank_slots=bank_slots,
     )
     return [self.tokenizer.decode(ids).strip() for ids in tokens]
 
@@ -163,18 +172,76 @@ def _load_pretrained(folder: str | Path, chat: bool) -> Generator:
 
 
 def _load_finetuned(folder: str | Path, chat: bool) -> Generator:
-  config, mesh = read_run(FinetuneConfig, folder), make_mesh()
-  exported = export_folder(config)
-  if (exported / "chat_template.jinja").is_file():  # the file that was given may have changed since
-    template = str(exported / "chat_template.jinja")
-    config = replace_fields(config, {"data.chat_template": template})
+  config, mesh = _read_finetuned(folder), make_mesh()
   if find_method(config.method).saves_adapter:
     model = load_causal_lm(config.model.folder, **loading_options(config, mesh))
     decoder = cached_model(config, model)
     params = {"base": model.params, "adapter": _adapter(config, model, mesh)}
   else:
-    model = load_causal_lm(exported, **loading_options(config, mesh))
+    model = load_causal_lm(export_folder(config), **loading_options(config, mesh))
     decoder, params = _decoder(model), model.params
+  return _generator(config, model, decoder, params, mesh, chat)
+
+
+def load_generator_of_runs(folders: Sequence[str | Path], chat: bool = False) -> Generator:
+  """Loads the adapters of several finished runs of finetune as the slots of a bank, in order.
+
+  Args:
+    folders: of the runs, with one base model.
+    chat: whether prompts are messages of a user, for the model's chat template.
+  Raises:
+    FileNotFoundError: if a folder is not a run's, or its adapter is missing.
+    ValueError: if a run is not finished or not of finetune, is of another base model or chat
+      template than the first, or its adapter is not plain LoRA.
+  """
+  configs, mesh = [_read_finetuned(folder) for folder in folders], make_mesh()
+  first = configs[0]
+  for folder, config in zip(folders, configs, strict=True):
+    read_finished(folder)
+    if config.model != first.model:
+      raise ValueError(
+        f"{folder} is a run on {config.model}, and {folders[0]} on {first.model}; expected runs "
+        "with one base model"
+      )
+    if not has_servers(config):
+      raise ValueError(
+        f"{folder} is a run of {config.method}, whose adapter is not plain LoRA; generate with it "
+        "alone"
+      )
+    if chat and _template(config) != _template(first):
+      raise ValueError(f"{folder} has another chat template than {folders[0]}; generate separately")
+  model = load_causal_lm(first.model.folder, **loading_options(first, mesh))
+  adapters = [
+    exported_adapter(config, _adapter(config, model, mesh), model.params) for config in configs
+  ]
+  bank = lj.bank(adapters, model.params)
+  decoder = adapted_by_row(_decoder(model), functools.partial(lj.lora, config=bank.config))
+  return _generator(first, model, decoder, {"base": model.params, "bank": bank}, mesh, chat)
+
+
+def _template(config: FinetuneConfig) -> str | None:
+  """Returns the chat template that a run was given, if it was given one."""
+  template = config.data.chat_template
+  return template and Path(template).read_text(encoding="utf-8")
+
+
+def _read_finetuned(folder: str | Path) -> FinetuneConfig:
+  """Returns the config of a run, with the chat template in its folder."""
+  config = read_run(FinetuneConfig, folder)
+  template = export_folder(config) / "chat_template.jinja"
+  if template.is_file():  # the file that was given may have changed since
+    return replace_fields(config, {"data.chat_template": str(template)})
+  return config
+
+
+def _generator(
+  config: FinetuneConfig,
+  model: LanguageModel,
+  decoder: CachedModel,
+  params: PyTree,
+  mesh: Mesh,
+  chat: bool,
+) -> Generator:
   text = load_text(model, chat, config.data.chat_template, config.data.today)
 
   def encode(prompts: Sequence[str]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Text from finished runs of each experiment and method, by the weights that they trained."""
 
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -100,6 +101,36 @@ def test_an_adapters_answers_are_its_likeliest_tokens(method, chat, model_folder
     assert answer == generator.tokenizer.decode(ids[: min(stops, default=4)]).strip()
 
 
+def test_a_file_of_prompts_for_several_runs(model_folder, tmp_path, capsys):
+  folders = [tmp_path / name for name in ("first", "second")]
+  finetuned_run(model_folder, folders[0], "lora")
+  *_, trained = finetuned_run(model_folder, folders[1], "lora")
+  shutil.rmtree(folders[1] / "adapter")
+  save_adapter(folders[1] / "adapter", noisy(trained))  # the runs have the same seed
+  lines = [(folders[1], PROMPTS[0]), (folders[0], PROMPTS[0]), (folders[1], PROMPTS[1])]
+  file = tmp_path / "prompts.jsonl"
+  file.write_text("".join(json.dumps({"run": str(r), "prompt": p}) + "\n" for r, p in lines))
+  generate.main([f"--file={file}", "--max_new_tokens=4"])
+  answers = capsys.readouterr().out.split("> ")[1:]
+  alone = load_generator(folders[1]).answer(PROMPTS, GREEDY)
+  assert [answers[0], answers[2]] == [
+    f"{p}\n{text}\n\n" for p, text in zip(PROMPTS, alone, strict=True)
+  ]
+  assert answers[1] != answers[0]
+  changes = {"model.folder": str(model_folder), "model.param_dtype": "bfloat16"}
+  changes |= {"data.file": "mine.jsonl", "method": "lora"}
+  other = finished(apply(finetune_configs.get_config(), changes), tmp_path / "other")
+  file.write_text(file.read_text() + json.dumps({"run": str(other), "prompt": "Hi"}))
+  with pytest.raises(SystemExit, match="expected runs with one base model"):
+    generate.main([f"--file={file}"])
+  for arguments in ([f"--file={file}", str(other)], [], [str(other)]):
+    with pytest.raises(SystemExit, match="the folder of a run and prompts, or --file"):
+      generate.main(arguments)
+  file.write_text('{"prompt": "Hi"}')
+  with pytest.raises(SystemExit, match=r"prompts\.jsonl:1: expected"):
+    generate.main([f"--file={file}"])
+
+
 def test_a_run_of_gpt2_e2e(tmp_path, capsys):
   source = tiny_config(tmp_path / "run")
   finished(source, tmp_path / "run")
@@ -151,5 +182,5 @@ def test_an_empty_answer_is_explained(monkeypatch, capsys):
   monkeypatch.setattr(generate, "load_generator", lambda folder, chat: silent())
   generate.main(["run", "Hi"])
   assert "a model trained on messages answers them with --chat" in capsys.readouterr().err.lower()
-  generate.main(["run", "Hi", "--chat"])
+  generate.main(["run", "--chat", "Hi"])
   assert "generated its end token first\n" in capsys.readouterr().err
