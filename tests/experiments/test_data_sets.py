@@ -220,6 +220,8 @@ def test_webnlgs_parts_are_scored_from_the_same_texts(floors, sources):
   folder, result = floors["webnlg"]
   inputs = decoded_inputs(texts_of(sources, "webnlg"), "test", 3)
   texts = (folder / "predictions.txt").read_text("utf-8").splitlines()
+  words = {"Dtown river Bee .", "Eve É genre Jazz .", "Fay party None ."}
+  assert set(texts) == words, "the floor copies the triples"
   seen = [group.context.startswith("Dtown") for group in inputs]
   for part, members in {"seen": seen, "unseen": [not x for x in seen]}.items():
     references = [group.references for group, x in zip(inputs, members, strict=True) if x]
