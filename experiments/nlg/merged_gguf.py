@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+import jax
+from jaxtyping import PyTree
+
+import lora_jax as lj
+from experiments.harness.config import replace_fields
 from experiments.harness.methods import find_method, lora_config
 from experiments.nlg.base import load_base, model_folder
 from experiments.nlg.config import E2EConfig, FinetuneConfig
@@ -9,7 +14,7 @@ from experiments.nlg.finetuned import check_weights, trained_tree
 from experiments.nlg.restore import load_adapter
 from lora_jax.interop import save_merged_gguf
 from lora_jax.models.checkpoints.gguf import is_gguf
-from lora_jax.models.checkpoints.loaded_weights import STORED
+from lora_jax.models.checkpoints.loaded_weights import QUANTIZED, STORED
 from lora_jax.models.zoo import LanguageModel, load_causal_lm
 from lora_jax.training.mesh import make_mesh
 
@@ -37,17 +42,32 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
       "instead of a file"
     )
   if isinstance(config, E2EConfig):
-    trained_on = load_base(config, make_mesh())
-    adapter, model = load_adapter(config, trained_on), trained_on.model
-    if config.model.param_dtype != STORED:
-      model = _load_stored(config, base)
+    adapter, model = _e2e_adapter(config)
   else:
     check_weights(config, base)
-    model = _load_stored(config, base)
+    model = load_causal_lm(base, param_dtype=STORED, scan_layers=config.model.scan_layers)
     adapter = trained_tree(config, model)
   tensors = model.stored_in_folder()
   return save_merged_gguf(out, base, lora_config(config), adapter, tensors, model.params)
 
 
-def _load_stored(config: E2EConfig | FinetuneConfig, base: Path) -> LanguageModel:
-  return load_causal_lm(base, param_dtype=STORED, scan_layers=config.model.scan_layers)
+def _e2e_adapter(config: E2EConfig) -> tuple[PyTree, LanguageModel]:
+  """Returns the adapter of a run, and its base model as stored, which is read once.
+
+  Raises:
+    ValueError: if the run adapts other weights than those of the file.
+  """
+  model = config.model
+  if model.start == "random" or model.rounded_to or model.param_dtype in QUANTIZED:
+    raise ValueError(
+      f"{config.workdir} adapts random, rounded or requantized weights (model.start={model.start}, "
+      f"rounded_to={model.rounded_to!r}, param_dtype={model.param_dtype}), and a merged GGUF file "
+      "has those of its base model's. Give a folder to make instead of a file"
+    )
+  stored = load_base(replace_fields(config, {"model.param_dtype": STORED}), make_mesh())
+  trained_on = stored.params
+  if model.param_dtype != STORED:
+    dtype = model.param_dtype
+    trained_on = jax.tree.map(lambda x: x.astype(dtype), lj.dequantize(trained_on))
+  adapted = stored._replace(model=stored.model._replace(params=trained_on))
+  return load_adapter(config, adapted), stored.model

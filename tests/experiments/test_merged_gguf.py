@@ -1,5 +1,6 @@
 """A run of QA-LoRA on a quantized GGUF file, exported as another such file."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -8,17 +9,30 @@ import pytest
 import lora_jax as lj
 from experiments import export, finetune
 from experiments.configs.finetune import get_config
+from experiments.harness.config import read_config, replace_fields
 from experiments.harness.launch import apply
+from experiments.harness.methods import adapt
+from experiments.harness.workdir import write_json
+from experiments.nlg import base as nlg_base
+from experiments.nlg import merged_gguf
+from experiments.nlg.base import load_base
+from experiments.nlg.config import E2EConfig
+from experiments.nlg.restore import trainable_shapes
 from lora_jax.interop import load_peft
 from lora_jax.models.checkpoints.gguf import open_gguf, write_gguf
 from lora_jax.models.llama import gguf as llama_gguf
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.zoo import load_causal_lm
+from lora_jax.training.checkpoint import save_adapter
+from lora_jax.training.fingerprint import fingerprint
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh
 
 from tests.gguf_files import quantized
 from tests.served.tiny_models import LLAMA, TOKENIZER, Tiny, arrays_of, random_params
-from tests.toy_models import relative_difference
+from tests.tiny_e2e import tiny_config
+from tests.toy_models import randomized, relative_difference
 
 TOKENS = jnp.asarray([[5, 17, 30, 40, 2, 9]])
 
@@ -98,3 +112,36 @@ def test_a_run_of_qa_lora_becomes_a_gguf_file(tmp_path, capsys, monkeypatch):
   base.path.write_bytes(raw)
   with pytest.raises(SystemExit, match="trained on other weights than are in"):
     export.main([str(tmp_path / "run"), str(tmp_path / "other.gguf"), "--merged"])
+
+
+@pytest.mark.long
+def test_the_base_model_of_an_e2e_run_is_read_once(tmp_path, monkeypatch):
+  changes = {
+    **{"method": "qa_lora", "lora.rank": 2, "lora.target": r"layers.*/kernel"},
+    **{"model.folder": str(write_base(tmp_path / "base.gguf")), "data.prompt": "newline"},
+    **{"data.max_length": 128, "data.row_length": 128, "data.loss_length": 128},
+    **{"decoding.num_inputs": 0, "model.param_dtype": "bfloat16"},
+  }
+  settings = read_config(E2EConfig, apply(tiny_config(tmp_path / "run"), changes))
+  base = load_base(settings, make_mesh())
+  loss = adapt(settings)(language_model_loss(base.module))
+  trained = randomized(trainable_shapes(loss, base.params))
+  save_adapter(tmp_path / "run" / "adapter", trained)
+  write_json(tmp_path / "run" / "config.json", dataclasses.asdict(settings))
+  write_json(tmp_path / "run" / "result.json", {"base": fingerprint(base.params)})
+  reads = []
+
+  def load(*args, **options):
+    reads.append(options["param_dtype"])
+    return load_causal_lm(*args, **options)
+
+  monkeypatch.setattr(nlg_base, "load_causal_lm", load)
+  monkeypatch.setattr(merged_gguf, "load_causal_lm", load)
+  export.main([str(tmp_path / "run"), str(tmp_path / "merged.gguf"), "--merged"])
+  assert reads == ["stored"]
+  in_gguf = load_causal_lm(tmp_path / "merged.gguf")
+  merged = loss.merge(load_causal_lm(tmp_path / "base.gguf").params, trained)
+  assert relative_difference(in_gguf.params, merged) < 0.02
+  nf4 = replace_fields(settings, {"model.param_dtype": "nf4"})
+  with pytest.raises(ValueError, match=r"requantized weights .*param_dtype=nf4.* Give a folder"):
+    merged_gguf.export_merged_gguf(nf4, tmp_path / "other.gguf")
