@@ -8,12 +8,18 @@ Random weights, adapters and prompts; greedy decoding by `lora_jax.decoding.gene
 number of tokens, without merging. The text of the first row is compared with that of its adapter
 alone. The ways take turns, after a first pass that is not timed.
 
+The second table is the gradient of one layer's low-rank term, of rank 16 on a 576 x 576 weight, for
+64 rows of 64 tokens that belong to 8 adapters: as `lora_jax.by_row` computes it, and with the tokens
+sorted by adapter and `jax.lax.ragged_dot`. The base model's matmul is left out.
+
     rows        of the batch; 8 with rank 16 on all linear layers, 64 with rank 4 on query and value
     adapters    0 is the base model, 1 one adapter for all rows, otherwise one for each row
     resident    adapters in the bank
     s           seconds of the batch, median; prompts included
     tokens/s    generated
     x           speed over one adapter; median and quartiles of the turns; the goal is 0.9
+    gflop       operations of the compiled step
+    temp_mb     memory that it allocates in addition to arguments and results
 """
 
 import argparse
@@ -46,6 +52,9 @@ from lora_jax.models.parts.causal_lm import init_cache
 from lora_jax.training.mesh import make_mesh
 
 HEADS = ["rows", "adapters", "resident", "s", "tokens/s", "x (quartiles)"]
+
+
+LAYER_HEADS = ["term", "gflop", "temp_mb", "ms", "x (quartiles)"]
 
 
 class Case(NamedTuple):
@@ -100,8 +109,10 @@ def measure(options: argparse.Namespace, case: Case) -> list[list[str]]:
   settings = SamplingConfig((), temperature=0.0, max_new_tokens=options.new_tokens)
   slots = [row * (case.resident // case.rows) for row in range(case.rows)]
 
-  def search(model: CachedModel, params: PyTree, **extra: Any) -> Callable[[], list[list[int]]]:
-    options = {"batch_size": case.rows} | extra
+  def search(
+    model: CachedModel, params: PyTree, bank_slots: Sequence[int] | None = None
+  ) -> Callable[[], list[list[int]]]:
+    options: dict[str, Any] = {"batch_size": case.rows, "bank_slots": bank_slots}
     return lambda: generate(model, params, prompts, settings, **options)
 
   _, adapter = bank.adapter(slots[0])
@@ -124,6 +135,66 @@ def measure(options: argparse.Namespace, case: Case) -> list[list[str]]:
     tokens = f"{case.rows * options.new_tokens / seconds:,.0f}"
     speed = str(ratio(times["1"], times[name]))
     table.append([str(case.rows), name, resident, f"{seconds:.3f}", tokens, speed])
+  return table
+
+
+class Layer(NamedTuple):
+  """The shapes of one layer's low-rank term."""
+
+  rows: int = 64
+  length: int = 64
+  width: int = 576
+  rank: int = 16
+  adapters: int = 8
+
+
+def layer_terms(layer: Layer) -> tuple[dict[str, Callable[..., jax.Array]], tuple[jax.Array, ...]]:
+  """Returns the terms by name, functions of A, B and x, and these arrays, sorted by adapter."""
+  rows, length, width, rank, adapters = layer
+  draw = np.random.default_rng(0)
+  slots = jnp.asarray(np.sort(draw.integers(0, adapters, rows)))
+  sizes = jnp.bincount(slots, length=adapters) * length
+  shapes = (adapters, width, rank), (adapters, rank, width), (rows, length, width)
+  a, b, x = (jnp.asarray(draw.standard_normal(shape, np.float32)) for shape in shapes)
+
+  def of_one(a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    return (x @ a[0]) @ b[0]
+
+  def by_row(a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    return (x @ a[slots]) @ b[slots]
+
+  def ragged(a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+    flat = jax.lax.ragged_dot(x.reshape(-1, width), a, sizes)
+    return jax.lax.ragged_dot(flat, b, sizes).reshape(x.shape)
+
+  return {"one adapter": of_one, "by_row": by_row, "ragged_dot": ragged}, (a, b, x)
+
+
+def measure_layer(layer: Layer, turns: int) -> list[list[str]]:
+  """Returns the rows of the second table.
+
+  Raises:
+    ValueError: if the gradients by `ragged_dot` differ from those by row.
+  """
+  terms, arrays = layer_terms(layer)
+  steps, gradients, costs = {}, {}, {}
+  for name, term in terms.items():
+    gradient = jax.grad(lambda a, b, x, term=term: (term(a, b, x) ** 2).sum(), (0, 1, 2))
+    program = jax.jit(gradient).lower(*arrays).compile()
+    steps[name] = functools.partial(_seconds, functools.partial(program, *arrays))
+    gradients[name] = program(*arrays)
+    temp = program.memory_analysis().temp_size_in_bytes
+    costs[name] = [f"{program.cost_analysis()['flops'] / 1e9:.2f}", f"{temp / 1e6:.0f}"]
+  for x, y in zip(gradients["ragged_dot"], gradients["by_row"], strict=True):
+    error = float(jnp.abs(x - y).max() / jnp.abs(y).max())
+    if not error < 1e-4:
+      raise ValueError(f"gradients by ragged_dot differ from those by row, relative: {error:.1e}")
+  times = take_turns(steps, turns)
+  table = []
+  for name in terms:
+    milliseconds = f"{1e3 * statistics.median(times[name]):.1f}"
+    speed = str(ratio(times["one adapter"], times[name]))
+    table.append([name, *costs[name], milliseconds, speed])
   return table
 
 
@@ -156,7 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   table = [HEADS]
   for case in TINY_CASES if options.tiny else CASES:
     table += measure(options, case)
-  print(aligned(table))
+  print(aligned(table), flush=True)
+  layer = Layer(3, 2, 8, 2, 2) if options.tiny else Layer()
+  print("\n" + aligned([LAYER_HEADS, *measure_layer(layer, options.turns)]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, PyTree
 
 from lora_jax.adapters.delta import LoraWeight, is_lora_weight
@@ -70,10 +71,10 @@ def check_slots(slots: Any, num_slots: int) -> Int[Array, " rows"]:
     ValueError: if they are not a sequence of integers, or one is not in the bank. The values of a
       traced array are not known: one outside the bank yields NaN.
   """
-  if isinstance(slots, jax.core.Tracer | jax.Array | np.ndarray):
+  if isinstance(slots, Tracer | jax.Array | np.ndarray):
     if slots.ndim != 1 or not jnp.issubdtype(slots.dtype, jnp.integer):
       raise ValueError(f"slots must be integers (rows,), got {slots.dtype} {slots.shape}")
-    if isinstance(slots, jax.core.Tracer):
+    if isinstance(slots, Tracer):
       return slots
     slots = np.asarray(slots).tolist()
   if isinstance(slots, str) or not isinstance(slots, Sequence):

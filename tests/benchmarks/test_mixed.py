@@ -15,6 +15,13 @@ def test_the_table_has_a_row_for_each_number_of_adapters(monkeypatch):
   assert each[:3] == ["3", "3", "4"]
 
 
+def test_the_layers_table_has_a_row_for_each_term():
+  one, by_row, ragged = mixed.measure_layer(mixed.Layer(3, 2, 8, 2, 2), turns=1)
+  assert one[0] == "one adapter"
+  assert by_row[0] == "by_row"
+  assert ragged[0] == "ragged_dot"
+
+
 def test_texts_that_differ_stop_the_benchmark():
   mixed.check([1, 2], [1, 2])
   with pytest.raises(ValueError, match=r"\[1, 2\], and its adapter alone \[1, 3\]"):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +114,10 @@ def test_the_pages_example_replaces_an_adapter_without_compiling(case):
   model, params, (one, other, _), _ = case
   block = next(block for block in code_blocks(page("serving")) if "lj.bank" in block)
   names = {"model": model, "params": params, "one": one, "other": other, "prompts": PROMPTS[:4]}
-  compiled = _generate._cache_size()
+  jitted: Any = _generate
+  compiled = jitted._cache_size()
   exec(block, names)
-  assert _generate._cache_size() == compiled + 1
+  assert jitted._cache_size() == compiled + 1
   before, after = names["before"], names["after"]
   assert after[:3] == before[:3]
   assert after[3] != before[3]  # an empty slot
