@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import check_fields
 from lora_jax.marks import ATTENTION_OUTPUT, LAYER_INPUT, LAYER_OUTPUT, MLP_OUTPUT
+from lora_jax.models.parts.activations import gelu_tanh
 from lora_jax.models.parts.causal_lm import (
   CausalLM,
   Context,
@@ -45,8 +46,8 @@ from lora_jax.models.parts.fields import (
 __all__ = ["ACTIVATIONS", "GPT2", "GPT2Config", "init_cache", "layer_norm"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "gelu_new": nn.gelu,
-  "gelu_pytorch_tanh": nn.gelu,
+  "gelu_new": gelu_tanh,
+  "gelu_pytorch_tanh": gelu_tanh,
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "relu": nn.relu,
   "silu": nn.silu,

@@ -18,10 +18,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lora_jax.fields import check_fields
+from lora_jax.models.parts.activations import gelu_tanh
 from lora_jax.models.parts.causal_lm import dense
 from lora_jax.models.parts.fields import NumExperts, Width
 
-ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
+ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": gelu_tanh}
 
 
 @dataclasses.dataclass(frozen=True)
