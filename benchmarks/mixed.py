@@ -9,7 +9,7 @@ number of tokens, without merging. The text of the first row is compared with th
 alone. The ways take turns, after a first pass that is not timed.
 
 The second table is the gradient of one layer's low-rank term, of rank 16 on a 576 x 576 weight, for
-64 rows of 64 tokens that belong to 8 adapters: as `lora_jax.by_row` computes it, and with the tokens
+64 rows of 64 tokens that belong to 8 adapters: as `lora_jax.by_row` computes it, and with tokens
 sorted by adapter and `jax.lax.ragged_dot`. The base model's matmul is left out.
 
     rows        of the batch; 8 with rank 16 on all linear layers, 64 with rank 4 on query and value
