@@ -215,7 +215,7 @@ def test_old_files_have_no_prefix_and_hold_masks(folder):
 FIND = """
 import time
 from lora_jax.models.checkpoints import hub
-hub.HUB_TIMEOUT = 1.0
+hub.HUB_TIMEOUT = 0.2
 start = time.monotonic()
 try:
   hub.find_folder("some-user/some-model")
