@@ -130,6 +130,16 @@ def test_the_last_rows_count_only_where_the_order_is_the_streams():
   np.testing.assert_array_equal(np.concatenate(counted), stream[:28])
 
 
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_process_builds_its_rows_of_the_whole_batch(seed):
+  shape = {"batch_size": 4, "row_length": 2, "seed": seed}
+  whole, part = corpus.Rows(STREAM, 0, **shape), corpus.Rows(STREAM, 0, local_rows=[1, 3], **shape)
+  assert len(whole) == len(part)
+  for i in range(len(whole)):
+    for name, array in whole[i].items():
+      np.testing.assert_array_equal(part[i][name], array[[1, 3]])
+
+
 def test_the_loss_of_rows_is_that_of_the_documents():
   """Each piece of a document by itself, without segments."""
   config = GPT2Config(vocab_size=12, num_positions=8, embed_dim=16, num_layers=2, num_heads=2)
