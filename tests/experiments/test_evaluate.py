@@ -22,16 +22,8 @@ from lora_jax.training.mesh import make_mesh
 from tests.tiny_e2e import tiny_config
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_java():
-  """METEOR takes seconds to start."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("PATH", "")
-    yield
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, without_java):
+def runs(tmp_path_factory):
   root = tmp_path_factory.mktemp("runs")
   rate = {"optimizer.learning_rate": 10.0, "optimizer.schedule": "constant"}
   for seed in range(1, 9):  # far too high a learning rate: only some seeds' best step is the last
