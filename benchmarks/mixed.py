@@ -180,7 +180,7 @@ def measure_layer(layer: Layer, turns: int) -> list[list[str]]:
   steps, gradients, costs = {}, {}, {}
   for name, term in terms.items():
     gradient = jax.grad(lambda a, b, x, term=term: (term(a, b, x) ** 2).sum(), (0, 1, 2))
-    program = jax.jit(gradient).lower(*arrays).compile()
+    program: Any = jax.jit(gradient).lower(*arrays).compile()
     steps[name] = functools.partial(_seconds, functools.partial(program, *arrays))
     gradients[name] = program(*arrays)
     temp = program.memory_analysis().temp_size_in_bytes
