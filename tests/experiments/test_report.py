@@ -47,24 +47,15 @@ NAMES = ("lora1", "lora2", "rank8", "full", "frozen")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Finished runs: TRAINED_RUNS are trained, the others derived; no Java, which starts slowly."""
+  """Finished runs: TRAINED_RUNS are trained, the others derived."""
   root = tmp_path_factory.mktemp("runs")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("PATH", "")
-    for name, changes in TRAINED_RUNS.items():
-      gpt2_e2e.run(apply(tiny_config(root / name), changes))
-    for name, (source, config, of_result, texts) in DERIVED_RUNS.items():
-      folder = changed(root / source, root / name, config, of_result)
-      decoded = score(
-        texts, INPUTS, folder, Texts("reference", "embedded"), DecodedInputs("test", 4)
-      )
-      write_json(folder / "result.json", result(root, name) | decoded)
+  for name, changes in TRAINED_RUNS.items():
+    gpt2_e2e.run(apply(tiny_config(root / name), changes))
+  for name, (source, config, of_result, texts) in DERIVED_RUNS.items():
+    folder = changed(root / source, root / name, config, of_result)
+    decoded = score(texts, INPUTS, folder, Texts("reference", "embedded"), DecodedInputs("test", 4))
+    write_json(folder / "result.json", result(root, name) | decoded)
   return root
-
-
-@pytest.fixture(autouse=True)
-def without_java(monkeypatch):
-  monkeypatch.setenv("PATH", "")
 
 
 def folders(root, *names):
