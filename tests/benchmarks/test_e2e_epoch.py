@@ -37,12 +37,25 @@ def test_lora_jax_is_timed_where_the_peers_are_missing(
   rows = [line for line in printed.splitlines() if "(1.00-1.00)" in line]
   assert [row[:15] for row in rows] == ["lora_jax packed"]
   assert list(ways) == ["lora_jax packed", "lora_jax padded"]
+  assert " of the step\n" in printed.partition("floor of a packed step: ")[2]
   packed, padded = ways.values()
   assert packed.first_loss == pytest.approx(padded.first_loss, rel=1e-5)
   inputs_and_outputs = (4 * 2 + 2 * 5) * embed_dim  # four square kernels, two of the MLP
   assert packed.trainer.num_trainable == num_layers * 16 * inputs_and_outputs
   tokens = [e2e_epoch.num_tokens_of(way.data) for way in ways.values()]
   assert tokens[0] == tokens[1] > 12 * 40  # the same examples, without padding
+
+
+def test_matmuls_of_a_step_are_counted():
+  params = {
+    "wte": {"embedding": np.zeros((10, 4))},
+    "wpe": {"embedding": np.zeros((8, 4))},
+    "h_0": {"mlp": {"up": {"kernel": np.zeros((4, 16)), "bias": np.zeros(16)}}},
+  }
+  index = np.asarray([1, 2], np.int32)
+  batch = batches.fill([[text.Example(np.arange(3, dtype=np.int32), index, index)]], 1, 7, 4)
+  expected = 7 * (4 * 64 + 6 * 5) + 4 * (4 * 40)
+  assert e2e_epoch.matmul_operations(params, 5, batch) == expected
 
 
 def test_losses_that_differ_stop_the_benchmark():
