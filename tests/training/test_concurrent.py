@@ -73,10 +73,17 @@ def adamw(schedule: Any, weight_decay: Any) -> optax.GradientTransformation:
   return optax.adamw(schedule, weight_decay=weight_decay)
 
 
+@functools.cache
+def initial(rank: int, seed: int) -> tuple[Any, Any]:
+  """Returns the key and the initial adapter of a run."""
+  key, step_key = jax.random.split(jax.random.key(seed))
+  method = lj.lora(loss_fn, lj.LoraConfig(rank, 1.0, ["up", "down"]))
+  return step_key, jax.jit(method.init)(key, PARAMS, batch_of(Case(rank, 1.0, 0.0, 0.0, seed), 0))
+
+
 def steps_of(case: Case, optimizer: Any, history: list[Any]) -> Any:
   """Yields the inputs of a run's steps, as `run_steps` does, and keeps its states and metrics."""
-  key, step_key = jax.random.split(jax.random.key(case.seed))
-  trainable = lj.lora(loss_fn, case.config).init(key, PARAMS, batch_of(case, 0))
+  step_key, trainable = initial(case.rank, case.seed)
   made = optimizer(case.rates.__getitem__, case.weight_decay)
   state, frozen, _ = start(PARAMS, trainable, made, step_key, MESH)
   for step in range(case.steps):

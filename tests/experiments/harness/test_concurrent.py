@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import gpt2_e2e
+from experiments.configs.gpt2_e2e import get_config
 from experiments.harness.concurrent import _Rungs, groups, train_together
 from experiments.harness.launch import _check_concurrent, apply
 from experiments.harness.workdir import stopped_early, write_json
@@ -16,9 +17,14 @@ from tests.tiny_training import interrupted_at
 VALID = "valid/loss"
 
 
-def configs(folder, *changes):
-  """Returns tiny runs with these changed fields, of one folder each."""
-  config = tiny_config(folder)
+def mini(folder):
+  del folder
+  return get_config("mini")
+
+
+def configs(folder, *changes, make=mini):
+  """Returns runs with these changed fields, each in a folder of its own."""
+  config = make(folder)
   config.decoding.num_inputs = 0
   return [
     apply(config, fields | {"workdir": str(Path(folder) / str(i))})
@@ -30,10 +36,10 @@ def test_runs_are_grouped_by_what_they_share(tmp_path):
   runs = configs(
     tmp_path,
     {"seed": 1},
-    {"lora.rank": 8, "lora.alpha": 3.0, "lora.dropout": 0.5, "decoding.num_beams": 3},
+    {"lora.rank": 32, "lora.alpha": 3.0, "lora.dropout": 0.5, "decoding.num_beams": 3},
     {"optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1.0, "data.num_epochs": 2},
-    {"data.batch_size": 8},
-    {"data.batch_size": 8, "seed": 3},
+    {"data.batch_size": 4},
+    {"data.batch_size": 4, "seed": 3},
     {"method": "full_finetuning"},
     {"lora.tokens": ("a",)},
     {"mesh.data": 2},
@@ -93,7 +99,7 @@ def test_runs_of_other_kinds_are_named(tmp_path, capsys):
 
 def test_rungs_are_at_evaluations(tmp_path):
   runs = configs(tmp_path, {"seed": 1}, {"seed": 2})
-  with pytest.raises(ValueError, match=r"--halving_steps=4 must be .* fit.eval_every_steps=3"):
+  with pytest.raises(ValueError, match=r"--halving_steps=4 must be .* fit.eval_every_steps=100"):
     train_together(runs, no_trainings, 2, halving_steps=4)
 
 
@@ -121,13 +127,13 @@ def test_runs_trained_together_are_ordinary_runs(tmp_path):
     {"optimizer.weight_decay": 0.5, "lora.alpha": 3.0},
     {"seed": 2, "optimizer.learning_rate": 3e-2},
   ]
-  runs = configs(tmp_path / "together", *changes)
+  runs = configs(tmp_path / "together", *changes, make=tiny_config)
   with interrupted_at(4):  # by the first run that gets there
     train_together(runs, gpt2_e2e.trainings, 2)
   early = train_together(runs, gpt2_e2e.trainings, 2)
   assert list(early) == [runs[1].workdir]
   assert isinstance(early[runs[1].workdir], FloatingPointError)
-  alone = configs(tmp_path / "alone", *changes)
+  alone = configs(tmp_path / "alone", *changes, make=tiny_config)
   for i in (0, 2):
     result, expected = gpt2_e2e.run(runs[i]), gpt2_e2e.run(alone[i])
     assert result["concurrent_runs"] == 2
