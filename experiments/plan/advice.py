@@ -36,7 +36,8 @@ def advice(config: PlanConfig, cost: Costs, chip: Chip, result: Mapping[str, Any
 
 def _smaller_activations(config: PlanConfig, result: Mapping[str, Any]) -> list[str]:
   """Returns the changes that leave a chip less to compute at once."""
-  mesh, changes = result["mesh"], []
+  mesh = result["mesh"]
+  changes: list[str] = []
   if config.remat != "nothing_saveable":
     changes.append("keep only the layers' inputs, --config.remat=nothing_saveable")
   rows = result["batch_size"] // (mesh["data"] * mesh["fsdp"])
