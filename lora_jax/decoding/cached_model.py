@@ -102,14 +102,16 @@ def adapted_by_row(
     params: PyTree, tokens: Array, positions: Array, cache: PyTree, index: Any, mask: Array
   ) -> Any:
     def extend_row(adapter, tokens, positions, cache, mask):
-      cache = jax.tree.map(jnp.expand_dims, cache, cache_axes)
       inputs = tokens[None], positions[None], cache, index, mask[None]
       hidden, cache = extend(params["base"], adapter, *inputs, lora_key=None)
-      return hidden[0], jax.tree.map(jnp.squeeze, cache, cache_axes)
+      return hidden[0], cache
 
+    # A row's axis of one input is added outside `vmap`, which would transpose a scanned cache.
+    cache = jax.tree.map(lambda x, axis: jnp.expand_dims(x, axis + 1), cache, cache_axes)
     in_axes = row_axes(params["rows"]), 0, 0, cache_axes, 0
     mapped = jax.vmap(extend_row, in_axes, (0, cache_axes))
-    return mapped(params["rows"], tokens, positions, cache, mask)
+    hidden, cache = mapped(params["rows"], tokens, positions, cache, mask)
+    return hidden, jax.tree.map(lambda x, axis: jnp.squeeze(x, axis + 1), cache, cache_axes)
 
   def logits_of_rows(params: PyTree, hidden: Array) -> Any:
     def logits_of_row(adapter, hidden):
