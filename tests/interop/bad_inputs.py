@@ -320,7 +320,7 @@ ARRAYS = [
   of_arrays("MLX", ("MLX",), renamed((".lora_A.weight", ".lora_a"), (".lora_B.weight", ".lora_b"))),
   of_arrays("IA3", ("IA3",), renamed((".lora_A.weight", ".ia3_l"))),
   of_arrays("LoHa", ("LOHA",), renamed((".lora_A.weight", ".hada_w1_a"))),
-  of_arrays("prompts", ("prompt tuning",), lambda x: {"prompt_embeddings": x[A]}),
+  of_arrays("prompts", ("PROMPT_TUNING or PREFIX_TUNING",), lambda x: {"prompt_embeddings": x[A]}),
   of_arrays("AdaLoRA", ("ADALORA",), with_array(A.replace("lora_A.weight", "lora_E"), [[1.0]])),
   of_arrays(
     "trained tokens",
