@@ -35,6 +35,7 @@ import jax
 from jax._src.interpreters import mlir
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # or each program gets its key: 2 %
 
 if version("jax").startswith("0.10."):  # later ones do the same
   create_context, local = mlir.make_ir_context, threading.local()

@@ -48,6 +48,7 @@ from tests.tiny_training import (
 def compiled_once(tmp_path_factory):
   """Keeps compiled programs: every run here compiles the same ones."""
   options = {
+    "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,

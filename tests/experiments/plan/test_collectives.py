@@ -97,6 +97,7 @@ def test_a_collective_without_groups_is_refused():
 def test_a_program_that_was_compiled_before_is_read_too(tmp_path):
   """JAX's persistent cache, which many machines have, would leave nothing to read."""
   settings = {
+    "jax_enable_compilation_cache": True,
     "jax_compilation_cache_dir": str(tmp_path / "cache"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
