@@ -11,8 +11,8 @@ is allocated. Printed are, for each chip, the bytes of weights, optimizer and gr
 compiler's peak memory, operations, bytes sent to other chips, and the time that a step takes at
 least, by the published rates: docs/scale.md explains each.
 
-Time: 1.6 minutes of CPU time a method, for any number of layers.
-Expect: 6.35 GB a chip for LoRA and 50.48 GB for full fine-tuning, on v5p:4x4x4 with libtpu 0.0.42.
+Time: 1.5 minutes of CPU time a method, for any number of layers.
+Expect: 6.36 GB a chip for LoRA and 50.49 GB for full fine-tuning, on v5p:4x4x4 with libtpu 0.0.42.
 """
 
 import math
