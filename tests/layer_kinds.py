@@ -27,8 +27,9 @@ D_IN, D_OUT = 26, 34  # 26 * 34 = 884 elements: no activation below has so many
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32, scale: float = 1) -> jax.Array:
-  """Draws with numpy: a JAX draw would be compiled anew for every shape."""
-  return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), dtype)
+  """Draws and casts in NumPy: JAX would compile each anew for every shape."""
+  values = np.float32(scale * np.random.default_rng(seed).standard_normal(shape))
+  return jnp.asarray(values.astype(dtype))
 
 
 def weight(*shape: int, fan_in: int | None = None, seed: int = 1) -> jax.Array:

@@ -43,14 +43,14 @@ def make_params(stacked: bool = False) -> Any:
   draw = np.random.default_rng(0)
 
   def kernel(d_in: int, d_out: int) -> dict[str, jax.Array]:
-    return {"kernel": jnp.asarray(draw.standard_normal((d_in, d_out)) / d_in**0.5, jnp.float32)}
+    return {"kernel": jnp.asarray(np.float32(draw.standard_normal((d_in, d_out)) / d_in**0.5))}
 
   layers = []
   for _ in range(LAYERS):
     attn = {name: kernel(WIDTH, WIDTH) for name in ("query", "key", "value", "out")}
     up = kernel(WIDTH, 4 * WIDTH) | {"bias": jnp.zeros(4 * WIDTH)}
     layers.append({"attn": attn, "mlp": {"up": up, "down": kernel(4 * WIDTH, WIDTH)}})
-  embed = {"embedding": jnp.asarray(draw.standard_normal((VOCABULARY, WIDTH)) / 5, jnp.float32)}
+  embed = {"embedding": jnp.asarray(np.float32(draw.standard_normal((VOCABULARY, WIDTH)) / 5))}
   if stacked:
     return {"embed": embed, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
   return {"embed": embed} | {f"h_{i}": layer for i, layer in enumerate(layers)}
@@ -68,8 +68,8 @@ def mlp(params: Any, x: Any) -> Any:
 def mlp_example(shapes: Any) -> Any:
   """Returns random params of `mlp` of these shapes, and inputs, three rows."""
   draw = np.random.default_rng(0).standard_normal
-  params = {name: jnp.asarray(draw(shape), jnp.float32) for name, shape in shapes.items()}
-  return params, jnp.asarray(draw((3, shapes["up"][0])), jnp.float32)
+  params = {name: jnp.asarray(np.float32(draw(shape))) for name, shape in shapes.items()}
+  return params, jnp.asarray(np.float32(draw((3, shapes["up"][0]))))
 
 
 def randomized(trainable: Any, scale: float = 0.2, seed: int = 3) -> Any:

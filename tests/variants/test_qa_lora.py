@@ -18,7 +18,7 @@ CONFIG = lj.LoraConfig(rank=2, alpha=4.0, target="w", variant=lj.QA_LORA)
 
 
 def normal(*shape, seed=0, scale=1.0):
-  return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+  return jnp.asarray(np.float32(scale * np.random.default_rng(seed).standard_normal(shape)))
 
 
 def dense(params, x):
