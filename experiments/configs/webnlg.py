@@ -7,8 +7,8 @@
     python -m experiments.webnlg --sweep                                       # the methods below
 
 gpt2_e2e.py explains the fields and the variants. `medium` is the paper's recipe; `mini` and
-`smollm2` have E2E's learning rates, which were not tuned on WebNLG. Expect: BLEU 26.6 from the floor
-on all 1,862 inputs; not run otherwise.
+`smollm2` have E2E's learning rates, which were not tuned on WebNLG. Expect: BLEU 26.6 from the
+floor on all 1,862 inputs; not run otherwise.
 """
 
 from collections.abc import Iterator
