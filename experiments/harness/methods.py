@@ -133,7 +133,8 @@ class Method:
   @property
   def shares_step(self) -> bool:
     """Whether its runs can be trained in one program: plain LoRA from a random start."""
-    is_plain = self.has_servers and self.variant is None and self.wrap is None
+    is_plain = self.has_servers and self.make is _low_rank  # DyLoRA draws up to the padded rank
+    is_plain = is_plain and self.variant is None and self.wrap is None
     return is_plain and self.from_data is None and not self.corrects_quantization
 
   def remaining_base(self, params: PyTree, trained: PyTree) -> PyTree:

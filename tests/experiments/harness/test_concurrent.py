@@ -46,6 +46,8 @@ def test_runs_are_grouped_by_what_they_share(tmp_path):
     {"model.start": "random"},
     {"model.start": "random", "seed": 5},
     {"seed": 4},
+    {"method": "dylora", "lora.rank": 32},
+    {"method": "dylora"},
   )
   folder = Path(runs[10].workdir)
   folder.mkdir()
@@ -54,8 +56,9 @@ def test_runs_are_grouped_by_what_they_share(tmp_path):
   names = [[Path(run.workdir).name for run in group] for group in together]
   assert names == [["1", "0", "2"], ["3", "4"]]  # the largest rank first
   by_name = {Path(workdir).name: reason for workdir, reason in reasons.items()}
-  assert set(by_name) == {"5", "6", "7", "8", "9"}
+  assert set(by_name) == {"5", "6", "7", "8", "9", "11", "12"}
   assert "method=full_finetuning is not plain LoRA" in by_name["5"]
+  assert "method=dylora is not plain LoRA" in by_name["11"]  # it draws up to the padded rank
   assert "lora.tokens" in by_name["6"]
   assert "mesh" in by_name["7"]
   assert "no other run has the same base model" in by_name["8"] == by_name["9"]
