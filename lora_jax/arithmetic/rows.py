@@ -99,6 +99,10 @@ def take_adapters(trainable: PyTree, slots: Int[Array, " rows"]) -> PyTree:
     slots: of each row.
   """
 
+  num_slots = _num_slots(trainable)
+  slots = slots.astype(jnp.int32)
+  slots = jnp.where(slots < 0, num_slots, slots)  # `take` counts negative ones from the end
+
   def take(leaf: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.take(leaf, slots, axis=0, mode="fill"), 0, axis)
 

@@ -60,3 +60,14 @@ def test_losses_and_gradients_are_those_of_each_adapter_alone(stacked):
     for mixed, single in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradient), strict=True):
       np.testing.assert_allclose(mixed[slot], single, rtol=1e-4, atol=1e-5 * np.abs(single).max())
   assert len(set(np.asarray(losses).tolist())) == 5
+
+
+def test_traced_slots_outside_the_bank_yield_nan():
+  config = lj.LoraConfig(2, 4.0, "w")
+  params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+  method = lj.lora(lambda params, row: row @ params["w"], config)
+  bank = lj.bank([(config, method.init(jax.random.key(0), params, x[0]))], params, slots=2)
+  apply = jax.jit(lj.by_row(lj.lora(lambda params, row: row @ params["w"], bank.config).apply))
+  for dtype in ("int32", "int8"):
+    out = apply(params, bank.trainable, jnp.asarray([1, -1, 2, 0], dtype), x)
+    np.testing.assert_array_equal(np.isnan(out).all(axis=1), [False, True, True, False])
