@@ -199,6 +199,12 @@ class RunConfig:
   def __post_init__(self):
     check_fields(self)
 
+  def to_json(self) -> dict[str, Any]:
+    """Returns the config as `config.json` has it: its folder may be moved."""
+    values = dataclasses.asdict(self)
+    del values["workdir"]
+    return values
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(RunConfig):
@@ -218,6 +224,12 @@ class TrainingConfig(RunConfig):
         "the command connects processes before it reads its config; in Python, call "
         "experiments.harness.machines.join first, and leave config.distributed as it is"
       )
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the config as `config.json` has it: other processes may resume the run."""
+    values = super().to_json()
+    del values["distributed"]
+    return values
 
   def local_rows(self, batch_size: int, accumulation_steps: int = 1) -> list[int] | None:
     """Returns this process's rows of a batch; None, which is all, if it is the only process."""

@@ -3,7 +3,6 @@
 Its front matter has the fields that the Hugging Face hub reads of PEFT's own model cards.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -110,8 +109,7 @@ def model_card(
   lines += [f"Trained by `experiments.{config.NAME}` of lora_jax.", "", "| | |", "|---|---|"]
   lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value]
   lines += ["", "## Use", "", *usage, "", "## Config", "", "```json"]
-  settings = {key: x for key, x in dataclasses.asdict(config).items() if key != "workdir"}
-  lines += [json.dumps(settings, indent=2, ensure_ascii=False), "```", ""]
+  lines += [json.dumps(config.to_json(), indent=2, ensure_ascii=False), "```", ""]
   return "\n".join(lines)
 
 

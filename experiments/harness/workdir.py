@@ -78,7 +78,7 @@ def _take(folder: Path, config: RunConfig, stack: contextlib.ExitStack) -> None:
     )
   _remove_temporaries(folder)
   if read_result(folder) is None:  # else the stored config is that of the result
-    _write_config(folder, config)
+    write_json(folder / "config.json", config.to_json())
 
 
 def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def run_once(config: RunConfig, make: Callable[[Path], dict[str, Any]]) -> dict[
     result = make(workdir) | {name: previous[name] for name in OF_TRAINING if name in previous}
     if is_first():
       write_json(workdir / "result.json", result)
-      _write_config(workdir, config)
+      write_json(workdir / "config.json", config.to_json())
     return result
 
 
@@ -148,13 +148,6 @@ def _check_repeatable(folder: Path) -> None:
       f"{folder} is finished, and what follows its training cannot be repeated without "
       f"{checkpoints}, which is gone. Restore it, or give another --config.workdir"
     )
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-  values = dataclasses.asdict(config)
-  del values["workdir"]  # the folder may be moved
-  values.pop("distributed", None)  # and the run resumed by other processes
-  write_json(folder / "config.json", values)
 
 
 def _remove_temporaries(folder: Path) -> None:

@@ -566,7 +566,7 @@ def swept(make: Any, module: Any, changes: dict[str, Any], *words: str) -> BadIn
 def sharded(shard: str) -> BadInput:
   return BadInput(
     f"--sweep_shard={shard}",
-    lambda folder: launch._sweep(lambda config: {}, [], shard),
+    lambda folder: launch._part([], shard),
     ("--sweep_shard must be i/n with 0 <= i < n", repr(shard)),
   )
 
