@@ -60,23 +60,33 @@ and prepares its training."""
 def groups(runs: Sequence[Config]) -> tuple[list[list[Config]], dict[str, str]]:
   """Returns the runs to train together, and by folder why each other run is trained on its own.
 
-  Within a group the largest rank is first. Finished and stopped runs are in neither.
+  Within a group the largest rank is first. Finished and stopped runs are in neither; the last run
+  of a group that is left is still compared with them.
   """
+  reasons = {run.workdir: reason for run in runs if (reason := _why_alone(run))}
   by_shared: dict[str, list[Config]] = {}
-  reasons: dict[str, str] = {}
   for run in runs:
-    if read_result(run.workdir) is not None or stopped_early(run.workdir):
-      continue
-    reason = _why_alone(run)
-    if reason:
-      reasons[run.workdir] = reason
-    else:
+    if run.workdir not in reasons:
       by_shared.setdefault(_shared(run), []).append(run)
-  together = [group for group in by_shared.values() if len(group) > 1]
+  together = []
   for group in by_shared.values():
     if len(group) == 1:
       reasons[group[0].workdir] = "no other run has the same base model, data and batches"
-  return [sorted(group, key=lambda run: -run.lora.rank) for group in together], reasons
+    elif left := [run for run in group if not _has_ended(run)]:
+      together.append(sorted(left, key=lambda run: -run.lora.rank))
+  ended = {run.workdir for run in runs if _has_ended(run)}
+  return together, {name: reason for name, reason in reasons.items() if name not in ended}
+
+
+def _has_ended(run: Config) -> bool:
+  """Tells whether a run is finished, or was stopped early."""
+  return read_result(run.workdir) is not None or bool(stopped_early(run.workdir))
+
+
+def _partners(run: Config, runs: Sequence[Config]) -> list[str]:
+  """Returns the folders of a group's runs, finished and stopped ones included."""
+  shared = _shared(run)
+  return [other.workdir for other in runs if not _why_alone(other) and _shared(other) == shared]
 
 
 def _shared(run: Config) -> str:
@@ -122,6 +132,8 @@ def train_together(
       "it out; --sweep_shard divides a sweep"
     )
   together, reasons = groups(runs)
+  for group in together:
+    _check_halving(group[0], halving_steps)
   for workdir, reason in reasons.items():
     print(f"{workdir} is trained on its own: {reason}", flush=True)
   early: dict[str, Exception | str] = {}
@@ -130,30 +142,37 @@ def train_together(
       f"group {number} of {len(together)}: {len(group)} runs, up to {slots} in one program",
       flush=True,
     )
-    for outcome in _Group(group, trainings, slots, halving_steps).train():
-      if outcome.error is not None:
-        early[outcome.name] = outcome.error
-      if outcome.fitted is None:
-        continue
-      print(f"  trained {outcome.name}: {outcome.fitted.best_loss:.4f}", flush=True)
+    rungs = _Rungs(halving_steps, _partners(group[0], runs))
+    left = {run.workdir for run in group}
+    try:
+      for outcome in _Group(group, trainings, slots, rungs).train():
+        left.remove(outcome.name)
+        if outcome.error is not None:
+          early[outcome.name] = outcome.error
+        if outcome.fitted is not None:
+          print(f"  trained {outcome.name}: {outcome.fitted.best_loss:.4f}", flush=True)
+    except Exception as error:  # the other groups are still worth training
+      early |= dict.fromkeys(left, error)
   for run in runs:
     if reason := stopped_early(run.workdir):
       early[run.workdir] = reason
   return early
 
 
+def _check_halving(run: Config, halving_steps: int) -> None:
+  every = run.fit.eval_every_steps
+  if halving_steps % every:
+    raise ValueError(
+      f"--halving_steps={halving_steps} must be a multiple of fit.eval_every_steps={every}: runs "
+      "are compared by their validation loss"
+    )
+
+
 class _Group:
   """The runs of one program."""
 
-  def __init__(self, runs: Sequence[Config], trainings: Trainings, slots: int, halving_steps: int):
-    self._runs, self._slots = runs, min(slots, len(runs))
-    every = runs[0].fit.eval_every_steps
-    if halving_steps % every:
-      raise ValueError(
-        f"--halving_steps={halving_steps} must be a multiple of fit.eval_every_steps={every}: runs "
-        "are compared by their validation loss"
-      )
-    self._rungs = _Rungs(halving_steps)
+  def __init__(self, runs: Sequence[Config], trainings: Trainings, slots: int, rungs: "_Rungs"):
+    self._runs, self._slots, self._rungs = runs, min(slots, len(runs)), rungs
     self._open_training = trainings(runs[0])
     self._drops = any(run.lora.dropout for run in runs)
     self._first: Training | None = None
@@ -261,26 +280,31 @@ class _Group:
 
 
 class _Rungs:
-  """Successive halving: the validation losses of runs after N, 2 N, 4 N, ... steps."""
+  """Successive halving: the validation losses of runs after N, 2 N, 4 N, ... steps.
 
-  def __init__(self, first: int):
-    self._first = first
-    self._losses: dict[int, dict[str, float]] = {}
+  They are read from the logs, so that a resumed sweep compares with the runs of earlier sessions.
+
+  Args:
+    first: N; 0 stops no run.
+    workdirs: the folders of all runs that are compared, finished and stopped ones included.
+  """
+
+  def __init__(self, first: int, workdirs: Sequence[str]):
+    self._first, self._workdirs = first, workdirs
     self.evaluated: set[str] = set()
 
   def stop(self, workdirs: Collection[str]) -> list[str]:
     """Returns the folders of runs that end, of those that were evaluated since the last call."""
-    reached = []
-    for workdir in sorted(self.evaluated.intersection(workdirs)) if self._first else ():
-      line = [x for x in read_metrics(Path(workdir) / "metrics.jsonl") if "valid/loss" in x][-1]
-      multiple, rest = divmod(line["step"], self._first)
-      if not rest and multiple.bit_count() == 1:
-        self._losses.setdefault(line["step"], {})[workdir] = line["valid/loss"]
-        reached.append((workdir, line["step"]))
+    reached = sorted(self.evaluated.intersection(workdirs)) if self._first else []
     self.evaluated.clear()
     ended = []
-    for workdir, step in reached:
-      losses = self._losses[step]
+    for workdir in reached:
+      step = max(_valid_losses(workdir))
+      multiple, rest = divmod(step, self._first)
+      if rest or multiple.bit_count() != 1:
+        continue
+      by_run = {name: _valid_losses(name) for name in self._workdirs}
+      losses = {name: losses[step] for name, losses in by_run.items() if step in losses}
       best = sorted(losses, key=losses.__getitem__)[: math.ceil(len(losses) / 2)]
       if workdir not in best:
         reason = (
@@ -290,6 +314,12 @@ class _Rungs:
         write_json(Path(workdir) / STOPPED, {"step": step, "reason": reason})
         ended.append(workdir)
     return ended
+
+
+def _valid_losses(workdir: str) -> dict[int, float]:
+  """Returns the validation losses in a run's log, by step."""
+  lines = read_metrics(Path(workdir) / "metrics.jsonl")
+  return {line["step"]: line["valid/loss"] for line in lines if "valid/loss" in line}
 
 
 def _scalings(config: AdaptationConfig, params: PyTree) -> dict[str, jax.Array]:

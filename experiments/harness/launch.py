@@ -401,7 +401,9 @@ def _sweep(run: Run, runs: Sequence[Config], early: Mapping[str, Exception | str
       print(f"  failed: {message}", file=sys.stderr, flush=True)
   if failed:
     sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
-  print(f"Done: {len(runs)} runs{f' in {Path(runs[0].workdir).parent}' if runs else ''}")
+  stopped = sum(isinstance(early.get(config.workdir), str) for config in runs)
+  ends = f", {stopped} of them stopped early" if stopped else ""
+  print(f"Done: {len(runs)} runs{f' in {Path(runs[0].workdir).parent}' if runs else ''}{ends}")
 
 
 def _named_workdir(config: Config, name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from experiments import gpt2_e2e
 from experiments.configs.gpt2_e2e import get_config
 from experiments.harness.concurrent import _Rungs, groups, train_together
-from experiments.harness.launch import _check_concurrent, apply
+from experiments.harness.launch import _check_concurrent, _sweep, apply
 from experiments.harness.workdir import stopped_early, write_json
 
 from tests.tiny_e2e import tiny_config
@@ -55,6 +55,7 @@ def test_runs_are_grouped_by_what_they_share(tmp_path):
   together, reasons = groups(runs)
   names = [[Path(run.workdir).name for run in group] for group in together]
   assert names == [["1", "0", "2"], ["3", "4"]]  # the largest rank first
+  assert groups([runs[0], runs[10]])[0] == [[runs[0]]]  # its partner is finished
   by_name = {Path(workdir).name: reason for workdir, reason in reasons.items()}
   assert set(by_name) == {"5", "6", "7", "8", "9", "11", "12"}
   assert "method=full_finetuning is not plain LoRA" in by_name["5"]
@@ -65,19 +66,21 @@ def test_runs_are_grouped_by_what_they_share(tmp_path):
 
 
 def test_the_worse_half_is_stopped(tmp_path):
-  rungs = _Rungs(10)
+  folders = [str(tmp_path / name) for name in "abcd"]
+  rungs = [_Rungs(10, folders)]
 
   def at(step: int, **losses: float) -> list[str]:
     for name, loss in losses.items():
       (tmp_path / name).mkdir(exist_ok=True)
       with (tmp_path / name / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, VALID: loss}) + "\n")
-      rungs.evaluated.add(str(tmp_path / name))
-    return [Path(name).name for name in rungs.stop([str(tmp_path / name) for name in "abcd"])]
+      rungs[-1].evaluated.add(str(tmp_path / name))
+    return [Path(name).name for name in rungs[-1].stop(folders)]
 
   assert at(5, a=1.0, b=2.0, c=3.0) == []  # no rung
   assert at(10, a=3.0, b=1.0, c=2.0) == ["a"]
   assert at(20, b=9.0) == []  # the first that gets there
+  rungs.append(_Rungs(10, folders))  # of a resumed sweep
   assert at(10, d=5.0) == ["d"]  # a later run is compared with those before it
   assert at(20, c=1.0) == []
   assert at(30, b=9.0, c=1.0) == []
@@ -100,6 +103,23 @@ def test_runs_of_other_kinds_are_named(tmp_path, capsys):
   assert "0 is trained on its own: no other run" in printed
 
 
+def test_the_error_of_a_group_leaves_the_others(tmp_path):
+  runs = configs(
+    tmp_path, {"seed": 1}, {"seed": 2}, *({"seed": i, "data.batch_size": 4} for i in (1, 2))
+  )
+  started = []
+
+  def failing(config):
+    started.append(config.data.batch_size)
+    raise ValueError("no model")
+
+  early = train_together(runs, failing, 2)
+  assert len(started) == 2
+  assert {name: str(error) for name, error in early.items()} == {
+    run.workdir: "no model" for run in runs
+  }
+
+
 def test_rungs_are_at_evaluations(tmp_path):
   runs = configs(tmp_path, {"seed": 1}, {"seed": 2})
   with pytest.raises(ValueError, match=r"--halving_steps=4 must be .* fit.eval_every_steps=100"):
@@ -119,6 +139,15 @@ def test_flags_that_do_not_fit_are_refused(arguments, message):
     _check_concurrent(*arguments)
   _check_concurrent(4, 200, True, no_trainings)
   _check_concurrent(0, 0, False, None)
+
+
+def test_a_stopped_run_is_neither_done_nor_failed(tmp_path, capsys):
+  runs, done = configs(tmp_path, {"seed": 1}, {"seed": 2}), []
+  _sweep(lambda run: done.append(run.seed) or {}, runs, {runs[0].workdir: "stopped at step 10"})
+  assert done == [2]
+  printed = capsys.readouterr().out
+  assert "stopped at step 10. Its own command resumes it" in printed
+  assert printed.endswith(", 1 of them stopped early\n")
 
 
 @pytest.mark.long
