@@ -90,10 +90,12 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
   is_e2e = "data.name" not in task
   if is_e2e:  # with all the queue's settings
     task = {}
+  in_queue = {(e2e["lora.target"], rank) for rank in (*RANKS, 16)} | {(QUERY_AND_VALUE, 4)}
   for seed in STUDY_SEEDS:
     for arm in study.arms.values():
-      method, rank = str(arm.changes["method"]), arm.changes.get("lora.rank")
-      known = is_e2e and (method == "full_finetuning" or rank in (*RANKS, 16))
+      method = str(arm.changes["method"])
+      weights = arm.changes.get("lora.target"), arm.changes.get("lora.rank")
+      known = is_e2e and (method == "full_finetuning" or weights in in_queue)
       once = not find_method(method).trains
       if known or find_method(method).is_floor or (once and seed != STUDY_SEEDS[0]):
         continue
