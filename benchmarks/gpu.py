@@ -6,9 +6,10 @@
 
 Needs jax, flax, optax, torch, transformers and peft, and what they bring. Weights and tokens are
 random. Each section runs in a separate process, so that peak memory is measured per section.
-FOLDER/figures.json is written after each one; a later run adds its sections to the file. Sections
-run in the order of the table until `--minutes` are over; those left out have a row that says so.
-Attention is cuDNN's; if cuDNN fails, XLA's is measured and the row says so.
+FOLDER/figures.json is written after each one, and tiny.json with `--tiny`; a later run adds its
+sections to the file. Sections run in the order of the table until `--minutes` are over; those left
+out have a row that says so. Attention is cuDNN's; if cuDNN fails, XLA's is measured and the row
+says so.
 
     matmul       bfloat16, (8192, 8192) @ (8192, 8192)
     llama8b      Llama 3 8B, bfloat16, rows of 4096 tokens; rank 16 on all linear layers; AdamW.
@@ -95,7 +96,7 @@ def measure_apart(name: str, tiny: bool, attention: str, limit: float) -> Figure
   except subprocess.TimeoutExpired:
     return {"error": f"not finished within {limit:.4g} s"}
   if process.returncode:
-    return {"error": process.stderr[-2000:]}
+    return {"error": process.stderr[-2000:].strip() or f"exit status {process.returncode}"}
   return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--out", type=Path, help="folder for figures.json")
+  parser.add_argument("--out", type=Path, help="folder for figures.json, or tiny.json")
   parser.add_argument("--tiny", action="store_true", help="toy sizes, for a CPU")
   parser.add_argument("--only", nargs="*", default=[""], help="prefixes of the sections' names")
   parser.add_argument("--minutes", type=float, default=12.0, help="time limit of all sections")
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
   if not names:
     parser.error(f"--only must be prefixes of {', '.join(SECTIONS)}; got {options.only}")
   options.out.mkdir(parents=True, exist_ok=True)
-  path = options.out / "figures.json"
+  path = options.out / ("tiny.json" if options.tiny else "figures.json")
   figures: dict[str, Figures] = json.loads(path.read_text()) if path.exists() else {}
   end = time.perf_counter() + 60 * options.minutes
   for name in names:

@@ -43,7 +43,7 @@ def test_the_benchmark_measures_prints_and_keeps_earlier_figures(capsys, monkeyp
   monkeypatch.setattr(gpu, "measure_apart", in_this_process)
   for name in ("matmul", LLAMA):
     figures = gpu.main(["--out", str(tmp_path), "--tiny", "--only", name])
-  assert figures == json.loads((tmp_path / "figures.json").read_text())
+  assert figures == json.loads((tmp_path / "tiny.json").read_text())
   assert list(figures) == ["matmul", LLAMA, gpu.DORA]
   header, matmul, llama, dora, ratio = capsys.readouterr().out.splitlines()[-5:]
   assert header.split()[0] == "section"
@@ -164,6 +164,14 @@ def test_sections_after_the_time_limit_have_a_row_that_says_so(capsys, monkeypat
   assert printed.count("failed: not run: 0 minutes were over") == 2
 
 
+def test_toy_sizes_are_kept_apart_from_the_figures(monkeypatch, tmp_path):
+  monkeypatch.setattr(gpu, "measure_section", lambda name, tiny, limit: {"step_s": 1.0 + tiny})
+  gpu.main(["--out", str(tmp_path), "--only", "matmul"])
+  gpu.main(["--out", str(tmp_path), "--only", "matmul", "--tiny"])
+  assert json.loads((tmp_path / "figures.json").read_text()) == {"matmul": {"step_s": 1.0}}
+  assert json.loads((tmp_path / "tiny.json").read_text()) == {"matmul": {"step_s": 2.0}}
+
+
 def test_a_section_that_does_not_exist_is_refused(capsys, tmp_path):
   with pytest.raises(SystemExit):
     gpu.main(["--out", str(tmp_path), "--only", "llama70b"])
@@ -173,6 +181,13 @@ def test_a_section_that_does_not_exist_is_refused(capsys, tmp_path):
 def test_a_failed_section_has_a_row(capsys):
   gpu.print_table({"matmul": {"error": "Traceback\nRuntimeError: out of memory\n"}})
   assert "failed: RuntimeError: out of memory" in capsys.readouterr().out
+
+
+def test_a_section_that_is_killed_without_a_word_has_a_row(capsys, monkeypatch):
+  killed = subprocess.CompletedProcess([], -9, "", "")
+  monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **options: killed)
+  gpu.print_table({"matmul": gpu.measure_apart("matmul", True, "xla", 1.0)})
+  assert "failed: exit status -9" in capsys.readouterr().out
 
 
 def test_the_command_needs_no_package_of_the_experiments():
