@@ -2,6 +2,7 @@
 
     python -m benchmarks.latency                    # sizes for a CPU
     python -m benchmarks.latency --save=runs/paper/latency.json      # for experiments.paper
+    python -m benchmarks.latency --cases table1 --save=runs/paper/latency.json  # adds 32 x 512
     python -m benchmarks.latency --cases table1 --dtype bfloat16     # the paper's, for a GPU
     python -m benchmarks.latency --cases figure5 --dtype bfloat16    # widths 10, 100 and 250
 
@@ -26,6 +27,7 @@ the merged model are compared.
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -40,9 +42,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 import lora_jax as lj
 from benchmarks.variants import random_tree
+from experiments.harness.config import read_output
 from experiments.harness.table import aligned
 from experiments.nlg.base import random_params
-from experiments.shapes.results import Latencies, TimedCase, Way, save
+from experiments.shapes.results import Latencies, TimedCase, Way, read, save
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.training.allocator import keep_freed_memory
@@ -211,8 +214,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--scanned", action="store_true", help="layers in a loop of the program")
   parser.add_argument("--turns", type=int, default=50)
   parser.add_argument("--seconds", type=float, default=240.0, help="of the turns of a case")
-  parser.add_argument("--save", default="", help="a JSON file of all times, after each case")
+  parser.add_argument("--save", default="", help="a JSON file of all times; earlier cases are kept")
   return parser.parse_args(arguments)
+
+
+def earlier_results(path: Path, results: Latencies) -> Latencies:
+  """Returns the results in a file, to which those of this call are added.
+
+  Args:
+    path: of the file.
+    results: those of this call, without a case.
+  Raises:
+    ValueError: if the file's are of another model, dtype or device.
+  """
+  earlier = read(Latencies, path) or results
+  if dataclasses.replace(earlier, cases=()) != results:
+    raise ValueError(
+      f"{path} has times of {earlier.model}, {earlier.dtype}, {earlier.device}, expected "
+      f"{results.model}, {results.dtype}, {results.device}. Move it away, or --save another file"
+    )
+  return earlier
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -220,13 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
   keep_freed_memory()
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {options}")
-  table, cases = list[list[str]](), list[TimedCase]()
+  path = read_output("--save", options.save) if options.save else None
+  results = Latencies(options.model, options.dtype, device.device_kind)
+  if path is not None:
+    results = earlier_results(path, results)
+  table = list[list[str]]()
   for cells, case in run(options):
     table.append(cells)
-    cases += [case] if case else []
-    if case and options.save:
-      results = Latencies(options.model, options.dtype, device.device_kind, tuple(cases))
-      save(Path(options.save), results)
+    if case is not None and path is not None:
+      results = results.with_case(case)
+      save(path, results)
   print(aligned(table))
 
 

@@ -83,7 +83,7 @@ def latency(
 
 
 def shape_of(case: TimedCase) -> Shape:
-  return Shape(case.batch_size, case.length, case.lin_width, case.houlsby_width)
+  return Shape(*case.sizes)
 
 
 def _ratio(case: TimedCase, name: str) -> Ratio:

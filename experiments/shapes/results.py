@@ -30,6 +30,10 @@ class TimedCase:
   houlsby_width: Count
   ways: tuple[Way, ...]
 
+  @property
+  def sizes(self) -> tuple[int, int, int, int]:
+    return self.batch_size, self.length, self.lin_width, self.houlsby_width
+
 
 @dataclasses.dataclass(frozen=True)
 class Latencies:
@@ -38,7 +42,12 @@ class Latencies:
   model: str
   dtype: str
   device: str
-  cases: tuple[TimedCase, ...]
+  cases: tuple[TimedCase, ...] = ()
+
+  def with_case(self, case: TimedCase) -> "Latencies":
+    """Returns the results with a case, which replaces an earlier one of the same sizes."""
+    others = (other for other in self.cases if other.sizes != case.sizes)
+    return dataclasses.replace(self, cases=(*others, case))
 
 
 @dataclasses.dataclass(frozen=True)

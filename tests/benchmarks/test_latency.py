@@ -23,6 +23,26 @@ def test_the_table_has_ratios_to_the_base_model(flags, monkeypatch, tmp_path, ca
   assert [len(way.seconds) for way in saved.cases[0].ways] == [3] * 5
 
 
+def test_saved_cases_of_earlier_calls_are_kept(monkeypatch, tmp_path):
+  def cases(options):
+    yield ["sizes"], None
+    way = results.Way("base", (options.seconds,))
+    for case in latency.CASES[options.cases]:
+      yield [str(case)], results.TimedCase(*case, (way,))
+
+  monkeypatch.setattr(latency, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(latency, "run", cases)
+  path = tmp_path / "a.json"
+  for seconds, name in enumerate(["cpu", "table1"], 1):
+    latency.main([f"--cases={name}", f"--seconds={seconds}", f"--save={path}"])
+  saved = results.read(results.Latencies, path).cases
+  assert [(*case.sizes[:2], case.ways[0].seconds[0]) for case in saved] == [
+    *((4, 256, 1.0), (32, 512, 2.0), (16, 256, 2.0), (1, 128, 2.0))
+  ]
+  with pytest.raises(ValueError, match=r"a.json has times of medium, float32, .* --save another"):
+    latency.main(["--cases=cpu", "--dtype=bfloat16", f"--save={path}"])
+
+
 def test_ratios_are_of_the_same_turn():
   times = {"base": [1.0, 2.0, 4.0], "merged LoRA": [1.0, 2.2, 4.0], "LoRA": [2.0, 4.0, 8.0]}
   cells = latency.row(latency.Case(1, 128, 224, 112), times)
