@@ -59,9 +59,28 @@ def by_row(apply: Callable[..., Any]) -> Callable[..., Any]:
       return apply(params, adapter, *args, **kwargs)
 
     adapters = take_adapters(trainable, slots)
-    return jax.vmap(apply_row, (row_axes(adapters), 0, 0))(adapters, args, kwargs)
+    return map_adapters(apply_row, (row_axes(adapters), 0, 0))(adapters, args, kwargs)
 
   return apply_rows
+
+
+def map_adapters(fn: Callable[..., Any], in_axes: Any, out_axes: Any = 0) -> Callable[..., Any]:
+  """Returns `jax.vmap(fn, in_axes, out_axes)`, over adapters of one base model.
+
+  Raises:
+    ValueError: if JAX cannot map an operation of the model.
+  """
+
+  def mapped(*args: Any) -> Any:
+    try:
+      return jax.vmap(fn, in_axes, out_axes)(*args)
+    except NotImplementedError as error:
+      raise ValueError(
+        f"JAX cannot map this model over several adapters ({error}). A mixture of experts has "
+        "ragged_dot, which needs one adapter for all rows: use one adapter at a time"
+      ) from error
+
+  return mapped
 
 
 def check_slots(slots: Any, num_slots: int) -> Int[Array, " rows"]:

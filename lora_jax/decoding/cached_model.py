@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lora_jax.adaptation import Adaptation
-from lora_jax.arithmetic.rows import check_slots, row_axes, take_adapters
+from lora_jax.arithmetic.rows import check_slots, map_adapters, row_axes, take_adapters
 from lora_jax.fields import Count, read_value
 
 
@@ -109,7 +109,7 @@ def adapted_by_row(
     # A row's axis of one input is added outside `vmap`, which would transpose a scanned cache.
     cache = jax.tree.map(lambda x, axis: jnp.expand_dims(x, axis + 1), cache, cache_axes)
     in_axes = row_axes(params["rows"]), 0, 0, cache_axes, 0
-    mapped = jax.vmap(extend_row, in_axes, (0, cache_axes))
+    mapped = map_adapters(extend_row, in_axes, (0, cache_axes))
     hidden, cache = mapped(params["rows"], tokens, positions, cache, mask)
     return hidden, jax.tree.map(lambda x, axis: jnp.squeeze(x, axis + 1), cache, cache_axes)
 
@@ -117,7 +117,7 @@ def adapted_by_row(
     def logits_of_row(adapter, hidden):
       return logits(params["base"], adapter, hidden, lora_key=None)
 
-    return jax.vmap(logits_of_row, (row_axes(params["rows"]), 0))(params["rows"], hidden)
+    return map_adapters(logits_of_row, (row_axes(params["rows"]), 0))(params["rows"], hidden)
 
   return dataclasses.replace(model, extend=extend_rows, logits=logits_of_rows)
 

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import PyTree
 
 from lora_jax.adaptation import Adaptation
+from lora_jax.arithmetic.rows import map_adapters
 from lora_jax.training.loop import Batch, Fitted, Steps
 from lora_jax.training.step import StepMetrics, TrainState, make_train_step
 
@@ -86,7 +87,8 @@ def make_concurrent_step(
   def step(states: TrainState, base: PyTree, held: PyTree, batches: list[Batch], settings: PyTree):
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
     in_axes = (0, {"base": None, "adapter": 0}, 0, 0)
-    return jax.vmap(step_of_run, in_axes)(states, {"base": base, "adapter": held}, batch, settings)
+    frozen = {"base": base, "adapter": held}
+    return map_adapters(step_of_run, in_axes)(states, frozen, batch, settings)
 
   return jax.jit(step, donate_argnums=0)
 
@@ -115,7 +117,7 @@ def fit_together(
     accumulation_steps: as in `make_train_step`.
     behind: after each step, from the names of the runs in slots to those of the runs to stop.
   Raises:
-    ValueError: if batches of two runs have different shapes.
+    ValueError: if batches of two runs have different shapes, or JAX cannot map the model over runs.
   """
   waiting, members = iter(runs), list[Member]()
   program = _Program(make_loss, make_optimizer, accumulation_steps)

@@ -41,6 +41,18 @@ def by_row(slots: Any) -> Any:
   return apply(PARAMS, two.trainable, slots, jnp.ones((2, 4)))
 
 
+def mixture_by_row() -> Any:
+  """Calls a function whose base model multiplies by ragged_dot, as a mixture of experts."""
+  two, experts = banked(), jnp.ones((1, 4, 4))
+
+  def fn(params: Any, x: Any) -> Any:
+    return jax.lax.ragged_dot(x @ params["w"], experts, jnp.array([1]))
+
+  return lj.by_row(lj.lora(fn, two.config).apply)(
+    PARAMS, two.trainable, [0, 1], jnp.ones((2, 1, 4))
+  )
+
+
 def banked(**options: Any) -> Any:
   return lj.bank([adapter(), adapter()], PARAMS, **options)
 
@@ -99,6 +111,9 @@ ROWS = [
   row("rows: floats", lambda: by_row(jnp.zeros(2)), "slots must be integers", "float32"),
   row("rows: one slot", lambda: by_row(1), "slots must be a sequence", "got 1"),
   row("rows: too few slots", lambda: by_row([1]), "axis of 1 rows", "(2, 4)"),
+  row(
+    "rows: a mixture of experts", mixture_by_row, "cannot map this model", "one adapter at a time"
+  ),
   row("truncate: rank 0", lambda: truncated(0), "rank", "[1, inf)", "got 0"),
   row("truncate: rank 2.0", lambda: truncated(2.0), "rank", "an integer", "got 2.0"),
   row("truncate: rank True", lambda: truncated(True), "rank", "an integer", "got True"),
