@@ -64,7 +64,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 import lora_jax as lj
-from experiments.harness.flops import matmul_flops
 from lora_jax.data import batches, text
 from lora_jax.data.sets import e2e
 from lora_jax.models.gpt2.folder import load_gpt2, save_gpt2
@@ -429,6 +428,8 @@ def matmul_operations(params: PyTree, num_trainable: int, batch: batches.Batch) 
 
 def print_floor(way: Way, params: PyTree) -> None:
   """Prints the floor of a way's step, and the share of the step that it is."""
+  from experiments.harness.flops import matmul_flops  # benchmarks.gpu needs no such packages
+
   rate = matmul_flops(repeats=3)
   operations = matmul_operations(params, way.trainer.num_trainable, way.data[0])
   floor, step = operations / rate, way.epoch("wall") / len(way.data)
