@@ -191,8 +191,8 @@ def load_generator_of_runs(folders: Sequence[str | Path], chat: bool = False) ->
     chat: whether prompts are messages of a user, for the model's chat template.
   Raises:
     FileNotFoundError: if a folder is not a run's, or its adapter is missing.
-    ValueError: if a run is not finished or not of finetune, is of another base model or chat
-      template than the first, or its adapter is not plain LoRA.
+    ValueError: if a run is not finished or not of finetune, is of another base model, chat template
+      or date than the first, or its adapter is not plain LoRA.
   """
   configs, mesh = [_read_finetuned(folder) for folder in folders], make_mesh()
   first = configs[0]
@@ -210,6 +210,11 @@ def load_generator_of_runs(folders: Sequence[str | Path], chat: bool = False) ->
       )
     if chat and _template(config) != _template(first):
       raise ValueError(f"{folder} has another chat template than {folders[0]}; generate separately")
+    if chat and config.data.today != first.data.today:  # templates may write it
+      raise ValueError(
+        f"{folder} has data.today={config.data.today}, and {folders[0]} {first.data.today}; "
+        "generate separately"
+      )
   model = load_causal_lm(first.model.folder, **loading_options(first, mesh))
   adapters = [
     exported_adapter(config, _adapter(config, model, mesh), model.params) for config in configs

@@ -119,10 +119,16 @@ def test_a_file_of_prompts_for_several_runs(model_folder, tmp_path, capsys):
   assert answers[1] != answers[0]
   changes = {"model.folder": str(model_folder), "model.param_dtype": "bfloat16"}
   changes |= {"data.file": "mine.jsonl", "method": "lora"}
-  other = finished(apply(finetune_configs.get_config(), changes), tmp_path / "other")
+  source = apply(finetune_configs.get_config(), changes)
+  other = finished(source, tmp_path / "other")
   file.write_text(file.read_text() + json.dumps({"run": str(other), "prompt": "Hi"}))
   with pytest.raises(SystemExit, match="expected runs with one base model"):
     generate.main([f"--file={file}"])
+  dated = finished(apply(source, {"data.today": "2020-02-03"}), tmp_path / "dated")
+  runs = [{"run": str(folder), "prompt": "Hi"} for folder in (other, dated)]
+  file.write_text("\n".join(map(json.dumps, runs)))
+  with pytest.raises(SystemExit, match=r"data\.today=2020-02-03, and .*; generate separately"):
+    generate.main([f"--file={file}", "--chat"])
   for arguments in ([f"--file={file}", str(other)], [], [str(other)]):
     with pytest.raises(SystemExit, match="the folder of a run and prompts, or --file"):
       generate.main(arguments)
