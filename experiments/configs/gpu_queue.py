@@ -7,10 +7,10 @@ The most useful runs come first, so the queue can be stopped at any time; the sa
 it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep the scaling
 of rank 16. Then come the arms of paper.py's studies, on all examples of their data sets, which are
 read from data/ (docs/data_sets.md). They have E2E's learning rates, which were not tuned on these
-sets; other methods' are multiples of LoRA's by the methods table. The nulls of
-`experiments.subspaces` follow. LoRA's variants come last, with
-the sizes and learning rates of variants.py; those without a learning rate there are left out, and
-named. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
+sets, and at rank 4 were tuned with alpha 32, where the studies have 8; other methods' are multiples
+of LoRA's by the methods table. The nulls of `experiments.subspaces` follow. LoRA's variants come
+last, with the sizes and learning rates of variants.py; those without a learning rate there are left
+out, and named. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
 """
 
 from collections.abc import Iterator
