@@ -361,11 +361,6 @@ def _check_concurrent(
       f"--concurrent={slots}: this experiment trains one run at a time. Leave out --concurrent, "
       "which gpt2_e2e and the commands of its other data sets have"
     )
-  if slots and is_joined():
-    raise ValueError(
-      f"--concurrent={slots} trains in one process, and config.distributed has connected several. "
-      "Start it in one, or leave out --concurrent"
-    )
 
 
 def _train_together(
