@@ -72,6 +72,10 @@ class Eventful:
     if self._event == "terminate" and self._count >= 2:
       os.kill(os.getpid(), signal.SIGTERM)
       time.sleep(0.5)  # the processes agree on a step about a second later
+    if self._event == "terminate before a step":
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(3.0)  # they have agreed
+      self._event = ""
     return next(self._iterator)
 
   def get_state(self) -> Any:
@@ -160,7 +164,8 @@ if __name__ == "__main__":
   parser.add_argument("workdir", type=Path)
   parser.add_argument("--port", type=int, required=True)
   parser.add_argument("--process_id", type=int, required=True)
-  parser.add_argument("--event", default="", choices=["", "kill", "error", "terminate", "nan"])
+  events = ["", "kill", "error", "terminate", "terminate before a step", "nan"]
+  parser.add_argument("--event", default="", choices=events)
   options = parser.parse_args()
   with explained():
     join(Distributed(f"localhost:{options.port}", 2, options.process_id))

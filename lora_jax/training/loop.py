@@ -243,6 +243,8 @@ def run_steps(
     ):
       diagnosis = Diagnosis(checkpoints, frozen["base"])
       window = Window(config.num_train_steps, log, bar, progress, schedule, diagnosis)
+      # All stop at the step after the last one named here, also if SIGTERM comes before the first.
+      ocp.multihost.reached_preemption(first)
       for step in range(first + 1, config.num_train_steps + 1):
         batch = _next(batches, step, config)
         placed = place_batch(mesh, batch, config.accumulation_steps)

@@ -69,13 +69,18 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_to_the_same_bits(t
 
 @pytest.mark.long
 def test_a_sigterm_of_one_process_stops_all_at_the_same_step(tmp_path, folder):
-  outputs = two_processes.run(tmp_path, folder / "cache", "", "terminate")
-  assert [code for code, _ in outputs] == [143, 143], outputs
-  steps = [re.search(r"interrupted: .* is saved up to step (\d)", text) for _, text in outputs]
-  assert steps[0]
-  assert steps[1]
-  assert steps[0][1] == steps[1][1]
-  assert (tmp_path / "checkpoints" / steps[0][1]).is_dir()
+  """Then one that comes before the first step of the resumed run, as while that is compiled."""
+  stops = []
+  for event in ("terminate", "terminate before a step"):
+    outputs = two_processes.run(tmp_path, folder / "cache", "", event)
+    assert [code for code, _ in outputs] == [143, 143], outputs
+    steps = [re.search(r"interrupted: .* is saved up to step (\d)", text) for _, text in outputs]
+    assert steps[0]
+    assert steps[1]
+    assert steps[0][1] == steps[1][1]
+    assert (tmp_path / "checkpoints" / steps[0][1]).is_dir()
+    stops.append(int(steps[0][1]))
+  assert stops[1] == stops[0] + 1
   assert_resumes(tmp_path, folder)
 
 
