@@ -42,7 +42,7 @@ class Costs(NamedTuple):
     arguments: what the compiled step is given: weights, optimizer, batch.
     peak: the most memory that the compiled step has in use; what exceeds the arguments is
       activations, gradients and gathered weights.
-    flops: operations of matmuls, loops counted.
+    flops: operations of matmuls and convolutions, loops counted.
     sent: to other devices, by kind of collective, loops counted.
     seconds: to compile.
     fits: whether the compiler could place it.
