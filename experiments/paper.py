@@ -8,12 +8,12 @@
     python -m experiments.paper --tiny --stage=rank # all parts in minutes
 
 Time: 35 hours on 2 CPU cores (`--plan`); with `--tiny` about 15 CPU seconds a run.
-Expect: not run yet (docs/paper.md).
+Expect: docs/paper_report.md, which has the stage `subspaces` so far.
 
 The studies are those of configs/paper.py: runs of `experiments.gpt2_e2e` and `experiments.glue` in
 ROOT/STAGE. Two stages are other commands, with their runs in ROOT. Files of data sets are read
 from data/ (docs/data_sets.md); a stage without its files or its model is left out and named. Writes
-ROOT/paper.md and ROOT/paper.html.
+ROOT/paper.html, and ROOT/paper.md with its plots in ROOT/paper_figures.
 """
 
 from collections.abc import Callable, Mapping, Sequence

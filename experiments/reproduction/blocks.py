@@ -2,8 +2,10 @@
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from experiments.harness.table import aligned
@@ -36,12 +38,14 @@ class Image(NamedTuple):
 Block = Heading | Text | Table | Image
 
 
-def markdown(parts: Sequence[Block]) -> str:
-  """Returns the report as Markdown."""
-  return "\n\n".join(map(_markdown, parts)) + "\n"
+def markdown(parts: Sequence[Block], figures: Path) -> str:
+  """Returns the report as Markdown, and writes its images to a folder beside it."""
+  numbers = itertools.accumulate(isinstance(part, Image) for part in parts)
+  pairs = zip(parts, numbers, strict=True)
+  return "\n\n".join(_markdown(part, figures / f"{number}.png") for part, number in pairs) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: Block, figure: Path) -> str:
   match block:
     case Heading(text, level):
       return f"{'#' * level} {text}"
@@ -50,7 +54,9 @@ def _markdown(block: Block) -> str:
     case Table(rows):
       return aligned([[cell.replace("|", "\\|") for cell in row] for row in rows])
     case Image():
-      return f"![{block.caption}]({_data_uri(block)})"
+      figure.parent.mkdir(parents=True, exist_ok=True)
+      figure.write_bytes(block.content)
+      return f"![{block.caption}]({figure.parent.name}/{figure.name})"
 
 
 def _data_uri(image: Image) -> str:

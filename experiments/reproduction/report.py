@@ -5,6 +5,7 @@ axis with them. Every row of ours ends with its status.
 """
 
 import io
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -296,8 +297,10 @@ def _provenance(records: Sequence[Record]) -> str:
 
 
 def write_report(evidence: Evidence, out: Path) -> None:
-  """Writes OUT.md and OUT.html, whose plots are part of the files."""
+  """Writes OUT.md, with its plots in OUT_figures, and OUT.html, with its plots in the file."""
   parts = list(blocks(evidence))
   out.parent.mkdir(parents=True, exist_ok=True)
-  Path(f"{out}.md").write_text(markdown(parts), "utf-8")
+  figures = Path(f"{out}_figures")
+  shutil.rmtree(figures, ignore_errors=True)  # those of an earlier report
+  Path(f"{out}.md").write_text(markdown(parts, figures), "utf-8")
   Path(f"{out}.html").write_text(page(parts, TITLE), "utf-8")
