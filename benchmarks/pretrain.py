@@ -65,10 +65,10 @@ def run(way: str, rows: int, steps: int) -> None:
   if config.keep_freed_memory:
     keep_freed_memory()
   parts, model, mesh = config.fit.accumulation_steps, pretrained_config(config), make_mesh()
-  shape = {"batch_size": rows, "row_length": config.data.row_length}
-  draw = np.random.default_rng(0)
-  stream = draw.integers(1, model.vocab_size, 2 * rows * config.data.row_length, np.uint16)
-  batch = corpus.Rows(stream, END_OF_TEXT_ID, seed=None, **shape)[0]
+  length, draw = config.data.row_length, np.random.default_rng(0)
+  stream = draw.integers(1, model.vocab_size, 2 * rows * length, np.uint16)
+  examples = corpus.Rows(stream, END_OF_TEXT_ID, batch_size=rows, row_length=length, seed=None)
+  batch = examples[0]
   params = random_params(GPT2(model), mesh, jax.random.key(0))
   loss = lj.full_finetuning(language_model_loss(GPT2(model)))
   optimizer, _ = make_optimizer(config.optimizer, 1000)
