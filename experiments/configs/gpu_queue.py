@@ -25,6 +25,7 @@ from experiments.harness.config import flat, read_config
 from experiments.harness.methods import default_learning_rate, find_method
 from experiments.nlg.config import E2EConfig
 
+FULL = ARMS["full"]["method"]
 SEEDS = (1, 2, 3, 4, 5)
 RANKS = (1, 2, 4, 8, 32, 64)
 STUDY_SEEDS = (1, 2, 3)
@@ -95,7 +96,7 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
     for arm in study.arms.values():
       method = str(arm.changes["method"])
       weights = arm.changes.get("lora.target"), arm.changes.get("lora.rank")
-      known = is_e2e and (method == "full_finetuning" or weights in in_queue)
+      known = is_e2e and (method == FULL or weights in in_queue)
       once = not find_method(method).trains
       if known or find_method(method).is_floor or (once and seed != STUDY_SEEDS[0]):
         continue
@@ -111,7 +112,7 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
 
 def _rate(method: str, changes: Changes) -> float:
   """Returns the learning rate of an arm on E2E, or its method's default multiple of LoRA's."""
-  if method == "full_finetuning":
+  if method == FULL:
     return best_rate("full")
   if changes.get("lora.target") == QUERY_AND_VALUE:
     return best_rate("LoRA, rank 4, q,v")

@@ -147,7 +147,7 @@ def test_the_same_run_has_the_same_bits_with_the_models_dropout(finished, tmp_pa
 
 
 def test_dropout_is_only_in_training(tmp_path):
-  config = tiny_config(tmp_path)
+  config = read_config(GlueConfig, tiny_config(tmp_path))
   base = encoder.load_base(config, make_mesh())
   loss = jax.jit(classification_loss(base.module))
   batch = load_data(config, base).train[0]
@@ -342,9 +342,8 @@ def test_other_tasks(tmp_path, task):
 
 
 def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
-  config = tiny_config(tmp_path)
-  config.data.tuning = True
-  base = encoder.load_base(config, make_mesh())
+  settings = read_config(GlueConfig, apply(tiny_config(tmp_path), {"data.tuning": True}))
+  base = encoder.load_base(settings, make_mesh())
   splits = []
 
   def noted(task, split, *args, **options):
@@ -352,15 +351,14 @@ def test_tuning_never_sees_the_dev_set(tmp_path, monkeypatch):
     return load(task, split, *args, **options)
 
   monkeypatch.setattr(glue_data, "load", noted)
-  data = load_data(config, base)
+  data = load_data(settings, base)
   assert splits == ["train"]
   assert (data.num_train_records, len(data.valid_records)) == (36, 4)
-  whole = load("cola", "train", tiny_source(), any_size=True, data_dir=config.data.tfds_dir)
+  whole = load("cola", "train", tiny_source(), any_size=True, data_dir=settings.data.tfds_dir)
   assert set(data.valid_records) <= set(whole)
-  reseeded = load_data(apply(config, {"seed": 7}), base)
+  reseeded = load_data(replace_fields(settings, {"seed": 7}), base)
   assert reseeded.valid_records == data.valid_records
-  config.data.num_train_records = 10
-  less = load_data(config, base)
+  less = load_data(replace_fields(settings, {"data.num_train_records": 10}), base)
   assert (less.num_train_records, less.valid_records) == (10, data.valid_records)
 
 
