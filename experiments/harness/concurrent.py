@@ -297,13 +297,11 @@ class _Rungs:
     """Returns the folders of runs that end, of those that were evaluated since the last call."""
     reached = sorted(self.evaluated.intersection(workdirs)) if self._first else []
     self.evaluated.clear()
+    steps = {workdir: max(_valid_losses(workdir)) for workdir in reached}
+    steps = {workdir: step for workdir, step in steps.items() if self._compares_at(step)}
+    by_run = {name: _valid_losses(name) for name in self._workdirs} if steps else {}
     ended = []
-    for workdir in reached:
-      step = max(_valid_losses(workdir))
-      multiple, rest = divmod(step, self._first)
-      if rest or multiple.bit_count() != 1:
-        continue
-      by_run = {name: _valid_losses(name) for name in self._workdirs}
+    for workdir, step in steps.items():
       losses = {name: losses[step] for name, losses in by_run.items() if step in losses}
       best = sorted(losses, key=losses.__getitem__)[: math.ceil(len(losses) / 2)]
       if workdir not in best:
@@ -314,6 +312,11 @@ class _Rungs:
         write_json(Path(workdir) / STOPPED, {"step": step, "reason": reason})
         ended.append(workdir)
     return ended
+
+  def _compares_at(self, step: int) -> bool:
+    """Tells whether runs are compared after this step: N, 2 N, 4 N, ..."""
+    multiple, rest = divmod(step, self._first)
+    return not rest and multiple.bit_count() == 1
 
 
 def _valid_losses(workdir: str) -> dict[int, float]:

@@ -114,7 +114,7 @@ def launch(
 
 
 def _join(config: Config, default: Config) -> None:
-  """Connects the processes of the section `distributed`, which is no part of a run's settings."""
+  """Connects the processes of the section `distributed`, which a run's settings leave out."""
   if "distributed" in config:
     join(read_section(Distributed, config.distributed.to_dict(), "distributed."))
     config.distributed.update(default.distributed)

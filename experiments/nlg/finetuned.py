@@ -121,14 +121,17 @@ def export_folder(config: FinetuneConfig) -> Path:
 
 def is_exported(config: FinetuneConfig) -> bool:
   """Tells whether a finished run has written files for other packages: an adapter, or its model."""
-  method = find_method(config.method)
-  return method.merges or method.exports_adapter or is_prompt_tuning(config)
+  return find_method(config.method).merges or _has_format(config)
 
 
 def has_model(config: FinetuneConfig) -> bool:
   """Tells whether a finished run has written its whole model, and not an adapter for PEFT."""
-  has_adapter = find_method(config.method).exports_adapter or is_prompt_tuning(config)
-  return (Path(config.workdir) / "model").exists() or not has_adapter
+  return (Path(config.workdir) / "model").exists() or not _has_format(config)
+
+
+def _has_format(config: FinetuneConfig) -> bool:
+  """Tells whether PEFT has a format for a run's method, whatever the model."""
+  return find_method(config.method).exports_adapter or is_prompt_tuning(config)
 
 
 def export(
