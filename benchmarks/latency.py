@@ -225,13 +225,13 @@ def earlier_results(path: Path, results: Latencies) -> Latencies:
     path: of the file.
     results: those of this call, without a case.
   Raises:
-    ValueError: if the file's are of another model, dtype or device.
+    ValueError: if the file's are of another model, dtype, device or kind of layers.
   """
   earlier = read(Latencies, path) or results
   if dataclasses.replace(earlier, cases=()) != results:
     raise ValueError(
-      f"{path} has times of {earlier.model}, {earlier.dtype}, {earlier.device}, expected "
-      f"{results.model}, {results.dtype}, {results.device}. Move it away, or --save another file"
+      f"{path} has times of {earlier.conditions}, expected {results.conditions}. Move it away, or "
+      "--save another file"
     )
   return earlier
 
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {options}")
   path = read_output("--save", options.save) if options.save else None
-  results = Latencies(options.model, options.dtype, device.device_kind)
+  results = Latencies(options.model, options.dtype, device.device_kind, options.scanned)
   if path is not None:
     results = earlier_results(path, results)
   table = list[list[str]]()

@@ -78,7 +78,7 @@ def latency(
     return Outcome("not run", f"missing: GPT-2 M; {LATENCY} has {results.model}")
   ratios = {name: _ratio(case, name) for name in ways}
   words = "; ".join(f"{name} {ratio}" for name, ratio in ratios.items())
-  where = f"times the base model, limit {SLOWER:g}; {results.device}, {results.dtype}"
+  where = f"times the base model, limit {SLOWER:g}; {results.conditions}"
   return Outcome(joined([rule(ratio) for ratio in ratios.values()]), f"{words} ({where})")
 
 

@@ -37,12 +37,19 @@ class TimedCase:
 
 @dataclasses.dataclass(frozen=True)
 class Latencies:
-  """The file that `benchmarks.latency --save` writes."""
+  """The file that `benchmarks.latency --save` writes; `scanned` tells whether layers are a loop."""
 
   model: str
   dtype: str
   device: str
+  scanned: bool
   cases: tuple[TimedCase, ...] = ()
+
+  @property
+  def conditions(self) -> str:
+    """What all cases have in common, in words."""
+    layers = "scanned" if self.scanned else "unrolled"
+    return f"{self.model}, {self.dtype}, {self.device}, {layers} layers"
 
   def with_case(self, case: TimedCase) -> "Latencies":
     """Returns the results with a case, which replaces an earlier one of the same sizes."""
@@ -91,4 +98,6 @@ def read(kind: type[T], path: Path) -> T | None:
   try:
     return read_section(kind, read_json(path))
   except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+    raise ValueError(
+      f"{path}: {error}. If an earlier version wrote it, move it away, and rerun its command"
+    ) from error

@@ -39,8 +39,13 @@ def test_saved_cases_of_earlier_calls_are_kept(monkeypatch, tmp_path):
   assert [(*case.sizes[:2], case.ways[0].seconds[0]) for case in saved] == [
     *((4, 256, 1.0), (32, 512, 2.0), (16, 256, 2.0), (1, 128, 2.0))
   ]
-  with pytest.raises(ValueError, match=r"a.json has times of medium, float32, .* --save another"):
-    latency.main(["--cases=cpu", "--dtype=bfloat16", f"--save={path}"])
+  for flag, message in (
+    ("--dtype=bfloat16", r"expected medium, bfloat16, .*, unrolled layers\. .* --save another"),
+    ("--scanned", r"expected medium, float32, .*, scanned layers\. .* --save another"),
+  ):
+    words = r"a\.json has times of medium, float32, .*, unrolled layers, "
+    with pytest.raises(ValueError, match=words + message):
+      latency.main(["--cases=cpu", flag, f"--save={path}"])
 
 
 def test_ratios_are_of_the_same_turn():

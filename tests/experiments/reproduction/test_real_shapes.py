@@ -1,5 +1,6 @@
 """Decisions on latency, memory and checkpoints, from files of other commands."""
 
+import dataclasses
 import json
 
 import pytest
@@ -33,7 +34,7 @@ def timed(**factors):
     Way(name, tuple(t * factor * x for t, x in zip(BASE_TIMES, NOISE, strict=True)))
     for name, factor in factors.items()
   ]
-  return Latencies("medium", "float32", "cpu", (TimedCase(16, 256, 224, 112, tuple(ways)),))
+  return Latencies("medium", "float32", "cpu", False, (TimedCase(16, 256, 224, 112, tuple(ways)),))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,9 @@ def test_an_interval_of_ratios_decides(factor, same, more, tmp_path):
   outcome = latency(tmp_path, shape, [MERGED], same_latency)
   assert outcome.word == same
   assert outcome.interval.startswith(f"merged LoRA {factor:.3f} [")
-  assert outcome.interval.endswith("(times the base model, limit 1.02; cpu, float32)")
+  assert outcome.interval.endswith(
+    "(times the base model, limit 1.02; medium, float32, cpu, unrolled layers)"
+  )
   assert latency(tmp_path, shape, [MERGED], more_latency).word == more
 
 
@@ -69,6 +72,11 @@ def test_a_case_of_other_widths_or_another_model_is_not_run(tmp_path):
   (tmp_path / LATENCY).write_text(text)
   outcome = latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
   assert "GPT-2 M; latency.json has tiny" in outcome.interval
+  earlier = dataclasses.asdict(timed(**{MERGED: 1.0}))
+  del earlier["scanned"]  # files without it may have times of either kind
+  (tmp_path / LATENCY).write_text(json.dumps(earlier))
+  with pytest.raises(ValueError, match=r"latency\.json: the config lacks the field 'scanned'"):
+    latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
   (tmp_path / LATENCY).write_text(json.dumps({"model": "medium"}))
   with pytest.raises(ValueError, match=r"latency\.json: the config lacks the field 'dtype'"):
     latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
