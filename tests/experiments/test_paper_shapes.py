@@ -5,7 +5,7 @@ import math
 import pytest
 
 from experiments import paper_shapes
-from experiments.shapes import page, steps
+from experiments.shapes import page, results, steps
 from experiments.shapes.models import GPT2_MEDIUM, GPT3, MODELS, count, make_module
 from experiments.shapes.rows import (
   ROWS,
@@ -155,6 +155,35 @@ def test_the_page_has_the_tables_and_says_what_was_not_run(tmp_path, monkeypatch
   assert memory == ["18,874,368", "698.49", "0.0755", "0.15", "698.72", "349.51"]
   weights, state = 174_604_259_328 + 18_874_368, 8 * 18_874_368
   assert math.isclose(4 * weights + 4 * 18_874_368 + state, 698.72e9, rel_tol=1e-4)
+
+
+def test_saved_sizes_of_other_models_are_kept(tmp_path, monkeypatch, capsys):
+  flops = iter(range(1, 100))
+  monkeypatch.setattr(paper_shapes, "page", lambda *_: "")
+  monkeypatch.setattr(paper_shapes, "step_cost", lambda *_: steps.Cost(next(flops), 0.0, 0.0))
+  path = tmp_path / "shapes.json"
+
+  def saved(*flags):
+    paper_shapes.main([*flags, f"--save={path}"])
+    sizes = results.read(results.Sizes, path)
+    return [(step.model, step.method, step.memory) for step in sizes.steps]
+
+  medium, large = (
+    [(name, "FT", number), (name, "LoRA", number + 1)]
+    for name, number in (("GPT-2 M", 1), ("GPT-2 L", 3))
+  )
+  assert saved("--steps", "gpt-2_m") == medium
+  capsys.readouterr()
+  assert saved("--steps", "gpt-2_l") == [*medium, *large]
+  assert f"{path} keeps the sizes of GPT-2 M" in capsys.readouterr().out
+  assert saved("--steps", "gpt-2_m") == [*large, ("GPT-2 M", "FT", 5), ("GPT-2 M", "LoRA", 6)]
+  message = r"shapes\.json has steps of 1 x 128 tokens, expected 2 x 128 tokens.*--save another"
+  with pytest.raises(SystemExit, match=message):
+    paper_shapes.main(["--steps", "gpt-2_m", "--batch=2", f"--save={path}"])
+  assert next(flops) == 7, "refused before a step was compiled"
+  path.write_text('{"batch": "1 x 128 tokens"}')
+  with pytest.raises(SystemExit, match=r"shapes\.json: the config lacks the field 'steps'"):
+    paper_shapes.main(["--steps", "gpt-2_m", f"--save={path}"])
 
 
 def test_a_step_of_an_unknown_model_is_refused(capsys):
