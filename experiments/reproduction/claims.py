@@ -251,10 +251,18 @@ def dimension_falls(evidence: Evidence) -> Outcome:
   elif shortest[1] <= longest[0]:
     word = "fails"
   text = "; ".join(
-    f"{name}: above {low:,}, at most {high:,}"
-    for name, (low, high) in zip((bases[0], bases[-1]), brackets, strict=True)
+    f"{name}: {_bracket_text(*bracket)}"
+    for name, bracket in zip((bases[0], bases[-1]), brackets, strict=True)
   )
   return Outcome(word, f"{text}; one seed")
+
+
+def _bracket_text(low: float, high: float) -> str:
+  if high < math.inf:
+    return f"above {low:,}, at most {high:,}" if low else f"at most {high:,}"
+  if low:
+    return f"above {low:,}, the largest that was tried"
+  return "not defined, as full fine-tuning gains nothing"
 
 
 def fewer_parameters(evidence: Evidence) -> Outcome:

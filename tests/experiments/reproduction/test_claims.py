@@ -56,21 +56,29 @@ def test_amplification_is_compared_with_each_null(study, monkeypatch, factor, wo
 
 
 def curve(base, d90):
-  """Returns a curve that reaches 90 % of the gain at a dimension."""
-  losses = {dim: {1.0: 1.0 if dim >= d90 else 2.0} for dim in (100, 300, 1000, 3000)}
-  return Curve(base, 3.0, 1.0, losses)
+  """Returns a curve that reaches 90 % of the gain at a dimension; with None there is no gain."""
+  losses = {dim: {1.0: 1.0 if dim >= (d90 or 0) else 2.0} for dim in (100, 300, 1000, 3000)}
+  return Curve(base, 3.0, 1.0 if d90 else 3.0, losses)
 
 
 @pytest.mark.parametrize(
-  ("shortest", "longest", "word"),
-  [(3000, 300, "holds"), (300, 3000, "fails"), (1000, 1000, "cannot be told")],
+  ("shortest", "longest", "word", "bracket"),
+  [
+    (3000, 300, "holds", "above 1,000, at most 3,000"),
+    (300, 3000, "fails", "above 100, at most 300"),
+    (100, 3000, "fails", "at most 100"),
+    (1000, 1000, "cannot be told", "above 300, at most 1,000"),
+    (10_000, 3000, "holds", "above 3,000, the largest that was tried"),
+    (None, 3000, "cannot be told", "not defined, as full fine-tuning gains nothing"),
+  ],
 )
-def test_brackets_of_d90_decide(monkeypatch, tmp_path, shortest, longest, word):
+def test_brackets_of_d90_decide(monkeypatch, tmp_path, shortest, longest, word, bracket):
   bases = ("0.2 M tokens", "2 M tokens", "20 M tokens")
   curves = [curve(base, d) for base, d in zip(bases, (shortest, 1000, longest), strict=True)]
   monkeypatch.setattr(claims, "read_curves", lambda *_: (curves, []))
   outcome = dimension_falls(Evidence([], tmp_path))
   assert outcome.word == word
   assert "one seed" in outcome.interval
+  assert outcome.interval.startswith(f"0.2 M tokens: {bracket}; 20 M tokens: ")
   monkeypatch.setattr(claims, "read_curves", lambda *_: (curves, ["- 20 M tokens: 1 run"]))
   assert dimension_falls(Evidence([], tmp_path)).word == "not run"
