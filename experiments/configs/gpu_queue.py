@@ -7,10 +7,12 @@ The most useful runs come first, so the queue can be stopped at any time; the sa
 it and skips finished runs. Learning rates are those of smollm2_rates.py; `RANKS` keep the scaling
 of rank 16. Then come the arms of paper.py's studies, on all examples of their data sets, which are
 read from data/ (docs/data_sets.md). They have E2E's learning rates, which were not tuned on these
-sets, and at rank 4 were tuned with alpha 32, where the studies have 8; other methods' are multiples
-of LoRA's by the methods table. The nulls of `experiments.subspaces` follow. LoRA's variants come
-last, with the sizes and learning rates of variants.py; those without a learning rate there are left
-out, and named. `tiny` takes one step of every run on a few examples, on a CPU, as a check.
+sets. LoRA of rank 4 has the alpha with which its learning rate was tuned, 32, and not paper.py's 8;
+in the study of ranks, all have the scaling and learning rate of rank 16. Other methods' learning
+rates are multiples of LoRA's by the methods table. The nulls of `experiments.subspaces` follow.
+LoRA's variants come last, with the sizes and learning rates of variants.py; those without a
+learning rate there are left out, and named. `tiny` takes one step of every run on a few examples,
+on a CPU, as a check.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from experiments.configs import Config, gpt2_e2e, subspaces, variants
 from experiments.configs.gpt2_e2e import QUERY_AND_VALUE
 from experiments.configs.paper import STUDIES, Study
 from experiments.configs.smollm2_rates import ARMS, Changes, best_rate
-from experiments.harness.config import flat, read_config
+from experiments.harness.config import ALL_LINEAR, flat, read_config
 from experiments.harness.methods import default_learning_rate, find_method
 from experiments.nlg.config import E2EConfig
 
@@ -104,20 +106,25 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
       changes = {
         **task,
         **arm.changes,
-        "optimizer.learning_rate": _rate(method, arm.changes),
+        **_tuned(method, arm.changes, e2e["lora.alpha"]),
         **sizes,
       }
       yield {name: value for name, value in changes.items() if find_method(method).uses(name)}
 
 
-def _rate(method: str, changes: Changes) -> float:
-  """Returns the learning rate of an arm on E2E, or its method's default multiple of LoRA's."""
+def _tuned(method: str, changes: Changes, alpha: float) -> Changes:
+  """Returns the learning rate of an arm on E2E, or its method's default multiple of LoRA's.
+
+  LoRA of rank 4 has the alpha of its sweep; the other ranks have the scaling of rank 16.
+  """
+  targets = {QUERY_AND_VALUE: "LoRA, rank 4, q,v", ALL_LINEAR: "LoRA, rank 4"}
+  arm = targets.get(str(changes.get("lora.target")))
+  if arm is not None and changes["lora.rank"] == 4:
+    return {"optimizer.learning_rate": best_rate(arm), "lora.alpha": alpha}
   if method == FULL:
-    return best_rate("full")
-  if changes.get("lora.target") == QUERY_AND_VALUE:
-    return best_rate("LoRA, rank 4, q,v")
-  low_rank = best_rate("LoRA, rank 4" if changes.get("lora.rank") == 4 else "LoRA, rank 16")
-  return default_learning_rate(low_rank, "lora", method)
+    return {"optimizer.learning_rate": best_rate("full")}
+  rate = default_learning_rate(best_rate("LoRA, rank 16"), "lora", method)
+  return {"optimizer.learning_rate": rate}
 
 
 def null_runs(scaling: float) -> Iterator[Changes]:

@@ -223,6 +223,32 @@ def test_the_gpu_queue_has_the_papers_studies_on_whole_data_sets():
   assert [run.lora.rank for run in same_weights] == [1, 4, 64, 576] * 3, "a rank has no run"
 
 
+def test_the_gpu_queue_has_learning_rates_with_the_alpha_of_their_sweep(monkeypatch):
+  """Or with the scaling of that sweep, at other ranks."""
+  rates = {arm: 1e-3 * 2**i for i, arm in enumerate(smollm2_rates.ARMS)}
+  monkeypatch.setattr(smollm2_rates, "BEST", rates)
+
+  def settings(run):
+    return run.lora.target, run.lora.rank, run.lora.alpha, run.optimizer.learning_rate
+
+  swept = smollm2_rates.get_config()
+  tuned = [
+    settings(apply(swept, {**changes, "optimizer.learning_rate": rates[arm]}))
+    for arm, changes in smollm2_rates.ARMS.items()
+    if arm.startswith("LoRA")
+  ]
+  scaling = swept.lora.alpha / swept.lora.rank
+  default = gpu_queue.get_config()
+  runs = sweep_runs(gpu_queue, default, default, set())
+  unknown = [
+    (run.data.name, *settings(run))
+    for run in runs
+    if run.method == "lora" and settings(run) not in tuned
+    if settings(run)[2:] != (scaling * run.lora.rank, rates["LoRA, rank 16"])
+  ]
+  assert not unknown
+
+
 def test_smollm2_is_named_by_its_remedy(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   assert not cached_path("smollm2").exists()
