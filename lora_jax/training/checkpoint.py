@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from lora_jax.adapters.storage import pack, packed_shapes, unpack
 from lora_jax.files import local_path, make_folder
 from lora_jax.training.fingerprint import fingerprint
-from lora_jax.training.processes import from_first, in_all, is_first, wait_for_all
+from lora_jax.training.processes import first_message, from_first, is_first, wait_for_all
 from lora_jax.trees import leaves_with_path
 
 logger = logging.getLogger(__name__)
@@ -302,16 +302,8 @@ class Checkpoints:
         "optimizer and the version of lora_jax that wrote it, or give another workdir"
       )
     abstract = {path: _abstract(leaf) for path, leaf in arrays.items()}
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    restored, cause = None, None
-    try:
-      restored = self._checkpointer.restore(self.folder / str(step), args=args)["state"]
-    except Exception as error:  # storage libraries raise errors of many kinds
-      cause = error
-    if not in_all(cause is None):
-      fault = type(cause).__name__ if cause else "in another process"
-      raise DamagedCheckpoint(f"{label} cannot be read ({fault})") from cause
-    assert restored is not None
+    with _read_in_all(label):
+      restored = self._read(step, "state", ocp.args.StandardRestore(abstract))
     if fingerprint(restored) != about["state"]:
       raise DamagedCheckpoint(f"{label} is damaged: its arrays differ from those that were saved")
     return Restored(_like(restored, like), about["data_state"], step, about["loss"])
@@ -340,28 +332,28 @@ class Checkpoints:
     return losses
 
   def _about(self, step: int) -> dict[str, Any]:
-    args = ocp.args.Composite(about=ocp.args.JsonRestore())
-    try:
-      stored = self._checkpointer.restore(self.folder / str(step), args=args)["about"]
+    label = f"the checkpoint of step {step} in {self.folder}"
+    with _read_in_all(label):
+      stored = self._read(step, "about", ocp.args.JsonRestore())
       about, digest = stored["content"], stored["digest"]
-    except Exception as error:  # storage libraries raise errors of many kinds
-      raise DamagedCheckpoint(
-        f"the checkpoint of step {step} in {self.folder} cannot be read ({type(error).__name__})"
-      ) from error
-    if _digest(about) != digest:
-      raise DamagedCheckpoint(f"the checkpoint of step {step} in {self.folder} is damaged")
-    if about.get("step", step) != step:
-      raise DamagedCheckpoint(
-        f"the checkpoint of step {step} in {self.folder} is that of step {about['step']}: its "
-        "folder was renamed or copied"
-      )
+      if _digest(about) != digest:
+        raise DamagedCheckpoint(f"{label} is damaged")
+      if about.get("step", step) != step:
+        raise DamagedCheckpoint(
+          f"{label} is that of step {about['step']}: its folder was renamed or copied"
+        )
     version = about.get("version", 1)
     if version > VERSION:
       raise ValueError(
-        f"the checkpoint of step {step} in {self.folder} has version {version}; this lora_jax "
-        f"reads versions 1 to {VERSION}. Use the version of lora_jax that wrote it, or a later one"
+        f"{label} has version {version}; this lora_jax reads versions 1 to {VERSION}. Use the "
+        "version of lora_jax that wrote it, or a later one"
       )
     return about
+
+  def _read(self, step: int, item: str, args: Any) -> Any:
+    # The checkpointer's `restore` ends with a barrier, which a process that fails never reaches.
+    handler: Any = self._checkpointer.handler
+    return handler.restore(self.folder / str(step), args=ocp.args.Composite(**{item: args}))[item]
 
   def _rename(self, step: int, name: str) -> None:
     """Renames a checkpoint once no process uses it."""
@@ -375,6 +367,19 @@ class Checkpoints:
 
 class DamagedCheckpoint(ValueError):
   """A checkpoint differs from what was written."""
+
+
+@contextlib.contextmanager
+def _read_in_all(label: str) -> Iterator[None]:
+  """Raises an error of one process in all of them, as damage; so none waits for another."""
+  message, cause = "", None
+  try:
+    yield
+  except Exception as error:  # storage libraries raise errors of many kinds
+    is_damage, cause = isinstance(error, DamagedCheckpoint), error
+    message = str(error) if is_damage else f"{label} cannot be read ({type(error).__name__})"
+  if message := first_message(message):
+    raise DamagedCheckpoint(message) from cause
 
 
 def _arrays(state: PyTree) -> dict[str, jax.Array]:

@@ -6,7 +6,7 @@ All of them run the same program. Process 0 writes the files that are not made o
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -45,21 +45,27 @@ def from_first(value: Callable[[], Value]) -> Value:
   Args:
     value: called in process 0 only, however long it takes.
   """
+  return _from(0, value) if are_several() else value()
+
+
+def first_message(message: str) -> str:
+  """Returns, in all processes, the message of the first that has one, and the process's number.
+
+  Args:
+    message: of this process; "" is none. A single process gets its own back.
+  """
   if not are_several():
-    return value()
-  text = json.dumps(value()).encode() if is_first() else b""
+    return message
   wait_for_all()
-  size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text))))
-  padded = np.frombuffer(text.ljust(size), np.uint8)
-  return json.loads(_broadcast(padded if is_first() else np.zeros(size, np.uint8)))
+  senders = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(message))))
+  return f"process {senders[0]}: {_from(int(senders[0]), lambda: message)}" if len(senders) else ""
 
 
-def in_all(condition: bool) -> bool:
-  """Tells, in all processes, whether a condition holds in each of them."""
-  if not are_several():
-    return condition
-  return bool(np.all(multihost_utils.process_allgather(np.asarray(condition))))
-
-
-def _broadcast(array: np.ndarray) -> Any:
-  return np.asarray(multihost_utils.broadcast_one_to_all(array)).tobytes()
+def _from(process: int, value: Callable[[], Value]) -> Value:
+  """Returns a JSON value that one process computes, in all processes."""
+  is_source = jax.process_index() == process
+  text = json.dumps(value()).encode() if is_source else b""
+  wait_for_all()
+  size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text)), is_source))
+  padded = np.frombuffer(text.ljust(size), np.uint8) if is_source else np.zeros(size, np.uint8)
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded, is_source)).tobytes())

@@ -1,5 +1,9 @@
 """Training by several processes: real ones, on this machine."""
 
+import json
+import re
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.placement import gathered, host_copy, place
 from lora_jax.training.mesh import local_rows, make_mesh, place_batch
-from lora_jax.training.processes import from_first, in_all, is_first, wait_for_all
+from lora_jax.training.processes import first_message, from_first, is_first, wait_for_all
 
 from tests import two_processes
 from tests.kill_training import losses
@@ -29,11 +33,27 @@ def test_two_processes_train_as_one(tmp_path):
   assert len([*tmp_path.glob("two/tensorboard/*")]) == 1
 
 
+def test_damage_that_one_process_finds_is_an_error_in_all(tmp_path):
+  command = [sys.executable, "-m", "tests.two_readers", str(tmp_path)]
+  command += [f"--port={two_processes.free_port()}", "--process_id"]
+  commands = [[*command, str(process)] for process in range(2)]
+  outputs = two_processes.finish(two_processes.start(commands, 1, tmp_path / "cache"))
+  assert [code for code, _ in outputs] == [0, 0], outputs
+  first, second = (json.loads(text.splitlines()[-1]) for _, text in outputs)
+  assert first == second
+  for name, (error, *steps) in first.items():
+    process = name[-1]
+    folder = re.escape(f"{tmp_path / name}, copy of {process}")
+    message = rf"process {process}: the checkpoint of step 2 in {folder} cannot be read \(\w+\)"
+    assert re.fullmatch(message, error)
+    assert steps == [1, 1]
+
+
 def test_a_single_process_is_the_first_and_has_all_rows():
   mesh = make_mesh(2, 2)
   assert is_first()
-  assert in_all(True)
-  assert not in_all(False)
+  assert first_message("") == ""
+  assert first_message("the disk is full") == "the disk is full"
   assert from_first(lambda: {"a": 1.5}) == {"a": 1.5}
   wait_for_all()
   assert local_rows(mesh, 8) == local_rows(mesh, 8, 2) == [*range(8)]
