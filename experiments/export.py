@@ -12,7 +12,9 @@ add up. `--format=peft-experts` gives each expert of a mixture its own factors, 
 `prefix_embedding` with `prefix.num_infix=0` are written as PEFT's prompt tuning.
 
 A merged model needs no adapter and no LoRA: the run's method may be any. It has the files and the
-dtype of the base model's folder, and the error of rounding to that dtype is printed.
+dtype of the base model's folder, and the error of rounding to that dtype is printed. For a base
+model of GGUF, or one that the run quantized (int8, nf4) or rounded, it is in float32 instead, with
+the weights that the run was trained on: it equals the run's own model.
 
 `merged.gguf` is for runs of QA-LoRA (`--config.method=qa_lora`) on a GGUF file of Q4_1 or Q5_1. It
 equals that file except for the minima of the adapted blocks; their rounding error is printed.
@@ -41,14 +43,14 @@ from experiments.harness.methods import (
   find_method,
   is_prompt_tuning,
   lora_config,
-  needs_weights,
 )
 from experiments.harness.model_card import CARD, BaseModel, model_card
 from experiments.harness.workdir import read_finished, read_run, stored_config
 from experiments.nlg.adapters import FORMATS, Format, RunAdapter, write_adapter
-from experiments.nlg.base import Base, load_base, model_folder
+from experiments.nlg.base import Base, load_base, model_folder, other_weights
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import (
+  base_of_adapter,
   check_weights,
   export_folder,
   has_model,
@@ -68,7 +70,6 @@ from lora_jax.files import local_path
 from lora_jax.interop import load_peft, save_merged
 from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.text.tokenizer import tokenizer_files
-from lora_jax.models.zoo import load_causal_lm, plan_causal_lm
 from lora_jax.training.mesh import make_mesh
 
 EMBEDDED = "lora_jax/assets/gpt2"
@@ -89,6 +90,12 @@ def export_adapter(folder: str | Path, out: str | Path, form: Format = "peft") -
   """
   config = _config_of(folder)
   _check_exportable(config, merged=False)
+  if find_method(config.method).corrects_quantization:
+    raise ValueError(
+      f"{config.workdir} is a run of {config.method}: its adapter starts from the error of "
+      "quantization, and on any other weights than the run's it is another model. Export it "
+      "--merged, as float32 weights"
+    )
   if isinstance(config, GlueConfig):
     _export_encoder(config, out, form)
   elif isinstance(config, E2EConfig):
@@ -122,7 +129,7 @@ def _e2e_adapter(config: E2EConfig) -> RunAdapter:
     lora_config(config),
     adapter,
     base.model,
-    BaseModel(name, base.model.folder, digests),
+    BaseModel(name, base.model.folder, digests, other_weights(config)),
     _text_files(config, base),
     tuple(decode([token], skip_special_tokens=False) for token in end_ids(base)),
     is_chat=base.prompt == "chat",
@@ -153,8 +160,9 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
   """Writes a finished run's model for `transformers`, with its adapter merged.
 
   Returns:
-    The error of rounding each leaf to the base model's dtype, as in `save_merged`; empty for runs
-    without an adapter or a base model's folder, whose weights are written in float32.
+    The error of rounding each leaf to the base model's dtype, as in `save_merged`; empty if the
+    weights are written in float32, since the run has no adapter or has adapted other weights than
+    those of a folder.
   Raises:
     FileExistsError: if there is such a folder.
     ValueError: if the run is not finished.
@@ -165,7 +173,7 @@ def export_merged(folder: str | Path, out: str | Path) -> dict[str, float]:
     return _merge_finetuned(config, out)
   if isinstance(config, GlueConfig):
     return load_encoder(folder).save_merged(out)
-  has_adapter = find_method(config.method).exports_adapter and config.model.start != "random"
+  has_adapter = find_method(config.method).exports_adapter and not other_weights(config)
   if has_adapter and not is_gguf(model_folder(config)):
     base = load_base(config, make_mesh())
     adapter, stored = load_adapter(config, base), base.model.stored
@@ -232,9 +240,10 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
   read_finished(config.workdir)  # raises if it is not
   if has_model(config):
     raise ValueError(_written_already(config))
-  model = (load_causal_lm if needs_weights(config) else plan_causal_lm)(config.model.folder)
+  base = model_folder(config)
+  in_floats = is_gguf(base) or bool(other_weights(config))  # neither holds a merged weight
+  model = base_of_adapter(config, with_weights=in_floats)
   lora, adapter = load_peft(export_folder(config), model.stored, model.params)
-  base = model_folder(config)  # with its weights
   check_weights(config, base)
   files = exported_text_files(export_folder(config))
   if config.data.chat_template and "chat_template.jinja" not in files:
@@ -242,9 +251,8 @@ def _merge_finetuned(config: FinetuneConfig, out: str | Path) -> dict[str, float
       f"{export_folder(config)} lacks chat_template.jinja, with which the run was trained "
       f"({config.data.chat_template}). Copy it there"
     )
-  if is_gguf(base):  # its blocks cannot hold a merged weight: write a new float32 folder
-    model = load_causal_lm(base)
-    params = lj.lora(model.call, lora).merge(model.params, adapter)
+  if in_floats:
+    params = lj.lora(model.call, lora).merge(lj.dequantize(model.params), adapter)
     end_id = end_token_ids(export_folder(config))[0]
     write_with(files, out, lambda path: model.save(path, params, end_of_text_id=end_id))
     return {}

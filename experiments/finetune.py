@@ -39,6 +39,7 @@ from experiments.harness.workdir import (
   run_once,
 )
 from experiments.nlg import usage
+from experiments.nlg.base import other_weights
 from experiments.nlg.config import FinetuneConfig
 from experiments.nlg.finetuned import (
   adapted_loss,
@@ -276,6 +277,9 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   if is_prompt_tuning(config):
     here = usage.prompt_in_lora_jax(model, str(folder), slots_of(config).count, dtype)
   lines = ["# here", *here, ""]
+  if find_method(config.method).corrects_quantization:  # on other weights it is another model
+    command = f"# python -m experiments.export {config.workdir} FOLDER --merged"
+    return [*lines, "# for all other programs, merged into float32 weights", command]
   path = cached_path(model) if model in PRETRAINED else Path(model)  # without asking the hub
   lines += ["# in PEFT", *usage.in_peft(model, path, str(folder))]
   written = read_json(folder / "adapter_config.json")
@@ -286,7 +290,8 @@ def how_to_load(config: FinetuneConfig) -> list[str]:
   if has_servers(config):
     lines += ["", "# for llama.cpp and Ollama"]
     lines += [f"# python -m experiments.export {config.workdir} adapter.gguf"]
-  if find_method(config.method).variant == lj.QA_LORA and _has_minima(path):
+  on_file = not other_weights(config)
+  if on_file and find_method(config.method).variant == lj.QA_LORA and _has_minima(path):
     lines += ["", "# for llama.cpp, merged into a copy of the base model's file"]
     lines += [f"# python -m experiments.export {config.workdir} merged.gguf --merged"]
   return lines

@@ -34,11 +34,20 @@ class BaseModel(NamedTuple):
     name: as the run's config has it, or that of the embedded model.
     path: its local folder or GGUF file.
     digests: SHA-256 of its weight files by name, or the fingerprint of its weights.
+    weights: the format that they were quantized to for the training, such as nf4; "" if none.
   """
 
   name: str
   path: Path
   digests: Mapping[str, str]
+  weights: str = ""
+
+  @property
+  def difference(self) -> str:
+    """A sentence on the weights that the adapter was trained on; "" if they are the files' own."""
+    if not self.weights:
+      return ""
+    return f"Trained on weights quantized to {self.weights}: on those of the files it differs."
 
   @property
   def repository(self) -> str | None:
@@ -96,6 +105,7 @@ def model_card(
   rows = {
     "base model": f"`{base.name}`{f', {base.path.name}' if is_gguf(base.path) else ''}",
     "its weights": "; ".join(f"{name} {digest}" for name, digest in base.digests.items()),
+    "as trained": base.difference,
     "its licence": about_license.get(license_, license_),
     "data": _data(config),
     "method": about_method,

@@ -10,7 +10,12 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import PyTree
 
 import lora_jax as lj
-from experiments.harness.methods import exported_adapter, is_prompt_tuning, slots_of
+from experiments.harness.methods import (
+  exported_adapter,
+  find_method,
+  is_prompt_tuning,
+  slots_of,
+)
 from experiments.harness.model_card import CARD, BaseModel, code, model_card
 from experiments.nlg import usage
 from experiments.nlg.config import E2EConfig, FinetuneConfig
@@ -93,9 +98,11 @@ def _write_peft(run: RunAdapter, folder: Path, form: Format) -> None:
   written = read_json(folder / "adapter_config.json")
   base, here = run.base.name, "."
   lines = _about_file(run.base)
-  lines += code("python", usage.in_peft(base, run.base.shown_path, here))
+  fits_files = not find_method(run.config.method).corrects_quantization
+  if fits_files:
+    lines += code("python", usage.in_peft(base, run.base.shown_path, here))
   lines += code("python", usage.in_lora_jax(base, here, run.config.model.param_dtype))
-  servable = form != "peft" and not is_gguf(run.base.path)
+  servable = form != "peft" and fits_files and not is_gguf(run.base.path)
   if servable and (command := usage.in_vllm(base, here, written["r"])):
     lines += code("sh", command)
   _write_card(run, folder, form, lines)
@@ -219,6 +226,7 @@ def modelfile(run: RunAdapter, adapter: str) -> str:
     lines += [f"FROM {path.resolve()}"]
   else:
     lines += [f"# {_converted(run)}", "FROM ./base.gguf"]
+  lines += [f"# {run.base.difference}"] if run.base.difference else []
   lines += [f"ADAPTER ./{adapter}"]
   if run.is_chat is False:
     lines += ["# trained on prompts without a chat template", RAW_PROMPT]

@@ -13,13 +13,14 @@ from jaxtyping import PyTree
 from experiments.harness.config import replace_fields
 from experiments.harness.methods import adapt, find_method, slots_of
 from experiments.harness.sharding import sharding_of
-from experiments.nlg.config import E2EConfig, FinetuneConfig, Prompt
+from experiments.nlg.config import E2EConfig, E2EModel, FinetuneConfig, Prompt
 from experiments.nlg.pretraining import PRETRAINING
 from experiments.nlg.rounding import rounded
 from experiments.nlg.user_data import Text, load_text
 from lora_jax.decoding import CachedModel, adapted, from_linen
 from lora_jax.files import read_json
 from lora_jax.models.checkpoints.hub import find_folder
+from lora_jax.models.checkpoints.loaded_weights import QUANTIZED
 from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.parts.causal_lm import CausalLM
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
@@ -114,6 +115,19 @@ def model_folder(config: E2EConfig | FinetuneConfig) -> Path:
   if config.model.folder:
     return find_folder(config.model.folder)
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
+
+
+def other_weights(config: E2EConfig | FinetuneConfig) -> str:
+  """Returns the kind of weights that a run adapts instead of its base model's own.
+
+  Such as `nf4`, which are quantized after they are read, or `random`; "" are the files' weights.
+  """
+  model = config.model
+  if isinstance(model, E2EModel) and model.start == "random":
+    return "random"
+  if isinstance(model, E2EModel) and model.rounded_to:
+    return model.rounded_to
+  return model.param_dtype if model.param_dtype in QUANTIZED else ""
 
 
 def pretraining_tokens(config: E2EConfig) -> int | None:

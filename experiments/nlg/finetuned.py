@@ -24,7 +24,7 @@ from experiments.harness.model_card import BaseModel
 from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest, read_finished
 from experiments.nlg.adapters import Format, RunAdapter, write_adapter
-from experiments.nlg.base import model_folder
+from experiments.nlg.base import model_folder, other_weights
 from experiments.nlg.config import FinetuneConfig
 from experiments.nlg.restore import trainable_shapes
 from experiments.nlg.text_files import (
@@ -164,7 +164,8 @@ def export(
   end_ids = (text.end_id, *text.end_ids)
   files = text_files(model.folder, text.tokenizer, end_ids, own_template)
   if has_adapter:
-    base = BaseModel(config.model.folder, model.folder, result["weights"])
+    weights = other_weights(config)
+    base = BaseModel(config.model.folder, model.folder, result["weights"], weights)
     run = RunAdapter(config, result, lora_config(config), trained, model, base, files)
     write_adapter(run, folder, _format(config, model, trained))
     return
@@ -204,10 +205,21 @@ def trained_tree(config: FinetuneConfig, model: LanguageModel) -> PyTree:
   return restore_adapter(Path(config.workdir) / "adapter", shapes)
 
 
-def load_exported(config: FinetuneConfig) -> RunAdapter:
-  """Returns the adapter that a finished run has exported, and the shapes of its base model.
+def base_of_adapter(config: FinetuneConfig, with_weights: bool = False) -> LanguageModel:
+  """Returns the base model of a run as it was trained, in float32 if it was not quantized.
 
-  For a variant other than LoRA the base model's weights are read too, since it may need them.
+  Args:
+    config: the run's config.
+    with_weights: or only their shapes, unless the run's variant of LoRA needs the weights.
+  """
+  load = load_causal_lm if with_weights or needs_weights(config) else plan_causal_lm
+  if weights := other_weights(config):
+    return load(config.model.folder, param_dtype=weights, scan_layers=config.model.scan_layers)
+  return load(config.model.folder)
+
+
+def load_exported(config: FinetuneConfig) -> RunAdapter:
+  """Returns the adapter that a finished run has exported, for `base_of_adapter`.
 
   Raises:
     FileNotFoundError, ValueError: if the run is not finished, has no adapter, its files are gone
@@ -219,9 +231,10 @@ def load_exported(config: FinetuneConfig) -> RunAdapter:
       f"{config.workdir} is a run of {config.method}, which has no adapter: {folder}"
     )
   check_weights(config, model_folder(config))
-  model = (load_causal_lm if needs_weights(config) else plan_causal_lm)(config.model.folder)
+  model = base_of_adapter(config)
   adapter = trained_tree(config, model)
-  base = BaseModel(config.model.folder, model.folder, result.get("weights", {}))
+  digests, weights = result.get("weights", {}), other_weights(config)
+  base = BaseModel(config.model.folder, model.folder, digests, weights)
   files = exported_text_files(folder)
   tokenizer, ids = load_tokenizer(folder), end_token_ids(folder)
   ends = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in ids)

@@ -1,7 +1,8 @@
 """LoftQ's start of an adapter, from the base model's weights before and after quantization.
 
-One iteration, which leaves the base model's codes as others have them; so the adapter is exported
-and served on that model. `lora_jax.loftq` has more iterations, which change the codes.
+One iteration, which leaves the base model's codes as others have them. On weights that are not
+quantized, the adapter is another model: it is exported merged. `lora_jax.loftq` has more
+iterations, which change the codes.
 """
 
 import shutil

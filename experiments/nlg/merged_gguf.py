@@ -8,13 +8,13 @@ from jaxtyping import PyTree
 import lora_jax as lj
 from experiments.harness.config import replace_fields
 from experiments.harness.methods import find_method, lora_config
-from experiments.nlg.base import load_base, model_folder
+from experiments.nlg.base import load_base, model_folder, other_weights
 from experiments.nlg.config import E2EConfig, FinetuneConfig
 from experiments.nlg.finetuned import check_weights, trained_tree
 from experiments.nlg.restore import load_adapter
 from lora_jax.interop import save_merged_gguf
 from lora_jax.models.checkpoints.gguf import is_gguf
-from lora_jax.models.checkpoints.loaded_weights import QUANTIZED, STORED
+from lora_jax.models.checkpoints.loaded_weights import STORED
 from lora_jax.models.zoo import LanguageModel, load_causal_lm
 from lora_jax.training.mesh import make_mesh
 
@@ -41,6 +41,11 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
       "file, and a merged GGUF file has the blocks of its base model's. Give a folder to make "
       "instead of a file"
     )
+  if weights := other_weights(config):
+    raise ValueError(
+      f"{config.workdir} adapts {weights} weights, and a merged GGUF file has those of its base "
+      "model's. Give a folder to make instead of a file"
+    )
   if isinstance(config, E2EConfig):
     adapter, model = _e2e_adapter(config)
   else:
@@ -52,18 +57,8 @@ def export_merged_gguf(config: E2EConfig | FinetuneConfig, out: str | Path) -> d
 
 
 def _e2e_adapter(config: E2EConfig) -> tuple[PyTree, LanguageModel]:
-  """Returns the adapter of a run, and its base model as stored, which is read once.
-
-  Raises:
-    ValueError: if the run adapts other weights than those of the file.
-  """
+  """Returns the adapter of a run, and its base model as stored, which is read once."""
   model = config.model
-  if model.start == "random" or model.rounded_to or model.param_dtype in QUANTIZED:
-    raise ValueError(
-      f"{config.workdir} adapts random, rounded or requantized weights (model.start={model.start}, "
-      f"rounded_to={model.rounded_to!r}, param_dtype={model.param_dtype}), and a merged GGUF file "
-      "has those of its base model's. Give a folder to make instead of a file"
-    )
   stored = load_base(replace_fields(config, {"model.param_dtype": STORED}), make_mesh())
   trained_on = stored.params
   if model.param_dtype != STORED:

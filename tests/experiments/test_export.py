@@ -446,3 +446,51 @@ def test_a_run_on_a_gguf_file_merged(run_on_gguf, tmp_path):
   scaling = get_config().lora.alpha / 2
   np.testing.assert_allclose(after, before + scaling * adapter.lora_a @ adapter.lora_b, rtol=1e-5)
   check_text_files(tmp_path / "new")
+
+
+def quantized_run(run_on_gguf, folder, method):
+  """Copies a run, as if it had been trained on int8 weights."""
+  shutil.copytree(run_on_gguf[0], folder)
+  config = json.loads((folder / "config.json").read_text())
+  config["method"], config["model"]["param_dtype"] = method, "int8"
+  (folder / "config.json").write_text(json.dumps(config))
+  return folder
+
+
+def test_a_run_on_quantized_weights_is_merged_into_them(run_on_gguf, tmp_path):
+  """Not into the file's, with which the adapter is another model."""
+  run = quantized_run(run_on_gguf, tmp_path / "run", "loftq")
+  export.main([str(run), str(tmp_path / "new"), "--merged"])
+  _, file, trainable = run_on_gguf
+  lora = lora_config(read_run(FinetuneConfig, run))
+  base = load_causal_lm(file.folder, param_dtype="int8")
+  expected = lj.lora(base.call, lora).merge(lj.dequantize(base.params), trainable)
+  merged = load_causal_lm(tmp_path / "new").params
+  assert relative_difference(merged, expected) < 1e-6
+  in_file = lj.lora(file.call, lora).merge(file.params, trainable)
+  assert relative_difference(merged, in_file) > 2e-5
+
+
+def test_a_run_on_quantized_weights_says_so(run_on_gguf, tmp_path):
+  """LoftQ's adapter, which is another model on the file's weights, is not exported for them."""
+  export.main([str(quantized_run(run_on_gguf, tmp_path / "run", "lora")), str(tmp_path / "a.gguf")])
+  for path in (tmp_path / "a.README.md", tmp_path / "a.Modelfile"):
+    assert "Trained on weights quantized to int8: on those of the files it" in path.read_text()
+  run = quantized_run(run_on_gguf, tmp_path / "loftq", "loftq")
+  for flags in (["b.gguf"], ["b", "--format=mlx"], ["b"]):
+    with pytest.raises(SystemExit, match=r"another model\. Export it --merged, as float32 weights"):
+      export.main([str(run), str(tmp_path / flags[0]), *flags[1:]])
+  write_adapter(load_exported(read_run(FinetuneConfig, run)), tmp_path / "peft", "peft")  # a run's
+  card = (tmp_path / "peft" / "README.md").read_text()
+  assert "param_dtype='int8'" in card
+  assert "PeftModel" not in card
+  with pytest.raises(SystemExit, match="adapts int8 weights, and a merged GGUF file has those of"):
+    export.main([str(run), str(tmp_path / "c.gguf"), "--merged"])
+
+
+def test_rounded_weights_are_what_an_e2e_run_is_merged_into(tmp_path):
+  base, expected = untrained_run(tmp_path / "run", {"model.rounded_to": "Q4_0"})
+  export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
+  assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-6
+  export.main([str(tmp_path / "run"), str(tmp_path / "adapter")])
+  assert "quantized to Q4_0: on those of" in (tmp_path / "adapter" / "README.md").read_text()
