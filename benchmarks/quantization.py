@@ -129,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--kernels", type=int, default=0, help="the first ones only; 0 is all")
   parser.add_argument("--loftq", action="store_true", help="only LoftQ's table")
   options = parser.parse_args(arguments)
+  if options.kernels < 0:
+    parser.error(f"argument --kernels: expected 0 or more, got {options.kernels}")
   leaves = weights_with_path(load_causal_lm(options.model).params)
   kernels = [leaf for path, leaf in leaves if path.endswith("/kernel") and leaf.ndim == 2]
   kernels = kernels[: options.kernels or None]

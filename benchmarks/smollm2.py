@@ -64,6 +64,7 @@ GOALS = {"full": 0.85, "padded": 0.85, "packed": 0.6, "beam": 0.5}
 PACKED_TO_PADDED_GOAL = 0.45
 AGREEMENT = 1e-4  # of first losses, relative
 NEW_TOKENS = 64
+LIMITS = {"greedy_inputs": 630, "beam_inputs": 630, "repeats": 1000, "decode_repeats": 1000}
 HEADS = ("compile_s", "ours", "peer", "x", "x_cpu", "goal", "tokens/s", "floor")
 
 
@@ -265,7 +266,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--decode_repeats", type=int, default=1, help="turns of decoding")
   parser.add_argument("--greedy_inputs", type=int, default=100)
   parser.add_argument("--beam_inputs", type=int, default=20)
-  return parser.parse_args(arguments)
+  options = parser.parse_args(arguments)
+  for name, most in LIMITS.items():
+    if not 1 <= (count := getattr(options, name)) <= most:
+      parser.error(f"argument --{name}: expected 1 to {most}, got {count}")
+  return options
+
+
+def decoded_contexts() -> list[str]:
+  """Returns the distinct test inputs: 200 drawn at random, then all others."""
+  contexts = [group.context for group in e2e.grouped(e2e.read("test"))]
+  drawn = random.Random(0).sample(contexts, 200)
+  return [*drawn, *(context for context in contexts if context not in set(drawn))]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Row]:
@@ -283,8 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Row]:
   end = end_of_text_id(tokenizer)
   records = random.Random(0).sample(e2e.read("train"), 400)
   examples = text.encode(tokenizer, records, end, 256)
-  contexts = [group.context for group in e2e.grouped(e2e.read("test"))]
-  prompts = text.encode_context(tokenizer, random.Random(0).sample(contexts, 200), end)
+  prompts = text.encode_context(tokenizer, decoded_contexts(), end)
   model, flops = load_causal_lm(path), matmul_flops()
   print(f"a matmul of 2048 x 2048: {flops / 1e9:.0f} gflop/s\n")
   print(f"{'':8}" + "".join(f"{head:>9}" for head in HEADS), flush=True)

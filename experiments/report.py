@@ -1,12 +1,15 @@
 """Compares finished runs with each other and with the paper: a table, a CSV file and a plot.
 
-    python -m experiments.report FOLDERS... [--out=report] [--against=FOLDER]
+    python -m experiments.report FOLDERS... [--out=report] [--against=FOLDER] [--losses]
 
 Runs that differ only in their seed are one row, and each data set has tables of its own. Every
 number is read from the runs' folders; unfinished runs are listed. Writes OUT.md, OUT.csv and
 OUT.png; with several data sets a plot for each, OUT-NAME.png.
 
-Time: seconds; with Java a few more for METEOR.
+Runs that have their losses by input are compared with a control, with verdicts by validation loss
+and by BLEU (comparison/decided.py). `--losses` measures them where they are missing.
+
+Time: seconds; with Java a few more for METEOR; with `--losses` an evaluation of each run.
 Expect: the tables of docs/gpt2_e2e.md, from the runs that are listed there.
 """
 
@@ -14,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments.comparison.decided import decided, measure
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
 from experiments.harness.config import read_output
@@ -54,7 +58,10 @@ PAPER_MODELS = {"GPT-2 medium", "GPT-2 large"}
 
 
 def report(
-  folders: Sequence[str | Path], out: str | Path, against: str | Path | None = None
+  folders: Sequence[str | Path],
+  out: str | Path,
+  against: str | Path | None = None,
+  losses: bool = False,
 ) -> str:
   """Writes the report of some runs; returns its text.
 
@@ -63,6 +70,7 @@ def report(
     out: the files' path without the ending.
     against: the run that the others are compared with; None is the first seed of the group with
       the smallest validation loss among LoRA and its variants.
+    losses: whether to measure the losses by input of runs that lack them.
   Raises:
     FileNotFoundError: if a folder is not the folder of a run.
     ValueError: if no run is finished, one is of another experiment, two are the same, `against` is
@@ -78,7 +86,7 @@ def report(
   for run in runs:
     by_data[_title(run)].append(run)
   holder = _holder(by_data, against)
-  parts, groups = [unfinished], []
+  parts, groups = [unfinished, measure(runs) if losses else ""], []
   out.parent.mkdir(parents=True, exist_ok=True)
   for name, of_data in by_data.items():
     of_name = group_runs(of_data)
@@ -107,7 +115,7 @@ def _section(
     printed = _paper_table(runs[0])
     parts += [_over_inputs(groups), _compared(groups, runs, against)]
     parts.append(_paper(printed, runs) if printed else "")
-  parts += [_rates(rates) if rates else "", *map(_ranks, sweeps)]
+  parts += [decided(groups, against), _rates(rates) if rates else "", *map(_ranks, sweeps)]
   parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
   draw(Path(plot), groups, _metrics(runs[0]), rates, sweeps, budgets, bits)
   return "\n\n".join(part for part in parts if part)
@@ -478,9 +486,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("folders", nargs="+", help="the runs' folders, such as runs/e2e_budgets/*")
   parser.add_argument("--out", default="report", help="the files to write, without the ending")
   parser.add_argument("--against", help="the run that the others are compared with")
+  about = "measure the losses by input of runs that lack them"
+  parser.add_argument("--losses", action="store_true", help=about)
   options = parser.parse_args(arguments)
   with explained():
-    print(report(options.folders, options.out, options.against))
+    print(report(options.folders, options.out, options.against, options.losses))
   print(
     f"wrote {options.out}.md and {options.out}.csv, and each data set's plot: {options.out}*.png"
   )

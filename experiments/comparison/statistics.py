@@ -99,6 +99,29 @@ def compare_losses(
   return compare(scores, len(tokens), resampled, control, **draws)
 
 
+def compare_sums(
+  rows: Mapping[str, Float[np.ndarray, "seeds inputs counts"]],
+  formula: Callable[[np.ndarray], np.ndarray],
+  control: str,
+) -> dict[str, Difference]:
+  """Compares scores of sums over the inputs, such as BLEU.
+
+  Args:
+    rows: by arm, the statistics of each input; the seeds may differ in number.
+    formula: from sums of rows to scores.
+    control: as in `compare_losses`.
+  """
+  scores = {arm: formula(values.sum(axis=1)) for arm, values in rows.items()}
+
+  def resampled(counts: np.ndarray) -> np.ndarray:
+    means = [
+      np.mean([formula(counts @ of_seed) for of_seed in values], axis=0) for values in rows.values()
+    ]
+    return np.stack(means, axis=1)
+
+  return compare(scores, rows[control].shape[1], resampled, control)
+
+
 def compare(
   scores: Scores,
   num_inputs: int,

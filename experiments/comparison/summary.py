@@ -10,7 +10,12 @@ import numpy as np
 
 from experiments.comparison.plan import FROZEN, STAGES, arms_of, bracketed, label, num_seeds
 from experiments.comparison.runs import COSTS, Record, rate_losses
-from experiments.comparison.statistics import Difference, compare, compare_losses, expected_best
+from experiments.comparison.statistics import (
+  Difference,
+  compare_losses,
+  compare_sums,
+  expected_best,
+)
 from experiments.configs.variants import ARMS, CONTROL, FULL, MARGIN, TOLERANCE, Sizes
 from experiments.harness.launch import RATE
 from lora_jax.metrics.ngrams import bleu_formula
@@ -274,16 +279,7 @@ def _compared_bleu(reported: dict[str, list[Record]]) -> dict[str, Difference]:
   rows = {arm: values for arm, values in rows.items() if len(values)}
   if CONTROL not in rows or len(rows) < 2 or all(len(values) < 2 for values in rows.values()):
     return {}
-  scores = {arm: bleu_formula(values.sum(axis=1)) for arm, values in rows.items()}
-
-  def resampled(counts: np.ndarray) -> np.ndarray:
-    means = [
-      np.mean([bleu_formula(counts @ of_seed) for of_seed in values], axis=0)
-      for values in rows.values()
-    ]
-    return np.stack(means, axis=1)
-
-  return compare(scores, rows[CONTROL].shape[1], resampled, CONTROL)
+  return compare_sums(rows, bleu_formula, CONTROL)
 
 
 def _effort(records: Iterable[Record], frozen: Record) -> list[float]:

@@ -13,6 +13,9 @@ rates are multiples of LoRA's by the methods table. The nulls of `experiments.su
 LoRA's variants come last, with the sizes and learning rates of variants.py; those without a
 learning rate there are left out, and named. `tiny` takes one step of every run on a few examples,
 on a CPU, as a check.
+
+`python -m lora_jax.models.checkpoints.gguf_split` writes the model's file in two parts of less than
+64 MiB, for machines that take no larger ones; `--config.model.folder=` takes the first.
 """
 
 from collections.abc import Iterator

@@ -7,8 +7,9 @@
     python -m experiments.report runs/smollm2/served/* runs/smollm2/served/*/evaluations/*
 
 W is the dequantized file, Q(W) the same with linear weights rounded to a format. On 1,500
-examples, the sweep trains LoRA on W and on each Q(W), and QA-LoRA on formats whose blocks have a
-minimum, into which it merges. The loop evaluates the adapter trained on W on each Q(W).
+examples, the sweep trains LoRA on W and on each Q(W), QA-LoRA on formats whose blocks have a
+minimum, into which it merges, and last LoftQ on each Q(W), which is LoRA with another start. The
+loop evaluates the adapter trained on W on each Q(W).
 """
 
 from collections.abc import Iterator
@@ -42,3 +43,5 @@ def sweep(config: Config) -> Iterator[Changes]:
   for name in WITH_MINIMUM:
     yield {"method": "qa_lora", "model.rounded_to": name, **rate}
   yield {"method": "qa_lora", **rate}  # the file's own Q4_1
+  for name in FORMATS:
+    yield {"method": "loftq", "model.rounded_to": name, **rate}

@@ -9,7 +9,7 @@ metrics.jsonl    losses by step               model/          the fully trained 
 tensorboard/     the same, for TensorBoard    predictions.txt one text for each input
 ranks.json       ranks chosen from data       result.json     written last: the run is finished
 concurrent.json  its training with others     adapter_initial/ the start, of LoftQ or from data
-stopped.json     why a sweep has stopped it
+stopped.json     why a sweep has stopped it   losses.json     losses by input, of `report --losses`
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from lora_jax.training.processes import from_first, is_first, wait_for_all
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
 TRAINED_TOGETHER, STOPPED = "concurrent.json", "stopped.json"
+LOSSES = "losses.json"  # of comparison/decided.py
 FULL_DISK = ("No space left on device", "File too large", "Disk quota exceeded")
 
 

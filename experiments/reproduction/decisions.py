@@ -13,7 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.comparison.statistics import Difference, Verdict, compare, compare_losses
+from experiments.comparison.statistics import (
+  Difference,
+  Verdict,
+  compare,
+  compare_losses,
+  compare_sums,
+)
 from experiments.configs.paper import MARGIN, STUDIES
 from experiments.nlg.scores import lower_is_better, reaches_floor
 from experiments.reproduction.plan import num_seeds
@@ -124,16 +130,7 @@ def metric_differences(
   """Returns the differences in a task's metric to the control, in the metric's units."""
   rows = {arm: np.array([run["rows"][metric] for run in runs[arm]], float) for arm in arms}
   rows = {control: np.array([run["rows"][metric] for run in runs[control]], float), **rows}
-  formula = _formula(metric)
-  scores = {arm: formula(values.sum(axis=1)) for arm, values in rows.items()}
-
-  def resampled(counts: np.ndarray) -> np.ndarray:
-    means = [
-      np.mean([formula(counts @ of_seed) for of_seed in values], axis=0) for values in rows.values()
-    ]
-    return np.stack(means, axis=1)
-
-  return compare(scores, rows[control].shape[1], resampled, control)
+  return compare_sums(rows, _formula(metric), control)
 
 
 def _formula(metric: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -20,7 +20,7 @@ llama.cpp. Its own converter ignores `rank_pattern`, `alpha_pattern` and rank-st
 and swaps A and B of GPT-2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ ADAPTER_TYPE, ALPHA = "adapter.type", "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 POSITIONS = "position_embd.weight"
 A, B = ".lora_a", ".lora_b"
-MERGE = "Merge the adapter instead: python -m experiments.export RUN OUT --merged"
+MERGE = "Merge the adapter instead: python -m experiments.export RUN FOLDER --merged"
 
 
 def save_gguf_adapter(
@@ -86,8 +86,7 @@ def save_gguf_adapter(
   parts = check_parts(config, trainable, tensors, params).as_lora()
   _check_expressible(parts, tensors)
   fused = parts.fuse()
-  alphas = {joined.alpha for joined in fused.values()}
-  alpha = alphas.pop() if len(alphas) == 1 else 0.0
+  alpha = _common_alpha(fused.values())
   arrays: dict[str, np.ndarray] = {}
   for module, joined in fused.items():
     a, b = _to_file(module, joined, is_scaled=alpha == 0)
@@ -185,6 +184,14 @@ def _about_positions() -> str:
   return (
     f"llama.cpp adds {POSITIONS} without its adapter. Leave wpe/embedding out of `target`. {MERGE}"
   )
+
+
+def _common_alpha(fused: Iterable[Fused]) -> float:
+  """Returns the alpha of all weights; 0 if they differ, or float32 cannot hold it."""
+  alphas = {joined.alpha for joined in fused}
+  with np.errstate(over="ignore", under="ignore"):
+    alpha = float(np.float32(alphas.pop())) if len(alphas) == 1 else 0.0
+  return alpha if np.finfo(np.float32).tiny <= abs(alpha) < np.inf else 0.0
 
 
 def _to_file(module: Module, joined: Fused, is_scaled: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lj
 from benchmarks import quantization
@@ -20,3 +21,9 @@ def test_a_row_of_each_table():
   )
   assert 0 < kept < 2 < 50 < lost
   assert quantization.table(["a", "b"], [["10", "2"]]) == " a  b\n10  2"
+
+
+def test_a_negative_number_of_kernels_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    quantization.main(["--kernels", "-5000"])
+  assert "argument --kernels: expected 0 or more, got -5000" in capsys.readouterr().err

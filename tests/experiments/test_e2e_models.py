@@ -193,7 +193,7 @@ def test_the_sweeps_of_smollm2(monkeypatch):
     assert len({run.workdir for run in runs}) == len(runs)
     for run in runs:
       read_config(E2EConfig, run)
-  assert counts == [6, 20, 4, 9, 11, 127]
+  assert counts == [6, 20, 4, 14, 11, 127]
   monkeypatch.setitem(smollm2_rates.BEST, "full", None)
   with pytest.raises(
     ValueError, match=r"the learning rate of full is not known yet: run the sweep"

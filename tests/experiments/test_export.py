@@ -489,7 +489,7 @@ def test_a_run_on_quantized_weights_says_so(run_on_gguf, tmp_path):
 
 
 def test_rounded_weights_are_what_an_e2e_run_is_merged_into(tmp_path):
-  base, expected = untrained_run(tmp_path / "run", {"model.rounded_to": "Q4_0"})
+  _, expected = untrained_run(tmp_path / "run", {"model.rounded_to": "Q4_0"})
   export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
   assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-6
   export.main([str(tmp_path / "run"), str(tmp_path / "adapter")])

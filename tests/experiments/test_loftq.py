@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import lora_jax as lj
@@ -47,6 +48,15 @@ def test_a_resumed_run_reads_its_initial_adapter(tmp_path):
   assert adapter_weights(first)[path].lora_b.any()
 
 
+def check_checkpoints(workdir, size):
+  """Checkpoints have the adapter, its moments, counts and a key, and nothing of the base model."""
+  args = ocp.args.Composite(state=ocp.args.StandardRestore())
+  for folder in (workdir / "checkpoints").iterdir():
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      arrays = checkpointer.restore(folder, args=args)["state"]
+    assert 3 * size <= sum(array.size for array in arrays.values()) < 3 * size + 100
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("model", [{"param_dtype": "int8"}, {"rounded_to": "Q4_0"}], ids=str)
 def test_a_run_is_trained_resumed_and_restored(model, tmp_path, capsys):
@@ -60,4 +70,5 @@ def test_a_run_is_trained_resumed_and_restored(model, tmp_path, capsys):
   assert gpt2_e2e.run(runs[1])["valid_loss"] == whole["valid_loss"]
   finished = load_run(runs[0].workdir)
   assert Path(runs[0].workdir, "adapter").is_dir()
+  check_checkpoints(Path(runs[1].workdir), whole["trainable_parameters"])
   assert finished.generate(["name : The Vaults"])

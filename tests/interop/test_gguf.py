@@ -235,6 +235,15 @@ def test_one_alpha_is_written_and_several_are_folded_into_b(tmp_path):
     check_equal(deltas(load_gguf_adapter(path, *base(name)), name), deltas(adapter, name))
 
 
+def test_an_alpha_that_float32_cannot_hold_is_not_written(tmp_path):
+  """It would become 0, which means a scaling of 1."""
+  name = "llama/llama3"
+  path = save(tmp_path / "tiny.gguf", name, random_adapter(name, alpha=1e-50))
+  fields, arrays = read(path)
+  assert fields["adapter.lora.alpha"] == 0
+  assert not any(array.any() for name, array in arrays.items() if name.endswith(".lora_b"))
+
+
 def test_some_layers_of_a_stack(tmp_path):
   name = "llama/llama3"
   adapter = random_adapter(name, scan_layers=True, stacked_layers=[1])

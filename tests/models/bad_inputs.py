@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,11 @@ def files_row(
 
 def name_row(name: Any, *words: str, load: Any = find_folder) -> BadInput:
   return BadInput(f"name {name!r} to {load.__name__}", lambda _: load(name), words)
+
+
+def load_fifo(folder: Path) -> None:
+  os.mkfifo(folder / "model.gguf")
+  load_causal_lm(folder / "model.gguf")
 
 
 def file_of(header: Any, body: bytes = bytes(16), size: int | None = None) -> bytes:
@@ -562,6 +568,7 @@ NAMES = [
   name_row(None, "a folder or a hub repository, got None"),
   name_row(5, "a folder or a hub repository, got 5"),
   name_row(str(FOLDERS["gpt2"] / WEIGHTS), "is a file; expected a GGUF file, or a folder"),
+  BadInput("a fifo for a GGUF file", load_fifo, ("a fifo, a socket or a device, expected a file",)),
   BadInput(
     "a bucket to write to", lambda _: new_folder("gs://bucket/new").__enter__(), ("gs:// address",)
   ),

@@ -153,12 +153,15 @@ def test_no_dequantized_weight_is_kept_by_the_compiled_step(scan_layers):
       **{"vocab_size": 64, "num_positions": 8, "embed_dim": 256, "num_layers": num_layers},
       **{"num_heads": 2, "num_kv_heads": 2, "mlp_dim": 512, "tie_head": True},
       scan_layers=scan_layers,
+      dtype="bfloat16",
     )
     module, tokens = Llama(config), jnp.zeros((1, 4), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
 
     def quantize(params):
-      return lj.quantize(params, "int8", ".*kernel") if is_quantized else params
+      if not is_quantized:
+        return params
+      return lj.quantize(lj.quantize(params, "int8", ".*kernel"), "Q8_0", ".*embedding", axis=-1)
 
     def loss(params):
       return module.apply({"params": params}, tokens).std()

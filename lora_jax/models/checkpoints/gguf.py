@@ -17,6 +17,7 @@ from lora_jax.files import new_path, regular_file
 from lora_jax.models.checkpoints.gguf_header import GGUFTensor, read_header
 
 ARCHITECTURE, KIND = "general.architecture", "general.type"
+SPLIT_TYPES = {"split.no": "UINT16", "split.count": "UINT16", "split.tensors.count": "INT32"}
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -65,9 +66,9 @@ class GGUF(NamedTuple):
 
 def is_gguf(path: str | Path) -> bool:
   """Returns whether a path is a GGUF file, by its name or its first bytes."""
-  if str(path).lower().endswith(".gguf"):
-    return True
   path = Path(path)
+  if path.name.lower().endswith(".gguf"):
+    return not path.is_dir()
   if not path.is_file():
     return False
   with path.open("rb") as file:
@@ -145,7 +146,8 @@ def write_gguf(
     path: of the file.
     architecture: llama.cpp's name of the model's, such as `llama`.
     metadata: values by key: strings, booleans, integers (uint32, or the next type that holds them),
-      floats (float32), and lists of one of these, whose integers are int32. `general.architecture`
+      floats (float32), and lists of one of these, whose integers are int32. Keys of split files
+      have llama.cpp's types. `general.architecture`
       and `general.type`, as of a copied file, are left out.
     tensors: by name, in the order of NumPy, such as (out, in): float32, float16 or `Blocks`.
     kind: `model` or `adapter`.
@@ -182,6 +184,8 @@ def _value_type(key: str, value: Any) -> tuple[Any, ...]:
   """Returns the type of a value in the file, and of its items if it is a list."""
   from gguf import GGUFValueType
 
+  if key in SPLIT_TYPES:  # llama.cpp accepts no others
+    return (GGUFValueType[SPLIT_TYPES[key]],)
   if isinstance(value, str):
     return (GGUFValueType.STRING,)
   if isinstance(value, bool):

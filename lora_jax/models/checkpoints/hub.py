@@ -5,6 +5,7 @@ itself. Files are mapped into memory, and a part of a tensor is a view of the fi
 copied to its device: no model is in memory twice, and a sharded one is never there as a whole.
 """
 
+import difflib
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from lora_jax.files import local_path, new_path, parse_json, read_json
+from lora_jax.files import local_path, new_path, parse_json, read_json, regular_file
 from lora_jax.models.checkpoints.gguf import is_gguf
 from lora_jax.models.checkpoints.pretrained import PRETRAINED, find_pretrained
 from lora_jax.models.checkpoints.recognize import (
@@ -140,8 +141,10 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
   if not isinstance(name, str | Path) or not str(name).strip():
     raise ValueError(f"a model must be a folder or a hub repository, got {name!r}")
   path = local_path(name)
-  if path.is_dir() or (path.exists() and is_gguf(path)):
+  if path.is_dir():
     return path
+  if path.exists() and is_gguf(path):
+    return regular_file(path)
   if path.exists():
     raise ValueError(
       f"{path} is a file; expected a GGUF file, or a folder with config.json and *.safetensors"
@@ -156,10 +159,12 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
   try:
     folder, files = _from_hub(repository, weights)
   except Exception as error:  # the hub's client raises errors of several libraries
+    near = difflib.get_close_matches(repository.lower(), PRETRAINED, 1)
+    meant = f"Did you mean {near[0]}? " if near else ""
     raise FileNotFoundError(
       f"{repository!r} is not a local folder and could not be downloaded from the hub "
-      f"({type(error).__name__}: {error}). Give the path of a folder with config.json and "
-      "*.safetensors, or check the network and HF_TOKEN"
+      f"({type(error).__name__}: {error}). {meant}Give the path of a folder with config.json "
+      "and *.safetensors, or check the network and HF_TOKEN"
     ) from error
   if weights and not _has_weights(folder):
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from lora_jax.models.checkpoints.hub import FLOATS
+from lora_jax.models.parts import fields
 from lora_jax.quantization.format import Format
 from lora_jax.quantization.formats import FORMATS
 from lora_jax.quantization.ggml import GGML
@@ -34,8 +35,19 @@ def weights_format(param_dtype: Any) -> str | None:
 
 
 def float_dtype(param_dtype: Any) -> Any:
-  """Returns `param_dtype` if it is a dtype; float32 if it is a format."""
-  return param_dtype if weights_format(param_dtype) is None else "float32"
+  """Returns `param_dtype` if it is a dtype; float32 if it is a format.
+
+  Raises:
+    ValueError: if it is neither.
+  """
+  if weights_format(param_dtype) is not None:
+    return "float32"
+  try:
+    fields.float_dtype("param_dtype", param_dtype)
+  except ValueError as error:
+    known = ", ".join((*fields.DTYPES, STORED, *QUANTIZED))
+    raise ValueError(f"param_dtype must be one of {known}; got {param_dtype!r}") from error
+  return param_dtype
 
 
 def block_axis(path: str) -> int:

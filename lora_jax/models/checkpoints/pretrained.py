@@ -157,7 +157,9 @@ def main(name: str = "") -> None:
   print(f"model      {PRETRAINED[name].about}")
   print(f"licence    {path.parent / 'LICENSE'}")
   print(f"file       {path}, {path.stat().st_size / 1e6:.1f} MB")
-  print(f"use it     python -m experiments.finetune --model={name} --data=mine.jsonl")
+  python = Path(sys.executable)
+  shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+  print(f"use it     {shown} -m experiments.finetune --model={name} --data=mine.jsonl")
 
 
 if __name__ == "__main__":

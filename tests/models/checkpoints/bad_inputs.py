@@ -335,7 +335,9 @@ MODELS = [
     param_dtype="nf4",
   ),
   *(
-    model_row(f"param_dtype {dtype}", "llama2", "param_dtype must be", dtype, param_dtype=dtype)
+    model_row(
+      f"param_dtype {dtype}", "llama2", "float16, stored, int8, nf4; got", dtype, param_dtype=dtype
+    )
     for dtype in ("q4", "float64")
   ),
   model_row("for load_llama", "llama2", "load_causal_lm", load=load_llama),

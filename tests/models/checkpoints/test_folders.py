@@ -24,8 +24,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
+from lora_jax.models.checkpoints import hub
 from lora_jax.models.checkpoints.hub import Tensors, find_folder
 from lora_jax.models.gpt2.folder import load_gpt2, params_shapes, save_gpt2
+from lora_jax.models.zoo import load_causal_lm
 
 from tests.make_gpt2_golden import GOLDEN
 
@@ -237,6 +239,20 @@ def test_a_hub_name_without_network_fails_soon(network, tmp_path):
   assert "'some-user/some-model' is not a local folder and could not be downloaded" in message
   assert "Give the path of a folder with config.json" in message
   assert ("HF_HUB_OFFLINE" in message) == (network == "offline")
+
+
+def test_a_misspelled_name_of_a_model_has_a_suggestion(monkeypatch):
+  def fail(*_):
+    raise OSError("no such repository")
+
+  monkeypatch.setattr(hub, "_from_hub", fail)
+  with pytest.raises(FileNotFoundError, match=r"repository\)\. Did you mean smollm2\? Give"):
+    find_folder("SmolLM")
+
+
+def test_a_folder_may_be_named_as_a_gguf_file(folder, tmp_path):
+  renamed = folder.rename(tmp_path / "model.gguf")
+  assert_same_trees(load_causal_lm(renamed).params, load_gpt2(renamed)[1])
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

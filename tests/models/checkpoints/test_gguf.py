@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax.models.checkpoints.gguf import Blocks, is_gguf, open_gguf, write_gguf
+from lora_jax.models.checkpoints.gguf_split import split_gguf
 from lora_jax.models.checkpoints.gguf_tensors import dequantized
 from lora_jax.models.checkpoints.pretrained import cached_path
 from lora_jax.models.gpt2 import gguf as gpt2_gguf
@@ -314,6 +315,26 @@ def split(folder, name, count=2):
 def test_all_parts_of_a_split_model_are_read(tmp_path):
   model = load_causal_lm(split(tmp_path, "mistral", 3))
   assert_same(model.params, load_causal_lm(folder_of("mistral")).params)
+
+
+def test_a_file_is_split_into_parts_below_a_size(tmp_path):
+  """All parts together are the file; llama.cpp reads the number of a part as uint16 only."""
+  path, limit = write_model(tmp_path / "model.gguf", "mistral"), 30_000
+  parts = split_gguf(path, tmp_path / "parts", limit)
+  assert len(parts) > 2
+  assert all(part.stat().st_size < limit for part in parts)
+  assert b"split.no\x02\0\0\0\0\0" in parts[0].read_bytes()
+  whole, joined = open_gguf(path), open_gguf(parts[0])
+  assert list(joined.tensors) == list(whole.tensors)
+  for name in whole.tensors:
+    assert joined.blocks(name).type == whole.blocks(name).type
+    np.testing.assert_array_equal(joined.blocks(name).data, whole.blocks(name).data)
+  assert whole.metadata.items() <= joined.metadata.items()
+  again = split_gguf(parts[0], tmp_path / "again", 10**6)  # of a file that is split already
+  assert [part.name for part in again] == [f"{parts[0].stem}-00001-of-00001.gguf"]
+  with pytest.raises(ValueError, match="which no part of less than 2,000 bytes can hold"):
+    split_gguf(path, tmp_path / "other", 2000)
+  assert not (tmp_path / "other").exists()
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(tmp_path):
