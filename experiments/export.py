@@ -293,6 +293,15 @@ def _merge_into_gguf(folder: str, out: str) -> None:
     print("or export the adapter instead, without --merged: it is exact")
 
 
+def _about_weights(folder: str) -> str:
+  """Returns a line on the weights that a run was merged into; "" if they are its base model's."""
+  config = _config_of(folder)
+  weights = "" if isinstance(config, GlueConfig) else other_weights(config)
+  if weights in ("", "random"):
+    return ""
+  return f"merged into the {weights} weights of its training, dequantized to float32: exact\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs the command line."""
   parser = make_parser("export", __doc__)
@@ -318,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       form = format_of(options.out, options.format, options.server)
       export_adapter(options.folder, options.out, form)
   print(f"wrote {options.out}")
+  print(_about_weights(options.folder) if options.merged else "", end="")
   worst = max(errors, key=errors.__getitem__, default="")
   if worst and errors[worst] == 0:
     print("merged in the base model's dtype, without rounding")

@@ -47,7 +47,9 @@ class BaseModel(NamedTuple):
     """A sentence on the weights that the adapter was trained on; "" if they are the files' own."""
     if not self.weights:
       return ""
-    return f"Trained on weights quantized to {self.weights}: on those of the files it differs."
+    return (
+      f"Trained on weights quantized to {self.weights}: with the files' own, its outputs differ."
+    )
 
   @property
   def repository(self) -> str | None:

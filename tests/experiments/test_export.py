@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from experiments import export, gpt2_e2e
+from experiments import export, finetune, gpt2_e2e
 from experiments.configs.finetune import get_config
 from experiments.harness.config import read_config
 from experiments.harness.launch import apply
@@ -457,10 +457,11 @@ def quantized_run(run_on_gguf, folder, method):
   return folder
 
 
-def test_a_run_on_quantized_weights_is_merged_into_them(run_on_gguf, tmp_path):
+def test_a_run_on_quantized_weights_is_merged_into_them(run_on_gguf, tmp_path, capsys):
   """Not into the file's, with which the adapter is another model."""
   run = quantized_run(run_on_gguf, tmp_path / "run", "loftq")
   export.main([str(run), str(tmp_path / "new"), "--merged"])
+  assert "into the int8 weights of its training, dequantized to float32" in capsys.readouterr().out
   _, file, trainable = run_on_gguf
   lora = lora_config(read_run(FinetuneConfig, run))
   base = load_causal_lm(file.folder, param_dtype="int8")
@@ -475,15 +476,18 @@ def test_a_run_on_quantized_weights_says_so(run_on_gguf, tmp_path):
   """LoftQ's adapter, which is another model on the file's weights, is not exported for them."""
   export.main([str(quantized_run(run_on_gguf, tmp_path / "run", "lora")), str(tmp_path / "a.gguf")])
   for path in (tmp_path / "a.README.md", tmp_path / "a.Modelfile"):
-    assert "Trained on weights quantized to int8: on those of the files it" in path.read_text()
+    assert "Trained on weights quantized to int8: with the files' own, its" in path.read_text()
   run = quantized_run(run_on_gguf, tmp_path / "loftq", "loftq")
   for flags in (["b.gguf"], ["b", "--format=mlx"], ["b"]):
     with pytest.raises(SystemExit, match=r"another model\. Export it --merged, as float32 weights"):
       export.main([str(run), str(tmp_path / flags[0]), *flags[1:]])
   write_adapter(load_exported(read_run(FinetuneConfig, run)), tmp_path / "peft", "peft")  # a run's
   card = (tmp_path / "peft" / "README.md").read_text()
-  assert "param_dtype='int8'" in card
-  assert "PeftModel" not in card
+  lines = "\n".join(finetune.how_to_load(read_run(FinetuneConfig, run)))
+  for text in (card, lines):
+    assert "param_dtype='int8'" in text
+    assert "PeftModel" not in text
+  assert f"experiments.export {run} FOLDER --merged" in lines
   with pytest.raises(SystemExit, match="adapts int8 weights, and a merged GGUF file has those of"):
     export.main([str(run), str(tmp_path / "c.gguf"), "--merged"])
 
@@ -493,4 +497,4 @@ def test_rounded_weights_are_what_an_e2e_run_is_merged_into(tmp_path):
   export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
   assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-6
   export.main([str(tmp_path / "run"), str(tmp_path / "adapter")])
-  assert "quantized to Q4_0: on those of" in (tmp_path / "adapter" / "README.md").read_text()
+  assert "quantized to Q4_0: with the files'" in (tmp_path / "adapter" / "README.md").read_text()

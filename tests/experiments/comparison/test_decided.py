@@ -31,7 +31,7 @@ def run(root, name):
   (root / name).mkdir()
   sums = [10 * (LOSSES[name] + by_input) for by_input in (-0.2, -0.1, 0.1, 0.2)]
   write_json(root / name / "losses.json", {"input_losses": sums, "input_tokens": [10] * 4})
-  texts = [group.references[-1 if name == "full" else 0] for group in INPUTS]
+  texts = ["A place ." if name == "full" else group.references[0] for group in INPUTS]
   (root / name / "predictions.txt").write_text("\n".join(texts) + "\n")
   settings = flat(json.loads(tiny_config(root / name).to_json()))
   settings |= {"method": method, "lora.rank": rank, "seed": seed, "decoding.num_inputs": 4}
