@@ -146,14 +146,17 @@ def test_no_dequantized_weight_is_a_residual(scan_layers, capsys):
 
 @pytest.mark.parametrize("scan_layers", LAYERS, ids=["unrolled", "scanned"])
 def test_no_dequantized_weight_is_kept_by_the_compiled_step(scan_layers):
-  """More layers need as much more temporary memory as the float model, and the codes once more."""
+  """More layers need as much more temporary memory as the float model, and the codes once more.
+
+  In float32, with a tied head in Q8_0: in bfloat16, XLA keeps converted weights of the float model
+  too on CPUs, 5.2 MB for these two layers, so the comparison would tell nothing.
+  """
 
   def temporaries(num_layers, is_quantized):
     config = LlamaConfig(
       **{"vocab_size": 64, "num_positions": 8, "embed_dim": 256, "num_layers": num_layers},
       **{"num_heads": 2, "num_kv_heads": 2, "mlp_dim": 512, "tie_head": True},
       scan_layers=scan_layers,
-      dtype="bfloat16",
     )
     module, tokens = Llama(config), jnp.zeros((1, 4), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
