@@ -7,7 +7,7 @@ number is read from the runs' folders; unfinished runs are listed. Writes OUT.md
 OUT.png; with several data sets a plot for each, OUT-NAME.png.
 
 Runs that have their losses by input are compared with a control, with verdicts by validation loss
-and by BLEU (comparison/decided.py). `--losses` measures them where they are missing.
+and by BLEU (comparison/verdicts.py). `--losses` measures them where they are missing.
 
 Time: seconds; with Java a few more for METEOR; with `--losses` an evaluation of each run.
 Expect: the tables of docs/gpt2_e2e.md, from the runs that are listed there.
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.comparison.decided import decided, measure
+from experiments.comparison.verdicts import decide, measure
 from experiments.harness import paper as paper_tables
 from experiments.harness import table
 from experiments.harness.config import read_output
@@ -115,7 +115,7 @@ def _section(
     printed = _paper_table(runs[0])
     parts += [_over_inputs(groups), _compared(groups, runs, against)]
     parts.append(_paper(printed, runs) if printed else "")
-  parts += [decided(groups, against), _rates(rates) if rates else "", *map(_ranks, sweeps)]
+  parts += [decide(groups, against), _rates(rates) if rates else "", *map(_ranks, sweeps)]
   parts += [_budgets(budgets) if budgets else "", _bits(bits, groups) if bits else ""]
   draw(Path(plot), groups, _metrics(runs[0]), rates, sweeps, budgets, bits)
   return "\n\n".join(part for part in parts if part)

@@ -35,7 +35,7 @@ from lora_jax.training.processes import from_first, is_first, wait_for_all
 EXPORTS = ("adapter", "adapter_frozen", "peft", "base", "model")
 OF_TRAINING = ("train_seconds", "train_tokens")  # fields of a result that outlive its repetition
 TRAINED_TOGETHER, STOPPED = "concurrent.json", "stopped.json"
-LOSSES = "losses.json"  # of comparison/decided.py
+LOSSES = "losses.json"  # of comparison/verdicts.py
 FULL_DISK = ("No space left on device", "File too large", "Disk quota exceeded")
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.comparison import decided
+from experiments.comparison import verdicts
 from experiments.comparison.statistics import Difference
 from experiments.harness.config import flat
 from experiments.harness.runs import Run
@@ -39,30 +39,30 @@ def run(root, name):
   return Run(root / name, settings, result)
 
 
-def verdicts(table):
+def last_cells(table):
   """Returns the last cells of a table's rows."""
   return [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith("|")][2:]
 
 
 def test_claims_are_decided_by_loss_first_and_by_bleu_second(tmp_path):
   runs = [run(tmp_path, name) for name in RUNS]
-  text = decided.decided(group_runs(runs), tmp_path / "lora2")
+  text = verdicts.decide(group_runs(runs), tmp_path / "lora2")
   assert text.startswith("## Decided against LoRA, rank 4\n")
   by_loss, by_bleu = text.split("By validation loss, nats/token, with a margin of 0.02.")
   assert " +0.003 |" in by_loss
-  assert verdicts(by_loss) == ["equivalent", "worse", "better"]
-  assert verdicts(by_bleu) == ["equivalent", "worse", "equivalent"]
+  assert last_cells(by_loss) == ["equivalent", "worse", "better"]
+  assert last_cells(by_bleu) == ["equivalent", "worse", "equivalent"]
   assert "By BLEU, with a margin of 1:" in by_bleu
 
 
 def test_groups_that_cannot_be_compared_are_named(tmp_path):
   runs = [run(tmp_path, name) for name in RUNS]
   write_json(tmp_path / "full" / "losses.json", {"input_losses": [9.0], "input_tokens": [9]})
-  text = decided.decided(group_runs(runs[:4]))
+  text = verdicts.decide(group_runs(runs[:4]))
   assert "Without losses on the same inputs (`--losses`): full fine-tuning." in text
-  text = decided.decided(group_runs([runs[0], runs[2]]))
+  text = verdicts.decide(group_runs([runs[0], runs[2]]))
   assert "Nothing can be told: no second group has the control's inputs, or none a second" in text
-  assert decided.decided(group_runs(runs[:2])) == ""
+  assert verdicts.decide(group_runs(runs[:2])) == ""
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_groups_that_cannot_be_compared_are_named(tmp_path):
     ((0.1, -0.4, 0.6, 0.7), "equivalent"),
   ],
 )
-def test_verdicts_by_bleu(ends, verdict):
-  assert decided.bleu_verdict(Difference(*ends)) == verdict
+def test_a_verdict_by_bleu(ends, verdict):
+  assert verdicts.bleu_verdict(Difference(*ends)) == verdict
 
 
 def test_losses_by_input_are_measured_where_they_are_missing(tmp_path, monkeypatch):
@@ -90,8 +90,8 @@ def test_losses_by_input_are_measured_where_they_are_missing(tmp_path, monkeypat
       raise FileNotFoundError(f"{folder} has no adapter")
     return {"input_losses": [9.0], "input_tokens": [9]}
 
-  monkeypatch.setattr(decided, "measure_losses", measured)
-  assert decided.measure(runs) == (
+  monkeypatch.setattr(verdicts, "measure_losses", measured)
+  assert verdicts.measure(runs) == (
     f"Losses by input could not be measured: `{tmp_path / 'lora2'}` ({tmp_path / 'lora2'} has no "
     "adapter)."
   )

@@ -50,7 +50,7 @@ def measure(runs: Sequence[Run]) -> str:
   return f"Losses by input could not be measured: {'; '.join(failed)}." if failed else ""
 
 
-def decided(groups: Sequence[Group], against: str | Path | None = None) -> str:
+def decide(groups: Sequence[Group], against: str | Path | None = None) -> str:
   """Returns a section of the report; "" unless several groups have their losses by input.
 
   Args:
@@ -80,7 +80,7 @@ def decided(groups: Sequence[Group], against: str | Path | None = None) -> str:
     )
   else:
     differences = compare_losses(arms, np.array(tokens, float), control.label)
-    verdicts = {label: d.verdict(MARGIN) for label, d in differences.items()}
+    verdicts: dict[str, Verdict] = {label: d.verdict(MARGIN) for label, d in differences.items()}
     parts += [_table(compared, differences, verdicts, 3), _about_losses()]
     parts += _decided_by_bleu(compared, control)
   if left_out := [group.label for group in groups if group not in compared]:
@@ -116,7 +116,7 @@ def _decided_by_bleu(groups: Sequence[Group], control: Group) -> list[str]:
   if control.label not in rows or len(rows) < 2 or not several or inputs[0] != "e2e":
     return []
   differences = compare_sums(rows, bleu_formula, control.label)
-  verdicts = {label: bleu_verdict(d) for label, d in differences.items()}
+  verdicts: dict[str, Verdict] = {label: bleu_verdict(d) for label, d in differences.items()}
   note = (
     f"By BLEU, with a margin of {BLEU_MARGIN:g}: larger is better, and it cannot be told where the "
     "smallest detectable difference exceeds both the margin and the observed difference."
