@@ -33,7 +33,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,11 @@ from jaxtyping import Array, Float, Int, PyTree
 import lora_jax as lj
 from benchmarks.variants import random_tree
 from experiments.harness.config import read_output
+from experiments.harness.launch import explained
 from experiments.harness.table import aligned
 from experiments.nlg.base import random_params
 from experiments.shapes.results import Latencies, TimedCase, Way, read, save
+from lora_jax.fields import Within, read_value
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.training.allocator import keep_freed_memory
@@ -57,6 +59,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 LORA = lj.LoraConfig(rank=4, alpha=32.0, target=r".*/attn/(query|value)/kernel")
 BASE, MERGED, UNMERGED, LIN, HOULSBY = "base", "merged LoRA", "LoRA", "Adapter_L", "Adapter_H"
+LIMITS = {
+  "turns": Annotated[int, Within("[3, 1_000_000]")],  # quartiles need a few
+  "seconds": Annotated[float, Within("[0, inf)")],
+}
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}  # of LoRA and the merged model, relative
 
 
@@ -208,6 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
+  parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
   parser.add_argument("--cases", default="cpu", choices=list(CASES))
   parser.add_argument("--model", default="medium", choices=list(MODELS))
   parser.add_argument("--dtype", default="float32", choices=list(AGREEMENT))
@@ -238,10 +245,17 @@ def earlier_results(path: Path, results: Latencies) -> Latencies:
 
 def main(arguments: Sequence[str] | None = None) -> None:
   options = parse(arguments)
+  with explained():
+    for name, limits in LIMITS.items():
+      read_value(limits, getattr(options, name), f"--{name}")
+    time_all(options, read_output("--save", options.save) if options.save else None)
+
+
+def time_all(options: argparse.Namespace, path: Path | None) -> None:
+  """Times all cases, and prints the table; writes the times to a file after each case."""
   keep_freed_memory()
   device = jax.devices()[0]
   print(f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {options}")
-  path = read_output("--save", options.save) if options.save else None
   results = Latencies(options.model, options.dtype, device.device_kind, options.scanned)
   if path is not None:
     results = earlier_results(path, results)

@@ -24,6 +24,7 @@ from experiments.shapes.page import RANKS, page, step_sizes
 from experiments.shapes.results import Sizes, StepSizes, read, save
 from experiments.shapes.steps import METHODS, step_cost
 from lora_jax.fields import Count, read_value
+from lora_jax.files import make_folder
 
 NAMES = {model.lower().replace(" ", "_"): model for model in MODELS}
 
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise ValueError("--save writes the sizes of compiled steps: add --steps")
     for name in ("batch", "length"):
       read_value(Count, getattr(options, name), f"--{name}")
+    for path in (out, saved):
+      if path is not None:  # before the work
+        make_folder(path.parent)
     chosen = NAMES if "all" in options.steps else options.steps
     models = [NAMES[name] for name in chosen]
     batch = f"{options.batch} x {options.length} tokens"

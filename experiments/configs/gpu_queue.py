@@ -11,8 +11,9 @@ sets. LoRA of rank 4 has the alpha with which its learning rate was tuned, 32, a
 in the study of ranks, all have the scaling and learning rate of rank 16. Other methods' learning
 rates are multiples of LoRA's by the methods table. The nulls of `experiments.subspaces` follow.
 LoRA's variants come last, with the sizes and learning rates of variants.py; those without a
-learning rate there are left out, and named. `tiny` takes one step of every run on a few examples,
-on a CPU, as a check.
+learning rate there are left out, and named. Layers are scanned, except where the last ones are
+trained (FT-Top2). `tiny` takes one step of every run on a few examples, on a CPU, as a check; only
+its dtype is another, float32.
 
 `python -m lora_jax.models.checkpoints.gguf_split` writes the model's file in two parts of less than
 64 MiB, for machines that take no larger ones; `--config.model.folder=` takes the first.
@@ -58,9 +59,10 @@ def get_config(size: str = "full") -> Config:
   config.data.update({"num_train_records": 0, "num_valid_records": 0})
   config.data.update({"batch_size": 32, "loss_length": 80})
   config.decoding.batch_size = 64
+  config.model.scan_layers = True
   if size == "full":
     # Weights stay float32: bfloat16 would lose the small updates of full fine-tuning.
-    config.model.update({"dtype": "bfloat16", "scan_layers": True})
+    config.model.dtype = "bfloat16"
   else:
     config.data.update({"num_train_records": 16, "num_valid_records": 4, "batch_size": 2})
     config.fit.num_train_steps = 1
@@ -109,6 +111,7 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
       changes = {
         **task,
         **arm.changes,
+        **({"model.scan_layers": False} if method == "top_layers" else {}),  # it needs single ones
         **_tuned(method, arm.changes, e2e["lora.alpha"]),
         **sizes,
       }

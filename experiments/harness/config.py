@@ -289,12 +289,13 @@ def read_output(flag: str, value: str | Path, *endings: str) -> Path:
 
   Args:
     flag: its name, for messages.
-    value: its value.
+    value: its value; one of the endings may be part of it.
     endings: of the files' names, after that value; none means that it is the file itself.
   Raises:
     ValueError: if it cannot be written: it is empty, not local, a folder, or below a file.
   """
   path = Path(read_value(NonEmptyPath, str(value), flag))
+  path = path.with_suffix("") if path.suffix in endings else path
   for parent in path.parents:
     if parent.exists() and not parent.is_dir():
       raise ValueError(f"{flag}={value}: {parent} is a file, expected a folder")

@@ -51,7 +51,8 @@ from lora_jax.trees import closest_names
 
 RATE = "optimizer.learning_rate"
 Run = Callable[[Config], dict[str, Any]]
-OURS = (Path(__file__).parents[1], Path(lora_jax.__file__).parent)
+HERE = Path(__file__).parents[1]
+OURS = (HERE, HERE.with_name("benchmarks"), Path(lora_jax.__file__).parent)
 
 
 def launch(

@@ -3,7 +3,8 @@
 Each rule maps a `Difference` to holds, fails or cannot be told, as `compare_losses` has it: an
 arm's loss minus the control's, with simultaneous 95 % intervals over the arms that a claim names,
 by a bootstrap crossed over seeds and inputs. A claim about several arms holds if it holds for all
-of them, and fails if it fails for one. Differences within the margin do not matter.
+of them, and fails if it fails for one. Differences within the margin do not matter. On GLUE the loss
+is the score in [0, 1] with a minus sign, and the intervals are over seeds only.
 """
 
 import dataclasses
@@ -21,10 +22,11 @@ from experiments.comparison.statistics import (
   compare_sums,
 )
 from experiments.configs.paper import MARGIN, STUDIES
-from experiments.nlg.scores import lower_is_better, reaches_floor
+from experiments.nlg.scores import lower_is_better, metric_of, reaches_floor
 from experiments.reproduction.plan import num_seeds
 from experiments.reproduction.runs import Record
-from lora_jax.metrics.ngrams import bleu_formula
+from lora_jax.metrics.coco import meteor_formula
+from lora_jax.metrics.ngrams import bleu_formula, nist_formula
 
 Word = Literal["holds", "fails", "cannot be told", "not run"]
 Rule = Callable[[Difference], Word]
@@ -135,9 +137,11 @@ def metric_differences(
 
 def _formula(metric: str) -> Callable[[np.ndarray], np.ndarray]:
   """Returns a metric's map from sums of its rows to scores; see `SegmentStatistics`."""
-  if metric.startswith("bleu"):
-    return bleu_formula
-  scale = 100.0 if metric == "slots" else 1.0
+  name = metric_of(metric)
+  known = {"bleu": bleu_formula, "nist": nist_formula, "meteor": meteor_formula}
+  if name in known:
+    return known[name]
+  scale = 100.0 if name == "slots" else 1.0
   return lambda sums: scale * sums[..., 0] / sums[..., 1]
 
 
@@ -167,7 +171,7 @@ def decide(
     return outcome
   if STUDIES[study].base == "minilm":
     differences = seed_differences(runs, lambda run: run["valid_loss"], control, arms)
-    return _outcome(differences, rule, "of the score, reversed, over seeds only")
+    return _outcome(differences, rule, "of the score in [0, 1], reversed, over seeds only")
   return _outcome(loss_differences(runs, control, arms), rule, "nats/token")
 
 

@@ -1,4 +1,4 @@
-"""The paper's values, as tables by the study that comes first of each table."""
+"""The paper's values, as tables by the study in whose section they are."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,13 +13,18 @@ def column_header(name: str) -> str:
   return header(name) if metric_of(name) in HEADS else name
 
 
-def printed_blocks(name: str) -> Iterator[Block]:
-  """Yields the paper's values for the first study of a table."""
-  tables = PAPER.get(name)
-  if tables is None:
+def printed_blocks(name: str, tables: str) -> Iterator[Block]:
+  """Yields the paper's values that belong into a study's section.
+
+  Args:
+    name: of the study.
+    tables: of the paper, as the study names them.
+  """
+  if not any(map(str.isdigit, tables)):
     yield Text("The paper has no such experiment.")
-    return
-  for caption, rows in tables.items():
+  if name in OTHER_DATA:
+    yield Text(OTHER_DATA[name])
+  for caption, rows in PAPER.get(name, {}).items():
     yield Text(f"{caption}, as printed (arXiv 2106.09685v2):")
     yield Table(rows)
 
@@ -48,7 +53,7 @@ def _table_18() -> list[list[str]]:
   return [["rank", *(column_header(name) for name in paper.NAMES_18)], *rows]
 
 
-PAPER: Mapping[str, Mapping[str, Rows]] = {  # by study: the first one of the table
+PAPER: Mapping[str, Mapping[str, Rows]] = {  # by study; other studies of the same table have none
   "rank": {"Table 6, GPT-3": paper_gpt3.TABLE_6, "Table 18, E2E, GPT-2 M": _table_18()},
   "weights": {"Table 5, GPT-3, 18 M parameters": paper_gpt3.TABLE_5},
   "sizes": {"Table 15, GPT-3": paper_gpt3.TABLE_15},
@@ -56,6 +61,11 @@ PAPER: Mapping[str, Mapping[str, Rows]] = {  # by study: the first one of the ta
   "e2e_smollm2": {"Table 3, E2E": _score_rows(TABLES["e2e"].rows)},
   "webnlg": {"Table 14, WebNLG": _score_rows(TABLES["webnlg"].rows)},
   "dart_dev": {"Table 13, DART": _score_rows(TABLES["dart"].rows)},
-  "wikisql": {"Table 4, SAMSum, GPT-3": _score_rows(paper.TABLE_4_SAMSUM)},
+  "samsum": {"Table 4, SAMSum, GPT-3": _score_rows(paper.TABLE_4_SAMSUM)},
   "glue_cola": {"Table 2, GLUE": _table_2()},
 }
+OTHER_DATA = {
+  "wikisql": "Table 4 has WikiSQL with its own columns: its values are not shown beside these.",
+  "mnli_text": "Table 4 has MNLI's whole validation set: its values are not shown beside these.",
+}
+"""Studies whose data are not those of the paper's table, and the reason why it is not shown."""

@@ -25,6 +25,7 @@ from experiments.reproduction.decisions import (
   loss_differences,
   metric_differences,
   reported,
+  seed_differences,
   unfit,
 )
 from experiments.reproduction.plan import Losses, losses_of, num_seeds, trains
@@ -46,7 +47,8 @@ NOTES = (
   "Loss is that on the validation examples, nats per token, mean over the seeds ± its standard "
   "deviation. Differences to the control are in brackets with simultaneous 95 % intervals, by a "
   "bootstrap crossed over seeds and inputs, and with the smallest difference that 80 % of such "
-  f"experiments would detect. The margin is {MARGIN:g} nats per token.",
+  f"experiments would detect. The margin is {MARGIN:g} nats per token; on GLUE, where scores are "
+  f"compared over seeds only, it is {100 * MARGIN:g} points of 100.",
   f"{FLOOR} marks a score whose interval reaches the floor, a score that needs no model. It is not "
   "ranked: no difference is given.",
   "Not run, and not in the plan: the paper's recipes on GPT-2, RoBERTa, DeBERTa and GPT-3, whose "
@@ -61,13 +63,9 @@ def blocks(evidence: Evidence) -> Iterator[Block]:
     yield Text(note)
   yield Heading("Claims", 2)
   yield from claim_blocks(decide_all(evidence))
-  printed = set[str]()
   for name, study in STUDIES.items():
-    first = study.tables not in printed
-    printed.add(study.tables)
     yield Heading(_section(study), 2)
-    if first:
-      yield from printed_blocks(name)
+    yield from printed_blocks(name, study.tables)
     yield from study_blocks(name, evidence.records)
   for stage, title in OTHER_STAGES.items():
     yield Heading(title, 2)
@@ -202,15 +200,20 @@ def _differences(study: Study, runs: Reported, metric: str = "") -> dict[str, st
     if unfit(runs, (study.control, arm), counts) is not None:
       return False
     of_arm = runs[arm]
+    if of_glue:
+      return bool(metric)
     if not metric:
       return all("input_losses" in record for record in of_arm)
     return all(metric in r.get("rows", {}) for r in of_arm) and not at_any_floor(runs, arm, metric)
 
+  of_glue = study.base == "minilm"
   counts = {name: num_seeds(study, arm) for name, arm in study.arms.items()}
   arms = [arm for arm in study.arms if arm != study.control and can_be_compared(arm)]
   if not arms or not can_be_compared(study.control):
     return {}
-  if metric:
+  if of_glue:
+    differences = seed_differences(runs, lambda run: run["scores"][metric], study.control, arms)
+  elif metric:
     differences = metric_differences(runs, metric, study.control, arms)
   else:
     differences = loss_differences(runs, study.control, arms)

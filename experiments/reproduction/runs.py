@@ -129,6 +129,17 @@ def _record(folder: Path) -> Record:
   record: Record = {**planned, "folder": str(folder), "status": "finished"}
   if result is None:
     return record | {"status": "failed", **read_json(folder / FAILED)}
+  try:
+    return _with_result(record, result)
+  except KeyError as error:
+    raise ValueError(
+      f"{folder / 'result.json'} lacks the field {error}. Remove the folder and rerun the command"
+    ) from error
+
+
+def _with_result(record: Record, result: Mapping[str, Any]) -> Record:
+  """Returns a finished run's record with the fields of its result, and what was measured."""
+  folder = Path(record["folder"])
   record |= {name: result[name] for name in KEPT if name in result}
   is_glue = "score" in result
   record["valid_loss"] = -result["score"] if is_glue else result["valid_loss"]

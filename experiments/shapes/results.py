@@ -95,8 +95,9 @@ def read(kind: type[T], path: Path) -> T | None:
   """
   if not path.exists():
     return None
+  content = read_json(path)  # its errors name the file
   try:
-    return read_section(kind, read_json(path))
+    return read_section(kind, content)
   except ValueError as error:
     raise ValueError(
       f"{path}: {error}. If an earlier version wrote it, move it away, and rerun its command"

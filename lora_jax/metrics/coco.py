@@ -83,7 +83,7 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Se
   rows = np.array([answer.split() for answer in answers], float)
   if rows.shape[1:] != (NUM_STATISTICS,):
     raise RuntimeError(f"METEOR should give {NUM_STATISTICS} figures a segment: {answers[0]!r}")
-  return SegmentStatistics(_without_perfect_chunks(rows), _meteor_formula)
+  return SegmentStatistics(_without_perfect_chunks(rows), meteor_formula)
 
 
 def meteor_by_system(
@@ -110,7 +110,7 @@ def _without_perfect_chunks(rows: np.ndarray) -> np.ndarray:
   return rows
 
 
-def _meteor_formula(sums: np.ndarray) -> np.ndarray:
+def meteor_formula(sums: np.ndarray) -> np.ndarray:
   """Denkowski and Lavie 2014, eqs. 1 to 4; the same figures as the jar's `EVAL`."""
   lengths, function_words = sums[..., 0:2], sums[..., 2:4]
   stages = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 2, 2)  # stage, kind of word, side

@@ -100,7 +100,7 @@ def nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Segm
     _nist_row(count_ngrams(tokenize_mteval(hypothesis), NIST_ORDER), segment, occurrences)
     for hypothesis, segment in zip(hypotheses, references_counts, strict=True)
   ]
-  return SegmentStatistics(np.array(rows, float), _nist_formula)
+  return SegmentStatistics(np.array(rows, float), nist_formula)
 
 
 def _length(counts: Counter[Ngram]) -> int:
@@ -120,7 +120,7 @@ def _nist_row(
   return [*information, *total, sum(map(_length, references)) / len(references)]
 
 
-def _nist_formula(sums: np.ndarray) -> np.ndarray:
+def nist_formula(sums: np.ndarray) -> np.ndarray:
   information, total = np.split(sums[..., :-1], 2, axis=-1)
   precision = (information / np.maximum(total, 1)).sum(axis=-1)
   with np.errstate(divide="ignore"):

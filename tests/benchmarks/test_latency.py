@@ -44,8 +44,23 @@ def test_saved_cases_of_earlier_calls_are_kept(monkeypatch, tmp_path):
     ("--scanned", r"expected medium, float32, .*, scanned layers\. .* --save another"),
   ):
     words = r"a\.json has times of medium, float32, .*, unrolled layers, "
-    with pytest.raises(ValueError, match=words + message):
+    with pytest.raises(SystemExit, match=words + message):
       latency.main(["--cases=cpu", flag, f"--save={path}"])
+
+
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    *((f"--turns={turns}", r"--turns must be an integer in \[3, ") for turns in ("0", "-3", "1")),
+    ("--seconds=nan", r"--seconds must be a finite number in \[0, inf\), got nan"),
+    ("--save=.", r"--save=\.: \. is a folder, expected a file to write"),
+  ],
+)
+def test_flags_are_checked_before_the_work(flag, message, monkeypatch):
+  monkeypatch.setattr(latency, "run", lambda options: pytest.fail("it was timed"))
+  monkeypatch.setattr(latency, "keep_freed_memory", lambda: None)
+  with pytest.raises(SystemExit, match=f"error: {message}"):
+    latency.main(["--model=tiny", "--cases=tiny", flag])
 
 
 def test_ratios_are_of_the_same_turn():

@@ -220,7 +220,17 @@ def test_the_gpu_queue_has_the_papers_studies_on_whole_data_sets():
   assert [run.lora.rank for run in nulls] == [8, 64] * 2
   largest = [run for run in runs if run.lora.rank == 576]
   same_weights = [run for run in runs if run.lora.target == largest[0].lora.target]
-  assert [run.lora.rank for run in same_weights] == [1, 4, 64, 576] * 3, "a rank has no run"
+  assert sorted(run.lora.rank for run in same_weights) == sorted([1, 4, 64, 576] * 3)
+
+
+@pytest.mark.parametrize("size", ["full", "tiny"])
+def test_only_the_queues_last_layers_are_unrolled(size):
+  """`top_layers` refuses scanned ones; `tiny` checks the runs as `full` does them."""
+  default = gpu_queue.get_config(size)
+  runs = sweep_runs(gpu_queue, default, default, set())
+  unrolled = [run.method for run in runs if not run.model.scan_layers]
+  assert unrolled == ["top_layers"] * 3
+  assert len([run for run in runs if run.method == "top_layers"]) == 3
 
 
 def test_the_gpu_queue_has_learning_rates_with_the_alpha_of_their_sweep(monkeypatch):

@@ -157,6 +157,16 @@ def test_the_page_has_the_tables_and_says_what_was_not_run(tmp_path, monkeypatch
   assert math.isclose(4 * weights + 4 * 18_874_368 + state, 698.72e9, rel_tol=1e-4)
 
 
+def test_folders_are_made_before_the_work(tmp_path, monkeypatch):
+  monkeypatch.setattr(paper_shapes, "page", lambda *_: "text")
+  paper_shapes.main([f"--out={tmp_path}/a/b/page.md"])
+  assert (tmp_path / "a/b/page.md").read_text() == "text"
+  monkeypatch.setattr(paper_shapes, "page", lambda *_: pytest.fail("it was computed"))
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit, match="is a file, expected a folder"):
+    paper_shapes.main([f"--out={tmp_path}/file/page.md"])
+
+
 def test_saved_sizes_of_other_models_are_kept(tmp_path, monkeypatch, capsys):
   flops = iter(range(1, 100))
   monkeypatch.setattr(paper_shapes, "page", lambda *_: "")

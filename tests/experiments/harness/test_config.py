@@ -7,7 +7,7 @@ import pytest
 
 from experiments.classification.config import GlueConfig
 from experiments.configs import e2e_budgets, finetune, glue, gpt2_e2e, gpt2_pretrain, gpt3_plan
-from experiments.harness.config import flat, read_config, replace_fields
+from experiments.harness.config import flat, read_config, read_output, replace_fields
 from experiments.harness.workdir import open_workdir, read_run
 from experiments.nlg.config import E2EConfig, FinetuneConfig, PretrainConfig
 from experiments.plan.config import PlanConfig
@@ -117,6 +117,15 @@ def test_a_run_of_another_experiment_is_refused(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({"experiment": "glue"}))
   with pytest.raises(ValueError, match=r"is a run of 'glue', expected a run of 'gpt2_e2e'$"):
     read_run(E2EConfig, tmp_path)
+
+
+def test_an_ending_of_the_files_is_not_repeated(tmp_path):
+  for name in ("a", "a.md", "a.html"):
+    assert read_output("--out", tmp_path / name, ".html", ".md") == tmp_path / "a"
+  assert read_output("--out", tmp_path / "a.md") == tmp_path / "a.md"
+  (tmp_path / "a.md").mkdir()
+  with pytest.raises(ValueError, match=r"a\.md is a folder, expected a file"):
+    read_output("--out", tmp_path / "a.md", ".html", ".md")
 
 
 def test_flat_names_are_dotted():

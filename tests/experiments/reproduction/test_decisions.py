@@ -175,6 +175,24 @@ def test_the_count_of_parameters_needs_no_run():
   assert outcome.interval.startswith("9,251 times")
 
 
+def test_every_arm_of_a_claim_has_two_planned_seeds(monkeypatch, tmp_path):
+  """With one seed of one arm, intervals are three times as wide as the margin allows."""
+  seeds = {}
+
+  def count(records, study, *arms, **_):
+    names = [name for of in arms if not callable(of) for name in ([of] if type(of) is str else of)]
+    known = STUDIES[study].arms
+    seeds.update({(study, name): num_seeds(STUDIES[study], known[name]) for name in names})
+    return Outcome("not run")
+
+  monkeypatch.setattr(claims, "decide", count)
+  monkeypatch.setattr(claims, "decide_forgetting", count)
+  monkeypatch.setattr(claims, "decide_by_metric", lambda r, s, metric, *arms: count(r, s, *arms))
+  claims.decide_all(Evidence([], tmp_path))
+  assert len(seeds) > 40
+  assert not {arm for arm, number in seeds.items() if number < 2}
+
+
 def test_a_verdict_is_that_of_the_first_condition_and_names_failures():
   conditions = tuple(Condition(words, "rank", lambda evidence: Outcome("holds")) for words in "ab")
   claim = Claim("x", "Table 0", conditions)

@@ -77,6 +77,10 @@ def test_a_case_of_other_widths_or_another_model_is_not_run(tmp_path):
   (tmp_path / LATENCY).write_text(json.dumps(earlier))
   with pytest.raises(ValueError, match=r"latency\.json: the config lacks the field 'scanned'"):
     latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
+  (tmp_path / LATENCY).write_text("{")
+  with pytest.raises(ValueError, match="JSON") as error:
+    latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
+  assert str(error.value).count(LATENCY) == 1
   (tmp_path / LATENCY).write_text(json.dumps({"model": "medium"}))
   with pytest.raises(ValueError, match=r"latency\.json: the config lacks the field 'dtype'"):
     latency(tmp_path, Shape(16, 256), [MERGED], same_latency)

@@ -30,6 +30,9 @@ def test_without_runs_everything_is_not_run_and_no_value_is_made_up(tmp_path):
     values = [cell for cell in line.split("|")[3:] if cell.strip() not in ("", "not run")]
     assert not values, line
   assert "70.4 ± 0.1" in text  # the paper's own
+  sections = {part.partition("\n")[0]: part for part in text.split("\n## ")}
+  assert "as printed" not in sections["Table 4: WikiSQL, rebuilt columns, SmolLM2"]
+  assert "53.8" in sections["Table 4: SAMSum, SmolLM2"]
 
 
 @pytest.fixture
@@ -72,6 +75,31 @@ def test_a_score_at_the_floor_is_marked_and_not_ranked(root):
   assert table["lora_r1"]["exact, against full"] == ""
   assert FLOOR not in table["lora_r4"]["exact"]
   assert re.match(r"[-+]\d+\.\d\d \[", table["lora_r4"]["exact, against full"])
+
+
+def test_scores_of_glue_are_compared_over_seeds(monkeypatch):
+  patched(monkeypatch, {"glue_cola": small(STUDIES["glue_cola"], ["full", "lora_r8"])})
+  made = [
+    {
+      **{"study": "glue_cola", "arm": arm, "kind": "reported", "seed": seed, "rate": 1e-3},
+      **{"status": "finished", "valid_loss": -score, "scores": {"score": 100 * score}},
+      "intervals": {},
+    }
+    for arm, mean in (("full", 0.5), ("lora_r8", 0.4))
+    for seed, score in enumerate((mean - 0.01, mean, mean + 0.01), 1)
+  ]
+  table = rows(study_blocks("glue_cola", made))
+  assert table["lora_r8"]["score, against full"].startswith("-10.00 [-1")
+  assert "nats/token" not in table["full"]
+
+
+def test_a_result_without_a_field_is_named(root):
+  path = next(root.glob("rank/reported,lora_r1*/result.json"))
+  result = json.loads(path.read_text())
+  del result["trainable_parameters"]
+  path.write_text(json.dumps(result))
+  with pytest.raises(ValueError, match=r"result\.json lacks the field 'trainable_parameters'"):
+    collect(root)
 
 
 def test_missing_seeds_are_counted_and_not_compared(root):
