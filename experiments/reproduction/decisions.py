@@ -3,8 +3,8 @@
 Each rule maps a `Difference` to holds, fails or cannot be told, as `compare_losses` has it: an
 arm's loss minus the control's, with simultaneous 95 % intervals over the arms that a claim names,
 by a bootstrap crossed over seeds and inputs. A claim about several arms holds if it holds for all
-of them, and fails if it fails for one. Differences within the margin do not matter. On GLUE the loss
-is the score in [0, 1] with a minus sign, and the intervals are over seeds only.
+of them, and fails if it fails for one. Differences within the margin do not matter. On GLUE the
+loss is the score in [0, 1] with a minus sign, and the intervals are over seeds only.
 """
 
 import dataclasses

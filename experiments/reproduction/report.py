@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from experiments.comparison.plan import best_rate, next_rate
 from experiments.configs.paper import MARGIN, STUDIES, WIDTH, Study
 from experiments.harness.methods import find_method
+from experiments.harness.paper import TABLE_1
 from experiments.nlg.scores import FLOOR
 from experiments.reproduction.blocks import Block, Heading, Image, Table, Text, markdown, page
 from experiments.reproduction.claims import Decided, Evidence, decide_all
@@ -30,6 +31,7 @@ from experiments.reproduction.decisions import (
 )
 from experiments.reproduction.plan import Losses, losses_of, num_seeds, trains
 from experiments.reproduction.printed import column_header, printed_blocks
+from experiments.reproduction.real_shapes import LATENCY, latency_rows
 from experiments.reproduction.runs import Record
 
 BASES = {
@@ -63,6 +65,8 @@ def blocks(evidence: Evidence) -> Iterator[Block]:
     yield Text(note)
   yield Heading("Claims", 2)
   yield from claim_blocks(decide_all(evidence))
+  yield Heading("Table 1: latency of a forward pass, GPT-2 M's shape", 2)
+  yield from latency_blocks(evidence.root)
   for name, study in STUDIES.items():
     yield Heading(_section(study), 2)
     yield from printed_blocks(name, study.tables)
@@ -99,6 +103,25 @@ def claim_blocks(decided: Sequence[Decided]) -> Iterator[Block]:
       cells = [item.claim.text, condition.words, condition.stage, condition.function]
       rows.append([*cells, outcome.word, outcome.interval])
   yield Table(rows)
+
+
+# ---- latency -----------------------------------------------------------------------------
+
+
+def latency_blocks(root: Path) -> Iterator[Block]:
+  """Yields Table 1: the paper's times, and our ratios of times."""
+  yield Text("Table 1, as printed (arXiv 2106.09685v2):")
+  yield Table(TABLE_1)
+  yield Text(
+    f"`python -m benchmarks.latency --save={root / LATENCY}`: the base model's pass, and the "
+    "others' times in the same turn relative to it, median [95 % interval by a bootstrap over the "
+    "turns]:"
+  )
+  rows = latency_rows(root)
+  if len(rows) > 1:
+    yield Table(rows)
+  else:
+    yield Text(f"Status: *{NOT_RUN}*.")
 
 
 # ---- our values --------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def step_sizes(costs: Mapping[str, Mapping[str, Cost]]) -> Iterator[StepSizes]:
     trained = {"FT": num_weights(MODELS[model]), "LoRA": _lora_row(model).trained}
     for method, cost in of_methods.items():
       memory = float(cost.arguments + cost.temporaries)
-      yield StepSizes(model, method, 2 * trained[method], memory)
+      yield StepSizes(model, method, 2 * trained[method], memory, float(cost.flops))
 
 
 def steps_table(costs: Mapping[str, Mapping[str, Cost]], rows_and_length: str) -> str:

@@ -65,12 +65,14 @@ class StepSizes:
     model, method: keys of `MODELS` and `METHODS`.
     checkpoint: of the trained parameters, at 2 bytes each, in bytes.
     memory: of a compiled train step, arguments and temporaries, in bytes.
+    flops: of its matmuls, operations.
   """
 
   model: str
   method: str
   checkpoint: Count
   memory: Positive
+  flops: Positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_folders_are_made_before_the_work(tmp_path, monkeypatch):
 def test_saved_sizes_of_other_models_are_kept(tmp_path, monkeypatch, capsys):
   flops = iter(range(1, 100))
   monkeypatch.setattr(paper_shapes, "page", lambda *_: "")
-  monkeypatch.setattr(paper_shapes, "step_cost", lambda *_: steps.Cost(next(flops), 0.0, 0.0))
+  monkeypatch.setattr(paper_shapes, "step_cost", lambda *_: steps.Cost(next(flops), 0.0, 1.0))
   path = tmp_path / "shapes.json"
 
   def saved(*flags):

@@ -1,5 +1,6 @@
 """Decisions on the results of other commands: subspaces and the intrinsic dimension."""
 
+import numpy as np
 import pytest
 
 from experiments.analysis.intrinsic import Curve
@@ -7,7 +8,14 @@ from experiments.analysis.subspaces.plan import planned_runs
 from experiments.analysis.subspaces.runs import RANDOM_BASE, SHUFFLED, arrange
 from experiments.configs.subspaces import TINY
 from experiments.reproduction import claims
-from experiments.reproduction.claims import Evidence, amplifies, dimension_falls, first_directions
+from experiments.reproduction.claims import (
+  Evidence,
+  amplifies,
+  dimension_falls,
+  first_directions,
+  other_directions,
+  shared_directions,
+)
 
 from tests.experiments.test_subspaces import made
 
@@ -53,6 +61,33 @@ def test_amplification_is_compared_with_each_null(study, monkeypatch, factor, wo
   assert outcome.word == word
   assert "log of the ratio" in outcome.interval
   assert amplifies(EVIDENCE, "embedded", RANDOM_BASE).word in ("holds", "fails", "cannot be told")
+
+
+def test_seeds_share_more_directions_of_query(study, monkeypatch):
+  same = study._replace(second=study.high)
+  monkeypatch.setattr(claims, "_study", lambda *_: same)
+  assert shared_directions(EVIDENCE, "embedded").word == "cannot be told"
+  other = next(run for run in study.nulls if run.rank == study.high.rank).subspaces["value"]
+  second = study.high._replace(subspaces={**study.high.subspaces, "value": other})
+  monkeypatch.setattr(claims, "_study", lambda *_: study._replace(second=second))
+  outcome = shared_directions(EVIDENCE, "embedded")
+  assert outcome.word == "holds"
+  assert outcome.interval.startswith("directions, query - value: mean over 2 layers ")
+
+
+def test_directions_of_the_weight_are_repeated_or_not(study, monkeypatch):
+  monkeypatch.setattr(claims, "_study", lambda *_: study)
+  assert other_directions(EVIDENCE, "embedded").word == "holds"
+  spaces = dict(study.low.subspaces)
+  for kind in ("query", "value"):
+    u, _, v = np.linalg.svd(study.low.weights(kind))
+    rank = spaces[kind].values.shape[-1]
+    spaces[kind] = spaces[kind]._replace(inputs=u[..., :rank], outputs=v.mT[..., :rank])
+  own = study._replace(low=study.low._replace(subspaces=spaces))
+  monkeypatch.setattr(claims, "_study", lambda *_: own)
+  outcome = other_directions(EVIDENCE, "embedded")
+  assert outcome.word == "fails"
+  assert "query, 1 - ratio of norms: mean over 2 layers " in outcome.interval
 
 
 def curve(base, d90):

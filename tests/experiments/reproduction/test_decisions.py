@@ -19,12 +19,16 @@ from experiments.reproduction.decisions import (
   higher,
   joined,
   lower,
+  metric_differences,
   on_par_or_better,
   worse,
 )
 from experiments.reproduction.plan import num_seeds
+from lora_jax.metrics import coco, ngrams, ter
+from lora_jax.metrics.segments import SegmentStatistics
 
 INPUTS = 200
+METEOR_ROWS = np.random.default_rng(0).integers(1, 9, (6, coco.NUM_STATISTICS)).astype(float)
 
 
 def difference(low, high):
@@ -125,6 +129,31 @@ def test_a_score_decides_above_the_floor_only():
   assert not at_floor(records[-1], "exact", 30.0)
   outcome = decide_by_metric(records, "sizes", "slots", "lora_r4", ["adapter_h_16"])
   assert outcome == Outcome("cannot be told", "without slots: lora_r4, adapter_h_16")
+
+
+@pytest.mark.parametrize(
+  ("metric", "statistics"),
+  [
+    ("bleu_unseen", ngrams.bleu),
+    ("nist", ngrams.nist),
+    (
+      "meteor_seen",
+      lambda texts, _: SegmentStatistics(METEOR_ROWS + len(texts[0]), coco.meteor_formula),
+    ),
+    ("mean_ter", ter.mean_ter),
+  ],
+)
+def test_differences_of_a_metric_are_those_of_its_scores(metric, statistics):
+  texts = [f"the cat number {i} sat on the mat" for i in range(6)]
+  systems = {"full": texts, "lora": [text.replace("sat on", "is at") for text in texts]}
+  measured = {
+    arm: statistics(of_arm, [[text] for text in texts]) for arm, of_arm in systems.items()
+  }
+  made = {arm: [{"rows": {metric: x.rows.tolist()}}] * 2 for arm, x in measured.items()}
+  (difference,) = metric_differences(made, metric, "full", ["lora"]).values()
+  assert difference.difference == pytest.approx(
+    measured["lora"].score() - measured["full"].score(), abs=1e-9
+  )
 
 
 def test_the_floor_of_an_error_rate_is_above():

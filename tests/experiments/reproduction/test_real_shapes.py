@@ -14,7 +14,9 @@ from experiments.reproduction.real_shapes import (
   MERGED,
   SHAPES,
   Shape,
+  fewer_operations,
   latency,
+  latency_rows,
   less_memory,
   more_latency,
   same_latency,
@@ -86,6 +88,18 @@ def test_a_case_of_other_widths_or_another_model_is_not_run(tmp_path):
     latency(tmp_path, Shape(16, 256), [MERGED], same_latency)
 
 
+def test_table_1_has_the_ratios_of_all_cases(tmp_path):
+  assert len(latency_rows(tmp_path)) == 1
+  factors = {MERGED: 1.0, "LoRA": 1.1, "Adapter_L": 1.2, "Adapter_H": 1.3}
+  save(tmp_path / LATENCY, timed(**factors))
+  head, row = latency_rows(tmp_path)
+  cells = dict(zip(head, row, strict=True))
+  assert (cells["batch x tokens"], cells["base, ms"]) == ("16 x 256", "1000.0")
+  for way, factor in factors.items():
+    assert cells[f"{way}, x"].startswith(f"{factor:.3f} [")
+  assert cells["status"] == "real shape, medium, float32, cpu, unrolled layers"
+
+
 def test_the_cases_are_those_of_the_benchmark():
   (merged,) = (claim for claim in CLAIMS if claim.text == "Merged, LoRA adds no latency")
   cases = {tuple(case) for name in ("cpu", "table1") for case in benchmark.CASES[name]}
@@ -100,13 +114,19 @@ def test_the_cases_are_those_of_the_benchmark():
 
 def test_memory_and_checkpoints_are_ratios_of_saved_sizes(tmp_path):
   assert less_memory(tmp_path, "GPT-2 M").interval == "missing: shapes.json, GPT-2 M"
-  costs = {"GPT-2 M": {"FT": Cost(5e9, 1e9, 0.0), "LoRA": Cost(1e9, 0.5e9, 0.0)}}
+  costs = {"GPT-2 M": {"FT": Cost(5e9, 1e9, 3e12), "LoRA": Cost(1e9, 0.5e9, 2e12)}}
   save(tmp_path / SHAPES, Sizes("1 x 128 tokens", tuple(step_sizes(costs))))
   outcome = less_memory(tmp_path, "GPT-2 M")
   assert (outcome.word, outcome.interval.split(",")[0]) == ("holds", "4.00 times")
   outcome = smaller_checkpoint(tmp_path, "GPT-2 M")
   assert (outcome.word, outcome.interval.split(" ")[0]) == ("fails", "902")  # 354.8 M / 0.39 M
-  assert less_memory(tmp_path, "GPT-3").word == "not run"
+  outcome = fewer_operations(tmp_path, "GPT-2 M")
+  assert (outcome.word, outcome.interval.split(",")[0]) == (
+    *("holds", "1.50 times fewer operations in matmuls"),
+  )
+  assert (
+    less_memory(tmp_path, "GPT-3").word == fewer_operations(tmp_path, "GPT-3").word == "not run"
+  )
   claims = [claim for claim in CLAIMS if claim.evidence.startswith("Abstract and section 4.2")]
   assert [c.decide(Evidence([], tmp_path)).word for c in claims[0].conditions] == [
     *("not run", "holds", "not run")

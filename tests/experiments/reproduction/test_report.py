@@ -1,5 +1,6 @@
 """The report: of no runs, and of a few whose files are those of the real writers."""
 
+import html
 import json
 import re
 import shutil
@@ -13,8 +14,18 @@ from experiments.reproduction.claims import Evidence
 from experiments.reproduction.report import FLOOR, blocks, study_blocks, write_report
 from experiments.reproduction.runs import carry_out, collect
 
+from tests.experiments.comparison.test_page import BROWSER, browse
 from tests.experiments.reproduction.studies import make_runs, patched, planned, small
 
+MEASURE = """<script>
+const all = selector => [...document.querySelectorAll(selector)];
+document.body.dataset.log = JSON.stringify({
+  width: document.documentElement.scrollWidth,
+  tables: all(".scroll > table").length,
+  images: all("img").map(image => image.naturalWidth),
+  headings: all("h1, h2").map(heading => heading.textContent),
+});
+</script>"""
 LOSSES = {"lora_r1": 1.6, "lora_r4": 1.5, "full": 1.5, "frozen": 3.0}
 
 
@@ -119,6 +130,24 @@ def test_html_has_the_same_tables_and_plots(root, monkeypatch):
   (figure,) = re.findall(r"!\[.*\]\((.*)\)", text)
   assert (root / figure).read_bytes().startswith(b"\x89PNG")
   assert not re.search(r"(src|href)=\"http", page)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not BROWSER, reason="no browser: apt-get install chromium")
+def test_a_browser_shows_the_report(root, monkeypatch):
+  """Every table is as wide as the page or scrolls in its own box, and every plot is loaded."""
+  monkeypatch.setattr("experiments.reproduction.report.decide_all", lambda evidence: [])
+  write_report(Evidence(collect(root), root), root / "paper")
+  path = root / "paper.html"
+  path.write_text(path.read_text("utf-8").replace("</body>", f"{MEASURE}</body>"), "utf-8")
+  text = browse(path, "--dump-dom", "--enable-logging=stderr", "--window-size=1000,800")
+  (log,) = re.findall(r'data-log="([^"]*)"', text)
+  shown = json.loads(html.unescape(log))
+  assert shown["width"] <= 1000
+  assert shown["tables"] == text.count("<table>") > 3
+  assert len(shown["images"]) == 1
+  assert min(shown["images"]) >= 600
+  assert shown["headings"][:2] == ["The experiments of Hu et al. 2021", "Claims"]
 
 
 def test_pages_of_other_commands_are_included(tmp_path, monkeypatch):
