@@ -7,7 +7,7 @@
     python -m experiments.paper --report            # of the runs so far
     python -m experiments.paper --tiny --stage=rank # all parts in minutes
 
-Time: 35 hours on 2 CPU cores (`--plan`); with `--tiny` about 15 CPU seconds a run.
+Time: 38 hours on 2 CPU cores (`--plan`); with `--tiny` about 15 CPU seconds a run.
 Expect: docs/paper_report.md, which has the stage `subspaces` so far.
 
 The studies are those of configs/paper.py: runs of `experiments.gpt2_e2e` and `experiments.glue` in
