@@ -7,9 +7,10 @@
 Needs jax, flax, optax, torch, transformers and peft, and what they bring. Weights and tokens are
 random. Each section runs in a separate process, so that peak memory is measured per section.
 FOLDER/figures.json is written after each one, and tiny.json with `--tiny`; a later run adds its
-sections to the file. Sections run in the order of the table until `--minutes` are over; those left
-out have a row that says so. Attention is cuDNN's; if cuDNN fails, XLA's is measured and the row
-says so.
+sections to the file. Training steps are the library's own: `make_train_step` and
+`make_concurrent_step`. Sections run in the order of the table until `--minutes` are over; those
+left out have a row that says so. Attention is cuDNN's; if cuDNN fails, XLA's is measured and the
+row says so.
 
     matmul       bfloat16, (8192, 8192) @ (8192, 8192)
     llama8b      Llama 3 8B, bfloat16, rows of 4096 tokens; rank 16 on all linear layers; AdamW.
@@ -19,13 +20,15 @@ says so.
                  value; AdamW. PEFT with torch.compile: rank 8 on the fused query, key, value layer.
                  "packed": rows of several examples as long as E2E's, a loss on their completions;
                  otherwise full rows with a loss at every token
-    concurrent   16 runs of GPT-2 medium, 8 rows each, in one step (step_s) and one after another
+    concurrent   16 runs of GPT-2 medium, 8 rows each, in one step (step_s) and one after another;
+                 each with its own learning rate
     merged       a prompt through GPT-2 medium, bfloat16: the base model (step_s), merged LoRA, LoRA
     beam         beam search with GPT-2 medium, float32: 64 prompts (step_s), and transformers
 
     step_s    seconds of a step, median
     tokens/s  tokens of a step, without padding, over step_s
-    peak_gb   peak memory of the allocator, weights included
+    peak_gb   peak memory of the allocator, weights included; of `concurrent`, `merged` and beam
+              search, that of all ways together, as they take turns in one process
     tflop/s   matmul operations that the gradient needs, without recomputation: 4 per frozen weight
               and token, 6 per adapter weight and token, 3 times the forward of causal attention.
               Elementwise operations and DoRA's norms are not counted
@@ -55,6 +58,7 @@ from benchmarks.gpu_training import (
   measure_matmul,
   measure_peft,
 )
+from lora_jax.files import make_folder
 
 DOTS = "dots_with_no_batch_dims_saveable"
 LORA = "llama8b rows=1 nothing_saveable"
@@ -82,6 +86,7 @@ SECTIONS: dict[str, Callable[[bool, str], Figures]] = {
 }
 WITHOUT_CHOICE = ("matmul", "gpt2 medium packed, PEFT", "gpt2 medium, PEFT", BEAM)
 """Sections without a choice of attention."""
+REMEDY = "Remove it, or choose another folder for --out"
 
 
 def measure_apart(name: str, tiny: bool, attention: str, limit: float) -> Figures:
@@ -146,6 +151,30 @@ def print_table(figures: Mapping[str, Figures]) -> None:
     print(f"DoRA / LoRA: step {dora['step_s'] / lora['step_s']:.3f}{memory}")
 
 
+def read_figures(path: Path) -> dict[str, Figures]:
+  """Returns the figures in a file; none if there is no file.
+
+  Raises:
+    ValueError: if it has something else.
+  """
+  if not path.exists():
+    return {}
+  try:
+    figures = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} is not a file of figures: {error}. {REMEDY}") from error
+  if not isinstance(figures, dict) or not all(isinstance(row, dict) for row in figures.values()):
+    raise ValueError(f"{path} has no object for each section. {REMEDY}")
+  return figures
+
+
+def write_figures(path: Path, figures: Mapping[str, Figures]) -> None:
+  """Writes figures to a file, whole or not at all."""
+  temporary = path.with_name(f".{path.name}.new")
+  temporary.write_text(json.dumps(figures, indent=2) + "\n")
+  temporary.replace(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,11 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
   if options.out is None:
     parser.error("--out is required")
   names = [name for name in SECTIONS if name.startswith(tuple(options.only))]
-  if not names:
-    parser.error(f"--only must be prefixes of {', '.join(SECTIONS)}; got {options.only}")
-  options.out.mkdir(parents=True, exist_ok=True)
+  unknown = [only for only in options.only if not any(name.startswith(only) for name in SECTIONS)]
+  if unknown or not names:
+    parser.error(f"--only must be prefixes of {', '.join(SECTIONS)}; got {unknown}")
   path = options.out / ("tiny.json" if options.tiny else "figures.json")
-  figures: dict[str, Figures] = json.loads(path.read_text()) if path.exists() else {}
+  try:
+    make_folder(options.out)
+    figures = read_figures(path)
+  except ValueError as error:
+    parser.error(str(error))
   end = time.perf_counter() + 60 * options.minutes
   for name in names:
     left = min(options.limit, end - time.perf_counter())
@@ -176,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Figures]:
       figures[name] = measure_section(name, options.tiny, left)
     else:
       figures.setdefault(name, {"error": f"not run: {options.minutes:g} minutes were over"})
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    write_figures(path, figures)
   print_table(figures)
   return figures
 

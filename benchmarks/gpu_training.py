@@ -36,7 +36,10 @@ from benchmarks.turns import ratio, take_turns, timed
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
-from lora_jax.training.loss import language_model_loss, mean
+from lora_jax.training.concurrent import make_concurrent_step
+from lora_jax.training.loss import language_model_loss
+from lora_jax.training.mesh import make_mesh, place_batch
+from lora_jax.training.step import make_train_step, start
 from lora_jax.trees import leaves_with_path, matches, replace_leaves
 
 Method = Callable[[Callable[..., Any], lj.LoraConfig], lj.Adaptation]
@@ -140,23 +143,19 @@ def measure_lora(
     repeats: number of timed steps.
     adapt: LoRA or a variant of it.
   """
-  inputs = jax.device_put(dict(batch))
-  loss = language_model_loss(model, 0.0, chunk)
-  adapted = adapt(loss, lj.LoraConfig(rank, 2.0 * rank, target))
-  optimizer = optax.adamw(1e-4)
-  trainable = jax.jit(adapted.init)(jax.random.key(1), params, inputs)
-  mask = lj.trainable_mask({"base": None, "adapter": trainable})["adapter"]
-  adapter, constants = lj.partition(trainable, mask)  # constants: untrained arrays of a variant
-  update = make_update(adapted.apply, optimizer)
-  state = (adapter, optimizer.init(adapter), jnp.zeros(()))
+  mesh = make_mesh()
+  inputs = place_batch(mesh, batch)
+  loss = adapt(language_model_loss(model, 0.0, chunk), lj.LoraConfig(rank, 2.0 * rank, target))
+  trainable = jax.jit(loss.init)(jax.random.key(1), params, inputs)
+  state, frozen, optimizer = start(params, trainable, optax.adamw(1e-4), jax.random.key(2), mesh)
+  adapter = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.part)
+  step: Any = make_train_step(loss, optimizer, state)
   compile_start = time.perf_counter()
-  lowered = jax.jit(update, donate_argnums=3).lower(params, constants, inputs, state)
-  compiled = lowered.compile()
+  compiled = step.lower(state, frozen, inputs).compile()
   compile_s = time.perf_counter() - compile_start
-  seconds = time_steps(lambda state: compiled(params, constants, inputs, state), state, repeats)
+  seconds = time_steps(lambda state: compiled(state, frozen, inputs)[0], state, repeats)
   rows, length = batch["tokens"].shape
-  config, adapter_size = model.config, int(optax.tree.size(adapter))
-  shapes = shapes_of(model)
+  config, shapes = model.config, shapes_of(model)
   weights, matrices = count_matmul_weights(config, shapes), count_adapter_matrices(adapter)
   layers, width = config.num_layers, config.embed_dim
   figures = step_figures(seconds, batch, training_flops(weights, matrices, layers, width, length))
@@ -166,7 +165,7 @@ def measure_lora(
     "rank": rank,
     "base_parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
     "base_gb": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9,
-    "adapter_parameters": adapter_size,
+    "adapter_parameters": sum(leaf.size for leaf in jax.tree.leaves(adapter)),
     "adapter_dtype": str(jax.tree.leaves(adapter)[0].dtype),
     "compile_s": compile_s,
     "peak_gb": peak_gb(),
@@ -177,80 +176,59 @@ def measure_lora(
   }
 
 
-def make_update(
-  apply: Callable[..., Any], optimizer: optax.GradientTransformation, runs: int | None = None
-) -> Callable[..., Any]:
-  """Returns a step `(params, constants, inputs, state) -> state` of one or several runs.
-
-  Args:
-    apply: `apply(params, trainable, inputs) -> LossSum`.
-    optimizer: works leaf by leaf, so that it treats each of several runs as if it were alone.
-    runs: their number if there are several: the leaves of all trees but `params` have them as
-      their first axis.
-  """
-
-  def loss_of_run(params: PyTree, adapter: PyTree, constants: PyTree, inputs: PyTree) -> jax.Array:
-    return mean(apply(params, lj.combine(adapter, constants), inputs))
-
-  losses = loss_of_run if runs is None else jax.vmap(loss_of_run, (None, 0, 0, 0))
-
-  def update(params: PyTree, constants: PyTree, inputs: PyTree, state: PyTree) -> PyTree:
-    adapter, moments, _ = state
-
-    def total(adapter: PyTree) -> tuple[jax.Array, jax.Array]:
-      loss = losses(params, adapter, constants, inputs)
-      return jnp.sum(loss), loss
-
-    grads, loss = jax.grad(total, has_aux=True)(adapter)
-    updates, moments = optimizer.update(grads, moments, adapter)
-    return optax.apply_updates(adapter, updates), moments, loss
-
-  return update
-
-
 def measure_concurrent(tiny: bool, attention: str, length: int) -> Figures:
   """Returns the figures of 16 runs in one step, against one after another.
 
-  Each run has its own batch, adapter and optimizer state. Layers are recomputed in the backward
-  pass in both ways, so that all runs fit into memory.
+  Each run has its own batch, adapter, optimizer state, key and learning rate. The ordinary step
+  reads the learning rate from the optimizer's state, so that all runs share its program. Layers
+  are recomputed in the backward pass in both ways, so that all runs fit into memory.
   """
   runs, rows, length, chunk = (3, 2, 16, 8) if tiny else (16, 8, length, 64)
   shape = TINY_GPT2 if tiny else GPT2_MEDIUM
   config = GPT2Config(
     **shape, dtype="bfloat16", scan_layers=True, remat="nothing_saveable", attention=attention
   )
-  model, optimizer = GPT2(config), optax.adamw(1e-4)
+  model, mesh = GPT2(config), make_mesh()
   params = random_params(model)
-  adapted = lj.lora(language_model_loss(model, 0.0, chunk), lj.LoraConfig(4, 8.0, QUERY_VALUE))
-  inputs = [
-    jax.device_put(dict(make_batch(config.vocab_size, rows, length, seed))) for seed in range(runs)
+  loss = lj.lora(language_model_loss(model, 0.0, chunk), lj.LoraConfig(4, 8.0, QUERY_VALUE))
+  batches = [
+    place_batch(mesh, make_batch(config.vocab_size, rows, length, seed)) for seed in range(runs)
   ]
-  init = jax.jit(adapted.init)
+  rates = [1e-4 * (run + 1) for run in range(runs)]
+  adamw, init = optax.inject_hyperparams(optax.adamw), jax.jit(loss.init)
 
-  adapters = [init(jax.random.key(run), params, batch) for run, batch in enumerate(inputs)]
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
-  constants = jax.tree.map(lambda _: None, stacked)
-  alone = [(adapter, optimizer.init(adapter), jnp.zeros(())) for adapter in adapters]
-  together = stacked, optimizer.init(stacked), jnp.zeros(runs)
-  batches = jax.tree.map(lambda *arrays: jnp.stack(arrays), *inputs)
-  step = jax.jit(make_update(adapted.apply, optimizer), donate_argnums=3)
-  joint = jax.jit(make_update(adapted.apply, optimizer, runs), donate_argnums=3)
+  def started(run: int) -> tuple[Any, PyTree, optax.GradientTransformation]:
+    trainable = init(jax.random.key(run), params, batches[run])
+    return start(params, trainable, adamw(learning_rate=rates[run]), jax.random.key(run), mesh)
+
+  states, frozens, optimizers = map(list, zip(*map(started, range(runs)), strict=True))
+  together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  frozen = frozens[0]  # of plain LoRA: the base model, the same for all runs
+  settings = {"learning_rate": jnp.asarray(rates)}
+  step = make_train_step(loss, optimizers[0], states[0])
+  joint = make_concurrent_step(lambda _: loss, lambda settings: adamw(**settings), states[0])
+  losses: dict[str, Any] = {}
 
   def run_alone() -> float:
-    def all_runs() -> list[PyTree]:
-      return [step(params, constants, *pair) for pair in zip(inputs, alone, strict=True)]
+    def all_runs() -> list[Any]:
+      return [step(state, frozen, batch) for state, batch in zip(states, batches, strict=True)]
 
-    seconds, alone[:] = timed(all_runs)
+    seconds, results = timed(all_runs)
+    states[:] = [state for state, _ in results]
+    losses["alone"] = np.asarray([metrics.loss for _, metrics in results])
     return seconds
 
   def run_together() -> float:
     nonlocal together
-    seconds, together = timed(joint, params, constants, batches, together)
+    seconds, (together, metrics) = timed(
+      joint, together, frozen["base"], frozen["adapter"], batches, settings
+    )
+    losses["together"] = np.asarray(metrics.loss)
     return seconds
 
   ways = {"alone": run_alone, "together": run_together}
   take_turns(ways, 2)  # compiles; the second loss is that of an updated adapter
-  losses = np.asarray([state[2] for state in alone]), np.asarray(together[2])
+  difference = float(np.abs(losses["alone"] / losses["together"] - 1).max())
   times = take_turns(ways, 3 if tiny else 10)
   speed = ratio(times["alone"], times["together"])
   median = statistics.median(times["together"])
@@ -264,7 +242,7 @@ def measure_concurrent(tiny: bool, attention: str, length: int) -> Figures:
     "alone_s": statistics.median(times["alone"]),
     "tokens_per_s": runs * rows * length / median,
     "times_alone": speed.median,
-    "loss_difference": float(np.abs(losses[0] / losses[1] - 1).max()),
+    "loss_difference": difference,
     "peak_gb": peak_gb(),
     "note": f"{runs} runs: {speed} times one after another",
   }
