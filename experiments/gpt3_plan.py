@@ -34,6 +34,8 @@ from experiments.plan.models import find_model
 from experiments.plan.step import Costs, lower_step, plan_step
 from lora_jax.training.mesh import make_mesh, num_row_parts
 
+PAPER_MEMORY = {"LoRA": 350e9, "full fine-tuning": 1.2e12}  # bytes, of GPT-3 175B
+
 
 def run(config: ConfigDict) -> dict[str, Any]:
   """Plans a step with each method; returns the content of `result.json`."""
@@ -100,6 +102,17 @@ def report(config: PlanConfig, result: Mapping[str, Any]) -> str:
   if len(costs) > 1:
     ratio = costs["lora"].peak / costs["full_finetuning"].peak
     lines.append(f"peak memory of LoRA: {ratio:.3f} of that of full fine-tuning")
+  if config.model == "gpt3":
+    chips = math.prod(result["mesh"].values())
+    sizes = (f"{name} {_bytes(size)}" for name, size in PAPER_MEMORY.items())
+    arguments = (
+      f"{find_method(method).label} {_bytes(cost.arguments * chips)}"
+      for method, cost in costs.items()
+    )
+    lines.append(
+      f"memory in section 4.2 of the paper: {', '.join(sizes)}; arguments of all chips here: "
+      f"{', '.join(arguments)}"
+    )
   lines += [
     f"{find_method(method).label}: {advice(config, cost, chip, result)}"
     for method, cost in costs.items()

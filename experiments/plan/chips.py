@@ -37,6 +37,7 @@ CHIPS = {
   "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9),
   "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
 }
+MOST_EMULATED = 1024  # devices; JAX makes threads and memory for each
 QUIET = {  # libtpu asks neither the cloud nor the user about the machine
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -61,12 +62,17 @@ def find_devices(topology: str) -> tuple[Sequence[Any], Chip | None]:
       f"topology must be one of {', '.join(CHIPS)} and its chips, such as v5p:4x4x4 or v5e:16x16, "
       f"or cpu:8; got {topology!r}"
     )
+  if kind == "cpu" and (not size.isdigit() or int(size) > MOST_EMULATED):
+    raise ValueError(
+      f"topology cpu:N must have a number N of at most {MOST_EMULATED} devices, such as 8, got "
+      f"{size!r}"
+    )
   with contextlib.suppress(RuntimeError):  # JAX has devices already, in tests
     jax.config.update("jax_platforms", "cpu")
-    if kind == "cpu" and size.isdigit():
+    if kind == "cpu":
       jax.config.update("jax_num_cpu_devices", int(size))
   if kind == "cpu":
-    return _emulated(size), None
+    return _emulated(int(size)), None
   if importlib.util.find_spec("libtpu") is None:
     raise RuntimeError(
       "compiling for TPUs needs their compiler, libtpu: pip install 'lora-jax[tpu-plan]' (in a "
@@ -76,13 +82,11 @@ def find_devices(topology: str) -> tuple[Sequence[Any], Chip | None]:
   return _described(topology), CHIPS[kind]
 
 
-def _emulated(size: str) -> Sequence[Any]:
-  if not size.isdigit():
-    raise ValueError(f"topology cpu:N must have a number N of devices, such as 8, got {size!r}")
-  devices, count = jax.devices("cpu"), int(size)
+def _emulated(count: int) -> Sequence[Any]:
+  devices = jax.devices("cpu")
   if count > len(devices):
     raise ValueError(
-      f"topology cpu:N must have a number N of at most {len(devices)} devices, got {size!r}. "
+      f"topology cpu:N must have a number N of at most {len(devices)} devices, got {count}. "
       f"XLA_FLAGS=--xla_force_host_platform_device_count={count} emulates more"
     )
   return devices[:count]

@@ -27,7 +27,7 @@ from lora_jax.models.checkpoints.loaded_weights import with_shardings
 from lora_jax.training.step import TrainState, make_train_step, start
 
 LINEAR = r".*/(attn|mlp)/(.*/)?(query|key|value|out|gate|up|down)(/kernel)?"  # not routers or heads
-NEEDED = re.compile(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm")
+NEEDED = re.compile(r"(?:Used |for HLO temporaries \()([\d.]+)([MGT])\b")  # arguments included
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 

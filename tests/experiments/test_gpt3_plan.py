@@ -1,13 +1,16 @@
 """The plan of a pod: its table, its advice, its topologies, and one small plan from the command."""
 
 import importlib.util
+import types
 
+import jax
 import pytest
 
 from experiments import gpt3_plan
 from experiments.configs.gpt3_plan import get_config
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.fit import count
+from experiments.plan import step
 from experiments.plan.chips import CHIPS, GIB, find_devices
 from experiments.plan.config import PlanConfig
 from experiments.plan.models import MODELS, find_model
@@ -56,6 +59,38 @@ def test_the_table_has_each_method_and_its_floors():
   assert "peak memory of LoRA: 0.200 of that of full fine-tuning" in text
   assert "full fine-tuning: needs 100.0 GiB of the 95 GiB of a chip" in text
   assert "LoRA: needs" not in text
+  assert (
+    "memory in section 4.2 of the paper: LoRA 350.00 GB, full fine-tuning 1.20 TB; arguments of "
+    f"all chips here: LoRA {64 * 5 * GIB / 1e9:.2f} GB, full fine-tuning 4.12 TB" in text
+  )
+  other = gpt3_plan.report(replace_fields(CONFIG, {"model": "llama3_8b"}), result_of(lora=LORA))
+  assert "section 4.2" not in other
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    ("Used 1.50T of 15.75G hbm. Exceeded hbm capacity by 1.48T", 1536 * GIB),
+    (
+      # of libtpu 0.0.42.1, for full fine-tuning of llama3_8b on v5e:2x2; the same step on v5p:2x2x1
+      # has a peak of 32.33 GiB, of which 22.43 are arguments
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+      "temporaries (32.22G) exceeds available HBM (15.75G).",
+      32.22 * GIB,
+    ),
+  ],
+)
+def test_a_step_that_the_compiler_cannot_place_has_a_peak(message, needed, monkeypatch, tmp_path):
+  def fails(compiler_options):
+    raise jax.errors.JaxRuntimeError(message)
+
+  lowered = types.SimpleNamespace(compile=fails)
+  monkeypatch.setattr(step, "_partitioned", lambda folder: "a module")
+  compiled = step.compile_step(lowered, tmp_path)
+  assert compiled == step.Compiled(0.0, pytest.approx(needed), False, "a module")
+  message = "INTERNAL: another error"
+  with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+    step.compile_step(lowered, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +159,11 @@ def test_bad_topologies_meshes_and_batches_are_refused(monkeypatch):
   for topology in ("v5p", "v5p:4x", "v9:2x2", "cpu:0"):
     with pytest.raises(ValueError, match="topology must be one of v5e, v5p, v6e"):
       find_devices(topology)
-  with pytest.raises(ValueError, match="at most 8 devices, got '16'"):
+  with pytest.raises(ValueError, match="at most 8 devices, got 16"):
     find_devices("cpu:16")
-  with pytest.raises(ValueError, match="a number N of devices, such as 8, got '4x2'"):
-    find_devices("cpu:4x2")
+  for size in ("4x2", "100000"):
+    with pytest.raises(ValueError, match=f"at most 1024 devices, such as 8, got '{size}'"):
+      find_devices(f"cpu:{size}")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(RuntimeError, match=r"pip install 'lora-jax\[tpu-plan\]'"):
     find_devices("v5p:4x4x4")
