@@ -3,6 +3,7 @@
     python -m benchmarks.concurrent                       # the embedded model's shape, CPU or GPU
     python -m benchmarks.concurrent --model smollm2       # SmolLM2-135M's shape
     python -m benchmarks.concurrent --model medium --dtype bfloat16 --length 64 512    # a GPU
+    python -m benchmarks.concurrent --turns 0             # compiles only: no times
     python -m benchmarks.concurrent --tiny                # toy sizes, seconds
 
 Random weights and tokens, a loss at every token, AdamW, LoRA of rank 16 on all linear layers. Each
@@ -30,6 +31,7 @@ import optax
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from benchmarks.arguments import count, count_or_zero
 from benchmarks.e2e_epoch import embedded_folder
 from benchmarks.turns import ratio, take_turns, timed
 from experiments.harness.config import ALL_LINEAR
@@ -183,30 +185,30 @@ def measure(options: argparse.Namespace, length: int) -> list[list[str]]:
   loss = lj.lora(language_model_loss(model), LORA)
   runs = make_runs(loss, params, batches)
   ways = {"alone": one_run(loss, runs[0])}
-  first = ways["alone"].step()
-  for count in options.runs:
-    ways[str(count)] = way = all_runs(loss, runs[:count])
-    check(way.step(), first, AGREEMENT[options.dtype])
+  ways |= {str(number): all_runs(loss, runs[:number]) for number in options.runs}
 
   def seconds_of_a_run(way: Way) -> float:
     return timed(way.step)[0] / way.num_runs
 
-  times = take_turns(
-    {name: functools.partial(seconds_of_a_run, way) for name, way in ways.items()}, options.turns
-  )
+  times: dict[str, list[float]] = {}
+  if options.turns:
+    first = ways["alone"].step()
+    for name in list(ways)[1:]:
+      check(ways[name].step(), first, AGREEMENT[options.dtype])
+    times = take_turns(
+      {name: functools.partial(seconds_of_a_run, way) for name, way in ways.items()}, options.turns
+    )
   table = []
   for name, way in ways.items():
-    seconds = statistics.median(times[name])
-    table.append(
-      [
-        str(length),
-        name,
+    cells = [""] * 3
+    if times:
+      seconds = statistics.median(times[name])
+      cells = [
         f"{seconds * way.num_runs:.3f}",
         f"{options.batch * length / seconds:,.0f}",
         str(ratio(times["alone"], times[name])),
-        f"{way.temp_bytes / 1e6:,.0f}",
       ]
-    )
+    table.append([str(length), name, *cells, f"{way.temp_bytes / 1e6:,.0f}"])
   return table
 
 
@@ -216,10 +218,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   )
   parser.add_argument("--model", choices=("embedded", "smollm2", "medium"), default="embedded")
   parser.add_argument("--dtype", choices=tuple(AGREEMENT), default="float32")
-  parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-  parser.add_argument("--batch", type=int, default=8, help="rows of a run's batch")
-  parser.add_argument("--length", type=int, nargs="+", default=[64])
-  parser.add_argument("--turns", type=int, default=5)
+  parser.add_argument("--runs", type=count, nargs="+", default=[1, 2, 4, 8, 16])
+  parser.add_argument("--batch", type=count, default=8, help="rows of a run's batch")
+  parser.add_argument("--length", type=count, nargs="+", default=[64])
+  parser.add_argument("--turns", type=count_or_zero, default=5, help="0: compile only")
   parser.add_argument("--tiny", action="store_true", help="a toy model")
   return parser.parse_args(arguments)
 

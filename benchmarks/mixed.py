@@ -34,6 +34,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from benchmarks.arguments import count
 from benchmarks.concurrent import make_model
 from benchmarks.turns import ratio, take_turns, timed
 from experiments.harness.config import ALL_LINEAR
@@ -213,9 +214,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--model", choices=("embedded", "smollm2"), default="embedded")
-  parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-  parser.add_argument("--new_tokens", type=int, default=32)
-  parser.add_argument("--turns", type=int, default=7)
+  parser.add_argument("--prompt", type=count, default=32, help="tokens of a prompt")
+  parser.add_argument("--new_tokens", type=count, default=32)
+  parser.add_argument("--turns", type=count, default=7)
   parser.add_argument("--tiny", action="store_true", help="a toy model")
   return parser.parse_args(arguments)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lj
+from benchmarks.arguments import count
 from lora_jax.models.llama.model import Llama, LlamaConfig
 
 MIB = 2**20
@@ -34,7 +35,7 @@ def measure(width: int, mlp_dim: int, num_layers: int, num_adapters: int) -> dic
       num_layers=num_layers,
       num_heads=8,
       num_kv_heads=4,
-      head_dim=width // 9,  # 256 in Gemma 2 2B
+      head_dim=max(width // 18, 1) * 2,  # 256 in Gemma 2 2B
       mlp_dim=mlp_dim,
       scan_layers=True,
     )
@@ -56,15 +57,15 @@ def measure(width: int, mlp_dim: int, num_layers: int, num_adapters: int) -> dic
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--width", type=int, default=2304, help="of the hidden states")
-  parser.add_argument("--mlp_dim", type=int, default=9216, help="inner width of the MLP")
-  parser.add_argument("--num_layers", type=int, default=4, help="scanned layers")
-  parser.add_argument("--num_adapters", type=int, default=3, help="of the same base model")
+  parser.add_argument("--width", type=count, default=2304, help="of the hidden states")
+  parser.add_argument("--mlp_dim", type=count, default=9216, help="inner width of the MLP")
+  parser.add_argument("--num_layers", type=count, default=4, help="scanned layers")
+  parser.add_argument("--num_adapters", type=count, default=3, help="of the same base model")
   return parser.parse_args(arguments)
 
 
-def main() -> None:
-  options = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+  options = parse(arguments)
   sizes = measure(options.width, options.mlp_dim, options.num_layers, options.num_adapters)
   print(f"stacked layers of the base model: {sizes['base'][0] / MIB:,.1f} MiB")
   for i, (size, growth) in enumerate(zip(sizes["adapter"], sizes["allocated"], strict=True)):

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from benchmarks.scanned_base import measure
+from benchmarks.scanned_base import main, measure
 
 
 @pytest.fixture
@@ -13,6 +13,12 @@ def _quick_collections():
   gc.freeze()
   yield
   gc.unfreeze()
+
+
+@pytest.mark.long
+def test_a_narrow_model_has_heads(capsys):
+  main(["--width", "8", "--mlp_dim", "8", "--num_layers", "1", "--num_adapters", "1"])
+  assert "adapter 0: weights" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_quick_collections")
