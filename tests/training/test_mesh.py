@@ -1,6 +1,7 @@
 """Eight emulated devices give the results of one; arrays that cannot be split are refused."""
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from experiments.harness.sharding import sharding_of
+from experiments.plan.models import make_plan
 from lora_jax.marks import (
   HEAD_INPUT,
   LAYER_INPUT,
@@ -20,9 +22,12 @@ from lora_jax.marks import (
   MLP_OUTPUT,
   TOKEN_EMBEDDINGS,
 )
+from lora_jax.models.deberta.model import Deberta, DebertaConfig
+from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.training.fingerprint import fingerprint
-from lora_jax.training.loss import language_model_loss
+from lora_jax.training.loss import language_model_loss, mean
 from lora_jax.training.mesh import (
   make_mesh,
   params_shardings,
@@ -32,7 +37,7 @@ from lora_jax.training.mesh import (
 from lora_jax.training.step import make_train_step, start
 
 from tests.tiny_training import batches, fresh_params, method, model
-from tests.toy_models import relative_difference
+from tests.toy_models import randomized, relative_difference
 
 
 def trained(name, scan_layers, parts, **axes):
@@ -85,6 +90,57 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
     assert sum(x.size for x in split) > 0.9 * sum(x.size for x in arrays)
   moments = [leaf.sharding for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
   assert moments == [leaf.sharding for leaf in jax.tree.leaves(state.part)] * 2
+
+
+ROWS, TOKENS = 8, 12
+SHAPE: dict[str, Any] = {
+  **{"vocab_size": 48, "num_positions": TOKENS, "embed_dim": 32, "num_layers": 2, "num_heads": 4},
+  **{"mlp_dim": 48, "scan_layers": True},
+}
+FAMILIES = {
+  "llama": lambda: Llama(LlamaConfig(**SHAPE, num_kv_heads=2)),
+  "deberta": lambda: Deberta(DebertaConfig(**SHAPE, num_labels=3)),
+}
+
+
+@pytest.mark.long  # compiles two programs of seconds
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_devices_equal_one_for_another_family(family):
+  module, draw = FAMILIES[family](), np.random.default_rng(0)
+  planned = make_plan(module, lambda dtype: shapes_of(module))
+  tokens = draw.integers(1, 48, (ROWS, TOKENS), np.int32)
+  index = np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1))
+  ones, labels = np.ones_like(tokens), draw.integers(0, 3, ROWS, np.int32)
+  arrays = {
+    **{"tokens": tokens, "positions": index, "segment_ids": ones, "target_index": index},
+    **{"targets": np.roll(tokens, -1, axis=1), "target_weights": np.float32(ones)},
+    **{"token_types": 0 * ones, "labels": labels, "weights": np.ones(ROWS, np.float32)},
+  }
+  batch = {name: arrays[name] for name in (*planned.rows, *planned.labels)}
+  base = jax.tree.map(
+    lambda leaf: np.float32(0.1 * draw.standard_normal(leaf.shape)), shapes_of(module)
+  )
+  loss = lj.lora(planned.loss, lj.LoraConfig(4, 8.0, r".*/(query|value)/kernel"))
+  adapter = randomized(jax.eval_shape(loss.init, jax.random.key(0), base, batch))
+
+  def loss_and_gradient(**axes):
+    mesh = make_mesh(**axes)
+    params = jax.device_put(base, sharding_of(mesh)(base))
+    trainable = jax.device_put(adapter, lj.shardings(adapter, params))
+    apply = shard_activations(loss.apply, mesh)
+
+    def of_adapter(trainable, params, batch):
+      return mean(apply(params, trainable, batch))
+
+    gradient = jax.jit(jax.value_and_grad(of_adapter))
+    return jax.device_get(gradient(trainable, params, place_batch(mesh, batch)))
+
+  (expected, expected_grads), (got, grads) = (
+    loss_and_gradient(),
+    loss_and_gradient(data=2, fsdp=2, tensor=2),
+  )
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+  assert relative_difference(grads, expected_grads) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["lora", "full_finetuning"])
