@@ -197,7 +197,7 @@ def measure_concurrent(tiny: bool, attention: str, length: int) -> Figures:
   rates = [1e-4 * (run + 1) for run in range(runs)]
   adamw, init = optax.inject_hyperparams(optax.adamw), jax.jit(loss.init)
 
-  def started(run: int) -> tuple[Any, PyTree, optax.GradientTransformation]:
+  def started(run: int) -> Any:
     trainable = init(jax.random.key(run), params, batches[run])
     return start(params, trainable, adamw(learning_rate=rates[run]), jax.random.key(run), mesh)
 
