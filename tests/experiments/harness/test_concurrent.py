@@ -184,3 +184,30 @@ def test_runs_trained_together_are_ordinary_runs(tmp_path):
     assert files - {path.name for path in Path(alone[i].workdir).glob("[!.]*")} == {
       "concurrent.json"
     }
+
+
+@pytest.mark.long
+def test_a_run_that_halving_stopped_is_resumed_by_its_own_command(tmp_path):
+  """Of two runs compared after three steps the slow one is stopped; its command trains the rest."""
+  short = {"fit.num_train_steps": 6, "optimizer.warmup_steps": 1}
+  changes = [short | {"optimizer.learning_rate": rate} for rate in (3e-2, 1e-6)]
+  better, slow = configs(tmp_path / "together", *changes, make=tiny_config)
+  early = train_together([better, slow], gpt2_e2e.trainings, 2, halving_steps=3)
+  reason = early.pop(slow.workdir)
+  assert early == {}
+  assert reason == stopped_early(slow.workdir)
+  assert reason.startswith("stopped at step 3, where its validation loss, ")
+  assert losses_by_step(slow) == pytest.approx(
+    {step: loss for step, loss in losses_by_step(better).items() if step <= 3}, rel=0.1
+  )
+  result = gpt2_e2e.run(slow)
+  assert stopped_early(slow.workdir) == ""
+  (alone,) = configs(tmp_path / "alone", changes[1], make=tiny_config)
+  assert result["valid_loss"] == pytest.approx(gpt2_e2e.run(alone)["valid_loss"], rel=1e-4)
+  assert losses_by_step(slow) == pytest.approx(losses_by_step(alone), rel=1e-4)
+  assert max(losses_by_step(slow)) == max(losses_by_step(better)) == 6
+
+
+def losses_by_step(run):
+  lines = map(json.loads, (Path(run.workdir) / "metrics.jsonl").read_text().splitlines())
+  return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
