@@ -2,16 +2,19 @@
 
 import json
 import re
+import sys
 
 import pytest
 
+from experiments import gpt2_e2e as experiment
 from experiments.configs import gpt2_e2e
-from experiments.harness.config import Distributed, read_config, replace_fields
+from experiments.harness.config import Distributed, flat, read_config, replace_fields
 from experiments.harness.workdir import open_workdir
 from experiments.nlg.config import E2EConfig
 
 from tests import two_processes
 from tests.kill_training import losses
+from tests.tiny_e2e import tiny_config
 from tests.two_processes import arrays
 
 
@@ -97,3 +100,58 @@ def test_an_error_of_one_process_ends_all_with_its_message(events, message, tmp_
   for code, text in two_processes.run(tmp_path, folder / "cache", *events):
     assert code == 1
     assert re.search(message, text, re.DOTALL), text
+
+
+def command(config):
+  """Returns the command of a run of `experiments.gpt2_e2e`, with a flag for each changed field."""
+  default, fields = flat(gpt2_e2e.get_config("mini")), flat(config)
+  changed = {name: value for name, value in fields.items() if default[name] != value}
+  flags = [f"--config.{name}={value}" for name, value in changed.items()]
+  return [sys.executable, "-m", "experiments.gpt2_e2e", *flags]
+
+
+@pytest.mark.long
+def test_two_processes_do_an_experiment_to_its_result(tmp_path):
+  """The command of docs/scale.md: training, decoding and scores, as one process has them."""
+  config = tiny_config(tmp_path / "two")
+  config.fit.num_train_steps, config.mesh.data = 4, 2
+  address = f"localhost:{two_processes.free_port()}"
+  flags = [
+    f"--config.distributed.{name}={value}"
+    for name, value in {"coordinator_address": address, "num_processes": 2}.items()
+  ]
+  commands = [[*command(config), *flags, f"--config.distributed.process_id={i}"] for i in (0, 1)]
+  outputs = two_processes.finish(two_processes.start(commands, 1, tmp_path / "cache"))
+  assert [code for code, _ in outputs] == [0, 0], outputs
+  result = json.loads((tmp_path / "two" / "result.json").read_text())
+  config.workdir, config.mesh.data = str(tmp_path / "one"), 1
+  expected = experiment.run(config)
+  assert result["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-5)
+  assert result["scores"] == expected["scores"]
+
+
+JOIN = """
+import jax, sys
+from experiments.harness.config import Distributed
+from experiments.harness.machines import join
+join(Distributed("auto"))
+print(f"process {jax.process_index()} of {jax.process_count()}", file=sys.stderr)
+"""
+
+
+@pytest.mark.long
+def test_processes_that_slurm_starts_are_detected(monkeypatch, tmp_path):
+  """By the variables that srun sets for each of its tasks."""
+  shared = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "STEP_NUM_NODES": "1", "NTASKS": "2"}
+  for name, value in shared.items():
+    monkeypatch.setenv(f"SLURM_{name}", value)
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", str(two_processes.free_port()))
+  processes = []
+  for i in "01":
+    monkeypatch.setenv("SLURM_PROCID", i)
+    monkeypatch.setenv("SLURM_LOCALID", i)
+    processes += two_processes.start([[sys.executable, "-c", JOIN]], 1, tmp_path)
+  outputs = two_processes.finish(processes)
+  assert [code for code, _ in outputs] == [0, 0], outputs
+  for i, (_, text) in enumerate(outputs):
+    assert f"process {i} of 2" in text
