@@ -20,6 +20,7 @@ from pathlib import Path
 
 from experiments import gpt2_e2e
 from experiments.comparison.costs import measure_costs
+from experiments.comparison.lines import read_lines, write_lines
 from experiments.comparison.page import write_page
 from experiments.comparison.plan import (
   STAGES,
@@ -43,8 +44,6 @@ from experiments.comparison.runs import (
   costs_file,
   rate_losses,
   read_costs,
-  read_lines,
-  write_lines,
 )
 from experiments.comparison.summary import summarize
 from experiments.configs.variants import CONTROL, FULL, TINY, Sizes

@@ -183,7 +183,7 @@ def page(summary: Summary) -> str:
     "tables": {table.base: [_plotted(row) for row in table.rows] for table in summary.tables},
   }
   text = TEMPLATE.read_text("utf-8").replace("@@BODY@@", "\n".join(body))
-  return text.replace("@@DATA@@", json.dumps(data).replace("<", "\\u003c"))
+  return text.replace("@@DATA@@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _plotted(row: Row) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Carries out planned runs, each in its folder, and collects them as records for JSON lines.
+"""Carries out planned runs, each in its folder, and collects their records.
 
 Beside the files of every run (experiments/harness/workdir.py) a folder has
 
@@ -8,15 +8,14 @@ Beside the files of every run (experiments/harness/workdir.py) a folder has
 """
 
 import functools
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.classification.config import GlueConfig
+from experiments.comparison.lines import COSTS, Record
 from experiments.comparison.losses import folder_bytes, measure_losses
 from experiments.comparison.plan import FROZEN, STAGES, Planned, config_of
 from experiments.comparison.sizes import trained_at_once
@@ -33,8 +32,6 @@ from lora_jax.files import read_json
 from lora_jax.metrics import ngrams
 
 MEASURED = "measured.json"
-COSTS = "costs"  # a stage without runs
-Record = dict[str, Any]
 SETTINGS = (  # of a record
   *("lora.rank", "lora.alpha", "lora.target", "optimizer.learning_rate"),
   *("optimizer.weight_decay", "optimizer.warmup_share", "data.num_train_records"),
@@ -182,32 +179,3 @@ def rate_losses(records: Iterable[Record], stage: str) -> dict[str, dict[float, 
       finished = record["status"] == "finished"
       losses[record["arm"]][rate] = record["valid_loss"] if finished else math.inf
   return losses
-
-
-def write_lines(path: Path, records: Iterable[Record]) -> None:
-  """Writes records as JSON lines; a process that reads the file has the old or the new ones."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  temporary.write_text("".join(f"{json.dumps(record)}\n" for record in records), "utf-8")
-  os.replace(temporary, path)
-
-
-def read_lines(path: Path) -> list[Record]:
-  """Returns the records of a file of JSON lines.
-
-  Raises:
-    FileNotFoundError: if there is none.
-    ValueError: if a line is not a JSON object, naming it.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(f"there is no file {path}: run python -m experiments.variants first")
-  records = []
-  for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-    try:
-      record = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f"{path}:{number}: {error}") from error
-    if not isinstance(record, dict) or "stage" not in record:
-      raise ValueError(f"{path}:{number}: expected a run's record, got {line[:60]!r}")
-    records.append(record)
-  return records

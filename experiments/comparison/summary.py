@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.comparison.lines import COSTS, Record
 from experiments.comparison.plan import FROZEN, STAGES, arms_of, bracketed, label, num_seeds
-from experiments.comparison.runs import COSTS, Record, rate_losses
+from experiments.comparison.runs import rate_losses
 from experiments.comparison.statistics import (
   Difference,
   compare_losses,

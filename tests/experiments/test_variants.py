@@ -6,8 +6,8 @@ import pytest
 
 from experiments import variants
 from experiments.comparison import plan
+from experiments.comparison.lines import read_lines, write_lines
 from experiments.comparison.plan import first_rates
-from experiments.comparison.runs import read_lines, write_lines
 from experiments.comparison.summary import summarize
 from experiments.configs import variants as configs
 from experiments.configs.variants import FULL, TINY

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.comparison.lines import read_lines, write_lines
 from experiments.comparison.losses import losses_by_input, wikipedia_loss
 from experiments.comparison.plan import FROZEN, Planned, config_of, frozen_run
 from experiments.comparison.runs import (
@@ -17,8 +19,6 @@ from experiments.comparison.runs import (
   collect,
   costs_file,
   rate_losses,
-  read_lines,
-  write_lines,
 )
 from experiments.configs.variants import TINY
 from experiments.harness import sharing
@@ -34,9 +34,14 @@ from experiments.nlg.restore import trainable_shapes
 from lora_jax.training.loss import language_model_loss
 from lora_jax.trees import leaves_with_path, replace_leaves
 
+from tests.experiments.comparison.records import records as comparison_records
 from tests.tiny_e2e import tiny_config
 
 LOSSES = {1e-3: 2.5, 3e-3: 1.5, 1e-2: 9.0}  # by learning rate
+
+
+def without(record, name):
+  return {key: value for key, value in record.items() if key != name}
 
 
 def planned(rate, arm="lora"):
@@ -105,13 +110,14 @@ def test_losses_by_rate(root):
 
 
 def test_records_are_json_lines(root):
-  write_json(costs_file(root, "embedded"), {"lora": {"gflop": 1.0}})
+  costs = {name: 1.0 for name in ("gflop", "step_megabytes", "step_seconds", "step_ratio")}
+  write_json(costs_file(root, "embedded"), {"lora": costs})
   records = collect(root)
   path = root / "runs.jsonl"
   write_lines(path, records)
   assert read_lines(path) == records
   assert len(path.read_text().splitlines()) == 6
-  assert records[-1] == {"stage": "costs", "arm": "lora", "base": "embedded", "gflop": 1.0}
+  assert records[-1] == {"stage": "costs", "arm": "lora", "base": "embedded", **costs}
   record = json.loads(path.read_text().splitlines()[0])
   assert {"stage", "arm", "base", "method", "seed", "status", "settings"} <= record.keys()
 
@@ -129,11 +135,41 @@ def test_lines_that_cannot_be_read(tmp_path):
   path = tmp_path / "runs.jsonl"
   with pytest.raises(FileNotFoundError, match="there is no file"):
     read_lines(path)
-  path.write_text('{"stage": "rates"}\n[1]\n')
-  with pytest.raises(ValueError, match=r"runs.jsonl:2: expected a run's record, got '\[1\]'"):
+  write_lines(path, [])
+  with pytest.raises(ValueError, match=r"runs.jsonl is empty: expected the records of runs"):
     read_lines(path)
-  path.write_text("{\n")
-  with pytest.raises(ValueError, match=r"runs.jsonl:1: "):
+
+
+SEEDS = next(r for r in comparison_records() if r["stage"] == "seeds")
+COST = next(r for r in comparison_records() if r["stage"] == "costs")
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    ([1], "expected a run's record, got '[1]'"),
+    (SEEDS | {"stage": "nope"}, "stage must be one of rates, seeds, effort, "),
+    (without(SEEDS, "stage"), "the record lacks the field 'stage'"),
+    (without(SEEDS, "base"), "the record lacks the field 'base'"),
+    (SEEDS | {"base": "smollm2"}, "base must be embedded, seeds's, got 'smollm2'"),
+    (SEEDS | {"arm": "dura"}, "there is no arm 'dura'; did you mean dora"),
+    (SEEDS | {"status": "crashed"}, "status must be one of finished, failed, got 'crashed'"),
+    (SEEDS | {"settings": []}, "settings must be of type Mapping, got []"),
+    (SEEDS | {"settings": {}}, "settings lack 'optimizer.learning_rate'"),
+    (without(SEEDS, "valid_loss"), "the record lacks the field 'valid_loss'"),
+    (SEEDS | {"valid_loss": math.nan}, "valid_loss must be a finite number"),
+    (SEEDS | {"valid_loss": "1.9"}, "valid_loss must be a number"),
+    (SEEDS | {"wikipedia_loss": math.inf}, "wikipedia_loss must be a finite number"),
+    (without(SEEDS, "input_losses"), "the record lacks the field 'input_losses'"),
+    (SEEDS | {"input_losses": [1.0]}, "input_losses has 1 numbers, and input_tokens 60"),
+    (SEEDS | {"input_losses": [math.nan] * 60}, "input_losses[0] must be a finite number"),
+    (without(COST, "gflop"), "the record lacks the field 'gflop'"),
+  ],
+)
+def test_a_record_without_what_the_page_needs_is_named(record, message, tmp_path):
+  path = tmp_path / "runs.jsonl"
+  write_lines(path, [SEEDS, record])
+  with pytest.raises(ValueError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)):
     read_lines(path)
 
 
