@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 DAMAGED, REMOVED = ".damaged", ".removed"
+SECONDS = 10.0  # at most, to remove what a failed save has written
 STORED_NAMES = {"part": "trainable"}  # of a train state's fields, where disk and code differ
 
 
@@ -56,11 +58,11 @@ def save_adapter(folder: str | Path, trainable: PyTree) -> None:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
       checkpointer.save(folder, args=args)
   except Exception as error:  # storage libraries raise errors of many kinds
-    if is_first():
-      _remove_leftovers(folder.parent, glob.escape(folder.name))
+    left = _remove_failed(folder.parent, glob.escape(folder.name)) if is_first() else []
+    kept = f"Remove {', '.join(map(str, left))}" if left else "Nothing is left of it"
     raise OSError(
-      f"the adapter could not be written to {folder} ({reason(error)}). Nothing is left of "
-      "it. If the disk is full, make room; then save it again"
+      f"the adapter could not be written to {folder} ({reason(error)}). {kept}. If the disk is "
+      "full, make room; then save it again"
     ) from error
 
 
@@ -132,9 +134,29 @@ def _check_dtypes(
 
 def _remove_leftovers(folder: Path, name: str) -> None:
   """Removes the temporary folders that a killed process left."""
-  for pattern in (f"{name}.orbax-checkpoint-tmp*", f"{name}{REMOVED}"):
-    for path in folder.glob(pattern):
-      shutil.rmtree(path)
+  for path in _leftovers(folder, name):
+    shutil.rmtree(path)
+
+
+def _leftovers(folder: Path, name: str) -> list[Path]:
+  patterns = (f"{name}.orbax-checkpoint-tmp*", f"{name}{REMOVED}")
+  return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _remove_failed(folder: Path, name: str) -> list[Path]:
+  """Removes the temporary folders of a save that has failed; returns those that remain.
+
+  Orbax raises the first error and does not wait for its other threads, which write for a while: it
+  removes what they write until nothing is written any more.
+  """
+  end, quiet = time.monotonic() + SECONDS, 0
+  while quiet < 5 and time.monotonic() < end:
+    left = _leftovers(folder, name)
+    for path in left:
+      shutil.rmtree(path, ignore_errors=True)  # another thread writes there
+    quiet = 0 if left else quiet + 1
+    time.sleep(0.05)
+  return _leftovers(folder, name)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -217,7 +239,7 @@ class Checkpoints:
       self._checkpointer.save(self.folder / str(step), args=args)
     except Exception as error:  # storage libraries raise errors of many kinds
       if is_first():
-        _remove_leftovers(self.folder, str(step))
+        _remove_failed(self.folder, str(step))
       steps = self._steps_here()  # the error may be of this process only
       earlier = f"Those of steps {steps} are untouched" if steps else "None was saved before"
       raise OSError(

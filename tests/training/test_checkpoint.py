@@ -1,9 +1,12 @@
 """Checkpoints: their content and retention; damage is noticed, and a full disk loses nothing."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from lora_jax.training import checkpoint
-from lora_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+from lora_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, save_adapter
 
 BASE = "0123456789abcdef"
 
@@ -219,3 +222,38 @@ def test_a_full_disk_loses_nothing(tmp_path):
   assert restored(tmp_path).step == 1
   assert [path.name for path in tmp_path.iterdir()] == ["1"]
   assert json.loads((tmp_path / "1/about/metadata").read_text())["content"]["loss"] == 1.0
+
+
+@pytest.fixture
+def slow_threads(monkeypatch):
+  """Makes saves fail while other threads still write, as Orbax's do."""
+  threads = []
+
+  def save(self, folder, args):
+    temporary = folder.with_name(f"{folder.name}.orbax-checkpoint-tmp-0")
+    end = time.monotonic() + 0.3
+
+    def write():
+      while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+          (temporary / f"{time.monotonic()}").mkdir(parents=True)
+        time.sleep(0.01)
+
+    threads.append(threading.Thread(target=write))
+    threads[-1].start()
+    raise ValueError("put: No space left on device")
+
+  monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", save)
+  yield
+  for thread in threads:
+    thread.join()
+
+
+def test_nothing_is_left_of_a_failed_save(tmp_path, slow_threads):
+  message = r"could not be written to .*/a \(No space left on device\)\. Nothing is left of it\."
+  with pytest.raises(OSError, match=message):
+    save_adapter(tmp_path / "a", {"w": jnp.ones(2)})
+  assert list(tmp_path.iterdir()) == []
+  with Checkpoints(tmp_path) as checkpoints, pytest.raises(OSError, match=r"No space left on"):
+    checkpoints.save(1, state(), None, BASE)
+  assert list(tmp_path.iterdir()) == []
