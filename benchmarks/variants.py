@@ -143,7 +143,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--only", nargs="+", default=ALL, choices=ALL, metavar="METHOD")
   parser.add_argument("--unrolled", action="store_true", help="layers in a Python loop")
   parser.add_argument("--turns", type=int, default=9)
-  return parser.parse_args(arguments)
+  options = parser.parse_args(arguments)
+  for name in ("batch", "length", "turns"):
+    if getattr(options, name) < 1:
+      parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+  return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,11 @@ TOLERANCE = 1e-5
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns the arrays of a vector by name, and its metadata."""
+  """Returns the arrays of a vector by name, and its metadata.
+
+  Raises:
+    ValueError: if the file is not a vector, naming it.
+  """
   return read_file(Path(path))
 
 
@@ -50,8 +54,14 @@ def disagreements(
     tolerance: the largest difference, as a share of the largest expected magnitude.
     only: the results that may not be missing, by the first letters of their names: `"matmul/"`, if
       an implementation has no other layers. "" is all.
+  Raises:
+    ValueError: if the vector has no such results: nothing would be compared.
   """
-  lines = [f"{name} is missing" for name in results_of(expected, only) if name not in outputs]
+  wanted = results_of(expected, only)
+  if not wanted:
+    cases = sorted({name.split("/")[0] for name in results_of(expected)})
+    raise ValueError(f"the vector has no results {only!r}; its cases are {', '.join(cases)}")
+  lines = [f"{name} is missing" for name in wanted if name not in outputs]
   for name, output in outputs.items():
     got = np.asarray(output)
     if name not in expected:

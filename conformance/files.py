@@ -26,14 +26,20 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns the arrays of a vector file by name, and its metadata."""
-  content = path.read_bytes()
+  """Returns the arrays of a vector file by name, and its metadata.
+
+  Raises:
+    ValueError: if it is damaged, or not such a file, naming it.
+  """
+  content, tensors = path.read_bytes(), {}
   start = 8 + int.from_bytes(content[:8], "little")
-  header = json.loads(content[8:start])
-  metadata = header.pop("__metadata__")
-  tensors = {}
-  for name, entry in header.items():
-    first, last = entry["data_offsets"]
-    values = np.frombuffer(content[start + first : start + last], DTYPES[entry["dtype"]])
-    tensors[name] = values.reshape(entry["shape"])
+  try:
+    header = json.loads(content[8:start])
+    metadata = header.pop("__metadata__")
+    for name, entry in header.items():
+      first, last = entry["data_offsets"]
+      values = np.frombuffer(content[start + first : start + last], DTYPES[entry["dtype"]])
+      tensors[name] = values.reshape(entry["shape"])
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} is damaged, or not a vector: {error}. Copy it again") from error
   return tensors, metadata

@@ -5,7 +5,7 @@ same each time, on another one singular vectors may differ in the last digits.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,11 +265,14 @@ ALL: dict[str, Callable[[], Vector]] = {
 """The vectors, in the order of the README."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--out", type=Path, default=VECTORS, help="a folder")
-  folder = parser.parse_args().out
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = parser.parse_args(arguments).out
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    parser.error(f"--out={folder} must be a folder that can be written: {error.strerror}")
   for name, build in ALL.items():
     vector = build()
     assert vector.name == name

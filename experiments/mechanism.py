@@ -105,15 +105,17 @@ def _do(planned: Planned, measured: Measure, command: str, path: Path) -> bool:
   return True
 
 
-def report(sizes: Sizes, arms: Sequence[str], runs: Path, path: Path, out: Path) -> str:
+def report(
+  sizes: Sizes, arms: Sequence[str], runs: Path, path: Path, out: Path, hint: str = ""
+) -> str:
   """Writes the table and the figure of the measurements so far; returns the table.
 
   Raises:
-    ValueError: if there are none.
+    ValueError: if there are none; it ends with `hint`.
   """
   records = [record for record in read_records(path) if record["arm"] in arms]
   if not records:
-    raise ValueError(f"{path} has no measurements of {', '.join(arms)} yet; leave out --report")
+    raise ValueError(f"{path} has no measurements of {', '.join(arms)} yet{hint}")
   rows = summarize(sizes, arms, records, collect(runs))
   text = markdown(sizes, rows, records)
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       flags = " --tiny" if options.tiny else ""
       for measure in MEASURES if options.measure == "all" else [options.measure]:
         broken += do_measurements(measure, sizes, arms, runs, path, flags)
-    print(report(sizes, arms, runs, path, out))
+    hint = "; leave out --report" if options.report else ""
+    print(report(sizes, arms, runs, path, out, hint))
     print(f"wrote {out}.md and {out}.png from {path}")
     if broken:
       raise RuntimeError(f"{len(broken)} measurements could not be done: {'; '.join(broken)}")

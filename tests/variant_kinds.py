@@ -11,7 +11,7 @@ import argparse
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,11 +95,14 @@ def label(kind: LayerKind) -> str:
   return CODE.sub(r"`\g<0>`", str(kind))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("variants", nargs="*", default=[*VARIANTS])
   parser.add_argument("--verdicts", type=pathlib.Path, help="the file of an interrupted run")
-  args = parser.parse_args()
+  args = parser.parse_args(arguments)
+  for name in args.variants:
+    if name not in VARIANTS:
+      parser.error(f"the variants must be of {', '.join(VARIANTS)}, got {name!r}")
   print(table(args.variants, verdicts(args.variants, args.verdicts)))
 
 

@@ -426,9 +426,12 @@ def _chain_of_lora(
 
 
 def _relora_schedule(make: MakeSchedule, num_train_steps: int) -> optax.Schedule:
-  """Returns the config's schedule with warmups of 2 % of a cycle, as in its authors' commands."""
+  """Returns the config's schedule with warmups of 2 % of a cycle, as in its authors' commands.
+
+  A cycle of one step has none: its learning rate would be 0.
+  """
   steps = _cycle_steps(num_train_steps)
-  warmup = math.ceil(0.02 * steps)
+  warmup = min(math.ceil(0.02 * steps), steps - 1)
   return lj.relora_schedule(make(num_train_steps), cycle_steps=steps, warmup_steps=warmup)
 
 

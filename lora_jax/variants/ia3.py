@@ -49,7 +49,14 @@ def ia3_variant(biases: Mapping[str, str | None] | None = None) -> Variant:
   Args:
     biases: the path of the bias by that of the weight, None for a weight without one. By default
       the bias is the leaf `bias` or `b` next to the weight.
+  Raises:
+    ValueError: if they are not such a mapping.
   """
+  if not isinstance(biases, Mapping | None):
+    raise ValueError(
+      f"biases must be a mapping from the paths of weights to those of biases, got {biases!r}. For "
+      "the leaves `bias` or `b` next to the weights leave it out"
+    )
   return Variant("(IA)^3", OUTPUTS, start, weight, bias=BiasGain("ia3_gain", dict(biases or {})))
 
 

@@ -158,13 +158,13 @@ def relora_schedule(
     cycle_steps: as in `relora_optimizer`.
     warmup_steps: number of updates in which the learning rate rises from 0 to the schedule's.
   Raises:
-    ValueError: if one is not such a number, or the warmup is longer than a cycle.
+    ValueError: if one is not such a number, or the warmup is not shorter than a cycle.
   """
   read_value(Count, cycle_steps, "cycle_steps")
   read_value(CountOrZero, warmup_steps, "warmup_steps")
-  if warmup_steps > cycle_steps:
+  if warmup_steps >= cycle_steps:
     raise ValueError(
-      f"warmup_steps={warmup_steps} is longer than a cycle, cycle_steps={cycle_steps}: the "
+      f"warmup_steps={warmup_steps} is not shorter than a cycle, cycle_steps={cycle_steps}: the "
       "learning rate would never reach the schedule's. Lower it"
     )
 

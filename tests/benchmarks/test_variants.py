@@ -17,6 +17,13 @@ def test_the_tokens_of_the_comparison_are_in_every_model():
   assert model.config.vocab_size > max(ARMS["trainable_tokens"].changes["lora.tokens"])
 
 
+@pytest.mark.parametrize("flag", ["--turns", "--batch", "--length"])
+def test_a_count_of_0_is_refused(flag, capsys):
+  with pytest.raises(SystemExit):
+    variants.parse([flag, "0"])
+  assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_the_table_has_ratios_to_lora(monkeypatch, capsys):
   monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)  # it is for whole processes

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from conformance import make
 from conformance.check import disagreements, read
 from conformance.make import ALL, VECTORS
 
@@ -90,3 +91,21 @@ def test_missing_results_are_reported():
   assert disagreements(vector, outputs) == ["conv/out is missing", *missing]
   assert disagreements(vector, outputs, only="matmul/") == missing
   assert disagreements(vector, outputs, only=("matmul/out", "matmul/x")) == []
+  for nothing in ("matmull/", (), "matmul/x"):
+    with pytest.raises(ValueError, match="has no results .*; its cases are conv, matmul"):
+      disagreements(vector, outputs, only=nothing)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, -1])
+def test_a_damaged_file_is_named(kept, tmp_path):
+  path = tmp_path / "lora.safetensors"
+  path.write_bytes((VECTORS / path.name).read_bytes()[:kept])
+  with pytest.raises(ValueError, match=re.escape(f"{path} is damaged, or not a vector: ")):
+    read(path)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, capsys):
+  (tmp_path / "file").touch()
+  with pytest.raises(SystemExit):
+    make.main([f"--out={tmp_path}/file"])
+  assert f"--out={tmp_path}/file must be a folder" in capsys.readouterr().err

@@ -123,6 +123,12 @@ def test_an_interrupted_table_continues(tmp_path, monkeypatch):
   assert "\n1. refused" in variant_kinds.table(["dora"], known)
 
 
+def test_an_unknown_variant_is_named(capsys):
+  with pytest.raises(SystemExit):
+    variant_kinds.main(["dora", "dorra"])
+  assert "the variants must be of dora, qa_lora, " in capsys.readouterr().err
+
+
 def references():
   """Returns the files and lines of PEFT that the page names."""
   last, found = None, []

@@ -39,7 +39,8 @@ def test_the_report_of_the_lines_so_far(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--report"], r"mechanism.jsonl has no measurements of lora, "),
+    (["--report"], r"has no measurements of lora, .*; leave out --report\n"),
+    (["--measure=intruders", "--runs={root}", "--arms=dora"], r"measurements of lora, dora yet\n"),
     (["--arms=dura"], r"the arms must be of lora, dora.*got 'dura'"),
     (["--out={root}"], r"--out.* is a folder, expected a file to write"),
     (["--report", "--root={root}/damaged"], r"mechanism.jsonl:1: .*Remove the line"),

@@ -34,6 +34,11 @@ def randomized(trainable):
   return jax.tree.map(lambda x: x + 0.5 * normal(*x.shape, seed=1), trainable)
 
 
+def test_biases_that_are_not_a_mapping_are_refused():
+  with pytest.raises(ValueError, match="biases must be a mapping from the paths .* got 3"):
+    lj.ia3_variant(3)  # pyright: ignore[reportArgumentType]
+
+
 def dense(p, x):
   return x @ p["kernel"] + p["bias"][None]
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+from experiments.harness.methods import METHODS
 from lora_jax.variants.relora import CyclesState
 
 from tests.toy_models import relative_difference
@@ -159,8 +160,14 @@ def test_configs_and_settings():
     lj.relora_optimizer(INNER, num_cycles=2, cycle_steps=2, kept_share=1.5)
   with pytest.raises(ValueError, match="cycle_steps must be"):
     lj.chain_of_lora_optimizer(INNER, num_cycles=2, cycle_steps=0)
-  with pytest.raises(ValueError, match="warmup_steps=5 is longer than a cycle, cycle_steps=4"):
-    lj.relora_schedule(lambda step: 1.0, cycle_steps=4, warmup_steps=5)
+  with pytest.raises(ValueError, match="warmup_steps=4 is not shorter than a cycle, .*=4"):
+    lj.relora_schedule(lambda step: 1.0, cycle_steps=4, warmup_steps=4)
+
+
+@pytest.mark.parametrize(("num_steps", "rates"), [(4, [1, 1, 1, 1]), (8, [1, 1, 0, 1, 0, 1, 0, 1])])
+def test_a_run_of_few_steps_trains_all_cycles(num_steps, rates):
+  schedule = METHODS["relora"].schedule(lambda steps: lambda step: 1.0, num_steps)
+  assert [float(schedule(step)) for step in range(num_steps)] == rates
 
 
 @pytest.mark.parametrize(("variant", "rank"), [(None, 3), (lj.DORA, 4)])
