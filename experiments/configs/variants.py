@@ -45,8 +45,9 @@ class Arm:
 
 
 MATCHED = (
-  *("lora", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa", "lora_xs"),
-  *("loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora", "dylora", "rand_lora"),
+  *("lora", "lora_plus", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa"),
+  *("lora_xs", "loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora", "dylora"),
+  "rand_lora",
 )
 # Of E2E's inputs on the embedded base model: the signs and words of the slots, the end of texts.
 TOKENS = {

@@ -386,6 +386,13 @@ def _of_adapter(
   )
 
 
+def _lora_plus(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
+  """Multiplies the optimizer's updates of B by the ratio, as if B had a faster learning rate."""
+  del run
+  times = functools.partial(optax.scale_by_learning_rate, flip_sign=False)
+  return optax.chain(optimizer, lj.lora_plus(times, 1.0))
+
+
 def _lora_fa(optimizer: optax.GradientTransformation, run: Setup) -> optax.GradientTransformation:
   return lj.lora_fa_optimizer(optimizer, lora_config(run.config), run.trainable, run.params)
 
@@ -493,6 +500,7 @@ METHODS: Mapping[str, Method] = {
   "loha": _of_linear("LoHa", lj.LOHA),
   "lokr": _of_linear("LoKr", lj.LOKR),
   "miss": _of_linear("MiSS", lj.MISS),
+  "miss_mini": _of_linear("MiSS mini", lj.miss_mini_variant(1)),  # PEFT's default
   "ia3": Method(
     "(IA)^3",
     make=_low_rank,
@@ -511,7 +519,9 @@ METHODS: Mapping[str, Method] = {
     exports_adapter=True,
     experiments=("gpt2_e2e", "finetune"),
   ),
+  "lora_plus": _as_lora("LoRA+", None, wrap=_lora_plus),
   "lora_fa": _as_lora("LoRA-FA", lj.LORA_FA, wrap=_lora_fa),
+  "asymmetry_lora": _as_lora("AsymmetryLoRA", lj.LORA_FA),
   "adalora": _as_lora("AdaLoRA", lj.ADALORA, ignores=("lora.init",), wrap=_adalora),
   "relora": _as_lora(
     "ReLoRA",

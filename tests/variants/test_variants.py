@@ -253,6 +253,37 @@ def test_a_variant_on_a_layer_kind(name, kind):
   check(name, kind)
 
 
+@pytest.mark.parametrize(
+  "name",
+  [
+    name if name in ("ia3", "hira", "miss") else pytest.param(name, marks=pytest.mark.long)
+    for name in VARIANTS
+  ],
+)
+def test_a_variant_on_an_int8_base(name):
+  """Its output is that of the merged dequantized weight, and step 0 that of the quantized base."""
+  looks_up = name == "trainable_tokens"
+  fn = (lambda p, x: p["w"][x]) if looks_up else (lambda p, x: x @ p["w"])
+  x = jnp.asarray([0, 2, 5]) if looks_up else normal(3, 16, seed=1)
+  weight = normal(16, 8, seed=2)
+  params = lj.quantize({"w": weight}, "int8", "w")
+  lora = lj.lora(fn, lj.LoraConfig(2, 4.0, "w", variant=VARIANTS[name]))
+
+  @jax.jit
+  def outputs(params):
+    start = lora.init(jax.random.key(0), params, x)
+    base, first = lj.dequantized(fn)(params, x), lora.apply(params, start, x)
+    moved = randomized(start)
+    merged = fn(lora.merge(lj.dequantize(params), moved), x)
+    return base, first, lora.apply(params, moved, x), merged
+
+  base, first, out, merged = outputs(params)
+  assert_close(first, base, 1e-3 if name in NOT_THE_BASE else 1e-6)
+  assert_close(out, merged, 1e-5)
+  assert float(jnp.abs(out - base).max()) > 1e-2
+  assert float(jnp.abs(base - fn({"w": weight}, x)).max()) > 1e-3  # it is rounded
+
+
 WORDS = {"lora_a": "batch in rank", "lora_b": "batch rank out"}
 
 

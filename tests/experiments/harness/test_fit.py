@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+import lora_jax as lj
 from experiments.configs import gpt2_e2e
 from experiments.harness.config import read_config, replace_fields
 from experiments.harness.fit import fit_run, initialize
 from experiments.harness.methods import METHODS, adapt
-from experiments.harness.optimizer import make_optimizer
+from experiments.harness.optimizer import make_optimizer, run_optimizer
 from experiments.harness.restore import restore_trained
 from experiments.harness.workdir import write_json
 from experiments.nlg.config import E2EConfig
@@ -75,7 +76,7 @@ def test_the_kept_checkpoint_is_restored(tmp_path, method, keep, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["lora_fa", "adalora", "relora", "chain_of_lora"])
+@pytest.mark.parametrize("method", ["lora_plus", "lora_fa", "adalora", "relora", "chain_of_lora"])
 def test_methods_with_an_optimizer_of_their_own_resume_to_the_same_bits(tmp_path, method):
   """At a checkpoint within a cycle, and at one between two: cycles have two steps."""
   ends = []
@@ -109,6 +110,34 @@ def test_steps_and_the_learning_rate_follow_the_config(tmp_path):
   rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
   assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
   assert [line["step"] for line in lines if "valid/loss" in line] == [2, 4]
+
+
+def test_the_row_of_lora_plus_is_the_librarys_optimizer():
+  config = config_of("unused", method="lora_plus", **{"optimizer.clip_norm": 0.0})
+  fn, params = (lambda p, x: x @ p["w"] + p["b"][None]), {"w": jnp.eye(4, 6), "b": jnp.ones(6)}
+  lora = lj.LoraConfig(2, 4.0, "w", extra="b")
+  tree = lj.lora(fn, lora).init(jax.random.key(0), params, jnp.ones((1, 4)))
+  optimizer, schedule = run_optimizer(config, METHODS["lora_plus"], params, tree, 10)
+  own = config.optimizer
+
+  def adamw(rate):
+    return optax.adamw(rate, b1=own.b1, b2=own.b2, eps=own.eps, weight_decay=own.weight_decay)
+
+  def trained(optimizer):
+    @jax.jit
+    def run(tree):
+      state = optimizer.init(tree)
+      for step in range(3):  # the first has a learning rate of 0
+        grads = jax.tree.map(lambda x, step=step: jnp.sin(x + step), tree)
+        updates, state = optimizer.update(grads, state, tree)
+        tree = optax.apply_updates(tree, updates)
+      return tree
+
+    return run(tree)
+
+  got = trained(optimizer), trained(lj.lora_plus(adamw, schedule))
+  assert jnp.abs(got[0]["w"].lora_b).max() > 0
+  jax.tree.map(lambda *x: np.testing.assert_allclose(*x, rtol=1e-5), *got)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

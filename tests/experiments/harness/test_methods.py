@@ -87,7 +87,7 @@ def test_experiments_know_their_methods():
     assert "frozen_base" not in methods.names(experiment)
 
 
-@pytest.mark.parametrize("name", ["lora_plus", "frozen_base", "template"])
+@pytest.mark.parametrize("name", ["rslora", "frozen_base", "template"])
 def test_an_unknown_method_is_refused(name, tmp_path):
   message = f"method must be one of lora, .*full_finetuning.*, got '{name}'"
   changes = {"method": name}

@@ -94,6 +94,11 @@ def others(arrays):
   return dict(golden_arrays("loha"))
 
 
+def renamed(name):
+  """Gives LoHa's first factor the name of another method's tensor."""
+  return lambda arrays: {name if "hada_w1_a" in key else key: x for key, x in arrays.items()}
+
+
 def changed(name, change):
   return lambda arrays: arrays | {name: change(arrays[name])}
 
@@ -161,6 +166,18 @@ def zeros(path, leaf, variant, rank):
 FILES = [
   of_file("an unknown field", ("unknown field lora_alpha=8",), "ia3", lora_alpha=8),
   of_file("tensors of LoHa", ("hada_w1_a", "of LOHA", "says IA3"), "ia3", others),
+  *(
+    of_file(f"tensors of {kind}", (name, f"of {kind}", "says LOHA"), "loha", renamed(name))
+    for kind, name in {
+      "RANDLORA": f"{QUERY}.randlora_lambda",
+      "UNILORA": "base_model.unilora_theta_d",
+      "TINYLORA": "base_model.tinylora_v.group_0",
+    }.items()
+  ),
+  *(
+    of_file(f"the method {kind}", (f"got '{kind}'", "merge_and_unload"), "loha", peft_type=kind)
+    for kind in ("RANDLORA", "UNILORA", "TINYLORA")
+  ),
   of_file(
     "a missing gain", ("missing", "q_proj.hira_A (3, 32)"), "hira", without(f"{QUERY}.hira_A")
   ),
