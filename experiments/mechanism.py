@@ -7,7 +7,7 @@
     python -m experiments.mechanism --tiny --arms=dora          # all parts in minutes
     python -m experiments.mechanism --report                    # the table of those so far
 
-Time: 3.9 hours on 2 CPU cores (`--plan`); `--tiny` with two arms minutes, mostly of compiling.
+Time: 4.1 hours on 2 CPU cores (`--plan`); `--tiny` with two arms minutes, mostly of compiling.
 Expect: not run yet (docs/mechanism.md).
 
 The best learning rates and the trained weights are those of `experiments.variants`, read from its

@@ -39,6 +39,7 @@ COLUMNS = (
   Column("gflop", "step, GFLOP", "{:.1f}".format),
   Column("step_megabytes", "step's memory, MB", "{:.0f}".format),
   Column("rate", "learning rate", "{:g}".format),
+  Column("tried", "learning rates tried"),
   Column("failed_share", "failed runs, share", "{:.2f}".format),
   Column("best_of_draws", "best of the draws", "{:.4f}".format),
 )

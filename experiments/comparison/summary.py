@@ -44,6 +44,7 @@ class Row:
     adapter_bytes: on disk.
     step_seconds, step_ratio, gflop, step_megabytes: of a train step; see costs.py.
     rate: the best learning rate.
+    tried: the number of learning rates that were tried.
     runs, failed: of all runs of the arm on this base model.
     failed_share: failed / runs.
     best_of_draws: the smallest loss of all random draws.
@@ -70,6 +71,7 @@ class Row:
   gflop: float | None = None
   step_megabytes: float | None = None
   rate: float | None = None
+  tried: int | None = None
   runs: int = 0
   failed: int = 0
   failed_share: float | None = None
@@ -176,6 +178,7 @@ def _row(arm: str, records: Sequence[Record], frozen: Record) -> Row:
   reported = [r for r in runs if r["stage"] in REPORTED.values() and r["status"] == "finished"]
   row.runs, row.failed = len(runs), sum(record["status"] == "failed" for record in runs)
   row.failed_share = row.failed / row.runs if runs else None
+  row.tried = len({r["settings"][RATE] for r in runs if r["stage"] in RATES.values()}) or None
   row.parameters = next((n for r in runs if (n := r.get("parameters"))), None)
   row.seeds = len(reported)
   if reported:

@@ -2,10 +2,10 @@
 
     h = x (W + scaling * kron(W1, W2))
 
-W1 is (in1, out1) and W2 (in2, out2), with in1 * in2 = in and out1 * out2 = out. `factor` is in1 and
-out1, or the largest divisor up to it; -1 is the divisor nearest below the square root. W2, or both,
-may be of low rank: W2 = W2a W2b, W1 = W1a W1b. With either side, or the identity where a matrix is
-whole, the update is the product of two factors of rank rank1 * rank2:
+W1 is (in1, out1) and W2 (in2, out2), with in1 * in2 = in and out1 * out2 = out. in1 is `factor` if
+it divides in; else, or with -1, the largest divisor up to it and up to the square root; so is out1.
+W2, or both, may be of low rank: W2 = W2a W2b, W1 = W1a W1b. With these pairs, or an identity where
+a matrix is whole, the update is the product of two factors of rank rank1 * rank2:
 
     kron(W1a W1b, W2a W2b) = kron(W1a, W2a) kron(W1b, W2b)
 

@@ -13,6 +13,7 @@ import lora_jax as lj
 from lora_jax.methods import bottleneck
 
 from tests import variant_kinds
+from tests.docs import peft_lines
 from tests.docs.pages import page
 from tests.layer_kinds import KINDS
 from tests.variants import test_variants as variants
@@ -131,17 +132,22 @@ def test_an_unknown_variant_is_named(capsys):
 
 def references():
   """Returns the files and lines of PEFT that the page names."""
-  last, found = None, []
-  for name, first, end in re.findall(r"`((?:[\w/]+\.py)?):(\d+)(?:-(\d+))?`", PAGE):
+  last, references = "", set()
+  for name, lines in re.findall(r"`((?:[\w/]+\.py)?):(\d+(?:-\d+)?)`", PAGE):
     last = name or last
-    found.append((last, int(end or first)))
-  return found
+    references.add((last, lines))
+  return references
 
 
-def test_the_lines_of_peft_exist():
+def test_each_reference_to_peft_has_a_word():
+  assert references() == {(name, lines) for name in peft_lines.WORDS for lines in peft_lines.WORDS[name]}
+
+
+def test_the_lines_of_peft_have_the_words():
   peft = pytest.importorskip("peft", reason="compares with PEFT's files: make test-peers")
   assert peft.__version__ in PAGE
-  assert len(references()) > 30
-  for name, line in references():
-    text = (Path(peft.__file__).parent / name).read_text("utf-8")
-    assert line <= len(text.splitlines()), name
+  for name, words in peft_lines.WORDS.items():
+    text = (Path(peft.__file__).parent / name).read_text("utf-8").splitlines()
+    for lines, word in words.items():
+      first, *last = map(int, lines.split("-"))
+      assert word in "\n".join(text[first - 1 : last[0] if last else first]), (name, lines)

@@ -81,6 +81,7 @@ METHODS = {  # of GPT-2's layers, with PEFT's method
   "ln_tuning": ("LN_TUNING", {}),
   "trainable_tokens": ("TRAINABLE_TOKENS", {"lora.tokens": ("<|endoftext|>", 17)}),
   "lora": ("LORA", {"lora.tokens": (17,), "lora.rank": 2}),
+  **dict.fromkeys(("tiny_lora", "uni_lora", "lora_xs", "adalora", "dylora"), ("LORA", {})),
 }
 
 
@@ -128,9 +129,10 @@ def test_vectors_before_the_prompt_are_prompt_tuning_of_peft(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "rand_lora"])
 def test_the_merged_model_of_another_method(method, tmp_path):
-  _, expected = untrained_run(tmp_path / "run", {"method": method, **METHODS[method][1]})
+  fields = METHODS[method][1] if method in METHODS else {}
+  _, expected = untrained_run(tmp_path / "run", {"method": method, **fields})
   export.main([str(tmp_path / "run"), str(tmp_path / "new"), "--merged"])
   assert relative_difference(load_gpt2(tmp_path / "new")[1], expected) < 1e-5
 
@@ -149,9 +151,17 @@ def untrained_run(folder, changes):
   loss = adapt(settings)(language_model_loss(base.module))
   shapes = trainable_shapes(loss, base.params)
   ids = {"token_ids": jnp.asarray(settings.lora.tokens, "float32")}
-  trained = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: ids.get(str(path[-1]).strip("."), leaf), randomized(shapes)
-  )
+  draw = np.random.default_rng(5)
+
+  def filled(path, leaf):
+    """Returns an array in place of the shape of one that is not trained."""
+    name = str(path[-1]).strip(".")
+    if name in ids or not isinstance(leaf, jax.ShapeDtypeStruct):
+      return ids.get(name, leaf)
+    drawn = np.zeros(leaf.shape) if "index" in name else 0.3 * draw.standard_normal(leaf.shape)
+    return jnp.asarray(drawn, leaf.dtype)
+
+  trained = jax.tree_util.tree_map_with_path(filled, randomized(shapes))
   save_adapter(folder / "adapter", trained)
   write_json(folder / "config.json", dataclasses.asdict(settings))
   write_json(folder / "result.json", {"base": fingerprint(base.params), "valid_loss": 1.5})

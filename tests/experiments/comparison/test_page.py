@@ -48,6 +48,7 @@ def test_the_markdown_has_every_arm_and_its_verdict(summary):
   assert rows["full fine-tuning"]["difference in loss"] == ""
   assert rows["LoRA"]["forgetting, nats/token"] == "+0.200"
   assert rows["LoRA"]["bytes on disk"] == "4,000"
+  assert rows["LoRA"]["learning rates tried"] == "3"
   assert "Worse than LoRA: DoRA." in text
   assert "would be detected in 80 % of such experiments" in text
   rates = rows_of(text, "### Validation loss by learning rate")
