@@ -22,7 +22,8 @@ NAMES = {"arm": str, "base": Literal["embedded", "smollm2"]}
 RUN = {"seed": int, "status": Literal["finished", "failed"], "settings": Mapping}
 FINISHED = {"valid_loss": Number}
 REPORTED = {"adapter_bytes": Count, "input_losses": tuple[Number], "input_tokens": tuple[Count]}
-MEASURED = {name: Number for name in ("gflop", "step_megabytes", "step_seconds", "step_ratio")}
+STEP = ("gflop", "step_megabytes", "step_seconds", "step_ratio")
+MEASURED: dict[str, Any] = dict.fromkeys(STEP, Number)
 OPTIONAL = {"parameters": Count, "train_seconds": Number, "wikipedia_loss": Number, "bleu": Number}
 
 

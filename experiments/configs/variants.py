@@ -45,7 +45,7 @@ class Arm:
 
 
 MATCHED = (
-  *("lora", "lora_plus", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa"),
+  *("lora", "dora", "pissa", "olora", "milora", "lora_ga", "eva", "corda", "lora_fa", "lora_plus"),
   *("lora_xs", "loha", "lokr", "hira", "miss", "adalora", "relora", "chain_of_lora", "dylora"),
   "rand_lora",
 )

@@ -92,7 +92,7 @@ def test_missing_results_are_reported():
   assert disagreements(vector, outputs, only="matmul/") == missing
   assert disagreements(vector, outputs, only=("matmul/out", "matmul/x")) == []
   for nothing in ("matmull/", (), "matmul/x"):
-    with pytest.raises(ValueError, match="has no results .*; its cases are conv, matmul"):
+    with pytest.raises(ValueError, match=r"has no results .*; its cases are conv, matmul"):
       disagreements(vector, outputs, only=nothing)
 
 

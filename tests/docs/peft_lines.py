@@ -1,4 +1,4 @@
-"""A word in each of PEFT's lines that docs/variants.md names: other lines of a later PEFT lack it."""
+"""A word in each of PEFT's lines that docs/variants.md names: another version's may lack it."""
 
 WORDS = {
   "tuners/lora/variants.py": {

@@ -140,7 +140,9 @@ def references():
 
 
 def test_each_reference_to_peft_has_a_word():
-  assert references() == {(name, lines) for name in peft_lines.WORDS for lines in peft_lines.WORDS[name]}
+  assert references() == {
+    (name, lines) for name in peft_lines.WORDS for lines in peft_lines.WORDS[name]
+  }
 
 
 def test_the_lines_of_peft_have_the_words():

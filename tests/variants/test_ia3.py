@@ -35,7 +35,7 @@ def randomized(trainable):
 
 
 def test_biases_that_are_not_a_mapping_are_refused():
-  with pytest.raises(ValueError, match="biases must be a mapping from the paths .* got 3"):
+  with pytest.raises(ValueError, match=r"biases must be a mapping from the paths .* got 3"):
     lj.ia3_variant(3)  # pyright: ignore[reportArgumentType]
 
 

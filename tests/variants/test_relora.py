@@ -160,7 +160,7 @@ def test_configs_and_settings():
     lj.relora_optimizer(INNER, num_cycles=2, cycle_steps=2, kept_share=1.5)
   with pytest.raises(ValueError, match="cycle_steps must be"):
     lj.chain_of_lora_optimizer(INNER, num_cycles=2, cycle_steps=0)
-  with pytest.raises(ValueError, match="warmup_steps=4 is not shorter than a cycle, .*=4"):
+  with pytest.raises(ValueError, match=r"warmup_steps=4 is not shorter than a cycle, .*=4"):
     lj.relora_schedule(lambda step: 1.0, cycle_steps=4, warmup_steps=4)
 
 

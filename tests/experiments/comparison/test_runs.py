@@ -110,7 +110,7 @@ def test_losses_by_rate(root):
 
 
 def test_records_are_json_lines(root):
-  costs = {name: 1.0 for name in ("gflop", "step_megabytes", "step_seconds", "step_ratio")}
+  costs = dict.fromkeys(("gflop", "step_megabytes", "step_seconds", "step_ratio"), 1.0)
   write_json(costs_file(root, "embedded"), {"lora": costs})
   records = collect(root)
   path = root / "runs.jsonl"
