@@ -519,7 +519,7 @@ METHODS: Mapping[str, Method] = {
     exports_adapter=True,
     experiments=("gpt2_e2e", "finetune"),
   ),
-  "lora_plus": _as_lora("LoRA+", None, wrap=_lora_plus),
+  "lora_plus": _as_lora("LoRA+", None, wrap=_lora_plus, learning_rate=0.1),  # A's; B's is 1.6
   "lora_fa": _as_lora("LoRA-FA", lj.LORA_FA, wrap=_lora_fa),
   "asymmetry_lora": _as_lora("AsymmetryLoRA", lj.LORA_FA),
   "adalora": _as_lora("AdaLoRA", lj.ADALORA, ignores=("lora.init",), wrap=_adalora),
