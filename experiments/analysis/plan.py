@@ -18,7 +18,7 @@ PRODUCTS = 15  # of 30: an allowance
 PER_RUN = 3.0  # of the comparison, for its intruders
 PER_PAIR = 0.0018  # seen in training
 SLOWER = 1.2  # than LoRA: an allowance for the mean arm, not measured
-MAX_HOURS = 4.0
+MAX_HOURS = 4.5
 
 
 class Row(NamedTuple):

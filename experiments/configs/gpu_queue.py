@@ -111,7 +111,6 @@ def study_runs(study: Study, num_inputs: int) -> Iterator[Changes]:
       changes = {
         **task,
         **arm.changes,
-        **({"model.scan_layers": False} if method == "top_layers" else {}),  # it needs single ones
         **_tuned(method, arm.changes, e2e["lora.alpha"]),
         **sizes,
       }

@@ -245,6 +245,8 @@ _GLUE_ARMS = {
   **methods("bitfit", "adapter_h", "head_only"),
   "lora_r8": Arm(other("lora")),
 }
+# Layers of which some are trained cannot be scanned, which `gpu_queue` does with the others.
+_TOP_2 = other("top_layers", top_layers__num_layers=2, model__scan_layers=False)
 _TRIPLES = ("bleu", "meteor", "mean_ter")  # Tables 13 and 14
 _WEIGHTS = {"q": 8, "k": 8, "v": 8, "o": 8, "qk": 4, "qv": 4, "qkvo": 2}  # equal parameters
 
@@ -329,7 +331,7 @@ STUDIES: dict[str, Study] = {
       "adapter_l_small": Arm(other("adapter_l", bottleneck__width=8), seeds=2),
       "adapter_l_large": Arm(other("adapter_l", bottleneck__width=256), seeds=1),
       "adapter_h_large": Arm(other("adapter_h", bottleneck__width=128), seeds=1),
-      "ft_top2": Arm(other("top_layers", top_layers__num_layers=2), seeds=1),
+      "ft_top2": Arm(_TOP_2, seeds=1),
       **methods("prefix_layer", seeds=2),
     },
     *("lora_r4_qv", 55.0, _THOUSAND),

@@ -198,7 +198,7 @@ def test_bad_input(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
   config = tiny_config(tmp_path / "a")
   _fails(apply(config, {"experiment": "glue"}), "config of 'glue'.*python -m experiments.glue")
-  _fails(apply(config, {"method": "lora_plus"}), "one of lora, .*full_finetuning, frozen_base")
+  _fails(apply(config, {"method": "lora_minus"}), "one of lora, .*full_finetuning, frozen_base")
   _fails(apply(config, {"optimizer.schedule": "step"}), "optimizer.schedule must be one of linear")
   _fails(apply(config, {"lora.target": ".*/q"}), "matches none of .* did you mean ")
   _fails(apply(config, {"lora.rank": 64}), "rank 64 is larger than the smaller dimension")

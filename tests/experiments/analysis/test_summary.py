@@ -99,7 +99,7 @@ def test_the_figure_of_all(tmp_path):
   assert width == 4 * 700
 
 
-def test_all_measurements_fit_into_four_hours_on_two_cores():
+def test_all_measurements_fit_into_the_hours_on_two_cores():
   arms = arms_of("rates")
   assert 1 < hours(planned_rows(FULL, arms)) <= MAX_HOURS
   assert len(planned_rows(FULL, arms)) == 3

@@ -271,11 +271,6 @@ ROWS = [
     ("model.gguf does not exist",),
     FileNotFoundError,
   ),
-  BadInput(
-    "special tokens of a GGUF file that is a folder",
-    lambda folder: ((folder / "a.gguf").mkdir(), read_special_tokens(folder / "a.gguf")),
-    ("a.gguf is a folder, expected a file",),
-  ),
   BadInput("a truncated GGUF file", truncated_gguf, ("tiny.gguf", "truncated")),
   BadInput(
     "a GGUF file without a tokenizer",
