@@ -37,7 +37,7 @@ def test_lora_jax_is_timed_where_the_peers_are_missing(
   printed = capsys.readouterr().out
   assert "PEFT is left out; missing: no_such_package" in printed
   rows = [line for line in printed.splitlines() if "(1.00-1.00)" in line]
-  assert [row[:15] for row in rows] == ["lora_jax packed"]
+  assert any(row.startswith("lora_jax packed") for row in rows)  # padded may take as long
   assert list(ways) == ["lora_jax packed", "lora_jax padded"]
   assert " of the step\n" in printed.partition("floor of a packed step: ")[2]
   packed, padded = ways.values()
