@@ -31,7 +31,7 @@ def results(folder: Path, process: int) -> dict[str, list[object]]:
   with Checkpoints(folder / "common") as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, state, None, BASE, 1.0 / step)
-  found = {}
+  outcomes = {}
   for name, (damaged, file) in DAMAGES.items():
     copy = folder / f"{name}, copy of {process}"
     shutil.copytree(folder / "common", copy)
@@ -46,8 +46,8 @@ def results(folder: Path, process: int) -> dict[str, list[object]]:
       best = checkpoints.restore_best(state, BASE).step
       last = checkpoints.restore_last(state, BASE)
       assert last is not None
-    found[name] = [error, best, last.step]
-  return found
+    outcomes[name] = [error, best, last.step]
+  return outcomes
 
 
 if __name__ == "__main__":
