@@ -58,7 +58,7 @@ from benchmarks.gpu_training import (
   measure_matmul,
   measure_peft,
 )
-from lora_jax.files import make_folder
+from lora_jax.files import make_folder, read_json_if_present
 
 DOTS = "dots_with_no_batch_dims_saveable"
 LORA = "llama8b rows=1 nothing_saveable"
@@ -152,18 +152,16 @@ def print_table(figures: Mapping[str, Figures]) -> None:
 
 
 def read_figures(path: Path) -> dict[str, Figures]:
-  """Returns the figures in a file; none if there is no file.
+  """Returns the figures in a file; empty without a file.
 
   Raises:
     ValueError: if it has something else.
   """
-  if not path.exists():
-    return {}
   try:
-    figures = json.loads(path.read_text())
+    figures = read_json_if_present(path)
   except (OSError, ValueError) as error:
     raise ValueError(f"{path} is not a file of figures: {error}. {REMEDY}") from error
-  if not isinstance(figures, dict) or not all(isinstance(row, dict) for row in figures.values()):
+  if not all(isinstance(row, dict) for row in figures.values()):
     raise ValueError(f"{path} has no object for each section. {REMEDY}")
   return figures
 

@@ -148,6 +148,14 @@ def _metric(words: str, study: str, metric: str, control: str, arms: Sequence[st
   return Condition(words, study, decided)
 
 
+def _of_subspaces(words: str, decide_on: Callable[..., Outcome]) -> tuple[Condition, ...]:
+  """Returns a condition for each base model whose subspaces are compared."""
+  return tuple(
+    Condition(f"{words}, {model}", "subspaces", partial(decide_on, model=model))
+    for model in ("embedded", "smollm2")
+  )
+
+
 def forgetting(evidence: Evidence) -> Outcome:
   return decide_forgetting(evidence.records, "after", "full_batch8", ["lora_r16_batch8"])
 
@@ -464,40 +472,22 @@ CLAIMS: tuple[Claim, ...] = (
   Claim(
     "Ranks 8 and 64 share their first direction: φ(1, 1) above 0.5",
     "Figure 3, layer 48 of GPT-3",
-    tuple(
-      Condition(
-        *(f"A of q and v, E2E, {model}", "subspaces"),
-        partial(first_directions, model=model, seeds=False),
-      )
-      for model in ("embedded", "smollm2")
-    ),
+    _of_subspaces("A of q and v, E2E", partial(first_directions, seeds=False)),
   ),
   Claim(
     "Two seeds share directions, more than random ones do",
     "Figure 4, layer 48 of GPT-3, rank 64",
-    tuple(
-      Condition(
-        *(f"A of q and v, E2E, {model}", "subspaces"),
-        partial(first_directions, model=model, seeds=True),
-      )
-      for model in ("embedded", "smollm2")
-    ),
+    _of_subspaces("A of q and v, E2E", partial(first_directions, seeds=True)),
   ),
   Claim(
     "ΔWq has a higher intrinsic rank than ΔWv: two seeds share more of its directions",
     "Section 7.2 and Figure 4, layer 48 of GPT-3, rank 64",
-    tuple(
-      Condition(f"A, E2E, {model}", "subspaces", partial(shared_directions, model=model))
-      for model in ("embedded", "smollm2")
-    ),
+    _of_subspaces("A, E2E", shared_directions),
   ),
   Claim(
     "ΔW does not repeat the top directions of W",
     "Section 7.3, Table 7 and Figure 8: a norm of 0.32 along ΔW's directions, 21.67 along W's own",
-    tuple(
-      Condition(f"q and v, E2E, {model}", "subspaces", partial(other_directions, model=model))
-      for model in ("embedded", "smollm2")
-    ),
+    _of_subspaces("q and v, E2E", other_directions),
   ),
   Claim(
     "ΔW amplifies directions that W does not emphasize",

@@ -118,10 +118,11 @@ def test_the_row_of_lora_plus_is_the_librarys_optimizer():
   lora = lj.LoraConfig(2, 4.0, "w", extra="b")
   tree = lj.lora(fn, lora).init(jax.random.key(0), params, jnp.ones((1, 4)))
   optimizer, schedule = run_optimizer(config, METHODS["lora_plus"], params, tree, 10)
-  own = config.optimizer
+  settings = config.optimizer
 
   def adamw(rate):
-    return optax.adamw(rate, b1=own.b1, b2=own.b2, eps=own.eps, weight_decay=own.weight_decay)
+    decay = settings.weight_decay
+    return optax.adamw(rate, settings.b1, settings.b2, settings.eps, weight_decay=decay)
 
   def trained(optimizer):
     @jax.jit

@@ -83,15 +83,15 @@ def test_directions_of_the_weight_are_repeated_or_not(study, monkeypatch):
     u, _, v = np.linalg.svd(study.low.weights(kind))
     rank = spaces[kind].values.shape[-1]
     spaces[kind] = spaces[kind]._replace(inputs=u[..., :rank], outputs=v.mT[..., :rank])
-  own = study._replace(low=study.low._replace(subspaces=spaces))
-  monkeypatch.setattr(claims, "_study", lambda *_: own)
+  repeating = study._replace(low=study.low._replace(subspaces=spaces))
+  monkeypatch.setattr(claims, "_study", lambda *_: repeating)
   outcome = other_directions(EVIDENCE, "embedded")
   assert outcome.word == "fails"
   assert "query, 1 - ratio of norms: mean over 2 layers " in outcome.interval
 
 
 def curve(base, d90):
-  """Returns a curve that reaches 90 % of the gain at a dimension; with None there is no gain."""
+  """Returns a curve that reaches 90 % of the gain at a dimension, or gains nothing (None)."""
   losses = {dim: {1.0: 1.0 if dim >= (d90 or 0) else 2.0} for dim in (100, 300, 1000, 3000)}
   return Curve(base, 3.0, 1.0 if d90 else 3.0, losses)
 
