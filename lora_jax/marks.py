@@ -16,8 +16,10 @@ TOKEN_EMBEDDINGS = "lora_jax/token_embeddings"
 HEAD_INPUT = "lora_jax/head_input"
 
 CHUNKED_SUM = "lora_jax/chunked_sum"
-"""The name of a function with a custom derivative, that of its own body but computed earlier
-(`training/chunks.py`). If its body has an adapted weight, the transform emits the body instead."""
+FLOAT32_DOT = "lora_jax/float32_dot"
+"""The names of functions with a custom derivative: that of the body, computed earlier
+(`training/chunks.py`) or in the inputs' dtype (`models/parts/causal_lm.py`). If a weight in the
+body is adapted, the transform emits the body, with its usual derivative, instead."""
 
 PLACES = {
   ATTENTION_OUTPUT: "the attention's output, after dropout and before it is added to its input",

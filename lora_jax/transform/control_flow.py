@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.marks import CHUNKED_SUM
+from lora_jax.marks import CHUNKED_SUM, FLOAT32_DOT
 from lora_jax.transform import _compat
 from lora_jax.transform.deferred import Deferred, evaluate, unstacked
 from lora_jax.transform.errors import Unsupported
@@ -307,8 +307,8 @@ def _splittable(value: Any, spec: Any) -> Any:
 
 
 def emit_custom_vjp(interpreter: Any, equation: Any, values: Values) -> Values:
-  """Emits the body of a `chunked_sum`; no other function's derivative may be replaced."""
-  if _compat.traced_name(equation) != CHUNKED_SUM:
+  """Emits the body of a function of `marks`; no other function's derivative may be replaced."""
+  if _compat.traced_name(equation) not in (CHUNKED_SUM, FLOAT32_DOT):
     raise Unsupported("no rule for it")
   return interpreter.run(equation.params["call_jaxpr"], values)
 

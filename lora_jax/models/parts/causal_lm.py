@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lora_jax.marks import HEAD_INPUT, TOKEN_EMBEDDINGS, TOKENS
+from lora_jax.marks import FLOAT32_DOT, HEAD_INPUT, TOKEN_EMBEDDINGS, TOKENS
 from lora_jax.models.parts.attention import cached_attention, causal_attention, write_cache
 
 Cache = tuple[Any, ...] | tuple[Array, Array]
@@ -327,8 +327,32 @@ def make_dense(
   )
 
 
-float32_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-"""Computes logits in float32: GPT-2's are about -100, where bfloat16's steps are half a nat."""
+def float32_dot(
+  x: Float[Array, "..."], weight: Float[Array, "..."], dimensions: Any, precision: Any = None
+) -> Float[Array, "..."]:
+  """Returns the logits, float32: GPT-2's are about -100, where bfloat16's steps are half a nat.
+
+  In bfloat16 the gradient of the logits, at most 1 for a token, is rounded to bfloat16: otherwise
+  the matmuls of the backward pass, as large as this one, would be float32.
+  """
+  dot = _rounded_gradient if x.dtype == jnp.bfloat16 else _float32_dot
+  return dot(x, weight, dimensions, precision)
+
+
+def _float32_dot(x: Array, weight: Array, dimensions: Any, precision: Any) -> Array:
+  return jax.lax.dot_general(x, weight, dimensions, precision, preferred_element_type=jnp.float32)
+
+
+def _backward(dimensions: Any, precision: Any, inputs: tuple[Array, Array], gradient: Array) -> Any:
+  def dot(x: Array, weight: Array) -> Array:
+    return jax.lax.dot_general(x, weight, dimensions, precision)
+
+  return jax.vjp(dot, *inputs)[1](gradient.astype(inputs[0].dtype))
+
+
+_float32_dot.__name__ = FLOAT32_DOT
+_rounded_gradient: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))(_float32_dot)
+_rounded_gradient.defvjp(lambda *inputs: (_float32_dot(*inputs), inputs[:2]), _backward)
 
 
 def make_head(config: Any) -> nn.Dense:
