@@ -9,6 +9,7 @@
 Random weights and tokens, a loss at every token, AdamW, LoRA of rank 16 on all linear layers. Each
 run has its own adapter, batch, learning rate and scaling. The first loss of the first run is
 compared with that of its ordinary step. The ways take turns, after a first step that is not timed.
+On CPUs glibc keeps freed memory, as in the experiments (`lora_jax.training.allocator`).
 
     length      tokens of a row
     runs        K; "alone" is the ordinary step of one run
@@ -42,6 +43,7 @@ from lora_jax.models.gpt2.folder import load_gpt2
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import CausalLM
+from lora_jax.training.allocator import keep_freed_memory
 from lora_jax.training.concurrent import make_concurrent_step
 from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
@@ -237,4 +239,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+  keep_freed_memory()
   main()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness.hlo import numbers, total_cost
+from experiments.harness.hlo import instruction_costs, numbers, total_cost
 
 OPERAND = r"(?:\w+\[\S* )?%?([\w.$#-]+)"
 MATMUL = re.compile(rf" (?:dot|custom-call)\({OPERAND}")
@@ -31,6 +31,11 @@ def compiled_flops(text: str) -> float:
     ValueError: if a loop with matmuls has an unknown number of trips.
   """
   return total_cost(text, _flops, "matmuls")
+
+
+def instruction_flops(text: str) -> dict[str, float]:
+  """Returns the operations of `compiled_flops` by instruction; a loop's body is counted once."""
+  return instruction_costs(text, _flops)
 
 
 def _flops(line: str, shape: list[int], shapes: Mapping[str, list[int]]) -> float:

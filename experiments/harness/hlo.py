@@ -6,7 +6,7 @@ would seem almost free.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 NAME = r"%?([\w.$#-]+)"
@@ -14,6 +14,7 @@ COMPUTATION = re.compile(rf"^(ENTRY )?{NAME} \(.*\{{$")
 INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?{NAME} = (\(.*?\)|\w+\[\S*) [\w-]+\(")
 ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 CALLED = re.compile(rf"(?:calls|to_apply|body|condition)={NAME}|branch_computations=\{{([^}}]*)\}}")
+FUSED = re.compile(rf" fusion\(.*calls={NAME}")
 WHILE = re.compile(rf" while\(.*condition={NAME}.* body={NAME}")
 TRIPS = re.compile(r"known_trip_count\":\{\"n\":\"(\d+)\"")
 COUNTER = re.compile(  # an operation on an integer
@@ -74,20 +75,13 @@ def total_cost(text: str, cost: Cost, label: str) -> float:
   direct: dict[str, float] = {}
   calls: dict[str, list[tuple[str, str]]] = {}
   counting: dict[str, Counting] = {}
-  entry, name = "", ""
-  shapes: dict[str, list[int]] = {}
-  for line in text.splitlines():
-    if header := COMPUTATION.match(line):
-      name, shapes = header[2], {}
+  entry = ""
+  for name, line, instruction, shapes in _lines(text):
+    if name not in direct:
       direct[name], calls[name], counting[name] = 0.0, [], Counting({}, [])
-      entry = name if header[1] else entry
-    if not name:
-      continue
-    if instruction := INSTRUCTION.match(line):
-      elements = [numbers(sizes) for sizes in ARRAY.findall(instruction[2])]
-      shapes[instruction[1]] = elements[0] if elements else []
-      shapes.update({f"{instruction[1]}#{i}": shape for i, shape in enumerate(elements)})
-      direct[name] += cost(line, shapes[instruction[1]], shapes)
+      entry = name if line.startswith("ENTRY ") else entry
+    if instruction:
+      direct[name] += cost(line, shapes[instruction], shapes)
     if counter := COUNTER.match(line):
       operands = re.findall(r"[\w.$#-]+", counter[3])
       place = re.match(r", (index=\d+|direction=\w+)", counter[4])
@@ -104,6 +98,43 @@ def total_cost(text: str, cost: Cost, label: str) -> float:
   if math.isnan(result):
     raise ValueError(f"a loop with {label} has no known trip count")
   return result
+
+
+def instruction_costs(text: str, cost: Cost) -> dict[str, float]:
+  """Returns the cost of each instruction: of a fusion, that of the instructions fused in it.
+
+  Instructions that call computations in other ways, as loops, have their own costs alone.
+  """
+  direct: dict[str, float] = {}
+  fused: dict[str, float] = {}  # of a computation
+  fusions: dict[str, str] = {}
+  for name, line, instruction, shapes in _lines(text):
+    if instruction:
+      direct[instruction] = cost(line, shapes[instruction], shapes)
+      fused[name] = fused.get(name, 0.0) + direct[instruction]
+      if called := FUSED.search(line):
+        fusions[instruction] = called[1]
+  return {name: own + fused.get(fusions.get(name, ""), 0.0) for name, own in direct.items()}
+
+
+def _lines(text: str) -> Iterator[tuple[str, str, str, dict[str, list[int]]]]:
+  """Yields the computation, the line, the name of its instruction or "", and the shapes so far.
+
+  The shapes are those of the computation's instructions, by name.
+  """
+  computation, shapes = "", {}
+  for line in text.splitlines():
+    if header := COMPUTATION.match(line):
+      computation, shapes = header[2], {}
+    if not computation:
+      continue
+    name = ""
+    if instruction := INSTRUCTION.match(line):
+      name = instruction[1]
+      elements = [numbers(sizes) for sizes in ARRAY.findall(instruction[2])]
+      shapes[name] = elements[0] if elements else []
+      shapes.update({f"{name}#{i}": shape for i, shape in enumerate(elements)})
+    yield computation, line, name, shapes
 
 
 def numbers(text: str) -> list[int]:
