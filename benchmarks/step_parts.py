@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_parts                           # the embedded base model
     python -m benchmarks.step_parts --model small --turns 5   # GPT-2 small's shape, random weights
+    python -m benchmarks.step_parts --changes                 # the step as it is only
 
 The step is that of `lora_jax packed` in `benchmarks.e2e_epoch`: packed rows of E2E's examples, LoRA
 of rank 16 on all linear layers, AdamW, logits only for supervised tokens.
@@ -55,6 +56,14 @@ from lora_jax.training.step import make_train_step, start
 
 KINDS = ("large matmuls", "small matmuls", "others")
 CALLERS = re.compile(r"(while|call|conditional)[.\d]*$")  # they last as long as what they call
+ALL_LOGITS = "all logits"
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # XLA's options, the model's fields
+  ALL_LOGITS: ({}, {}),
+  "recomputed": ({}, {"remat": "nothing_saveable"}),
+  "vector 512": ({"xla_cpu_prefer_vector_width": "512"}, {}),
+  "fast math": ({"xla_cpu_enable_fast_math": True}, {}),
+  "bfloat16": ({}, {"dtype": "bfloat16"}),
+}
 AGREEMENT = {"bfloat16": 1e-2}  # of the first losses, relative; 1e-4 for the others
 
 
@@ -155,16 +164,16 @@ def with_all_logits(batch: batches.Batch) -> batches.Batch:
   )
 
 
-def changed_steps(base: e2e_epoch.Base, batch: batches.Batch) -> dict[str, Step]:
+def changed_steps(
+  base: e2e_epoch.Base, batch: batches.Batch, names: Sequence[str]
+) -> dict[str, Step]:
   """Returns the step as it is, and with one change each."""
-  return {
-    "as it is": Step(base, batch, {}),
-    "all logits": Step(base, with_all_logits(batch), {}),
-    "recomputed": Step(base, batch, {}, remat="nothing_saveable"),
-    "vector 512": Step(base, batch, {"xla_cpu_prefer_vector_width": "512"}),
-    "fast math": Step(base, batch, {"xla_cpu_enable_fast_math": True}),
-    "bfloat16": Step(base, batch, {}, dtype="bfloat16"),
-  }
+  steps = {"as it is": Step(base, batch, {})}
+  for name in names:
+    options, fields = CHANGES[name]
+    changed = with_all_logits(batch) if name == ALL_LOGITS else batch
+    steps[name] = Step(base, changed, options, **fields)
+  return steps
 
 
 def check(losses: Mapping[str, float]) -> None:
@@ -184,6 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--rows", type=count, default=5, help="packed rows in a step")
   parser.add_argument("--row_length", type=count, default=256, help="tokens in a packed row")
   parser.add_argument("--turns", type=count, default=15)
+  parser.add_argument("--changes", nargs="*", choices=tuple(CHANGES), default=tuple(CHANGES))
   return parser.parse_args(arguments)
 
 
@@ -195,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = e2e_epoch.load_base(options)
     examples = e2e_epoch.load_examples(options, base)
     batch = e2e_epoch.make_data(options, examples, base.config.num_positions)["packed"](examples)[0]
-    steps = changed_steps(base, batch)
+    steps = changed_steps(base, batch, options.changes)
     check({name: float(step()) for name, step in steps.items()})
   step = steps["as it is"]
   times = take_turns(

@@ -103,7 +103,7 @@ def total_cost(text: str, cost: Cost, label: str) -> float:
 def instruction_costs(text: str, cost: Cost) -> dict[str, float]:
   """Returns the cost of each instruction: of a fusion, that of the instructions fused in it.
 
-  Instructions that call computations in other ways, as loops, have their own costs alone.
+  Instructions that call computations in other ways, as loops, have only the cost of themselves.
   """
   direct: dict[str, float] = {}
   fused: dict[str, float] = {}  # of a computation
@@ -114,7 +114,7 @@ def instruction_costs(text: str, cost: Cost) -> dict[str, float]:
       fused[name] = fused.get(name, 0.0) + direct[instruction]
       if called := FUSED.search(line):
         fusions[instruction] = called[1]
-  return {name: own + fused.get(fusions.get(name, ""), 0.0) for name, own in direct.items()}
+  return {name: ops + fused.get(fusions.get(name, ""), 0.0) for name, ops in direct.items()}
 
 
 def _lines(text: str) -> Iterator[tuple[str, str, str, dict[str, list[int]]]]:

@@ -53,8 +53,8 @@ def test_logits_are_float32_and_only_bfloat16_has_a_backward_pass_of_its_own(dty
     tolerance = 2e-2 if dtype == "bfloat16" else 0.0
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
   backward = jax.make_jaxpr(lambda: gradients(float32_dot))().jaxpr
-  found = {operand for operands in dots(backward) for operand in operands}
-  assert found == ({"bfloat16"} if dtype == "bfloat16" else {"float32", dtype})
+  dtypes = {operand for operands in dots(backward) for operand in operands}
+  assert dtypes == ({"bfloat16"} if dtype == "bfloat16" else {"float32", dtype})
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
