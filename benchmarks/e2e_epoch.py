@@ -1,7 +1,7 @@
 """Times one epoch over the same E2E examples: lora_jax against PEFT with PyTorch.
 
     python -m benchmarks.e2e_epoch                          # the embedded base model
-    python -m benchmarks.e2e_epoch --model small --lines 320 --steps 1 --repeats 5
+    python -m benchmarks.e2e_epoch --model small --lines 320 --steps 1 --without_padded
     python -m benchmarks.e2e_epoch --model small --lines 0 --rows 32 --dtype bfloat16    # a GPU
 
 Four ways to train the same weights with LoRA of all linear layers and AdamW, with the same average
@@ -32,11 +32,12 @@ work on the machine slows both. `lora_jax padded` is far slower and takes part i
     tokens/s    tokens of the examples, without padding
     x           time of `lora_jax packed` over that of the row; x of cpu_s is the same for CPU time
 
-The last line compares the step of `lora_jax packed` with its floor: the time of its matmuls alone
-(`matmul_operations`), at the speed of a matmul of 2048 x 2048.
+The last lines give the floor of a step of `lora_jax packed`, the time of its matmuls with weights
+(`matmul_operations`) at the speed of a matmul of 2048 x 2048, as a share of each way's time.
 
-With the embedded model, glibc keeps freed memory, as in `experiments.gpt2_e2e`, for PyTorch too
-(`lora_jax.training.allocator`).
+glibc keeps freed memory, as in `experiments.gpt2_e2e`, for PyTorch too
+(`lora_jax.training.allocator`). With GPT-2 small and the rows of `lora_jax padded`, leave that way
+out (`--without_padded`) on less than 32 GB.
 
 If torch, transformers or peft is missing, only lora_jax is timed. Torch's threads wait for each
 other, so its times with several threads mean little while other work shares the cores. In that
@@ -307,7 +308,10 @@ def make_ways(options: argparse.Namespace, base: Base, folder: Path) -> dict[str
     return Way(trainer, make(examples), make(examples[: options.rows])[0], every)
 
   ways = {}
-  for batching, every in (("packed", 1), ("padded", 5)):
+  ours = {"packed": 1, "padded": 5}
+  if options.without_padded:
+    del ours["padded"]
+  for batching, every in ours.items():
     example = data[batching](examples[:1])[0]
     ways[f"lora_jax {batching}"] = way(
       make_jax(GPT2(base.config), base.params, example), batching, every
@@ -321,7 +325,7 @@ def make_ways(options: argparse.Namespace, base: Base, folder: Path) -> dict[str
     f"{len(examples):,} examples of {num_tokens(examples) / len(examples):.1f} tokens, "
     f"{np.mean([len(example.targets) for example in examples]):.1f} supervised; a step has "
     f"{options.rows} packed rows of {options.row_length} tokens, or "
-    f"{ways['lora_jax padded'].data.batch_size} examples",
+    f"{data['dynamic'](examples).batch_size} examples",
     flush=True,
   )
   return ways
@@ -426,17 +430,35 @@ def matmul_operations(params: PyTree, num_trainable: int, batch: batches.Batch) 
   return (4 * kernels + 6 * num_trainable) * tokens + 4 * head * targets
 
 
-def print_floor(way: Way, params: PyTree) -> None:
-  """Prints the floor of a way's step, and the share of the step that it is."""
+def print_floor(ways: Mapping[str, Way], params: PyTree) -> None:
+  """Prints the floor of a packed step, and its share of the time of each way's epoch."""
   from experiments.harness.flops import matmul_flops  # benchmarks.gpu needs no such packages
 
+  packed = ways["lora_jax packed"]
   rate = matmul_flops(repeats=3)
-  operations = matmul_operations(params, way.trainer.num_trainable, way.data[0])
-  floor, step = operations / rate, way.epoch("wall") / len(way.data)
+  operations = matmul_operations(params, packed.trainer.num_trainable, packed.data[0])
+  floor = operations / rate
   print(
     f"\nfloor of a packed step: {operations / 1e9:.1f} gflop at {rate / 1e9:.0f} gflop/s are "
-    f"{1e3 * floor:.1f} ms, {floor / step:.2f} of the step"
+    f"{1e3 * floor:.1f} ms; as a share of an epoch of"
   )
+  for name, way in ways.items():
+    print(f"{name:16}{floor * len(packed.data) / way.epoch('wall'):6.2f}")
+  if not missing_peers():
+    print(f"a matmul of 2048 x 2048 by torch: {torch_matmul_flops() / 1e9:.0f} gflop/s")
+
+
+def torch_matmul_flops(size: int = 2048, repeats: int = 3) -> float:
+  """Returns the operations per second of a square float32 matmul by torch on the CPU."""
+  import torch  # pyright: ignore[reportMissingImports]
+
+  x = torch.ones(size, size)
+  seconds = []
+  for _ in range(repeats + 1):  # the first is slower
+    begin = time.perf_counter()
+    torch.mm(x, x)
+    seconds.append(time.perf_counter() - begin)
+  return 2 * size**3 / min(seconds)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -447,6 +469,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--row_length", type=int, default=256, help="tokens in a packed row")
   parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
   parser.add_argument("--repeats", type=int, default=20, help="turns")
+  parser.add_argument("--without_padded", action="store_true", help="no row of `lora_jax padded`")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   return parser.parse_args(arguments)
 
@@ -470,11 +493,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Way]:
     first_steps(ways, options.dtype)
     take_turns(options, ways)
     print_table(options, ways)
-    print_floor(ways["lora_jax packed"], base.params)
+    print_floor(ways, base.params)
   return ways
 
 
 if __name__ == "__main__":
-  if parse().model == "embedded":
-    keep_freed_memory()
+  keep_freed_memory()
   main()

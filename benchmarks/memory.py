@@ -5,6 +5,7 @@ reports current anonymous memory as `RssAnon`, without a peak, so it is polled. 
 from the parent process: a thread of the measured process would wait for its interpreter lock.
 """
 
+import ctypes
 import json
 import os
 import select
@@ -65,7 +66,12 @@ def anonymous(pid: int) -> int:
 
 
 def wait_for_start() -> float:
-  """In the measured process: waits for the measurement to start; returns the time."""
+  """In the measured process: waits for the measurement to start; returns the time.
+
+  Memory that was freed before goes back to the system: its later use would not count as growth.
+  """
+  if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+    trim(0)
   print(READY, flush=True)
   sys.stdin.readline()
   return time.perf_counter()

@@ -39,7 +39,8 @@ def test_lora_jax_is_timed_where_the_peers_are_missing(
   rows = [line for line in printed.splitlines() if "(1.00-1.00)" in line]
   assert any(row.startswith("lora_jax packed") for row in rows)  # padded may take as long
   assert list(ways) == ["lora_jax packed", "lora_jax padded"]
-  assert " of the step\n" in printed.partition("floor of a packed step: ")[2]
+  shares = printed.partition("as a share of an epoch of\n")[2].splitlines()
+  assert [line[:15] for line in shares] == ["lora_jax packed", "lora_jax padded"]
   packed, padded = ways.values()
   assert packed.first_loss == pytest.approx(padded.first_loss, rel=1e-5)
   inputs_and_outputs = (4 * 2 + 2 * 5) * embed_dim  # four square kernels, two of the MLP

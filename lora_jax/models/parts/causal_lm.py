@@ -6,7 +6,6 @@ logits = head(norm(x))
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -335,7 +334,8 @@ def float32_dot(
   In bfloat16 the gradient of the logits, at most 1 for a token, is rounded to bfloat16: otherwise
   the matmuls of the backward pass, as large as this one, would be float32.
   """
-  dot = _rounded_gradient if x.dtype == jnp.bfloat16 else _float32_dot
+  is_bfloat16 = x.dtype == weight.dtype == jnp.bfloat16
+  dot = _dot_with_rounded_gradient if is_bfloat16 else _float32_dot
   return dot(x, weight, dimensions, precision)
 
 
@@ -343,16 +343,22 @@ def _float32_dot(x: Array, weight: Array, dimensions: Any, precision: Any) -> Ar
   return jax.lax.dot_general(x, weight, dimensions, precision, preferred_element_type=jnp.float32)
 
 
-def _backward(dimensions: Any, precision: Any, inputs: tuple[Array, Array], gradient: Array) -> Any:
+_float32_dot.__name__ = FLOAT32_DOT  # by which the transform knows it
+_dot_with_rounded_gradient: Any = jax.custom_vjp(_float32_dot, nondiff_argnums=(2, 3))
+
+
+def _forward(x: Array, weight: Array, dimensions: Any, precision: Any) -> Any:
+  return _float32_dot(x, weight, dimensions, precision), (x, weight)
+
+
+def _rounded_backward(dimensions: Any, precision: Any, inputs: Any, gradient: Array) -> Any:
   def dot(x: Array, weight: Array) -> Array:
     return jax.lax.dot_general(x, weight, dimensions, precision)
 
-  return jax.vjp(dot, *inputs)[1](gradient.astype(inputs[0].dtype))
+  return jax.vjp(dot, *inputs)[1](gradient.astype(jnp.bfloat16))
 
 
-_float32_dot.__name__ = FLOAT32_DOT
-_rounded_gradient: Any = functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))(_float32_dot)
-_rounded_gradient.defvjp(lambda *inputs: (_float32_dot(*inputs), inputs[:2]), _backward)
+_dot_with_rounded_gradient.defvjp(_forward, _rounded_backward)
 
 
 def make_head(config: Any) -> nn.Dense:
