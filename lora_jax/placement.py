@@ -1,5 +1,7 @@
-"""The sharding of a leaf, and placing an array by it."""
+"""The sharding of a leaf, rules for those of a tree, and placing an array by its sharding."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from lora_jax.quantization.leaf import is_quantized
+from lora_jax.trees import closest_names, leaves_with_path, matches, select
+
+Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
@@ -25,6 +30,47 @@ def leaf_sharding(leaf: Any) -> NamedSharding | PartitionSpec | None:
     return None if sharding.mesh.empty or sharding.mesh.are_all_axes_auto else sharding
   sharding = getattr(leaf, "sharding", None)
   return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
+  """Returns the sharding of every leaf, by the first rule whose pattern matches its path.
+
+  A rule's spec is for the last axes of a leaf: stacked layers have one more before them.
+
+  Args:
+    mesh: as `make_mesh` returns it.
+    shapes: the parameters, arrays or `ShapeDtypeStruct`s.
+    rules: `(pattern, PartitionSpec)`, in order of precedence.
+  Raises:
+    ValueError: if a pattern matches nothing, a leaf has no rule, or an axis cannot be split.
+  """
+  leaves = leaves_with_path(shapes)
+  select([pattern for pattern, _ in rules], [path for path, _ in leaves], "sharding rule")
+
+  def sharding_of_leaf(path: str, leaf: Any) -> NamedSharding:
+    spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
+    if spec is None:
+      patterns = ", ".join(closest_names(path, [pattern for pattern, _ in rules]))
+      raise ValueError(f"no sharding rule for {path}; did you mean {patterns}?")
+    full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
+    for size, axis in zip(leaf.shape, full, strict=True):
+      if size % (parts := num_parts(mesh, axis)):
+        names = axis if isinstance(axis, str) else ", ".join(axis or ())
+        raise ValueError(
+          f"{path} {leaf.shape}: an axis of {size} cannot be split over {parts} devices "
+          f"({names}). Choose another mesh"
+        )
+    return NamedSharding(mesh, PartitionSpec(*full))
+
+  return jax.tree.unflatten(
+    jax.tree.structure(shapes), [sharding_of_leaf(*item) for item in leaves]
+  )
+
+
+def num_parts(mesh: Mesh, names: str | Sequence[str] | None) -> int:
+  """Returns the number of parts of an axis that is split over some of the mesh's axes."""
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def place(array: Any, sharding: NamedSharding | PartitionSpec | None) -> Any:

@@ -23,8 +23,8 @@ import lora_jax as lj
 from experiments.harness.config import Distributed
 from experiments.harness.launch import explained
 from experiments.harness.machines import join
-from experiments.harness.sharding import sharding_of
 from lora_jax.data.batches import Batches, as_grain, packed_batches
+from lora_jax.models.sharding import sharding_of
 from lora_jax.placement import place
 from lora_jax.training.checkpoint import restore_adapter, save_adapter
 from lora_jax.training.loop import FitConfig, fit

@@ -11,7 +11,6 @@ from jaxtyping import PyTree
 
 from experiments.classification.config import GlueConfig
 from experiments.harness.config import check_at_most, flat
-from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import read_finished, read_run
 from lora_jax.adapters.delta import adapter_extra
 from lora_jax.data.sets import glue, superglue
@@ -23,6 +22,7 @@ from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.deberta.folder import load_deberta
 from lora_jax.models.deberta.model import Deberta
+from lora_jax.models.sharding import sharding_of
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import ENCODERS
 from lora_jax.training.checkpoint import restore_adapter

@@ -12,7 +12,6 @@ from jaxtyping import PyTree
 
 from experiments.harness.config import replace_fields
 from experiments.harness.methods import adapt, find_method, slots_of
-from experiments.harness.sharding import sharding_of
 from experiments.nlg.config import E2EConfig, E2EModel, FinetuneConfig, Prompt
 from experiments.nlg.pretraining import PRETRAINING
 from experiments.nlg.rounding import rounded
@@ -23,6 +22,7 @@ from lora_jax.models.checkpoints.hub import find_folder
 from lora_jax.models.checkpoints.loaded_weights import QUANTIZED
 from lora_jax.models.checkpoints.stored import outline
 from lora_jax.models.parts.causal_lm import CausalLM
+from lora_jax.models.sharding import sharding_of
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 
 

@@ -21,7 +21,6 @@ from experiments.harness.methods import (
   slots_of,
 )
 from experiments.harness.model_card import BaseModel
-from experiments.harness.sharding import sharding_of
 from experiments.harness.workdir import file_digest, read_finished
 from experiments.nlg.adapters import Format, RunAdapter, write_adapter
 from experiments.nlg.base import model_folder, other_weights
@@ -38,6 +37,7 @@ from lora_jax.adapters.delta import adapter_weights
 from lora_jax.decoding import CachedModel, SamplingConfig, adapted, from_linen, generate
 from lora_jax.models.checkpoints.gguf import is_gguf, open_gguf
 from lora_jax.models.checkpoints.hub import weight_files
+from lora_jax.models.sharding import sharding_of
 from lora_jax.models.text.tokenizer import load_tokenizer
 from lora_jax.models.zoo import LanguageModel, load_causal_lm, plan_causal_lm
 from lora_jax.placement import gathered

@@ -19,11 +19,11 @@ from jaxtyping import PyTree
 import lora_jax as lj
 from experiments.harness.flops import compiled_flops
 from experiments.harness.methods import find_method
-from experiments.harness.sharding import sharding_of
 from experiments.plan.collectives import collective_bytes
 from experiments.plan.config import PlanLora
 from experiments.plan.models import Planned
 from lora_jax.models.checkpoints.loaded_weights import with_shardings
+from lora_jax.models.sharding import sharding_of
 from lora_jax.training.step import TrainState, make_train_step, start
 
 LINEAR = r".*/(attn|mlp)/(.*/)?(query|key|value|out|gate|up|down)(/kernel)?"  # not routers or heads

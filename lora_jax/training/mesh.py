@@ -1,10 +1,10 @@
 """One mesh with the axes `data`, `fsdp` and `tensor`, and the shardings on it.
 
-Batches are split over `data` and `fsdp`, the base params by rules over `fsdp` and `tensor`;
-adapters, gradients and optimizer state inherit the base params' shardings (`lora_jax.shardings`).
+Batches are split over `data` and `fsdp`, the base params by rules over `fsdp` and `tensor`
+(`lora_jax.placement.params_shardings`); adapters, gradients and optimizer state inherit the base
+params' shardings (`lora_jax.shardings`).
 """
 
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,11 +24,9 @@ from lora_jax.marks import (
   MLP_OUTPUT,
   TOKEN_EMBEDDINGS,
 )
-from lora_jax.placement import place
+from lora_jax.placement import num_parts, place
 from lora_jax.transform.marks import Mark, trace_marks
-from lora_jax.trees import closest_names, leaves_with_path, matches, select
 
-Rules = Sequence[tuple[str, P]]
 BATCH = ("data", "fsdp")
 BY_ROW, BY_TOKEN = P(BATCH, None, None), P(BATCH, "tensor", None)
 BY_FEATURE = P(BATCH, None, "tensor")
@@ -81,48 +79,9 @@ def make_mesh(
   return jax.make_mesh(shape, names, kinds, devices=devices[:count])
 
 
-def params_shardings(mesh: Mesh, shapes: PyTree, rules: Rules) -> PyTree:
-  """Returns the sharding of every leaf, by the first rule whose pattern matches its path.
-
-  A rule's spec is for the last axes of a leaf: stacked layers have one more before them.
-
-  Args:
-    mesh: as `make_mesh` returns it.
-    shapes: the parameters, arrays or `ShapeDtypeStruct`s.
-    rules: `(pattern, PartitionSpec)`, in order of precedence.
-  Raises:
-    ValueError: if a pattern matches nothing, a leaf has no rule, or an axis cannot be split.
-  """
-  leaves = leaves_with_path(shapes)
-  select([pattern for pattern, _ in rules], [path for path, _ in leaves], "sharding rule")
-
-  def leaf_sharding(path: str, leaf: Any) -> NamedSharding:
-    spec = next((spec for pattern, spec in rules if matches(pattern, path)), None)
-    if spec is None:
-      patterns = ", ".join(closest_names(path, [pattern for pattern, _ in rules]))
-      raise ValueError(f"no sharding rule for {path}; did you mean {patterns}?")
-    full = (None,) * (len(leaf.shape) - len(spec)) + tuple(spec)
-    for size, axis in zip(leaf.shape, full, strict=True):
-      if size % (parts := num_parts(mesh, axis)):
-        names = axis if isinstance(axis, str) else ", ".join(axis or ())
-        raise ValueError(
-          f"{path} {leaf.shape}: an axis of {size} cannot be split over {parts} devices "
-          f"({names}). Choose another mesh"
-        )
-    return NamedSharding(mesh, P(*full))
-
-  return jax.tree.unflatten(jax.tree.structure(shapes), [leaf_sharding(*item) for item in leaves])
-
-
 def num_row_parts(mesh: Mesh) -> int:
   """Returns the number of parts that the rows of a batch are split into."""
   return num_parts(mesh, BATCH)
-
-
-def num_parts(mesh: Mesh, names: str | Sequence[str] | None) -> int:
-  """Returns the number of parts of an axis that is split over some of the mesh's axes."""
-  names = (names,) if isinstance(names, str) else names or ()
-  return math.prod(mesh.shape[name] for name in names)
 
 
 def shard_activations(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

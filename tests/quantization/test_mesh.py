@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from experiments.harness.sharding import sharding_of
 from lora_jax.models.checkpoints.loaded_weights import with_shardings
 from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.sharding import sharding_of
 from lora_jax.training.mesh import make_mesh
 
 from tests.toy_models import randomized

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from lora_jax.adapters.storage import packed_shapes, unpack
+from lora_jax.placement import params_shardings
 from lora_jax.training.checkpoint import (
   Checkpoints,
   DamagedCheckpoint,
@@ -24,7 +25,7 @@ from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.finite import Diagnosis, check_initial
 from lora_jax.training.held import read_held
 from lora_jax.training.loop import FitConfig, _next, fit
-from lora_jax.training.mesh import make_mesh, params_shardings, place_batch
+from lora_jax.training.mesh import make_mesh, place_batch
 from lora_jax.training.metrics_log import MetricsLog, read_metrics
 from lora_jax.training.step import start
 

@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from experiments.harness.sharding import sharding_of
 from experiments.plan.models import make_plan
 from lora_jax.marks import (
   HEAD_INPUT,
@@ -25,15 +24,12 @@ from lora_jax.marks import (
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
 from lora_jax.models.llama.model import Llama, LlamaConfig
 from lora_jax.models.parts.causal_lm import shapes_of
+from lora_jax.models.sharding import sharding_of
+from lora_jax.placement import params_shardings
 from lora_jax.quantization.leaf import Quantized
 from lora_jax.training.fingerprint import fingerprint
 from lora_jax.training.loss import language_model_loss, mean
-from lora_jax.training.mesh import (
-  make_mesh,
-  params_shardings,
-  place_batch,
-  shard_activations,
-)
+from lora_jax.training.mesh import make_mesh, place_batch, shard_activations
 from lora_jax.training.step import make_train_step, start
 
 from tests.tiny_training import batches, fresh_params, method, model

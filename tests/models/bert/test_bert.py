@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 import lora_jax as lj
 from lora_jax.models.bert.folder import load_bert, params_shapes, save_bert
 from lora_jax.models.bert.model import Bert, BertConfig
-from lora_jax.training.mesh import make_mesh, params_shardings
+from lora_jax.placement import params_shardings
+from lora_jax.training.mesh import make_mesh
 
 from tests import make_bert_golden as golden
 from tests.toy_models import randomized, relative_difference

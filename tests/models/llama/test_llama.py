@@ -16,7 +16,8 @@ import lora_jax as lj
 from lora_jax.decoding import BeamConfig, CachedModel, beam_search, from_linen
 from lora_jax.models.llama.folder import load_llama, params_shapes, save_llama
 from lora_jax.models.llama.model import Llama, LlamaConfig, MixtureConfig, RopeScaling, init_cache
-from lora_jax.training.mesh import make_mesh, params_shardings
+from lora_jax.placement import params_shardings
+from lora_jax.training.mesh import make_mesh
 
 from tests import make_llama_golden as golden
 from tests.paths import SHARED

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from lora_jax.training.mesh import Rules, params_shardings
+from lora_jax.placement import Rules, params_shardings
 from lora_jax.trees import leaves_with_path, matches
 
 SHARDING: Rules = (  # for all models of the zoo: their leaves have the same names

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import pytest
 
-from experiments.harness.sharding import sharding_of
 from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
 from lora_jax.models.gpt2.model import GPT2, GPT2Config
 from lora_jax.models.llama.model import Llama, LlamaConfig, MixtureConfig
 from lora_jax.models.parts.causal_lm import shapes_of
+from lora_jax.models.sharding import sharding_of
 from lora_jax.training.mesh import make_mesh
 from lora_jax.trees import leaves_with_path
 
