@@ -21,8 +21,9 @@ from lora_jax.marks import (
   MLP_OUTPUT,
   TOKEN_EMBEDDINGS,
 )
+from lora_jax.models.bert.model import Bert, BertConfig
 from lora_jax.models.deberta.model import Deberta, DebertaConfig
-from lora_jax.models.llama.model import Llama, LlamaConfig
+from lora_jax.models.llama.model import Llama, LlamaConfig, MixtureConfig
 from lora_jax.models.parts.causal_lm import shapes_of
 from lora_jax.models.sharding import sharding_of
 from lora_jax.placement import params_shardings
@@ -89,17 +90,29 @@ def test_eight_devices_equal_one(name, scan_layers, parts, axes):
 
 
 ROWS, TOKENS = 8, 12
+MIXTURE = MixtureConfig(num_experts=4, experts_per_token=2, shared_dim=16)
 SHAPE: dict[str, Any] = {
   **{"vocab_size": 48, "num_positions": TOKENS, "embed_dim": 32, "num_layers": 2, "num_heads": 4},
   **{"mlp_dim": 48, "scan_layers": True},
 }
 FAMILIES = {
   "llama": lambda: Llama(LlamaConfig(**SHAPE, num_kv_heads=2)),
+  "mixture": lambda: Llama(LlamaConfig(**SHAPE, num_kv_heads=2, mixture=MIXTURE)),
+  "bert": lambda: Bert(BertConfig(**SHAPE, num_labels=3)),
   "deberta": lambda: Deberta(DebertaConfig(**SHAPE, num_labels=3)),
 }
+ATTENTION = r".*/(query|value)/kernel"
+TARGETS = dict.fromkeys(FAMILIES, ATTENTION) | {
+  "mixture": rf"{ATTENTION}|.*/experts/(gate|up|down)"
+}
+MESHES: list[dict[str, int]] = [
+  {"data": 2, "fsdp": 2, "tensor": 2},
+  {"fsdp": 8},
+  {"data": 2, "tensor": 4},
+]
 
 
-@pytest.mark.long  # compiles two programs of seconds
+@pytest.mark.long  # compiles several programs of seconds
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_devices_equal_one_for_another_family(family):
   module, draw = FAMILIES[family](), np.random.default_rng(0)
@@ -116,7 +129,7 @@ def test_eight_devices_equal_one_for_another_family(family):
   base = jax.tree.map(
     lambda leaf: np.float32(0.1 * draw.standard_normal(leaf.shape)), shapes_of(module)
   )
-  loss = lj.lora(planned.loss, lj.LoraConfig(4, 8.0, r".*/(query|value)/kernel"))
+  loss = lj.lora(planned.loss, lj.LoraConfig(4, 8.0, TARGETS[family]))
   adapter = randomized(jax.eval_shape(loss.init, jax.random.key(0), base, batch))
 
   def loss_and_gradient(**axes):
@@ -131,12 +144,11 @@ def test_eight_devices_equal_one_for_another_family(family):
     gradient = jax.jit(jax.value_and_grad(of_adapter))
     return jax.device_get(gradient(trainable, params, place_batch(mesh, batch)))
 
-  (expected, expected_grads), (got, grads) = (
-    loss_and_gradient(),
-    loss_and_gradient(data=2, fsdp=2, tensor=2),
-  )
-  np.testing.assert_allclose(got, expected, rtol=1e-5)
-  assert relative_difference(grads, expected_grads) < 1e-5
+  expected, expected_grads = loss_and_gradient()
+  for axes in MESHES:
+    got, grads = loss_and_gradient(**axes)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=str(axes))
+    assert relative_difference(grads, expected_grads) < 1e-5, axes
 
 
 @pytest.mark.parametrize("name", ["lora", "full_finetuning"])
