@@ -28,8 +28,9 @@ def place(group):
   """Returns the row and the first column of a group in the page's table."""
   rounded = group.settings.get(ROUNDED)
   row = FORMATS.get(rounded, rounded) if rounded else "not rounded: W"
-  if group.method_label.startswith("QA-LoRA"):
-    return row, 8
+  for method, column in (("QA-LoRA", 8), ("LoftQ", 11)):
+    if group.method_label.startswith(method):
+      return row, column
   return row, 2 if group.settings.get(TRAINED_ON) else 5
 
 
@@ -37,7 +38,7 @@ def test_the_table_of_served_weights_has_the_numbers_of_the_results():
   section = page("smollm2").split("## Trained on the weights that are served\n")[1]
   lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")]
   rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
-  expected = {row[0]: [*row[:2], *[""] * 9] for row in rows}
+  expected = {row[0]: [*row[:2], *[""] * 12] for row in rows}
   for group in served():
     row, start = place(group)
     expected[row][start : start + 3] = cells(group)
