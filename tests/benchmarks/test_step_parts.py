@@ -12,7 +12,8 @@ from lora_jax.models.gpt2.folder import load_gpt2
 from tests.tiny_e2e import tiny_folder
 
 
-def test_matmuls_of_a_profiled_step_are_those_of_its_program(monkeypatch, capsys):
+@pytest.mark.parametrize("changes", ["none", pytest.param("all", marks=pytest.mark.long)])
+def test_matmuls_of_a_profiled_step_are_those_of_its_program(changes, monkeypatch, capsys):
   monkeypatch.setattr(e2e_epoch, "load_base", lambda _: e2e_epoch.Base(*load_gpt2(tiny_folder())))
   counted = []
 
@@ -21,7 +22,8 @@ def test_matmuls_of_a_profiled_step_are_those_of_its_program(monkeypatch, capsys
     return flops.instruction_flops(text)
 
   monkeypatch.setattr(step_parts, "instruction_flops", instruction_flops)
-  step_parts.main(["--lines", "12", "--rows", "2", "--row_length", "192", "--turns", "1"])
+  sizes = ["--lines", "12", "--rows", "2", "--row_length", "192", "--turns", "1"]
+  step_parts.main([*sizes, "--changes", changes])
   printed = capsys.readouterr().out
   rows = [
     [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line
@@ -33,9 +35,8 @@ def test_matmuls_of_a_profiled_step_are_those_of_its_program(monkeypatch, capsys
   assert sum(float(row[4].removesuffix("%")) for row in (large, small, others)) == pytest.approx(
     100, abs=2
   )
-  assert [row[0] for row in rows[-6:]] == [
-    *("unchanged", "all logits", "recomputed", "vector 512", "fast math", "bfloat16")
-  ]
+  names = ["unchanged", *(step_parts.CHANGES if changes == "all" else ())]
+  assert [row[0] for row in rows[-len(names) :]] == names
 
 
 def test_operations_are_large_small_or_no_matmuls():

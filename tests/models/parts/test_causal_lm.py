@@ -57,8 +57,7 @@ def test_logits_are_float32_and_only_bfloat16_has_a_backward_pass_of_its_own(dty
   assert dtypes == ({"bfloat16"} if dtype == "bfloat16" else {"float32", dtype})
 
 
-@pytest.mark.parametrize("tie_head", [True, False])
-@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize(("tie_head", "chunk_size"), [(True, None), (False, 4)])
 def test_an_adapted_bfloat16_head_has_the_gradient_of_merged_weights(tie_head, chunk_size):
   config = GPT2Config(**SHAPE, tie_head=tie_head, dtype="bfloat16")
   model, tokens = GPT2(config), jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
