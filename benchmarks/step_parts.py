@@ -35,6 +35,7 @@ import random
 import re
 import statistics
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,13 +131,15 @@ def recorded(step: Step) -> list[tuple[str, float]]:
       jax.block_until_ready((step(), step.state))
     (file,) = Path(folder).rglob("*.xplane.pb")
     profile = jax.profiler.ProfileData.from_file(str(file))
-  return [
-    (event.name, event.duration_ns / 1e6)
-    for plane in profile.planes
-    for line in plane.lines
-    for event in line.events
-    if any(name == "hlo_op" for name, _ in event.stats) and not CALLERS.match(event.name)
-  ]
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of JAX's binding; an error aborts it
+    return [
+      (event.name, event.duration_ns / 1e6)
+      for plane in profile.planes
+      for line in plane.lines
+      for event in line.events
+      if any(name == "hlo_op" for name, _ in event.stats) and not CALLERS.match(event.name)
+    ]
 
 
 def parts(
