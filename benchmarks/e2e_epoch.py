@@ -65,6 +65,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 import lora_jax as lj
+from benchmarks import turns
 from lora_jax.data import batches, text
 from lora_jax.data.sets import e2e
 from lora_jax.models.gpt2.folder import load_gpt2, save_gpt2
@@ -153,20 +154,37 @@ def embedded_folder() -> Path:
   return Path(str(resources.files("lora_jax") / "assets" / "gpt2"))
 
 
-def make_jax(
+class Prepared(NamedTuple):
+  """The train step of the experiments, not compiled yet, with its first state."""
+
+  step: Any
+  state: Any
+  frozen: PyTree
+  num_trainable: int
+
+
+def prepare(
   model: nn.Module, params: PyTree, example: batches.Batch, target: str = TARGET
-) -> Trainer:
-  """Returns a trainer with the train step of the experiments."""
+) -> Prepared:
+  """Returns the train step for batches of the example's shape."""
   config = lj.LoraConfig(rank=RANK, alpha=ALPHA, target=target)
   loss = lj.lora(language_model_loss(model), config)
-  mesh, key = make_mesh(), jax.random.key(0)
+  key = jax.random.key(0)
   trainable = jax.jit(loss.init)(key, params, example)
   optimizer = optax.adamw(
     LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY
   )
   num_trainable = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-  state, frozen, optimizer = start(params, trainable, optimizer, key, mesh)
-  train_step = make_train_step(loss, optimizer, state)
+  state, frozen, optimizer = start(params, trainable, optimizer, key, make_mesh())
+  return Prepared(make_train_step(loss, optimizer, state), state, frozen, num_trainable)
+
+
+def make_jax(
+  model: nn.Module, params: PyTree, example: batches.Batch, target: str = TARGET
+) -> Trainer:
+  """Returns a trainer with the train step of the experiments."""
+  train_step, state, frozen, num_trainable = prepare(model, params, example, target)
+  mesh = make_mesh()
 
   def step(batch: batches.Batch) -> jax.Array:
     nonlocal state
@@ -435,12 +453,11 @@ def print_floor(ways: Mapping[str, Way], params: PyTree) -> None:
   from experiments.harness.flops import matmul_flops  # benchmarks.gpu needs no such packages
 
   packed = ways["lora_jax packed"]
-  rates, torch_rates = [], []
-  for _ in range(5):  # in turns: the machine's speed changes
-    rates.append(matmul_flops(repeats=2))
-    if not missing_peers():
-      torch_rates.append(torch_matmul_flops(repeats=2))
-  rate = max(rates)
+  matmuls: dict[str, Callable[[], float]] = {"XLA": lambda: 1 / matmul_flops(repeats=2)}
+  if not missing_peers():
+    matmuls["torch"] = lambda: 1 / torch_matmul_flops(repeats=2)
+  seconds = turns.take_turns(matmuls, 5)  # of an operation
+  rate = 1 / min(seconds["XLA"])
   operations = matmul_operations(params, packed.trainer.num_trainable, packed.data[0])
   floor = operations / rate
   print(
@@ -449,11 +466,10 @@ def print_floor(ways: Mapping[str, Way], params: PyTree) -> None:
   )
   for name, way in ways.items():
     print(f"{name:16}{floor * len(packed.data) / way.epoch('wall'):6.2f}")
-  if torch_rates:
-    faster = statistics.median(b / a for a, b in zip(rates, torch_rates, strict=True))
+  if "torch" in seconds:
     print(
-      f"a matmul of 2048 x 2048 by torch: {max(torch_rates) / 1e9:.0f} gflop/s, {faster:.2f} of "
-      "XLA's, the median of 5 turns"
+      f"a matmul of 2048 x 2048 by torch: {1e-9 / min(seconds['torch']):.0f} gflop/s, "
+      f"{turns.ratio(seconds['XLA'], seconds['torch'])} of XLA's"
     )
 
 

@@ -42,11 +42,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from jaxtyping import PyTree
 
-import lora_jax as lj
 from benchmarks import e2e_epoch, smollm2
 from benchmarks.arguments import count
 from benchmarks.turns import ratio, take_turns, timed
@@ -59,9 +57,7 @@ from lora_jax.models.gpt2.model import GPT2
 from lora_jax.models.text.tokenizer import end_of_text_id, load_tokenizer
 from lora_jax.models.zoo import load_causal_lm
 from lora_jax.training.allocator import keep_freed_memory
-from lora_jax.training.loss import language_model_loss
 from lora_jax.training.mesh import make_mesh, place_batch
-from lora_jax.training.step import make_train_step, start
 
 LARGE, SMALL, OTHERS = "large matmuls", "small matmuls", "others"
 UNCHANGED, ALL_LOGITS = "unchanged", "all logits"
@@ -105,14 +101,10 @@ class Step:
   """A compiled step; each call makes an update."""
 
   def __init__(self, setting: Setting, xla_options: Mapping[str, Any]):
-    lora = lj.LoraConfig(rank=e2e_epoch.RANK, alpha=e2e_epoch.ALPHA, target=setting.target)
-    loss = lj.lora(language_model_loss(setting.model), lora)
-    key, mesh = jax.random.key(0), make_mesh()
-    trainable = jax.jit(loss.init)(key, setting.params, setting.batch)
-    optimizer = optax.adamw(e2e_epoch.LEARNING_RATE)
-    self.state, self.frozen, optimizer = start(setting.params, trainable, optimizer, key, mesh)
-    self.batch = place_batch(mesh, setting.batch)  # pyright: ignore[reportArgumentType]
-    step: Any = make_train_step(loss, optimizer, self.state)
+    step, self.state, self.frozen, _ = e2e_epoch.prepare(
+      setting.model, setting.params, setting.batch, setting.target
+    )
+    self.batch = place_batch(make_mesh(), setting.batch)  # pyright: ignore[reportArgumentType]
     lowered = step.lower(self.state, self.frozen, self.batch)
     self.program = lowered.compile(compiler_options=dict(xla_options))
 
